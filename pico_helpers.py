@@ -27,18 +27,23 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import dataclasses
 import functools
 import hashlib
 import importlib.util
 import json
 import math
 import os
+import pickle
 import re
 import shutil
+import signal
 import sys
 import tempfile
 import threading
+import time
 import urllib.request
+import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -936,12 +941,395 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 # ======================================================================================================================
 # CHECKPOINTS
+# One .pt file describes a model completely. It is written atomically and read with `weights_only=True`, so that a
+# hostile file cannot run code. A run in progress also keeps its optimizer there; a finished one drops it.
 # ======================================================================================================================
+
+_CHECKPOINT_VERSION = 1
+
+
+@dataclass
+class Checkpoint:
+    """What a .pt file holds."""
+
+    model_config: ModelConfig
+    train_config: TrainConfig
+    corpus: str  # what the model was trained on, for the reader
+    step: int
+    metrics: list[dict]  # the rows of the metrics CSV
+    weights: dict[str, Tensor]
+    training_state: dict | None = None  # optimizer and scaler of an unfinished run
+    tokenizer: str = Tokenizer.name
+
+
+def save_checkpoint(path: str | Path, checkpoint: Checkpoint) -> Path:
+    """Writes the file atomically. Raises PicoError when it cannot be written; an older file then stays as it was."""
+    content = {item.name: getattr(checkpoint, item.name) for item in dataclasses.fields(checkpoint)}
+    content["model_config"] = dataclasses.asdict(checkpoint.model_config)
+    content["train_config"] = dataclasses.asdict(checkpoint.train_config)
+    with atomic_write(path) as temporary, open(temporary, "wb") as file:
+        try:
+            torch.save({"format": "pico-llm", "version": _CHECKPOINT_VERSION, **content}, file)
+        except RuntimeError as error:  # torch wraps the OSError of a full disk
+            raise OSError(str(error).splitlines()[0]) from error
+    return Path(path)
+
+
+def load_checkpoint(path: str | Path) -> Checkpoint:
+    """Reads a file of `save_checkpoint`. Raises PicoError for anything else; code inside the file never runs."""
+    path = Path(path).expanduser()
+    if not path.is_file():
+        raise PicoError(f"There is no checkpoint {path}; train a model first or name another file.")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise PicoError(
+            f"{path} is not a Pico-LLM checkpoint: it holds more than weights, so it was not opened."
+        ) from error
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        raise PicoError(f"{path} cannot be read; it is cut short or not a checkpoint. Use another copy.") from error
+    if not isinstance(content, dict) or content.get("format") != "pico-llm":
+        raise PicoError(f"{path} is a PyTorch file, but not a Pico-LLM checkpoint; choose a file made by `train`.")
+    if content.get("version") != _CHECKPOINT_VERSION:
+        raise PicoError(f"{path} has format version {content.get('version')}; this code reads {_CHECKPOINT_VERSION}.")
+    try:
+        fields = {item.name: content[item.name] for item in dataclasses.fields(Checkpoint)}
+        fields["model_config"] = ModelConfig(**fields["model_config"])
+        fields["train_config"] = TrainConfig(**fields["train_config"])
+    except (KeyError, TypeError) as error:
+        raise PicoError(f"{path} lacks a field or has an unknown one ({error}); it was made by other code.") from error
+    return Checkpoint(**fields)
+
+
+def model_from_checkpoint(checkpoint: Checkpoint) -> PicoLLM:
+    """The trained model on the CPU, in evaluation mode. Raises PicoError when weights and configuration disagree."""
+    config, weights = checkpoint.model_config, checkpoint.weights
+    expected = {
+        "token_embedding.weight": (config.padded_vocab_size, config.d_model),
+        f"blocks.{config.n_layer - 1}.mlp.down_proj.weight": (config.d_model, config.d_ff),
+    }
+    for name, shape in expected.items():  # before a model of that size is built
+        if name not in weights or tuple(weights[name].shape) != shape:
+            found = tuple(weights[name].shape) if name in weights else "none"
+            raise PicoError(f"The checkpoint does not fit its configuration: {name} should be {shape}, found {found}.")
+    model = PicoLLM(config)
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        raise PicoError(
+            f"The checkpoint does not fit its configuration: {str(error).splitlines()[1].strip()}"
+        ) from error
+    return model.eval()
+
+
+def load_model(path: str | Path, device: torch.device | str | None = None) -> PicoLLM:
+    """The model of a checkpoint file, in evaluation mode on `device` (default: the GPU where there is one)."""
+    return model_from_checkpoint(load_checkpoint(path)).to(device or default_device())
+
+
+def checkpoint_path(results: str | Path, name: str, partial: bool = False) -> Path:
+    """Where the run of that name keeps its model, or (`partial`) its state while it is unfinished."""
+    return Path(results) / f"pico_llm_{name}{'.partial' if partial else ''}.pt"
+
+
+def newest_checkpoint(results: str | Path = "results") -> Path:
+    """The newest finished model in `results`, else the newest unfinished one, else the shipped one.
+
+    Raises PicoError when there is none.
+    """
+    own = sorted(Path(results).glob("pico_llm_*.pt"), key=lambda path: path.stat().st_mtime)
+    finished = [path for path in own if not path.name.endswith(".partial.pt")]
+    shipped = sorted((Path(__file__).parent / "results" / "pretrained").glob("pico_llm_*.pt"))
+    for paths in (finished, own, shipped):
+        if paths:
+            return paths[-1]
+    raise PicoError(f"There is no model in {results}; train one first (menu choice 1 or 3).")
 
 
 # ======================================================================================================================
 # TRAINING
+# `train` reads from top to bottom as the run itself. Every random choice follows from (seed, step): the order of the
+# data, and dropout, which is seeded anew for each micro-batch. So a resumed run repeats the uninterrupted one exactly.
 # ======================================================================================================================
+
+
+@contextlib.contextmanager
+def profiler_range(name: str) -> Iterator[None]:
+    """Names a stretch of work in the timelines of Nsight Systems (NVTX) and of the PyTorch profiler."""
+    with torch.profiler.record_function(name):
+        if not torch.cuda.is_available():
+            yield
+            return
+        torch.cuda.nvtx.range_push(name)
+        try:
+            yield
+        finally:
+            torch.cuda.nvtx.range_pop()
+
+
+def choose_precision(name: str, device: torch.device) -> torch.dtype:
+    """Data type of the matrix products: bf16 where the GPU has it, fp16 on older GPUs, fp32 on a CPU.
+
+    bf16 on a CPU without the instructions was measured 19 times slower than fp32.
+    """
+    if name != "auto":
+        return {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[name]
+    if device.type != "cuda":
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
+
+
+def make_optimizer(model: PicoLLM, config: TrainConfig) -> torch.optim.Optimizer:
+    """AdamW; matrices and the embedding decay, norms do not."""
+    parameters = list(model.parameters())
+    groups = [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, fused=True)
+
+
+def learning_rate_at(step: int, total_steps: int, config: TrainConfig) -> float:
+    """Linear warm-up, then linear decay to zero (Bergsma et al. 2025)."""
+    warmup = min(config.warmup_steps, total_steps // 2)
+    if step < warmup:
+        return config.learning_rate * (step + 1) / warmup
+    return config.learning_rate * (total_steps - step) / max(1, total_steps - warmup)
+
+
+def train_step(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    batch: Tensor,
+    config: TrainConfig,
+    step: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """One update from a batch (B, context_length + 1) on the model's device; returns its mean loss, a scalar there."""
+    micro_batches = batch.split(config.micro_batch_size or len(batch))
+    total = torch.zeros((), device=batch.device)
+    for index, micro_batch in enumerate(micro_batches):
+        torch.manual_seed((config.seed * 1_000_003 + step) * 1_009 + index)  # dropout
+        with profiler_range("forward"), torch.autocast(batch.device.type, dtype, enabled=dtype != torch.float32):
+            loss = model(micro_batch[:, :-1], micro_batch[:, 1:]) / len(micro_batches)
+        with profiler_range("backward"):
+            scaler.scale(loss).backward()
+        total += loss.detach()
+    with profiler_range("optimizer"):
+        scaler.unscale_(optimizer)
+        nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+    return total
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Loss over a whole split, in a fixed order."""
+
+    loss: float  # nats per token
+    n_tokens: int
+    n_words: int  # counted the WikiText way
+
+    @property
+    def word_perplexity(self) -> float:
+        """exp(loss x tokens / words), comparable between tokenizers."""
+        return math.exp(min(self.loss * self.n_tokens / self.n_words, 700.0))
+
+
+def evaluate(model: nn.Module, file: TokenFile, context_length: int, batch_size: int = 16) -> Evaluation:
+    """Mean loss over the whole file, cut into windows of `context_length`; the last one may be shorter."""
+    device = next(model.parameters()).device
+    dtype = choose_precision("auto", device)
+    targets = len(file.tokens) - 1
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    size = batch_size * context_length
+    with evaluating(model), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+        for start in range(0, targets, size):
+            stop = min(start + size, targets)
+            window = torch.from_numpy(file.tokens[start : stop + 1].astype(np.int64)).to(device)
+            full = (stop - start) // context_length * context_length
+            if full:
+                x, y = window[:full].view(-1, context_length), window[1 : full + 1].view(-1, context_length)
+                total += model(x, y).double() * full
+            if start + full < stop:
+                total += model(window[None, full:-1], window[None, full + 1 :]).double() * (stop - start - full)
+    return Evaluation(float(total) / targets, targets, file.n_words)
+
+
+@contextlib.contextmanager
+def _stop_requests() -> Iterator[threading.Event]:
+    """Inside, the first Ctrl-C (or SIGTERM) sets the event instead of breaking into a step; a second one breaks in."""
+    event = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield event
+        return
+
+    def request(number: int, frame) -> None:
+        if event.is_set():
+            raise KeyboardInterrupt
+        event.set()
+
+    previous = {number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield event
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """A run's outcome. `finished` is False after Ctrl-C; calling `train` again then goes on."""
+
+    model: PicoLLM
+    checkpoint: Path
+    metrics: list[dict]
+    finished: bool
+
+
+def train(
+    model_config: ModelConfig,
+    config: TrainConfig,
+    results: str | Path = "results",
+    data_folder: str | Path = "data",
+    *,
+    device: torch.device | str | None = None,
+    on_log: Callable[[list[dict]], None] | None = None,
+) -> TrainResult:
+    """Trains a model and writes its checkpoint and metrics CSV to `results`.
+
+    An unfinished run with the same settings is resumed; on a CPU its weights end up bit-for-bit equal to those of an
+    uninterrupted run. Ctrl-C saves and returns. `on_log(rows)` is called after each line of metrics. A row holds step,
+    tokens, epoch, train_loss and val_loss (nats per token; val_loss where it was measured), word_perplexity,
+    learning_rate and tokens_per_second.
+    """
+    device = torch.device(device or default_device())
+    dtype = choose_precision(config.precision, device)
+    final, partial = checkpoint_path(results, config.name), checkpoint_path(results, config.name, partial=True)
+
+    corpus = choose_corpus(config.corpus, config.corpus_fraction, data_folder)
+    print(f"Corpus: {corpus.about}")
+    training, validation = (prepare_tokens(corpus, split, data_folder) for split in ("train", "validation"))
+    stream = SequenceStream(training, model_config.context_length, config.max_sequences, config.seed)
+    total_steps = int(config.epochs * stream.n_sequences / config.batch_size)
+    total_steps = max(1, min(total_steps, config.max_steps or total_steps))
+    print(
+        f"Read {len(training.tokens):,} tokens in {training.n_documents:,} documents; using {stream.n_sequences:,} "
+        f"sequences of {model_config.context_length}. Held out: {len(validation.tokens):,} tokens."
+    )
+
+    model = PicoLLM(model_config, config.seed).to(device)
+    optimizer = make_optimizer(model, config)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    rows: list[dict] = []
+    first_step = 0
+    resumed = _resumable(partial, model_config, config, corpus)
+    if resumed:
+        model.load_state_dict(resumed.weights)
+        optimizer.load_state_dict(resumed.training_state["optimizer"])
+        scaler.load_state_dict(resumed.training_state["scaler"])
+        first_step, rows = resumed.step, resumed.metrics
+        print(f"Resuming {partial} at step {first_step:,} of {total_steps:,}.")
+    body, everything = model.count_parameters()
+    print(
+        f"Model: {body / 1e6:.2f}M parameters without embeddings, {everything / 1e6:.2f}M with them. "
+        f"{total_steps:,} steps of {config.batch_size} sequences on {device} in {str(dtype)[6:]}."
+    )
+
+    def save(path: Path, step: int, training_state: dict | None) -> None:
+        weights = {name: value.detach().cpu() for name, value in model.state_dict().items()}
+        save_checkpoint(path, Checkpoint(model_config, config, corpus.about, step, rows, weights, training_state))
+        write_csv(Path(results) / f"{config.name}_metrics.csv", rows)
+
+    def save_partial(step: int) -> None:
+        save(partial, step, {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "corpus": corpus.key})
+
+    save_partial(first_step)  # a folder that cannot be written is found now, not after hours
+    forward = torch.compile(model) if (device.type == "cuda" if config.compile is None else config.compile) else model
+    model.train()
+    loss_sum, n_logged, logged_at, saved_at = torch.zeros((), device=device), 0, time.perf_counter(), time.monotonic()
+    tokens_per_step = config.batch_size * model_config.context_length
+    bar = progress(total=total_steps, initial=first_step, desc=f"train {config.name}", unit="step")
+    devices = [device] if device.type == "cuda" else []
+    with bar, _stop_requests() as stop, torch.random.fork_rng(devices):
+        for step in range(first_step, total_steps):
+            with profiler_range("data"):
+                batch = stream.batch(step * config.batch_size, config.batch_size)
+            with profiler_range("host-to-device"):
+                batch = batch.to(device, non_blocking=True)
+            rate = learning_rate_at(step, total_steps, config)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            loss_sum += train_step(forward, optimizer, scaler, batch, config, step, dtype)
+            n_logged += 1
+            bar.update()
+
+            done = step + 1
+            is_last = done == total_steps
+            if is_last or done % config.log_interval == 0 or done % config.eval_interval == 0:
+                loss = float(loss_sum) / n_logged  # the only wait for the device
+                speed = n_logged * tokens_per_step / (time.perf_counter() - logged_at)
+                row = {
+                    "step": done,
+                    "tokens": done * tokens_per_step,
+                    "epoch": round(done * config.batch_size / stream.n_sequences, 4),
+                    "train_loss": loss,
+                    "val_loss": None,
+                    "word_perplexity": None,
+                    "learning_rate": rate,
+                    "tokens_per_second": round(speed, 1),
+                }
+                if is_last or done % config.eval_interval == 0:
+                    evaluation = evaluate(model, validation, model_config.context_length)
+                    row |= {"val_loss": evaluation.loss, "word_perplexity": evaluation.word_perplexity}
+                rows.append(row)
+                bar.set_postfix_str(f"loss {loss:.3f}, {speed:,.0f} tokens/s")
+                if on_log:
+                    on_log(rows)
+                loss_sum.zero_()
+                n_logged, logged_at = 0, time.perf_counter()
+            if is_last:
+                break
+            if stop.is_set():
+                save_partial(done)
+                print(f"Stopped at step {done:,}; run it again to go on from there.")
+                return TrainResult(model.eval(), partial, rows, finished=False)
+            if time.monotonic() - saved_at > config.checkpoint_seconds:
+                try:
+                    save_partial(done)
+                except PicoError as error:  # the run itself is fine
+                    print(f"{error} Training goes on without this checkpoint.", file=sys.stderr)
+                saved_at = time.monotonic()
+
+    try:
+        save(final, total_steps, None)
+    except PicoError as error:
+        rescue = Path(tempfile.gettempdir()) / final.name
+        save_checkpoint(rescue, Checkpoint(model_config, config, corpus.about, total_steps, rows, model.state_dict()))
+        raise PicoError(f"{error} The trained model is safe in {rescue}.") from error
+    partial.unlink(missing_ok=True)
+    return TrainResult(model.eval(), final, rows, finished=True)
+
+
+def _resumable(path: Path, model_config: ModelConfig, config: TrainConfig, corpus: Corpus) -> Checkpoint | None:
+    """The unfinished run at `path` if it has these settings; one with other settings is moved aside, never lost."""
+    if not path.exists():
+        return None
+    problem = "it has other settings"
+    try:
+        found = load_checkpoint(path)
+        same = found.training_state and found.training_state["corpus"] == corpus.key
+        if same and (found.model_config, found.train_config) == (model_config, config):
+            return found
+    except PicoError as error:
+        problem = str(error)
+    kept = path.with_name(f"{path.name}.{time.strftime('%Y%m%d-%H%M%S')}.old")
+    os.replace(path, kept)
+    print(f"The unfinished run {path} is not resumed, {problem}; it was moved to {kept.name}.")
+    return None
 
 
 # ======================================================================================================================
@@ -983,9 +1371,8 @@ def capture_attention(model: PicoLLM, text: str) -> AttentionCapture:
     if not text.strip():
         raise PicoError("The sentence is empty; write at least one word.")
     if len(ids) > model.config.max_positions:
-        raise PicoError(
-            f"A sentence of {len(ids)} tokens exceeds the model's {model.config.max_positions}; shorten {text[:40]!r}..."
-        )
+        limit = model.config.max_positions
+        raise PicoError(f"A sentence of {len(ids)} tokens exceeds the model's {limit}; shorten {text[:40]!r}...")
     layers: list[Tensor] = []
     with evaluating(model):
         idx = torch.tensor([ids], device=model.token_embedding.weight.device)
