@@ -866,9 +866,10 @@ class PicoLLM(nn.Module):
     def __init__(self, config: ModelConfig, seed: int = 0) -> None:
         super().__init__()
         self.config = config
-        self.token_embedding = nn.Embedding(config.padded_vocab_size, config.d_model)  # also the output projection
+        with torch.random.fork_rng(devices=[]):  # PyTorch's default weights would draw from the global generator
+            self.token_embedding = nn.Embedding(config.padded_vocab_size, config.d_model)  # also the output projection
+            self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.dropout = nn.Dropout(config.dropout)
-        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.final_norm = nn.LayerNorm(config.d_model)
         frequencies = config.rope_theta ** (-torch.arange(0, config.head_dim, 2) / config.head_dim)  # (d/2,)
         angles = torch.outer(torch.arange(config.max_positions), frequencies).repeat(1, 2)  # (max_positions, d)

@@ -1,0 +1,61 @@
+"""Shared by all tests: a tiny model, a tiny corpus, no network."""
+
+from pathlib import Path
+
+import pytest
+
+import pico_helpers as pico
+
+
+@pytest.fixture
+def tiny_config() -> pico.ModelConfig:
+    return pico.ModelConfig(d_model=32, n_layer=2, n_head=2, d_ff=32, context_length=32, max_positions=64, dropout=0.1)
+
+
+@pytest.fixture
+def tiny_model(tiny_config) -> pico.PicoLLM:
+    return pico.PicoLLM(tiny_config, seed=1).eval()
+
+
+@pytest.fixture(scope="session")
+def corpus_folder(tmp_path_factory) -> Path:
+    """A parquet folder in WikiText's schema: 60 training articles and 5 validation articles of made-up lines."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    folder = tmp_path_factory.mktemp("corpus")
+
+    def rows(articles: range) -> list[str]:
+        lines = []
+        for n in articles:
+            lines += ["", f" = Article {n} = \n", ""]
+            lines += [
+                f" The number {n} is followed by {n + k} , as line {k} of article {n} says . \n" for k in range(6)
+            ]
+            lines += ["", " = = A section = = \n", "", f" Its last line repeats {n} . \n"]
+        return lines
+
+    pq.write_table(pa.table({"text": rows(range(40))}), folder / "train-00000-of-00002.parquet")
+    pq.write_table(pa.table({"text": rows(range(40, 60))}), folder / "train-00001-of-00002.parquet")
+    pq.write_table(pa.table({"text": rows(range(100, 105))}), folder / "validation-00000-of-00001.parquet")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def data_folder(tmp_path_factory) -> Path:
+    """Where token files of the session go."""
+    return tmp_path_factory.mktemp("data")
+
+
+@pytest.fixture
+def tiny_train(corpus_folder) -> pico.TrainConfig:
+    return pico.TrainConfig(
+        name="tiny",
+        corpus=str(corpus_folder),
+        max_steps=12,
+        batch_size=4,
+        warmup_steps=2,
+        log_interval=3,
+        eval_interval=6,
+        checkpoint_seconds=0.0,
+    )

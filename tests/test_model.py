@@ -1,0 +1,153 @@
+"""The decoder: an independent implementation agrees, and the properties that define it hold."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import pico_helpers as pico
+
+
+def random_ids(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randint(50257, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def test_parameter_counts_of_the_full_model():
+    body, everything = pico.PicoLLM(pico.ModelConfig()).count_parameters()
+    assert body == 8 * (4 * 448**2 + 3 * 448 * 512 + 4 * 448) + 2 * 448 == 11_942_784
+    assert everything == body + 50257 * 448 == 34_457_920
+
+
+@pytest.mark.parametrize("length", [1, 40, 384, 512])
+def test_transformers_stablelm_gives_the_same_logits(length):
+    """StableLM has LayerNorm, full rotary positions and SwiGLU without biases: an implementation that is not ours."""
+    transformers = pytest.importorskip("transformers")
+    config = pico.ModelConfig(n_layer=3)
+    model = pico.PicoLLM(config, seed=3).eval()
+    with torch.no_grad():  # norms away from their initial ones and zeros
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.add_(0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name))))
+    reference = transformers.StableLmForCausalLM(
+        transformers.StableLmConfig(
+            vocab_size=config.vocab_size,
+            hidden_size=config.d_model,
+            intermediate_size=config.d_ff,
+            num_hidden_layers=config.n_layer,
+            num_attention_heads=config.n_head,
+            num_key_value_heads=config.n_head,
+            max_position_embeddings=config.max_positions,
+            rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta, "partial_rotary_factor": 1.0},
+            tie_word_embeddings=True,
+        )
+    ).eval()
+    missing, unexpected = reference.load_state_dict(pico.to_stablelm_state_dict(model), strict=False)
+    assert set(missing) <= {"lm_head.weight"} and not unexpected
+    reference.tie_weights()
+    idx = random_ids(2, length)
+    with torch.no_grad():
+        torch.testing.assert_close(model(idx), reference(idx).logits, atol=1e-5, rtol=1e-5)
+
+
+def test_a_token_changes_only_its_own_and_later_logits(tiny_model):
+    idx = random_ids(1, 20)
+    changed = idx.clone()
+    changed[0, 11] = (idx[0, 11] + 1) % 50257
+    with torch.no_grad():
+        a, b = tiny_model(idx), tiny_model(changed)
+    assert torch.equal(a[:, :11], b[:, :11])
+    assert not torch.allclose(a[:, 11:], b[:, 11:])
+
+
+@pytest.mark.parametrize("shift", [1, 7, 30])
+def test_rope_scores_depend_on_relative_position_only(tiny_model, shift):
+    q, k = torch.randn(2, 1, 1, 1, 16, generator=torch.Generator().manual_seed(0))
+
+    def score(i: int, j: int) -> float:
+        cos, sin = tiny_model.rope_cos, tiny_model.rope_sin
+        rotated = [pico.apply_rope(x, cos[n : n + 1], sin[n : n + 1]) for x, n in ((q, i), (k, j))]
+        return float((rotated[0] * rotated[1]).sum())
+
+    assert score(9, 4) == pytest.approx(score(9 + shift, 4 + shift), abs=1e-5)
+    assert score(9, 4) != pytest.approx(score(9 + shift, 4), abs=1e-3)
+
+
+def test_attention_rows_sum_to_one_and_never_look_ahead(tiny_model):
+    layers = {}
+    pico.stream_attention(tiny_model, random_ids(3, 24), layers.__setitem__)
+    assert sorted(layers) == [0, 1]
+    for weights in layers.values():
+        assert weights.shape == (3, 2, 24, 24) and weights.dtype == torch.float32
+        torch.testing.assert_close(weights.sum(-1), torch.ones(3, 2, 24))
+        assert torch.count_nonzero(weights.triu(1)) == 0
+
+
+def test_capturing_pass_gives_the_logits_of_the_normal_pass():
+    model = pico.PicoLLM(pico.ModelConfig(), seed=2).train()  # capture must switch dropout off and on again
+    capture = pico.capture_attention(model, "The captain said that she would sail at dawn.")
+    assert model.training
+    with torch.no_grad():
+        expected = model.eval()(torch.tensor([capture.token_ids]))[0]
+    torch.testing.assert_close(capture.logits, expected, atol=1e-5, rtol=0)
+    n = len(capture.token_ids)
+    assert capture.weights.shape == (8, 7, n, n)
+    assert "".join(capture.text[a:b] for a, b in capture.offsets) == capture.text
+
+
+def test_loss_equals_cross_entropy_of_the_logits_with_its_gradients(tiny_model):
+    tiny_model.loss_chunk = 7  # does not divide the rows
+    idx, targets = random_ids(3, 10), random_ids(3, 10, seed=1)
+    expected = F.cross_entropy(tiny_model(idx).flatten(0, 1), targets.flatten())
+    expected.backward()
+    gradients = {name: p.grad.clone() for name, p in tiny_model.named_parameters()}
+    tiny_model.zero_grad()
+    loss = tiny_model(idx, targets)
+    loss.backward()
+    assert loss.item() == pytest.approx(expected.item(), abs=1e-5)
+    for name, p in tiny_model.named_parameters():
+        torch.testing.assert_close(p.grad, gradients[name], atol=1e-6, rtol=1e-4)
+    padding = tiny_model.token_embedding.weight.grad[50257:]
+    assert len(padding) == 47 and torch.count_nonzero(padding) == 0
+
+
+def test_untrained_loss_is_near_the_logarithm_of_the_vocabulary(tiny_model):
+    with torch.no_grad():
+        assert tiny_model(random_ids(4, 32), random_ids(4, 32, seed=1)).item() == pytest.approx(
+            math.log(50257), abs=0.2
+        )
+
+
+def test_cache_gives_the_same_logits_in_pieces(tiny_model):
+    idx = random_ids(2, 30)
+    cache = pico.KVCache(tiny_model.config, 2, torch.device("cpu"), torch.float32)
+    with torch.no_grad():
+        pieces = [tiny_model(part, cache=cache) for part in idx.split([5, 1, 9, 15], dim=1)]
+        torch.testing.assert_close(torch.cat(pieces, 1), tiny_model(idx), atol=1e-5, rtol=1e-5)
+
+
+def test_positions_beyond_the_context_work_up_to_the_rope_cache(tiny_model):
+    with torch.no_grad():
+        assert tiny_model(random_ids(1, 64)).shape == (1, 64, 50257)  # context 32, cache 64
+    with pytest.raises(pico.PicoError, match="65 positions exceed the model's 64"):
+        tiny_model(random_ids(1, 65))
+
+
+def test_a_seed_names_one_untrained_model(tiny_config):
+    state = torch.random.get_rng_state()
+    a, b, c = (pico.PicoLLM(tiny_config, seed=seed).state_dict() for seed in (5, 5, 6))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert not torch.equal(a["token_embedding.weight"], c["token_embedding.weight"])
+    assert torch.equal(state, torch.random.get_rng_state())
+
+
+@pytest.mark.parametrize("text", ["", "  \n ", "word " * 600])
+def test_sentences_that_cannot_be_captured_say_so(tiny_model, text):
+    with pytest.raises(pico.PicoError, match=r"empty|shorten"):
+        pico.capture_attention(tiny_model, text)
+
+
+@pytest.mark.parametrize("options", [{"d_model": 100}, {"context_length": 600}])
+def test_impossible_configurations_say_so(options):
+    with pytest.raises(pico.PicoError, match=r"choose|raise"):
+        pico.ModelConfig(**options)
