@@ -342,7 +342,8 @@ class Tokenizer:
                 holders.setdefault(character, []).append(index)
         labels = []
         for index, (start, end) in enumerate(offsets):
-            label = text[start:end].replace(" ", "·").replace("\n", "⏎").replace("\t", "⇥")
+            marked = text[start:end].replace(" ", "·").replace("\n", "⏎").replace("\t", "⇥")
+            label = "".join(c if c.isprintable() else f"U+{ord(c):04X}" for c in marked)
             shared = holders.get(end - 1, [])
             if len(shared) > 1:
                 label += f"{shared.index(index) + 1}/{len(shared)}"

