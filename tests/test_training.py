@@ -1,0 +1,305 @@
+"""Training and checkpoints: exact resume, clean stops, and files that must not be trusted."""
+
+import csv
+import dataclasses
+import os
+import pickle
+import resource
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import pico_helpers as pico
+from pico_helpers import PicoError
+
+ROOT = Path(__file__).parent.parent
+
+
+def weights_equal(a: dict, b: dict) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, corpus_folder, data_folder):
+    """An uninterrupted run: (model config, train config, result)."""
+    config = pico.ModelConfig(d_model=32, n_layer=2, n_head=2, d_ff=32, context_length=32, max_positions=64)
+    train = pico.TrainConfig(
+        name="tiny",
+        corpus=str(corpus_folder),
+        max_steps=12,
+        batch_size=4,
+        micro_batch_size=2,
+        learning_rate=1e-2,
+        warmup_steps=2,
+        log_interval=3,
+        eval_interval=6,
+        checkpoint_seconds=0.0,
+    )
+    assert config.dropout > 0
+    return config, train, pico.train(config, train, tmp_path_factory.mktemp("results"), data_folder)
+
+
+def test_the_loss_falls_from_the_logarithm_of_the_vocabulary(finished):
+    rows = finished[2].metrics
+    assert rows[0]["train_loss"] == pytest.approx(10.8, abs=0.4)
+    assert rows[-1]["train_loss"] < rows[0]["train_loss"] - 2
+    assert rows[-1]["val_loss"] < 9
+
+
+def test_a_run_leaves_a_checkpoint_and_metrics(finished):
+    config, train, result = finished
+    folder = result.checkpoint.parent
+    assert sorted(p.name for p in folder.iterdir()) == ["pico_llm_tiny.pt", "tiny_metrics.csv"]
+    checkpoint = pico.load_checkpoint(result.checkpoint)
+    assert (checkpoint.model_config, checkpoint.train_config, checkpoint.step) == (config, train, 12)
+    assert "parquet folder" in checkpoint.corpus and checkpoint.tokenizer == "gpt2"
+    assert weights_equal(checkpoint.weights, result.model.state_dict())
+    with open(folder / "tiny_metrics.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert [int(row["step"]) for row in rows] == [3, 6, 9, 12]
+    assert [bool(row["val_loss"]) for row in rows] == [False, True, False, True]
+    assert int(rows[-1]["tokens"]) == 12 * 4 * 32
+
+
+@pytest.mark.parametrize("stop_at", [1, 7])
+def test_ctrl_c_saves_and_the_resumed_run_ends_bit_for_bit_equal(finished, data_folder, tmp_path, monkeypatch, stop_at):
+    config, train, expected = finished
+    steps = []
+    original = pico.train_step
+
+    def interrupted(*args):
+        steps.append(args)
+        if len(steps) == stop_at:
+            os.kill(os.getpid(), signal.SIGINT)
+        return original(*args)
+
+    monkeypatch.setattr(pico, "train_step", interrupted)
+    stopped = pico.train(config, train, tmp_path, data_folder)
+    assert not stopped.finished and len(steps) == stop_at
+    assert pico.load_checkpoint(stopped.checkpoint).step == stop_at
+    monkeypatch.setattr(pico, "train_step", original)
+    resumed = pico.train(config, train, tmp_path, data_folder)
+    assert resumed.finished
+    assert weights_equal(resumed.model.state_dict(), expected.model.state_dict())
+    assert not pico.checkpoint_path(tmp_path, "tiny", partial=True).exists()
+    assert [row["val_loss"] for row in resumed.metrics if row["val_loss"]] == [
+        row["val_loss"] for row in expected.metrics if row["val_loss"]
+    ]
+
+
+def test_kill_9_at_any_point_loses_nothing(finished, data_folder, tmp_path):
+    """A process is killed while it trains, again and again, until the run is through."""
+    config, train, expected = finished
+    script = textwrap.dedent(f"""
+        import time, torch
+        torch.set_num_threads(torch.get_num_threads())
+        import pico_helpers as pico
+        step = pico.train_step
+        def slow(*args):
+            time.sleep(0.15)
+            return step(*args)
+        pico.train_step = slow
+        config = pico.ModelConfig(**{dataclasses.asdict(config)!r})
+        train = pico.TrainConfig(**{dataclasses.asdict(train)!r})
+        pico.train(config, train, {str(tmp_path)!r}, {str(data_folder)!r}, on_log=lambda rows: print("row", flush=True))
+        print("finished", flush=True)
+    """)
+    seen = []
+    for delay in (0.0, 0.1, None):  # after the first line of metrics, in the middle of a step; None: to the end
+        with subprocess.Popen(
+            [sys.executable, "-c", script], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        ) as process:
+            for line in process.stdout:
+                seen.append(line.strip())
+                if delay is not None and line.startswith("row"):
+                    time.sleep(delay)
+                    process.kill()
+    assert seen.count("finished") == 1 and sum(line.startswith("Resuming") for line in seen) == 2
+    weights = pico.load_checkpoint(pico.checkpoint_path(tmp_path, "tiny")).weights
+    assert weights_equal(weights, expected.model.state_dict())
+
+
+def test_an_unfinished_run_with_other_settings_is_moved_aside(finished, data_folder, tmp_path, capsys, monkeypatch):
+    config, train, _ = finished
+    original = pico.train_step
+
+    def interrupted(*args):
+        os.kill(os.getpid(), signal.SIGINT)
+        return original(*args)
+
+    monkeypatch.setattr(pico, "train_step", interrupted)
+    pico.train(config, train, tmp_path, data_folder)
+    monkeypatch.setattr(pico, "train_step", original)
+    pico.train(config, dataclasses.replace(train, learning_rate=5e-3, max_steps=2), tmp_path, data_folder)
+    assert "is not resumed, it has other settings" in capsys.readouterr().out
+    (kept,) = tmp_path.glob("*.old")
+    assert pico.load_checkpoint(kept).step == 1
+
+
+def test_micro_batches_give_the_gradient_of_the_whole_batch(tiny_config, finished):
+    config = dataclasses.replace(tiny_config, dropout=0.0)
+    batch = torch.randint(50257, (4, 33), generator=torch.Generator().manual_seed(0))
+    states = []
+    for micro in (4, 2, 1):
+        model = pico.PicoLLM(config)
+        train = dataclasses.replace(finished[1], micro_batch_size=micro)
+        optimizer = pico.make_optimizer(model, train)
+        pico.train_step(model, optimizer, torch.amp.GradScaler("cpu", enabled=False), batch, train, 0, torch.float32)
+        states.append(model.state_dict())
+    for state in states[1:]:
+        for name, value in state.items():
+            torch.testing.assert_close(value, states[0][name], atol=1e-4, rtol=1e-3)
+
+
+def test_learning_rate_warms_up_and_ends_near_zero():
+    config = pico.TrainConfig(learning_rate=1.0, warmup_steps=10)
+    rates = [pico.learning_rate_at(step, 100, config) for step in range(100)]
+    assert rates[0] == pytest.approx(0.1) and max(rates) == rates[9] == pytest.approx(1.0)
+    assert rates[9:] == sorted(rates[9:], reverse=True) and 0 < rates[-1] < 0.02
+
+
+def test_validation_covers_the_whole_split(tiny_model, corpus_folder, data_folder):
+    file = pico.prepare_tokens(pico.choose_corpus(str(corpus_folder)), "validation", data_folder)
+    assert (len(file.tokens) - 1) % 32, "the last window must be a short one"
+    result = pico.evaluate(tiny_model, file, 32, batch_size=3)
+    tokens = torch.from_numpy(file.tokens.astype("int64"))
+    total = 0.0
+    with torch.no_grad():
+        for start in range(0, len(tokens) - 1, 32):
+            x, y = tokens[start : start + 32], tokens[start + 1 : start + 33]
+            total += float(tiny_model(x[None, : len(y)], y[None])) * len(y)
+    assert result.n_tokens == len(tokens) - 1
+    assert result.loss == pytest.approx(total / (len(tokens) - 1), abs=1e-5)
+    expected = 2.718281828 ** (total / file.n_words)
+    assert result.word_perplexity == pytest.approx(expected, rel=1e-3)
+
+
+def test_precision_follows_the_device():
+    assert pico.choose_precision("auto", torch.device("cpu")) == torch.float32
+    assert pico.choose_precision("bf16", torch.device("cpu")) == torch.bfloat16
+    with pytest.raises(PicoError, match="Unknown precision 'fp8'"):
+        pico.TrainConfig(precision="fp8")
+
+
+# --- checkpoint files -------------------------------------------------------------------------------------------------
+
+
+class Hostile:
+    def __init__(self, target: Path) -> None:
+        self.target = target
+
+    def __reduce__(self):
+        return (os.mkdir, (str(self.target),))
+
+
+def test_missing_truncated_and_foreign_files(finished, tmp_path):
+    good = finished[2].checkpoint.read_bytes()
+    with pytest.raises(PicoError, match="There is no checkpoint"):
+        pico.load_model(tmp_path / "none.pt")
+    with pytest.raises(PicoError, match="There is no checkpoint"):
+        pico.load_model(tmp_path)
+    path = tmp_path / "model.pt"
+    for content in (b"", b"not a model", good[: len(good) // 2], good[:-100]):
+        path.write_bytes(content)
+        with pytest.raises(PicoError, match=r"cannot be read|is not a Pico-LLM checkpoint"):
+            pico.load_model(path)
+    torch.save({"weights": torch.zeros(3)}, path)
+    with pytest.raises(PicoError, match="not a Pico-LLM checkpoint"):
+        pico.load_model(path)
+
+
+@pytest.mark.parametrize("how", ["torch", "pickle"])
+def test_code_in_a_file_does_not_run(tmp_path, how):
+    path, target = tmp_path / "hostile.pt", tmp_path / "created"
+    if how == "torch":
+        torch.save({"format": "pico-llm", "version": 1, "weights": Hostile(target)}, path)
+    else:
+        path.write_bytes(pickle.dumps(Hostile(target)))
+    with pytest.raises(PicoError, match=r"holds more than weights|cannot be read"):
+        pico.load_model(path)
+    assert not target.exists()
+
+
+def edited(source: Path, target: Path, **changes) -> Path:
+    content = torch.load(source, weights_only=True)
+    torch.save(content | changes, target)
+    return target
+
+
+def test_checkpoints_that_do_not_fit(finished, tmp_path):
+    config, _, result = finished
+    as_dict = dataclasses.asdict(config)
+    path = tmp_path / "model.pt"
+    for changes, message in (
+        ({"model_config": as_dict | {"d_model": 64}}, "does not fit its configuration: token_embedding"),
+        ({"model_config": as_dict | {"d_model": 10**7, "n_layer": 10**6}}, "does not fit its configuration"),
+        ({"model_config": as_dict | {"n_layer": 1}}, "does not fit its configuration: Unexpected key"),
+        ({"model_config": as_dict | {"n_expert": 8}}, "unexpected keyword argument 'n_expert'"),
+        ({"version": 99}, "has format version 99; this code reads 1"),
+    ):
+        edited(result.checkpoint, path, **changes)
+        with pytest.raises(PicoError, match=message):
+            pico.load_model(path)
+
+
+def test_newest_checkpoint_prefers_finished_models(tmp_path, monkeypatch):
+    monkeypatch.setattr(pico, "__file__", str(tmp_path / "elsewhere.py"))
+    with pytest.raises(PicoError, match="train one first"):
+        pico.newest_checkpoint(tmp_path)
+    for age, name in enumerate(["pico_llm_c.partial.pt", "pico_llm_a.pt", "pico_llm_b.pt", "engine.pt"]):
+        (tmp_path / name).touch()
+        os.utime(tmp_path / name, (0, 1000 - age))
+    assert pico.newest_checkpoint(tmp_path).name == "pico_llm_a.pt"
+
+
+# --- folders that cannot be written -----------------------------------------------------------------------------------
+
+
+def test_results_that_cannot_be_written_are_found_before_training(finished, data_folder, tmp_path):
+    config, train, _ = finished
+    (tmp_path / "file").write_text("not a folder")
+    with pytest.raises(PicoError, match=r"Cannot write .* Free some space or choose another folder"):
+        pico.train(config, train, tmp_path / "file" / "results", data_folder)
+
+
+def test_a_full_disk_keeps_the_old_file(finished, tmp_path):
+    """A limit on the size of files stands in for the full disk: the write fails half-way."""
+    checkpoint = pico.load_checkpoint(finished[2].checkpoint)
+    path = pico.save_checkpoint(tmp_path / "model.pt", checkpoint)
+    before = path.read_bytes()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, hard))
+    try:
+        with pytest.raises(PicoError, match=r"Cannot write .*model\.pt"):
+            pico.save_checkpoint(path, checkpoint)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert path.read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["model.pt"]
+
+
+def test_a_disk_that_fills_up_during_training_costs_only_checkpoints(
+    finished, data_folder, tmp_path, monkeypatch, capsys
+):
+    config, train, expected = finished
+    original, calls = pico.save_checkpoint, []
+
+    def failing(path, checkpoint):
+        calls.append(path)
+        if len(calls) > 1 and "results" in str(path):  # the first one is the check at the start
+            raise PicoError(f"Cannot write {path}: No space left on device.")
+        return original(path, checkpoint)
+
+    monkeypatch.setattr(pico, "save_checkpoint", failing)
+    monkeypatch.setattr(pico.tempfile, "gettempdir", lambda: str(tmp_path / "rescue"))
+    with pytest.raises(PicoError, match=r"The trained model is safe in .*rescue"):
+        pico.train(config, train, tmp_path / "results", data_folder)
+    assert "Training goes on without this checkpoint" in capsys.readouterr().err
+    saved = pico.load_checkpoint(tmp_path / "rescue" / "pico_llm_tiny.pt")
+    assert weights_equal(saved.weights, expected.model.state_dict())
