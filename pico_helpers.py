@@ -25,6 +25,7 @@ and pre-LayerNorm (Xiong et al. 2020); the order of the file follows nanoGPT (Ka
 
 from __future__ import annotations
 
+import argparse
 import codecs
 import contextlib
 import csv
@@ -32,6 +33,7 @@ import dataclasses
 import functools
 import hashlib
 import importlib.util
+import io
 import json
 import math
 import os
@@ -45,7 +47,7 @@ import threading
 import time
 import urllib.request
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -152,22 +154,36 @@ PRESETS: dict[str, Preset] = {
         TrainConfig(
             name="quick",
             max_sequences=None,
-            max_steps=300,
+            max_steps=250,
             batch_size=16,
             learning_rate=3e-3,
             warmup_steps=20,
             log_interval=5,
-            eval_interval=60,
+            eval_interval=50,
             checkpoint_seconds=20.0,
         ),
         "a small model that learns visibly in 2-3 minutes on two CPU cores",
+    ),
+    "tiny": Preset(
+        ModelConfig(d_model=32, n_layer=2, n_head=2, d_ff=64, context_length=64, max_positions=128, dropout=0.0),
+        TrainConfig(
+            name="tiny",
+            max_sequences=None,
+            max_steps=20,
+            batch_size=8,
+            learning_rate=1e-2,
+            warmup_steps=5,
+            log_interval=5,
+            eval_interval=10,
+        ),
+        "a check in seconds that everything works; it learns next to nothing",
     ),
 }
 
 
 def default_preset() -> str:
-    """`wikitext103` with a GPU, else `quick`."""
-    return "wikitext103" if torch.cuda.is_available() else "quick"
+    """The variable PICO_PRESET, else `wikitext103` with a GPU, else `quick`."""
+    return os.environ.get("PICO_PRESET") or ("wikitext103" if torch.cuda.is_available() else "quick")
 
 
 def get_preset(name: str | None = None) -> Preset:
@@ -226,6 +242,15 @@ def write_csv(path: str | Path, rows: Sequence[dict]) -> Path:
         writer.writeheader()
         writer.writerows(rows)
     return Path(path)
+
+
+@contextlib.contextmanager
+def explain_errors() -> Iterator[None]:
+    """Prints a PicoError as one line and goes on, for steps that a machine may not be able to do."""
+    try:
+        yield
+    except PicoError as error:
+        print(error)
 
 
 def is_unattended() -> bool:
@@ -1607,4 +1632,271 @@ def export_to_hf(model: PicoLLM, folder: str | Path) -> Path:
 
 # ======================================================================================================================
 # COMMAND LINE AND MENU
+# What the notebook's menu and `python pico_helpers.py ...` do, in the same few functions.
 # ======================================================================================================================
+
+
+def setup_notebook() -> None:
+    """In a notebook, shows a PicoError as one red line instead of a stack trace (the cell still fails)."""
+    from IPython import get_ipython
+
+    def show(shell, kind, error, trace, tb_offset=None) -> list[str]:
+        lines = [f"\x1b[31m{kind.__name__}: {error}\x1b[0m"]
+        shell._showtraceback(kind, error, lines)
+        return lines
+
+    if shell := get_ipython():
+        shell.set_custom_exc((PicoError,), show)
+
+
+def _live_loss_curve() -> Callable[[list[dict]], None] | None:
+    """Redraws the loss curve below the notebook cell while training runs, every few seconds."""
+    if "ipykernel" not in sys.modules or is_unattended():
+        return None
+    from IPython.display import Image, display
+
+    handle, drawn_at = None, -math.inf
+
+    def update(rows: list[dict]) -> None:
+        nonlocal handle, drawn_at
+        if time.monotonic() - drawn_at < 3:
+            return
+        buffer = io.BytesIO()
+        plot_loss_curve(rows).savefig(buffer, dpi=90)
+        drawn_at, image = time.monotonic(), Image(buffer.getvalue())
+        if handle is None:
+            handle = display(image, display_id=True)
+        else:
+            handle.update(image)
+
+    return update
+
+
+def run_training(
+    preset: str | None = None, results: str | Path = "results", data_folder: str | Path = "data", **changes
+) -> tuple[TrainResult, list[Path]]:
+    """Trains a preset's model, with `changes` to its TrainConfig; draws the loss curve and prints sampled text.
+
+    Returns the result and the files written.
+    """
+    chosen = get_preset(preset)
+    print(f"Training: {chosen.about}.")
+    config = dataclasses.replace(chosen.train, **changes)
+    result = train(chosen.model, config, results, data_folder, on_log=_live_loss_curve())
+    files = [result.checkpoint, Path(results) / f"{config.name}_metrics.csv"]
+    if result.metrics:
+        files += save_figure(plot_loss_curve(result.metrics), Path(results) / "loss_curve")
+        last = result.metrics[-1]
+        print(f"Loss at step {last['step']:,}: training {last['train_loss']:.3f} nats per token", end="")
+        print(f", held-out text {last['val_loss']:.3f}." if last["val_loss"] else ".")
+    if result.finished:
+        print(f"A sample: {generate(result.model, 'The history of', 60)!r}")
+    return result, files
+
+
+def capture_sentences(model: PicoLLM, sentences: Mapping[str, Sequence[str]]) -> dict[str, list[AttentionCapture]]:
+    """Attention patterns for each category's sentences. One that cannot be captured is named and left out."""
+    captures: dict[str, list[AttentionCapture]] = {}
+    for category, texts in sentences.items():
+        for text in texts:
+            try:
+                captures.setdefault(category, []).append(capture_attention(model, text))
+            except PicoError as error:
+                print(f"Left out of {category!r}: {error}")
+    if not any(captures.values()):
+        raise PicoError("None of the sentences can be studied; give at least one of a few words.")
+    return captures
+
+
+def run_analysis(
+    checkpoint: str | Path | None = None,
+    sentences: Mapping[str, Sequence[str]] | None = None,
+    results: str | Path = "results",
+    data_folder: str | Path = "data",
+) -> list[Path]:
+    """The attention study of a checkpoint (default: the newest): scores, tests, figures, both pages.
+
+    `sentences`: category -> texts, default ALL_TEST_CATEGORIES. Returns the files written.
+    """
+    path = Path(checkpoint) if checkpoint else newest_checkpoint(results)
+    saved = load_checkpoint(path)
+    model = model_from_checkpoint(saved).to(default_device())
+    print(
+        f"Analyzing {path}: {model.count_parameters()[0] / 1e6:.2f}M parameters, step {saved.step:,}, {saved.corpus}."
+    )
+    captures = capture_sentences(model, sentences or ALL_TEST_CATEGORIES)
+    corpus = choose_corpus(saved.train_config.corpus, saved.train_config.corpus_fraction, data_folder)
+    return []
+
+
+def ask_choice(ask: Callable[[str], str] = input) -> str:
+    """1 train, 2 analyze, 3 both. Unattended it is the variable PICO_MENU, or 3; a typo is asked again.
+
+    Raises PicoError for an unknown PICO_MENU.
+    """
+    names = {"train": "1", "analyze": "2", "both": "3"}
+    if is_unattended():
+        choice = os.environ.get("PICO_MENU", "3").strip().lower()
+        choice = names.get(choice, choice)
+        if choice not in names.values():
+            raise PicoError(f"Unknown choice PICO_MENU={choice!r}; use 1 (train), 2 (analyze) or 3 (both).")
+        return choice
+    print("1  train a model\n2  analyze an existing model\n3  both")
+    while True:
+        try:
+            choice = ask("Your choice [3]: ").strip().lower() or "3"
+        except (EOFError, NotImplementedError):  # no standard input; Jupyter raises StdinNotImplementedError
+            return "3"
+        choice = names.get(choice, choice)
+        if choice in names.values():
+            return choice
+        print(f"{choice!r} is not on the menu; type 1, 2 or 3.")
+
+
+def ask_checkpoint(results: str | Path = "results", ask: Callable[[str], str] = input) -> Path:
+    """Asks for the model to analyze; Enter, or nobody there, takes the newest. A wrong path is asked again."""
+    default = None
+    with contextlib.suppress(PicoError):
+        default = newest_checkpoint(results)
+    while not is_unattended():
+        try:
+            answer = ask(f"Path of the model [{default}]: ").strip()
+        except (EOFError, NotImplementedError):
+            break
+        try:
+            load_checkpoint(answer or default or newest_checkpoint(results))
+            return Path(answer or default)
+        except PicoError as error:
+            print(error)
+            if default is None and not answer:
+                raise
+    return newest_checkpoint(results)
+
+
+def main_menu(
+    preset: str | None = None,
+    sentences: Mapping[str, Sequence[str]] | None = None,
+    results: str | Path = "results",
+    data_folder: str | Path = "data",
+    ask: Callable[[str], str] = input,
+) -> list[Path]:
+    """The notebook's menu: 1 train, 2 analyze an existing model, 3 both. Prints and returns the files produced."""
+    choice = ask_choice(ask)
+    files: list[Path] = []
+    checkpoint = ask_checkpoint(results, ask) if choice == "2" else None
+    finished = True
+    if choice in "13":
+        result, files = run_training(preset, results, data_folder)
+        checkpoint, finished = result.checkpoint, result.finished
+    if choice in "23" and finished:
+        files += run_analysis(checkpoint, sentences, results, data_folder)
+    print_files(files)
+    return files
+
+
+def print_files(files: Sequence[Path]) -> None:
+    """Lists files with their sizes; pictures that exist as PNG and SVG share a line."""
+    groups: dict[Path, list[Path]] = {}
+    for path in files:
+        groups.setdefault(path.with_suffix(""), []).append(path)
+    print(f"\n{len(files)} files:")
+    for stem, paths in groups.items():
+        kinds = ", ".join(f"{path.suffix[1:]} {path.stat().st_size / 1024:,.0f} KB" for path in paths)
+        print(f"  {stem}  ({kinds})")
+
+
+def offer_download(results: str | Path = "results") -> Path | None:
+    """In Colab, offers `results` as a zip for download; elsewhere the files are already on your disk."""
+    if "google.colab" not in sys.modules:
+        print(f"Your files are in {Path(results).resolve()}.")
+        return None
+    from google.colab import files
+
+    archive = Path(shutil.make_archive("pico_llm_results", "zip", results))
+    files.download(str(archive))
+    return archive
+
+
+def _add_config_options(parser: argparse.ArgumentParser) -> None:
+    """One option for each field of TrainConfig, such as --learning-rate."""
+    kinds = {"str": str, "int": int, "float": float}
+    group = parser.add_argument_group("changes to the preset")
+    for item in dataclasses.fields(TrainConfig):
+        option, kind = "--" + item.name.replace("_", "-"), item.type.split(" | ")[0]
+        if kind in kinds:
+            group.add_argument(option, type=kinds[kind], metavar=kind, help=f"wikitext103: {item.default}")
+        elif kind == "bool":
+            group.add_argument(option, action=argparse.BooleanOptionalAction)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description="Pico-LLM: train, analyze, generate, optimize, export.")
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    def command(name: str, about: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=about, description=about)
+        sub.add_argument("--results", "--out", default="results", help="folder for the files (default: results)")
+        sub.add_argument("--data-folder", default="data", help="folder for token files (default: data)")
+        return sub
+
+    for name, about in (("train", "Train a model."), ("both", "Train a model and study its attention.")):
+        sub = command(name, about)
+        sub.add_argument("--preset", help=f"one of: {', '.join(PRESETS)} (default here: {default_preset()})")
+        _add_config_options(sub)
+    for name, about in (
+        ("analyze", "Study the attention of a model."),
+        ("optimize", "Compile for inference, check, benchmark and save."),
+        ("generate", "Continue a prompt."),
+        ("export", "Write a Hugging Face folder of a model."),
+    ):
+        sub = command(name, about)
+        sub.add_argument("--checkpoint", help="a .pt file (default: the newest in the results folder)")
+        if name == "generate":
+            sub.add_argument("prompt")
+            sub.add_argument("--max-new-tokens", type=int, default=100)
+            sub.add_argument("--temperature", type=float, default=0.8)
+            sub.add_argument("--seed", type=int, default=0)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """`python pico_helpers.py train|analyze|both|optimize|generate|export`. Returns the exit status."""
+    options = _parser().parse_args(arguments)
+    folders = {"results": options.results, "data_folder": options.data_folder}
+    names = [item.name for item in dataclasses.fields(TrainConfig)]
+    changes = {name: value for name in names if (value := getattr(options, name, None)) is not None}
+    files: list[Path] = []
+    try:
+        if options.command in ("train", "both"):
+            result, files = run_training(options.preset, **folders, **changes)
+            if not result.finished:
+                return 130
+            if options.command == "both":
+                files += run_analysis(result.checkpoint, **folders)
+        elif options.command == "analyze":
+            files = run_analysis(options.checkpoint, **folders)
+        elif options.command == "optimize":
+            files = advanced_tensorrt_optimization_demo(options.checkpoint, **folders).files
+        else:
+            model = load_model(options.checkpoint or newest_checkpoint(options.results))
+            if options.command == "generate":
+                sampling = {name: getattr(options, name) for name in ("max_new_tokens", "temperature", "seed")}
+                print(options.prompt, end="", flush=True)
+                for piece in stream_text(model, options.prompt, **sampling):
+                    print(piece, end="", flush=True)
+                print()
+            else:
+                folder = export_to_hf(model, Path(options.results) / "huggingface")
+                files = sorted(folder.iterdir())
+    except PicoError as error:
+        print(f"Error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    if files:
+        print_files(files)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
