@@ -30,24 +30,37 @@ import csv
 import functools
 import hashlib
 import importlib.util
+import itertools
 import json
 import math
 import os
+import pickle
 import re
 import shutil
+import subprocess
 import sys
 import tempfile
+import textwrap
 import threading
+import types
+import unicodedata
 import urllib.request
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
+
+if TYPE_CHECKING:
+    import networkx
+    import pandas
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 # ======================================================================================================================
 # CONFIGURATION
@@ -1007,7 +1020,953 @@ def capture_attention(model: PicoLLM, text: str) -> AttentionCapture:
 
 # ======================================================================================================================
 # FIGURES
+# Every picture is a matplotlib Figure of its own (no pyplot), so it draws in a thread, a process or a notebook alike.
+# Attention maps are laid out in inches on one sheet: placing text and images by hand is several times faster than axes.
 # ======================================================================================================================
+
+CLASS_COLORS = {  # Okabe & Ito's colours, told apart by readers with any colour vision
+    "Diagonal/Self": "#0072B2",
+    "Local Context": "#56B4E9",
+    "Token-Specific": "#E69F00",
+    "Global/Broad": "#009E73",
+    "Mixed": "#BBBBBB",
+    "Resting": "#666666",
+}
+MODEL_NAMES = {  # the rows of HeadStudy.shares and .baselines, in the order in which pictures show them
+    "trained": "this model",
+    "shuffled": "this model, shuffled tokens",
+    "untrained": "untrained models",
+    "uniform": "uniform head",
+}
+_MODEL_COLORS = {"trained": "#0072B2", "shuffled": "#CC79A7", "untrained": "#555555", "uniform": "#BBBBBB"}
+_SCORE_NAMES = {  # columns of HeadStudy.scores that are drawn as maps
+    "sink": "Sink: the first token",
+    "self": "Self: the token itself",
+    "previous": "Previous: one token back",
+    "local": "Local: up to two back",
+    "duplicate": "Duplicate: same token before",
+    "induction": "Induction: what followed it",
+    "punctuation": "Punctuation",
+    "rare": "Rare: least frequent token",
+    "broad": "Broad: evenly spread",
+    "resting": "Rest: share not on the first token",
+}
+_NO_KEY = "#d5d5d5"  # the upper triangle: tokens that come later cannot be looked at
+_MAX_LABELS = 40  # on a heatmap
+_MAX_NODES = 20  # in a flow graph
+_DPI = 110
+
+
+def save_figure(figure: Figure, path: str | Path) -> list[Path]:
+    """Writes `path`.png and `path`.svg atomically; returns both paths."""
+    paths = [Path(f"{path}.{kind}") for kind in ("png", "svg")]
+    for target in paths:
+        with atomic_write(target) as temporary:
+            figure.savefig(temporary, dpi=_DPI)
+    return paths
+
+
+# -- Sheets, text and maps
+
+
+def _figure(width: float, height: float, **options) -> Figure:
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), facecolor="white", **options)
+
+
+def _sheet(width: float, height: float, title: str, text: str = "", note: str = "") -> tuple[Figure, Axes]:
+    """A figure with one invisible axes whose unit is the inch, (0, 0) at the top left.
+
+    `text` (a sentence) stands below the title and `note` at the bottom, both wrapped; 0.75 and 0.5 inches hold them.
+    """
+    figure = _figure(width, height)
+    sheet = figure.add_axes((0, 0, 1, 1))
+    sheet.set_axis_off()
+    sheet.set(xlim=(0, width), ylim=(height, 0), autoscale_on=False)
+    _write(sheet, 0.15, 0.1, title, 11, va="top", weight="bold")
+    _write(sheet, 0.15, 0.34, _wrap(text, width, 8.5, 2), 8.5, va="top", color="#333333")
+    _write(sheet, 0.15, height - 0.08, _wrap(note, width, 7, 3), 7, va="bottom", color="#555555")
+    return figure, sheet
+
+
+def _wrap(text: str, width: float, size: float, max_lines: int) -> str:
+    per_line = int((width - 0.3) * 72 / (0.56 * size))
+    return "\n".join(textwrap.wrap(text, max(per_line, 20), max_lines=max_lines, placeholder=" …"))
+
+
+def _write(sheet: Axes, x: float, y: float, text: str, size: float, **options) -> None:
+    """Text in a font that has its characters; never read as a formula."""
+    text, fonts = readable_text(text)
+    sheet.text(x, y, text, fontsize=size, fontfamily=fonts, parse_math=False, **options)
+
+
+def readable_text(text: str) -> tuple[str, list[str]]:
+    """(text, font families) such that matplotlib can draw it: characters in no installed font become U+65E5."""
+    fonts, characters = ["DejaVu Sans"], []
+    for character in text:
+        font = "DejaVu Sans" if character == "\n" else _font_for(character)
+        if font and font not in fonts:
+            fonts.append(font)
+        characters.append(character if font else f"U+{ord(character):04X}")
+    return "".join(characters), fonts
+
+
+@functools.cache
+def _font_for(character: str) -> str | None:
+    """Family of an installed font that draws this character, matplotlib's own DejaVu Sans first."""
+    from matplotlib.font_manager import fontManager
+
+    if unicodedata.category(character) in ("Cc", "Cf", "Cs", "Co", "Cn"):
+        return None  # control and format characters are invisible or unassigned
+    regular = {}
+    for entry in fontManager.ttflist:
+        if entry.style == "normal" and entry.weight in (400, "normal", "regular"):
+            regular.setdefault(entry.name, entry)
+    for name in sorted(regular, key=lambda name: (name != "DejaVu Sans", "Noto" not in name, name)):
+        if ord(character) in _characters_of(regular[name].fname):
+            return name
+    return None
+
+
+@functools.cache
+def _characters_of(font_path: str) -> frozenset[int]:
+    from matplotlib.ft2font import FT2Font
+
+    try:
+        return frozenset(FT2Font(font_path).get_charmap())
+    except (OSError, RuntimeError):  # bitmap fonts such as colour emoji cannot be drawn
+        return frozenset()
+
+
+def _number_repeats(labels: Sequence[str]) -> list[str]:
+    """The second copy of a token becomes `the²`, the third `the³`, so that each label names one position."""
+    seen: dict[str, int] = {}
+    numbered = []
+    for label in labels:
+        seen[label] = count = seen.get(label, 0) + 1
+        numbered.append(
+            label if count == 1 else label + str(count).translate(str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹"))
+        )
+    return numbered
+
+
+def _short_labels(labels: Sequence[str], limit: int) -> list[str]:
+    return [label if len(label) <= 14 else f"{label[:12]}…" for label in _number_repeats(labels)[:limit]]
+
+
+def _cut_note(n_tokens: int, limit: int) -> str:
+    return f" Shown: the first {limit} of {n_tokens} tokens." if n_tokens > limit else ""
+
+
+def _map_colors(weights: np.ndarray, cmap: str = "viridis", low: float = 0.0, high: float = 1.0) -> np.ndarray:
+    """Colours (..., T, T, 4) uint8 of maps (..., T, T); the upper triangle is grey, since it is impossible, not zero."""
+    import matplotlib
+
+    n = weights.shape[-1]
+    hidden = np.broadcast_to(~np.tri(n, dtype=bool), weights.shape)
+    scaled = np.ma.masked_array((weights - low) / (high - low), hidden)
+    return matplotlib.colormaps[cmap].with_extremes(bad=_NO_KEY)(scaled, bytes=True)
+
+
+def _place_image(sheet: Axes, colors: np.ndarray, x: float, y: float, width: float, height: float) -> None:
+    fits = max(colors.shape[1] / width, colors.shape[0] / height) <= _DPI
+    extent = (x, x + width, y + height, y)
+    sheet.imshow(colors, extent=extent, aspect="auto", interpolation="none" if fits else "antialiased")
+
+
+def _place_map(
+    sheet: Axes,
+    weights: np.ndarray,
+    labels: Sequence[str],
+    x: float,
+    y: float,
+    cell: float,
+    columns: bool = True,
+    **scale,
+) -> None:
+    """One attention map (T, T) with its row labels and, if wanted, column labels; `cell` is in inches."""
+    n, size = len(labels), min(8.0, cell * 72 * 0.8)
+    _place_image(sheet, _map_colors(weights, **scale), x, y, n * cell, n * cell)
+    for index, label in enumerate(labels):
+        middle = (index + 0.5) * cell
+        _write(sheet, x - 0.04, y + middle, label, size, ha="right", va="center_baseline")
+        if columns:
+            _write(sheet, x + middle, y + n * cell + 0.04, label, size, ha="center", va="top", rotation=90)
+
+
+def _place_color_bar(
+    figure: Figure,
+    x: float,
+    y: float,
+    height: float,
+    label: str,
+    cmap: str = "viridis",
+    low: float = 0.0,
+    high: float = 1.0,
+) -> None:
+    """A colour bar at (x, y), in inches from the top left of the sheet."""
+    width, total = figure.get_size_inches()
+    bar = figure.add_axes((x / width, 1 - (y + height) / total, 0.11 / width, height / total))
+    shades = np.linspace(low, high, 256)[:, None]
+    bar.imshow(shades, cmap=cmap, aspect="auto", origin="lower", extent=(0, 1, low, high), interpolation="none")
+    bar.set_xticks([])
+    bar.set_yticks([low, (low + high) / 2, high], [f"{value:.2g}" for value in (low, (low + high) / 2, high)])
+    bar.yaxis.tick_right()
+    bar.yaxis.set_label_position("right")
+    bar.set_ylabel(label, fontsize=7.5)
+    bar.tick_params(labelsize=7, length=2)
+
+
+def _label_room(labels: Sequence[str], cell: float) -> float:
+    """Inches that the longest label needs."""
+    size = min(8.0, cell * 72 * 0.8)
+    return 0.12 + max(len(readable_text(label)[0]) for label in labels) * size * 0.62 / 72
+
+
+# -- Pictures of one sentence. `capture` is an AttentionCapture; layers and heads are counted from 0.
+
+
+def plot_attention_heatmap(capture: AttentionCapture, layer: int, head: int, note: str = "") -> Figure:
+    """One head's attention map: rows look, columns are looked at."""
+    return plot_chosen_heads(capture, [(layer, head, note)])
+
+
+def plot_chosen_heads(capture: AttentionCapture, heads: Sequence[tuple[int, int, str]]) -> Figure:
+    """Attention maps of a few heads (layer, head, why it was chosen) on one scale from 0 to 1."""
+    weights = np.asarray(capture.weights)
+    labels = _short_labels(capture.labels, _MAX_LABELS)
+    n = len(labels)
+    cell = min(0.3, max(2.7 / n, 0.105))
+    room, side = _label_room(labels, cell), max(n * cell, 1.6)
+    per_row = min(len(heads), 4 if n <= 26 else 2)
+    n_rows = math.ceil(len(heads) / per_row)
+    width = max(per_row * (room + side + 0.1) + 0.75, 5.0)
+    step = side + room + 0.5
+    note = "Each row is a token that looks; its colours say where. Grey: later tokens, which it cannot see."
+    note += _cut_note(len(capture.labels), _MAX_LABELS)
+    figure, sheet = _sheet(width, 0.75 + n_rows * step + 0.4, "Where single heads look", capture.text, note)
+    for index, (layer, head, why) in enumerate(heads):
+        x = room + (index % per_row) * (room + side + 0.1)
+        y = 0.75 + 0.36 + (index // per_row) * step
+        _write(sheet, x, y - 0.2, f"Layer {layer}, head {head}", 8.5, va="bottom", weight="bold")
+        _write(sheet, x, y - 0.05, why, 7.5, va="bottom", color="#444444")
+        _place_map(sheet, weights[layer, head, :n, :n], labels, x, y, cell)
+    _place_color_bar(figure, width - 0.65, 1.11, min(side, 2.5), "share of attention")
+    return figure
+
+
+def plot_all_heads(capture: AttentionCapture) -> Figure:
+    """Maps of every layer and head as one tiled image: a row of tiles a layer, a column a head."""
+    from matplotlib.collections import LineCollection
+
+    weights = np.asarray(capture.weights)
+    n_layer, n_head, n, _ = weights.shape
+    tile = min(1.0, 8.0 / max(n_layer, n_head))
+    x0, y0, across, down = 0.75, 1.05, n_head * tile, n_layer * tile
+    width = max(x0 + across + 0.9, 5.0)
+    tokens = " ".join(_short_labels(capture.labels, 60)) + (" …" if n > 60 else "")
+    note = f"In each tile: rows look, columns are looked at, both from the first token on. {n} tokens: {tokens}"
+    figure, sheet = _sheet(width, y0 + down + 0.6, "Every head at once", capture.text, note)
+    tiles = _map_colors(weights).transpose(0, 2, 1, 3, 4).reshape(n_layer * n, n_head * n, 4)
+    _place_image(sheet, tiles, x0, y0, across, down)
+    across_lines = [[(x0, y0 + i * tile), (x0 + across, y0 + i * tile)] for i in range(n_layer + 1)]
+    down_lines = [[(x0 + i * tile, y0), (x0 + i * tile, y0 + down)] for i in range(n_head + 1)]
+    sheet.add_collection(LineCollection(across_lines + down_lines, colors="white", linewidths=2))
+    for layer in range(n_layer):
+        _write(sheet, x0 - 0.06, y0 + (layer + 0.5) * tile, f"layer {layer}", 8, ha="right", va="center")
+    for head in range(n_head):
+        _write(sheet, x0 + (head + 0.5) * tile, y0 - 0.05, f"head {head}", 8, ha="center", va="bottom")
+    _place_color_bar(figure, width - 0.7, y0, min(down, 3.0), "share of attention")
+    return figure
+
+
+def plot_category(captures: Sequence[AttentionCapture], category: str, heads: Sequence[tuple[int, int, str]]) -> Figure:
+    """A grid for one category: a row a sentence, a column a chosen head."""
+    counts = [min(len(capture.labels), _MAX_LABELS) for capture in captures]
+    sides = [min(3.0, max(1.6, 0.1 * n)) for n in counts]
+    labels = [_short_labels(capture.labels, _MAX_LABELS) for capture in captures]
+    cells = [side / n for side, n in zip(sides, counts, strict=True)]
+    room = max(_label_room(names, cell) for names, cell in zip(labels, cells, strict=True))
+    column = max(sides) + 0.25
+    width, height = room + len(heads) * column + 0.75, 1.25 + sum(sides) + 0.4 * len(sides) + 0.35
+    note = "Rows look, columns are looked at; the columns are the same tokens from left to right."
+    note += "".join(_cut_note(n, _MAX_LABELS) for n in {max(len(c.labels) for c in captures)})
+    figure, sheet = _sheet(width, height, f"{category}: the same heads on every sentence", note=note)
+    for index, (layer, head, why) in enumerate(heads):
+        x = room + index * column
+        _write(sheet, x, 0.62, f"Layer {layer}, head {head}", 8.5, va="bottom", weight="bold")
+        _write(sheet, x, 0.78, why, 7.5, va="bottom", color="#444444")
+    y = 0.9
+    for capture, names, side, cell in zip(captures, labels, sides, cells, strict=True):
+        n, weights = len(names), np.asarray(capture.weights)
+        _write(sheet, room, y + 0.2, _wrap(capture.text, width - room, 8, 1), 8, va="bottom", color="#333333")
+        for index, (layer, head, _) in enumerate(heads):
+            x = room + index * column
+            if index == 0:
+                _place_map(sheet, weights[layer, head, :n, :n], names, x, y + 0.25, cell, columns=False)
+            else:
+                _place_image(sheet, _map_colors(weights[layer, head, :n, :n]), x, y + 0.25, side, side)
+        y += side + 0.4
+    _place_color_bar(figure, width - 0.65, 1.15, 1.6, "share of attention")
+    return figure
+
+
+def attention_graph(
+    weights: np.ndarray, labels: Sequence[str], max_edges: int = 3, min_weight: float = 0.05
+) -> networkx.DiGraph:
+    """The strongest looks of one map (T, T) as a graph: an edge i -> j says that token i looks at token j.
+
+    Nodes carry `label`, edges `weight`; each token keeps its `max_edges` strongest edges of at least `min_weight`.
+    Holds the first 20 tokens.
+    """
+    import networkx
+
+    graph = networkx.DiGraph()
+    for index, label in enumerate(_short_labels(labels, _MAX_NODES)):
+        graph.add_node(index, label=label)
+        row = np.asarray(weights[index, : index + 1], dtype=float)
+        for key in np.argsort(-row, kind="stable")[:max_edges]:
+            if row[key] >= min_weight:
+                graph.add_edge(index, int(key), weight=float(row[key]))
+    return graph
+
+
+def plot_attention_flow(capture: AttentionCapture, layers: Sequence[int] | None = None) -> Figure:
+    """Arcs from each token up to the earlier tokens that it looks at, mean over heads, one panel a layer.
+
+    The width of an arc is its weight; a dot is a look at the token itself; arcs to the first token are light, since
+    that is where heads park attention. Default layers: first, middle and last.
+    """
+    weights = np.asarray(capture.weights).mean(axis=1)  # (n_layer, T, T)
+    n_layer = len(weights)
+    layers = sorted({0, n_layer // 2, n_layer - 1}) if layers is None else list(layers)
+    n = min(len(capture.labels), _MAX_NODES)
+    room = _label_room(_short_labels(capture.labels, n), 0.2)
+    panel, spacing = room + 2.1, 0.22
+    width, height = max(0.3 + len(layers) * panel, 5.0), 1.05 + n * spacing + 0.5
+    note = "A token looks up at earlier ones; wider arc: more attention. Dot: at itself. Light: at the first token. "
+    note += "The three strongest looks of each token, from 5 %." + _cut_note(len(capture.labels), _MAX_NODES)
+    title = "Attention flow, mean of the heads of a layer"
+    figure, sheet = _sheet(width, height, title, capture.text, note)
+    for index, layer in enumerate(layers):
+        graph = attention_graph(weights[layer], capture.labels)
+        x, y = 0.15 + index * panel + room, 1.05
+        _write(sheet, x, y - 0.06, f"Layer {layer}", 8.5, va="bottom", weight="bold")
+        for node, label in graph.nodes(data="label"):
+            _write(sheet, x - 0.1, y + (node + 0.5) * spacing, label, 8, ha="right", va="center_baseline")
+        _place_arcs(sheet, graph, x, y, spacing, 1.8)
+    return figure
+
+
+def _place_arcs(sheet: Axes, graph: networkx.DiGraph, x: float, y: float, spacing: float, reach: float) -> None:
+    from matplotlib.collections import PathCollection
+    from matplotlib.path import Path as Curve
+
+    nodes = np.arange(len(graph))
+    heights = y + (nodes + 0.5) * spacing
+    sheet.scatter(np.full(len(nodes), x), heights, s=5, color="#999999", zorder=3)
+    for first_token in (True, False):  # light arcs first, so that the others lie on top
+        arcs = [(i, j, w) for i, j, w in graph.edges(data="weight") if i != j and (j == 0) == first_token]
+        curves = []
+        for i, j, _ in arcs:
+            bulge = x + reach * (0.25 + 0.75 * (i - j) / max(len(nodes) - 1, 1)) / 0.75
+            points = [(x, heights[i]), (bulge, heights[i]), (bulge, heights[j]), (x, heights[j])]
+            curves.append(Curve(points, [Curve.MOVETO, Curve.CURVE4, Curve.CURVE4, Curve.CURVE4]))
+        if curves:
+            color = "#c9c9c9" if first_token else "#0072B2"
+            widths = [0.4 + 6 * w for _, _, w in arcs]
+            style = {"edgecolors": color, "linewidths": widths, "alpha": 0.75, "capstyle": "round"}
+            sheet.add_collection(PathCollection(curves, facecolors="none", **style))
+    loops = [(i, w) for i, j, w in graph.edges(data="weight") if i == j and i > 0]
+    if loops:
+        rows, sizes = zip(*loops, strict=True)
+        sheet.scatter(np.full(len(rows), x), heights[list(rows)], s=120 * np.array(sizes), color="#E69F00", zorder=4)
+
+
+def attention_rollout(weights: np.ndarray) -> np.ndarray:
+    """Attention rollout (Abnar & Zuidema 2020): how much of each input reaches each position, (T, T).
+
+    Heads are averaged, the residual stream counts as an identity of equal weight, layers are multiplied.
+    `weights`: (n_layer, H, T, T). Rows of the result sum to one.
+    """
+    layers = np.asarray(weights, dtype=np.float64).mean(axis=1)
+    identity = np.eye(layers.shape[-1])
+    return functools.reduce(lambda below, layer: (layer + identity) / 2 @ below, layers, identity)
+
+
+def uniform_attention(n_layer: int, n_tokens: int) -> np.ndarray:
+    """Weights (n_layer, 1, T, T) of heads that look at all tokens up to their own alike."""
+    lower = np.tri(n_tokens)
+    return np.broadcast_to(lower / lower.sum(axis=1, keepdims=True), (n_layer, 1, n_tokens, n_tokens))
+
+
+def plot_rollout(capture: AttentionCapture) -> Figure:
+    """Attention rollout minus that of uniform heads: blue where more, red where less of an input arrives."""
+    weights = np.asarray(capture.weights)
+    difference = attention_rollout(weights) - attention_rollout(uniform_attention(len(weights), len(capture.labels)))
+    labels = _short_labels(capture.labels, _MAX_LABELS)
+    n = len(labels)
+    difference = difference[:n, :n]
+    limit = max(float(np.abs(difference).max()), 0.01)
+    cell = min(0.3, max(3.2 / n, 0.12))
+    room = _label_room(labels, cell)
+    width = max(room + n * cell + 1.1, 5.0)
+    note = "Attention followed through all layers, minus what uniform heads would give; 0 means no difference."
+    note += _cut_note(len(capture.labels), _MAX_LABELS)
+    height = 0.95 + n * cell + room + 0.55
+    figure, sheet = _sheet(width, height, "Rollout: what reaches each position", capture.text, note)
+    scale = {"cmap": "RdBu", "low": -limit, "high": limit}
+    _place_map(sheet, difference, labels, room, 0.95, cell, **scale)
+    _place_color_bar(figure, room + n * cell + 0.2, 0.95, min(n * cell, 2.5), "more (blue) or less (red)", **scale)
+    return figure
+
+
+# -- Pictures of the model
+
+
+def plot_loss_curve(rows: Sequence[dict], title: str = "Training", uniform_loss: float = math.log(50257)) -> Figure:
+    """Training and validation loss by step. `rows`: dicts with step, train_loss, val_loss (None or NaN: not measured).
+
+    The dotted line is the loss of a model that guesses every token alike, ln of the vocabulary.
+    """
+    figure = _figure(7, 4, layout="constrained")
+    axes = figure.subplots()
+    for key, name, style in (
+        ("train_loss", "training", {"color": "#56B4E9", "linewidth": 1.2}),
+        ("val_loss", "held-out text", {"color": "#0072B2", "linewidth": 1.8, "marker": "o", "markersize": 3.5}),
+    ):
+        points = [(row["step"], float(row[key])) for row in rows if row.get(key) not in (None, "")]
+        points = [point for point in points if math.isfinite(point[1])]
+        if points:
+            name += f" (last {points[-1][1]:.2f})"
+            axes.plot(*zip(*points, strict=True), label=name, **style)
+    axes.axhline(uniform_loss, color="#999999", linestyle=":", linewidth=1, label=f"guessing ({uniform_loss:.2f})")
+    axes.set(xlabel="step", ylabel="loss (nats per token)", xlim=(0, None))
+    axes.set_title(title, loc="left", fontsize=11, weight="bold", parse_math=False)
+    axes.grid(alpha=0.25)
+    axes.legend(frameon=False, fontsize=8)
+    return figure
+
+
+def _clean(axes: Axes, title: str = "", **labels) -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.set_title(title, loc="left", fontsize=10, weight="bold")
+    axes.set(**labels)
+    axes.tick_params(labelsize=8)
+    axes.xaxis.label.set_size(8.5)
+    axes.yaxis.label.set_size(8.5)
+
+
+def plot_class_shares(scores: pandas.DataFrame, source: str = "windows") -> Figure:
+    """Classes of the heads: the original study's pie, and a stacked bar a layer. `scores` as in HeadStudy."""
+    heads = scores[scores["source"] == source]
+    counts = heads["class"].value_counts()
+    names = [name for name in CLASS_COLORS if counts.get(name, 0)]
+    colors = [CLASS_COLORS[name] for name in names]
+    figure = _figure(9.5, 4.2, layout="constrained")
+    pie, bars = figure.subplots(1, 2, width_ratios=(1, 1.6))
+    legend = [f"{name}  {counts[name] / len(heads):.1%} ({counts[name]})" for name in names]
+    wedges = pie.pie([counts[name] for name in names], colors=colors, startangle=90, counterclock=False)[0]
+    for wedge in wedges:
+        wedge.set(edgecolor="white", linewidth=1.5)
+    pie.set_title(f"All {len(heads)} heads", loc="left", fontsize=10, weight="bold")
+    pie.legend(wedges, legend, loc="upper center", bbox_to_anchor=(0.5, 0.02), frameon=False, fontsize=8)
+    table = heads.groupby(["layer", "class"]).size().unstack(fill_value=0)
+    below = np.zeros(len(table))
+    for name, color in zip(names, colors, strict=True):
+        bars.bar(table.index, table[name], bottom=below, color=color, label=name, width=0.75, edgecolor="white")
+        below += table[name].to_numpy()
+    _clean(bars, "By layer", xlabel="layer", ylabel="heads")
+    bars.set_xticks(table.index)
+    return figure
+
+
+def plot_class_baselines(shares: pandas.DataFrame, source: str = "windows") -> Figure:
+    """Share of each class with its interval, beside shuffled tokens, untrained models and a uniform head."""
+    figure = _figure(8, 3.8, layout="constrained")
+    axes = figure.subplots()
+    table = shares[shares["source"] == source]
+    names = [name for name in CLASS_COLORS if (table["class"] == name).any()]
+    models = [model for model in MODEL_NAMES if (table["model"] == model).any()]
+    for offset, model in enumerate(models):
+        rows = table[table["model"] == model].set_index("class").reindex(names)
+        x = np.arange(len(names)) + (offset - (len(models) - 1) / 2) * 0.2
+        share, low, high = (100 * rows[column].to_numpy(float) for column in ("share", "low", "high"))
+        axes.bar(x, share, 0.18, color=_MODEL_COLORS[model], label=MODEL_NAMES[model])
+        reach = np.nan_to_num(np.clip([share - low, high - share], 0, None))
+        axes.errorbar(x, share, reach, fmt="none", ecolor="black", elinewidth=1, capsize=2)
+    _clean(axes, "Classes of heads beside their baselines", ylabel="share of heads (%)", ylim=(0, 105))
+    axes.set_xticks(range(len(names)), names)
+    axes.grid(axis="y", alpha=0.25)
+    axes.legend(frameon=False, fontsize=8, ncols=len(models), loc="upper center", bbox_to_anchor=(0.5, -0.1))
+    return figure
+
+
+def _head_grid(scores: pandas.DataFrame, column: str) -> np.ndarray:
+    """(n_layer, n_head) array of a column."""
+    return scores.pivot(index="layer", columns="head", values=column).to_numpy(float)
+
+
+def _draw_head_grid(axes: Axes, grid: np.ndarray, title: str, **options):
+    image = axes.imshow(grid, interpolation="none", **options)
+    axes.set_title(title, loc="left", fontsize=8.5)
+    axes.set_xticks(range(grid.shape[1]))
+    axes.set_yticks(range(grid.shape[0]))
+    axes.tick_params(labelsize=6.5, length=0)
+    return image
+
+
+def plot_score_maps(scores: pandas.DataFrame, source: str = "windows") -> Figure:
+    """Layer x head maps of every score on one scale; 0 is chance and 1 the ideal head, values below 0 are drawn as 0."""
+    heads = scores[scores["source"] == source]
+    columns = [column for column in _SCORE_NAMES if column in heads]
+    n_layer, n_head = heads["layer"].nunique(), heads["head"].nunique()
+    n_rows = math.ceil(len(columns) / 5)
+    size = 1.9 * max(0.6, min(1.6, n_layer / n_head))
+    figure = _figure(11.5, 0.8 + n_rows * (size + 0.55), layout="constrained")
+    grid = figure.subplots(n_rows, 5, squeeze=False)
+    for axes, column in zip(grid.flat, columns, strict=False):
+        image = _draw_head_grid(axes, _head_grid(heads, column), _SCORE_NAMES[column], vmin=0, vmax=1, cmap="viridis")
+    for axes in list(grid.flat)[len(columns) :]:
+        axes.set_axis_off()
+    figure.supxlabel("head", fontsize=8.5)
+    figure.supylabel("layer", fontsize=8.5)
+    figure.colorbar(image, ax=grid, shrink=0.6, pad=0.01).ax.tick_params(labelsize=7)
+    where = "held-out text" if source == "windows" else "the study's sentences"
+    figure.suptitle(f"Scores of every head on {where}", x=0.01, ha="left", fontsize=11, weight="bold")
+    return figure
+
+
+def plot_ablation(ablation: pandas.DataFrame) -> Figure:
+    """Loss increase on held-out text when a head is replaced by its mean, layer x head, in thousandths of a nat."""
+    grid = 1000 * _head_grid(ablation, "loss_increase")
+    limit = max(float(np.nanmax(np.abs(grid))), 1e-3)
+    n_layer, n_head = grid.shape
+    figure = _figure(1.8 + 0.62 * n_head, 1.2 + 0.45 * n_layer, layout="constrained")
+    axes = figure.subplots()
+    image = axes.imshow(grid, cmap="RdBu_r", vmin=-limit, vmax=limit, interpolation="none", aspect="auto")
+    for (layer, head), value in np.ndenumerate(grid):
+        color = "white" if abs(value) > 0.6 * limit else "black"
+        axes.text(
+            head,
+            layer,
+            f"{value:.2g}" if abs(value) < 10 else f"{value:.0f}",
+            fontsize=7,
+            color=color,
+            ha="center",
+            va="center",
+        )
+    axes.set_xticks(range(n_head))
+    axes.set_yticks(range(n_layer))
+    _clean(axes, "What a head is worth", xlabel="head", ylabel="layer")
+    bar = figure.colorbar(image, ax=axes)
+    bar.set_label("loss increase without the head\n(thousandths of a nat per token)", fontsize=8)
+    bar.ax.tick_params(labelsize=7)
+    return figure
+
+
+def plot_head_similarity(
+    distances: np.ndarray, n_head: int, classes: Sequence[str] = (), noise_floor: float | None = None, title: str = ""
+) -> Figure:
+    """Distances between all heads (layer-major), ordered by an average-linkage dendrogram drawn on top.
+
+    Labels `3.2` are layer 3, head 2, coloured by class; the dashed line is the distance of a head to itself between
+    two halves of the texts: branches below it are noise.
+    """
+    from matplotlib.collections import LineCollection
+    from scipy.cluster.hierarchy import dendrogram, linkage
+    from scipy.spatial.distance import squareform
+
+    n = len(distances)
+    tree = dendrogram(linkage(squareform(distances, checks=False), "average"), no_plot=True)
+    order = tree["leaves"]
+    figure = _figure(7.6, 8.6, layout="constrained")
+    top, bottom = figure.subplots(2, 1, height_ratios=(1, 4.2), sharex=True)
+    branches = [
+        np.column_stack([(np.array(x) - 5) / 10, y]) for x, y in zip(tree["icoord"], tree["dcoord"], strict=True)
+    ]
+    top.add_collection(LineCollection(branches, colors="#333333", linewidths=0.8))
+    top.set(xlim=(-0.5, n - 0.5), ylim=(0, 1.05 * max(max(y) for y in tree["dcoord"])))
+    if noise_floor is not None:
+        top.axhline(noise_floor, color="#D55E00", linestyle="--", linewidth=1, label=f"noise floor {noise_floor:.2f}")
+        top.legend(frameon=False, fontsize=7.5, loc="upper right")
+    _clean(top, title or "Which heads look alike", ylabel="distance")
+    top.tick_params(bottom=False, labelbottom=False)
+    image = bottom.imshow(
+        distances[np.ix_(order, order)], cmap="viridis_r", vmin=0, interpolation="none", aspect="auto"
+    )
+    names = [f"{index // n_head}.{index % n_head}" for index in order]
+    size = max(4.0, min(8.0, 330 / n))
+    bottom.set_xticks(range(n), names, rotation=90, fontsize=size)
+    bottom.set_yticks(range(n), names, fontsize=size)
+    bottom.tick_params(length=0)
+    for labels in (bottom.get_xticklabels(), bottom.get_yticklabels()) if len(classes) else ():
+        for label, index in zip(labels, order, strict=True):
+            label.set_color("#777777" if classes[index] == "Mixed" else CLASS_COLORS.get(classes[index], "black"))
+    bar = figure.colorbar(image, ax=bottom, shrink=0.6)
+    bar.set_label("distance (0: the same)", fontsize=8)
+    bar.ax.tick_params(labelsize=7)
+    return figure
+
+
+def plot_entropy_distance(
+    scores: pandas.DataFrame, baselines: pandas.DataFrame | None = None, source: str = "windows"
+) -> Figure:
+    """Entropy and mean attention distance of every head by layer, with the range of untrained models."""
+    heads = scores[scores["source"] == source]
+    figure = _figure(9, 3.6, layout="constrained")
+    for axes, (column, title, unit) in zip(
+        figure.subplots(1, 2),
+        (
+            ("entropy", "How spread out (entropy)", "entropy (nats)"),
+            ("mean_distance", "How far back (mean distance)", "distance (tokens)"),
+        ),
+        strict=True,
+    ):
+        jitter = (heads["head"] - heads["head"].mean()) / heads["head"].nunique() * 0.4
+        colors = heads["class"].map(CLASS_COLORS)
+        axes.scatter(
+            heads["layer"] + jitter, heads[column], c=colors, s=22, zorder=3, edgecolors="white", linewidths=0.5
+        )
+        means = heads.groupby("layer")[column].mean()
+        axes.plot(means.index, means, color="#333333", linewidth=1.2, label="mean of the layer")
+        if baselines is not None:
+            _draw_baseline(axes, baselines, source, column)
+        _clean(axes, title, xlabel="layer", ylabel=unit, ylim=(0, None))
+        axes.set_xticks(means.index)
+        axes.grid(axis="y", alpha=0.25)
+        axes.legend(frameon=False, fontsize=7.5)
+    return figure
+
+
+def _draw_baseline(axes: Axes, baselines: pandas.DataFrame, source: str, column: str) -> None:
+    for model, style in (("untrained", "--"), ("uniform", ":")):
+        rows = baselines[
+            (baselines["source"] == source)
+            & (baselines["model"] == model)
+            & (baselines["score"] == column)
+            & (baselines["statistic"] == "mean")
+        ]
+        for row in rows.itertuples():
+            color = _MODEL_COLORS[model]
+            axes.axhline(row.mean, color=color, linestyle=style, linewidth=1, label=MODEL_NAMES[model])
+            if math.isfinite(row.low) and math.isfinite(row.high):
+                axes.axhspan(row.low, row.high, color=color, alpha=0.2, linewidth=0)
+
+
+def plot_language(language: pandas.DataFrame) -> Figure:
+    """Minimal pairs by phenomenon: accuracy, attention to the target, and what removing the chosen heads costs."""
+    n = len(language)
+    y = np.arange(n)
+    figure = _figure(11, 1.5 + 0.42 * n, layout="constrained")
+    left, middle, right = figure.subplots(1, 3, sharey=True)
+    blue, grey = _MODEL_COLORS["trained"], _MODEL_COLORS["untrained"]
+    columns = {name: language[name].to_numpy(float) for name in language if language[name].dtype.kind in "fi"}
+
+    def draw_interval(axes: Axes, middle: str, low: str, high: str) -> None:
+        reach = np.clip([columns[middle] - columns[low], columns[high] - columns[middle]], 0, None)
+        axes.errorbar(columns[middle], y, xerr=reach, fmt="o", color=blue, capsize=2, markersize=4, label="this model")
+
+    draw_interval(left, "accuracy", "accuracy_low", "accuracy_high")
+    left.scatter(columns["untrained_accuracy"], y, facecolors="none", edgecolors=grey, s=22, label="untrained")
+    left.axvline(0.5, color="#999999", linestyle=":", linewidth=1, label="chance")
+    _clean(left, "Prefers the good sentence", xlabel="accuracy", xlim=(0, 1.02))
+    draw_interval(middle, "attention_difference", "attention_low", "attention_high")
+    middle.axvline(0, color="#999999", linestyle=":", linewidth=1)
+    _clean(middle, "Looks at the right word", xlabel="attention to target minus distractor")
+    right.barh(y - 0.17, columns["margin_drop"], 0.32, color=blue, label="chosen heads")
+    right.barh(y + 0.17, columns["random_margin_drop"], 0.32, color="#BBBBBB", label="random heads")
+    right.axvline(0, color="#999999", linewidth=1)
+    _clean(right, "Needs those heads", xlabel="drop of the log-probability margin (nats)")
+    left.set_yticks(y, language["phenomenon"], fontsize=8, parse_math=False)
+    left.set_ylim(n - 0.5, -0.5)
+    for axes in (left, right):
+        axes.legend(frameon=False, fontsize=7.5, loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=3)
+    return figure
+
+
+# -- The whole study
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A file of the study: `path` is the PNG, the SVG lies beside it."""
+
+    path: Path
+    group: str  # "Model" or the sentence's category
+    title: str
+    alt: str  # what a reader who cannot see it needs to know
+    caption: str
+
+
+def choose_heads(scores: pandas.DataFrame, n: int = 4, source: str = "windows") -> list[tuple[int, int, str]]:
+    """Heads worth a picture: the highest of each score in turn, none twice; (layer, head, why it was chosen)."""
+    rest = scores[scores["source"] == source].set_index(["layer", "head"])
+    chosen = []
+    for column in ("previous", "induction", "local", "broad", "self", "duplicate", "punctuation", "rare"):
+        if len(chosen) == n or rest.empty or column not in rest:
+            break
+        layer, head = rest[column].fillna(-math.inf).idxmax()
+        chosen.append((int(layer), int(head), f"highest {column} score: {rest.loc[(layer, head), column]:.2f}"))
+        rest = rest.drop((layer, head))
+    return chosen
+
+
+def draw_study(
+    captures: dict[str, list[AttentionCapture]],
+    study: HeadStudy,
+    language: pandas.DataFrame | None,
+    folder: str | Path,
+    metrics: Sequence[dict] = (),
+) -> list[Picture]:
+    """Draws every picture of the study into `folder` as PNG and SVG, with a progress bar; pictures of the model first.
+
+    `captures` maps each category to its sentences, `metrics` are the rows of training. The pictures of sentences are
+    drawn by as many processes as there are cores, at most four.
+    """
+    folder = Path(folder)
+    heads = choose_heads(study.scores)
+    model_plan = list(_plan_model(study, language, metrics))
+    jobs, pictures = [], []
+    for number, (category, members) in enumerate(captures.items(), start=1):
+        place = folder / f"{number:02d}_{re.sub(r'[^a-z0-9]+', '_', category.lower()).strip('_')}"
+        for picture, job in _plan_category(category, members, heads, place):
+            pictures.append(picture)
+            jobs.append(job)
+    with progress(total=len(model_plan) + len(jobs), desc="Drawing", unit="picture") as bar, _drawing(jobs) as draw_all:
+        for name, title, alt, caption, draw in reversed(model_plan):
+            stem = folder / "model" / name
+            save_figure(draw(), stem)
+            pictures.insert(0, Picture(stem.with_suffix(".png"), "Model", title, alt, caption))
+            bar.update()
+        draw_all(bar)
+    return pictures
+
+
+def _plan_model(study: HeadStudy, language: pandas.DataFrame | None, metrics: Sequence[dict]) -> Iterator[tuple]:
+    """(file name, title, alt text, caption, function that draws it) of every picture of the model."""
+    scores, ablation = study.scores, study.ablation
+    n_head = scores["head"].nunique()
+    if metrics:
+        last = [row["train_loss"] for row in metrics if row.get("train_loss") not in (None, "")][-1:]
+        ending = f" It ends at {float(last[0]):.2f}." if last else ""
+        yield (
+            "loss_curve",
+            "Training",
+            f"Line chart of the loss by training step.{ending}",
+            "How wrong the next-token guesses were during training; lower is better.",
+            lambda: plot_loss_curve(metrics),
+        )
+    for source, where in (("windows", "held-out text"), ("sentences", "the study's sentences")):
+        heads = scores[scores["source"] == source]
+        if heads.empty:
+            continue
+        shares = heads["class"].value_counts(normalize=True)
+        listed = ", ".join(f"{name} {share:.1%}" for name, share in shares.items())
+        strongest = "; ".join(f"{name} {heads[name].max():.2f}" for name in _SCORE_NAMES if name in heads)
+        yield (
+            f"class_baselines_{source}",
+            f"Head classes and their baselines on {where}",
+            f"Bar chart of head classes on {where} for this model, shuffled tokens, untrained models and a uniform head.",
+            "A share means something only where it differs from the grey bars. Lines: intervals over texts (this model) "
+            "and range over seeds (untrained).",
+            lambda source=source: plot_class_baselines(study.shares, source),
+        )
+        yield (
+            f"class_shares_{source}",
+            f"Head classes on {where}",
+            f"Pie and stacked bars by layer of head classes on {where}: {listed}.",
+            "The original study's two pictures, with classes corrected for chance.",
+            lambda source=source: plot_class_shares(scores, source),
+        )
+        yield (
+            f"score_maps_{source}",
+            f"Scores of every head on {where}",
+            f"Layer by head colour maps of each score on {where}. Highest values: {strongest}.",
+            "0 (dark) is what a uniform head reaches, 1 (yellow) the ideal head of that kind.",
+            lambda source=source: plot_score_maps(scores, source),
+        )
+        means = heads.groupby("layer")[["entropy", "mean_distance"]].mean()
+        by_layer = "; ".join(
+            f"layer {i}: {row.entropy:.2f} nats, {row.mean_distance:.1f} tokens" for i, row in means.iterrows()
+        )
+        yield (
+            f"entropy_distance_{source}",
+            f"Spread and reach on {where}",
+            f"Entropy and mean attention distance of every head by layer on {where}. Means: {by_layer}.",
+            "Dots are heads in the colour of their class; the dashed line and band are untrained models.",
+            lambda source=source: plot_entropy_distance(scores, study.baselines, source),
+        )
+    top = ablation.loc[ablation["loss_increase"].idxmax()]
+    yield (
+        "ablation",
+        "What each head is worth",
+        "Layer by head map of the loss increase when a head's output is replaced by its mean. The largest is "
+        f"{1000 * top['loss_increase']:.2f} thousandths of a nat, at layer {top['layer']:.0f}, head {top['head']:.0f}.",
+        "Red: the model gets worse without the head; blue: better.",
+        lambda: plot_ablation(ablation),
+    )
+    classes = list(scores[scores["source"] == "windows"].sort_values(["layer", "head"])["class"])
+    for name, suffix, distances in (
+        ("similarity", "", study.similarity),
+        ("similarity_without_sink", ", first token left out", study.similarity_without_sink),
+    ):
+        pairs = distances[np.triu_indices(len(distances), 1)]
+        yield (
+            name,
+            f"Which heads look alike{suffix}",
+            f"Heatmap of the distance between every two heads with a dendrogram{suffix}; distances run from "
+            f"{pairs.min():.2f} to {pairs.max():.2f}, the noise floor is {study.noise_floor:.2f}.",
+            "Mean square root of the Jensen-Shannon divergence between the rows of two heads. Labels: layer.head.",
+            lambda distances=distances, suffix=suffix: plot_head_similarity(
+                distances, n_head, classes, study.noise_floor, f"Which heads look alike{suffix}"
+            ),
+        )
+    if language is not None and len(language):
+        listed = ", ".join(f"{row.phenomenon} {row.accuracy:.0%}" for row in language.itertuples())
+        yield (
+            "language",
+            "Linguistic tests",
+            f"Accuracy on minimal pairs, attention to the target, and cost of removing the chosen heads. Accuracy: {listed}.",
+            "Blue: this model, with 95 % intervals. Hollow: an untrained model. Grey bars: random heads of the same layers.",
+            lambda: plot_language(language),
+        )
+
+
+def _plan_category(
+    category: str, members: Sequence[AttentionCapture], heads: Sequence[tuple[int, int, str]], folder: Path
+) -> Iterator[tuple[Picture, tuple]]:
+    """The pictures of a category, each with the job that draws it: (file stem, kind, plain captures, arguments)."""
+    plain = [(capture.text, list(capture.labels), np.asarray(capture.weights)) for capture in members]
+
+    def plan(
+        kind: str, stem: str, texts: list, title: str, alt: str, caption: str, *arguments
+    ) -> tuple[Picture, tuple]:
+        picture = Picture(folder / f"{stem}_{kind}.png", category, title, alt, caption)
+        return picture, (folder / f"{stem}_{kind}", kind, texts, arguments)
+
+    named = ", ".join(f"layer {layer} head {head} ({why})" for layer, head, why in heads)
+    yield plan(
+        "grid",
+        "category",
+        plain,
+        f"{category}: chosen heads on every sentence",
+        f"Grid of attention maps, {len(plain)} sentences by {len(heads)} heads: {named}.",
+        "A head that does the same on every sentence shows the same shape in each row.",
+        category,
+        heads,
+    )
+    for number, (text, labels, weights) in enumerate(plain, start=1):
+        stem, one, names = f"{number:02d}", [(text, labels, weights)], _number_repeats(labels)
+        means = weights.mean(axis=1)
+        first = weights[:, :, 1:, 0].mean() if len(labels) > 1 else 1.0
+        cut = _cut_note(len(labels), _MAX_LABELS)
+        yield plan(
+            "all_heads",
+            stem,
+            one,
+            f"Every head: {text}",
+            f"Attention maps of all {weights.shape[0] * weights.shape[1]} heads on the sentence “{text}”; "
+            f"on average {first:.0%} of the attention goes to the first token.",
+            "One tile a head; a row of tiles is a layer.",
+        )
+        looks = "; ".join(
+            f"layer {layer} head {head}: {_strongest_look(weights[layer, head], names)}" for layer, head, _ in heads
+        )
+        yield plan(
+            "heads",
+            stem,
+            one,
+            f"Chosen heads: {text}",
+            f"Attention maps of chosen heads. {looks}.",
+            f"Rows look.{cut}",
+            heads,
+        )
+        shown = sorted({0, len(means) // 2, len(means) - 1})
+        looks = "; ".join(f"layer {layer}: {_strongest_look(means[layer], names)}" for layer in shown)
+        cut = _cut_note(len(labels), _MAX_NODES)
+        yield plan("flow", stem, one, f"Flow: {text}", f"Arcs between tokens. {looks}.", f"Wider is stronger.{cut}")
+        change = attention_rollout(weights) - attention_rollout(uniform_attention(len(weights), len(labels)))
+        row, key = np.unravel_index(np.abs(change).argmax(), change.shape)
+        cut = _cut_note(len(labels), _MAX_LABELS)
+        yield plan(
+            "rollout",
+            stem,
+            one,
+            f"Rollout: {text}",
+            f"Attention rollout minus that of uniform heads. The largest difference is {change[row, key]:+.2f}, "
+            f"from {names[key]} to {names[row]}.",
+            f"Blue: more than uniform attention brings; red: less.{cut}",
+        )
+
+
+def _strongest_look(weights: np.ndarray, names: Sequence[str]) -> str:
+    """The strongest look of a map (T, T) at a token that is neither the first nor the looking one, in words."""
+    others = np.tril(weights, -1)
+    others[:, 0] = 0
+    row, key = np.unravel_index(others.argmax(), others.shape)
+    return (
+        f"{names[row]} looks at {names[key]} with {others[row, key]:.0%}" if others[row, key] > 0 else "one token only"
+    )
+
+
+_PLOTS_OF_TEXT = {
+    "all_heads": plot_all_heads,
+    "heads": plot_chosen_heads,
+    "flow": plot_attention_flow,
+    "rollout": plot_rollout,
+    "grid": plot_category,
+}
+
+
+def _draw_job(job: tuple) -> None:
+    stem, kind, texts, arguments = job
+    captures = [types.SimpleNamespace(text=text, labels=labels, weights=weights) for text, labels, weights in texts]
+    save_figure(_PLOTS_OF_TEXT[kind](captures if kind == "grid" else captures[0], *arguments), stem)
+
+
+def _draw_jobs_of_file(path: str) -> None:
+    """What a drawing process runs; each line that it prints says that one more job is done."""
+    for job in pickle.loads(Path(path).read_bytes()):
+        _draw_job(job)
+        print("done", flush=True)
+
+
+@contextlib.contextmanager
+def _drawing(jobs: list[tuple]) -> Iterator[Callable[[tqdm], None]]:
+    """Starts processes that draw a share of the jobs; yields a function that draws the rest and waits for them.
+
+    Plain processes, since multiprocessing would run a user's script again in each of them, or fork PyTorch's threads.
+    A job that a process did not finish, for whatever reason, is drawn here.
+    """
+    workers = min(os.cpu_count() or 1, 4) if len(jobs) >= 40 else 1
+    shares = [jobs[start::workers] for start in range(workers)]
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1]); import pico_helpers; pico_helpers._draw_jobs_of_file(sys.argv[2])"
+    )
+    children: list[subprocess.Popen] = []
+
+    def draw_all(bar: tqdm) -> None:
+        for turn in itertools.zip_longest(*shares):
+            for child, job in zip([None, *children], turn, strict=True):
+                if job is not None and (child is None or not child.stdout.readline()):
+                    _draw_job(job)
+                bar.update(job is not None)
+
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            for number, share in enumerate(shares[1:]):
+                path = Path(folder) / f"{number}.pickle"
+                path.write_bytes(pickle.dumps(share))
+                command = [sys.executable, "-c", code, str(Path(__file__).resolve().parent), str(path)]
+                children.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL))
+            yield draw_all
+        finally:
+            for child in children:
+                child.kill()
+                child.wait()
+                child.stdout.close()
 
 
 # ======================================================================================================================
