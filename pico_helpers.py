@@ -964,6 +964,91 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 # ======================================================================================================================
 
 
+# The study's sentences: ten categories as in the original study, written for this project.
+ALL_TEST_CATEGORIES: dict[str, list[str]] = {
+    "Simple": [
+        "The cat sat on the warm stone wall behind the house.",
+        "A young boy threw the red ball over the garden fence.",
+        "The old farmer sold his horses at the market in spring.",
+        "Rain fell on the quiet village all night long.",
+        "She opened the window and looked at the morning sky.",
+        "The train to the coast leaves every day at noon.",
+    ],
+    "Complex Syntax": [
+        "The book that the teacher recommended was written by a soldier who never went to war.",
+        "Although the bridge had been repaired twice, the engineers refused to let heavy trucks cross it.",
+        "The woman whose brother painted the ceiling said that the work had taken eleven years.",
+        "What surprised the committee most was that nobody had read the letter before signing it.",
+        "Having lost the election, the mayor returned to the small school where she had once taught.",
+        "The historian stressed the importance of the letters that the queen wrote to her sister.",
+    ],
+    "Long-Range Dependencies": [
+        "The keys to the old wooden cabinet in the upstairs room are missing.",
+        "The scientist who discovered the comet above the frozen lake in January was awarded a prize.",
+        "The paintings that the museum bought from the family of the late collector were not genuine.",
+        "The captain, after weeks of storms and a long illness among the crew, decided to turn back.",
+        "Either the river will be cleaned before the summer or the factory on its bank will close.",
+        "The song that the children of the village sang at every harvest festival has been forgotten.",
+    ],
+    "Coreference": [
+        "John said that he would visit the museum on Sunday.",
+        "Mary told her father that she had found the lost ring.",
+        "When the actor met the queen, he bowed and she smiled.",
+        "The company announced that it would move its office to the capital.",
+        "The nurse thanked the man because he had carried her bags to the station.",
+        "The players blamed themselves after their team lost the final match.",
+    ],
+    "Negation": [
+        "The door was not locked, but nobody tried to open it.",
+        "No student in the class had ever seen snow before that winter.",
+        "She did not say anything about the letter until the guests had left.",
+        "The king never trusted any of the generals who served his father.",
+        "Neither the doctor nor the nurse noticed that the patient was not asleep.",
+        "There is no reason to believe that the story is not true.",
+    ],
+    "Questions": [
+        "Where did the sailors bury the gold that they stole from the port?",
+        "Why does the moon look larger when it is close to the horizon?",
+        "Who wrote the first history of the city, and when was it printed?",
+        "Has anyone in the village ever climbed the mountain in winter?",
+        "What will the farmers do if the rain does not come this year?",
+        "Do you know which of the two roads leads to the castle?",
+    ],
+    "Technical": [
+        "The engine converts heat into motion with an efficiency of about forty percent.",
+        "A neural network computes a weighted sum of its inputs and applies a nonlinear function.",
+        "The enzyme binds to the protein and lowers the energy needed for the reaction.",
+        "Each node in the network stores a copy of the table and updates it every second.",
+        "The importance of the experiment lies in the precise measurement of the speed of light.",
+        "Light from the star passes through a prism, which splits it into a spectrum.",
+    ],
+    "Ambiguous": [
+        "The old man saw the boy with the telescope on the hill.",
+        "The chicken is ready to eat, said the cook to the farmer.",
+        "They went to the bank after the flood had reached the bridge.",
+        "Visiting relatives can be tiring when the house is small.",
+        "The lawyer told the judge that he had made a mistake.",
+        "She hit the man with the umbrella and walked away.",
+    ],
+    "Comparative": [
+        "The second film was longer than the first but far less interesting.",
+        "No other river in the country carries as much water as this one.",
+        "The younger sister ran faster than her brother, who was taller and stronger.",
+        "The more the price of bread rose, the less the workers could buy.",
+        "Gold is heavier than silver, and it does not lose its shine.",
+        "The new library is twice as large as the one it replaced.",
+    ],
+    "Temporal": [
+        "Before the war began, the family had lived in the capital for thirty years.",
+        "The king died in the spring, and his son was crowned the following year.",
+        "While the soldiers slept, the river rose and carried their boats away.",
+        "By the time the doctor arrived, the fever had already passed.",
+        "The church was built in the twelfth century and was later destroyed by fire.",
+        "Since the bridge was closed last autumn, every journey has taken an hour longer.",
+    ],
+}
+
+
 def stream_attention(model: PicoLLM, idx: Tensor, reduce: Callable[[int, Tensor], None]) -> None:
     """Runs token ids (B, T) and hands each layer's pattern to `reduce(layer, weights)`, weights (B, H, T, T) float32.
 
