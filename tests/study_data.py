@@ -1,14 +1,12 @@
 """Made-up results of a study with known truth, in the columns that the module's own measurements have."""
 
-import types
-
 import numpy as np
 import pandas as pd
 import torch
 
 import pico_helpers as pico
 
-KAPPAS = ("sink", "self", "previous", "local", "duplicate", "induction", "punctuation", "rare", "broad", "resting")
+KAPPAS = ("sink", "self", "previous", "local", "duplicate", "induction", "punctuation", "rare", "broad")
 CLASSES = ("Diagonal/Self", "Local Context", "Token-Specific", "Global/Broad", "Mixed")
 
 
@@ -27,18 +25,23 @@ def make_capture(text: str, n_layer: int = 2, n_head: int = 2, seed: int = 0) ->
     weights = np.exp(scores) * np.tri(n)
     weights /= weights.sum(-1, keepdims=True)
     return pico.AttentionCapture(
-        text, ids, tokenizer.labels(ids), tokenizer.offsets(ids), torch.tensor(weights, dtype=torch.float32), torch.zeros(n, 1)
+        text,
+        ids,
+        tokenizer.labels(ids),
+        tokenizer.offsets(ids),
+        torch.tensor(weights, dtype=torch.float32),
+        torch.zeros(n, 1),
     )
 
 
-def make_study(n_layer: int = 2, n_head: int = 2, trained: bool = True, seed: int = 0) -> types.SimpleNamespace:
-    """A HeadStudy-like object. With `trained`, half of the heads have a kind; without, nothing stands out."""
+def make_study(n_layer: int = 2, n_head: int = 2, trained: bool = True, seed: int = 0) -> pico.HeadStudy:
+    """A HeadStudy. With `trained`, half of the heads have a kind; without, nothing stands out."""
     rng = np.random.default_rng(seed)
     rows = []
     for source in ("sentences", "windows"):
         for layer in range(n_layer):
             for head in range(n_head):
-                values = {name: rng.normal(0, 0.02) for name in KAPPAS} | {"broad": rng.uniform(0.95, 1.0), "resting": 0.9}
+                values = {name: rng.normal(0, 0.02) for name in KAPPAS} | {"broad": rng.uniform(0.95, 1.0)}
                 name = "Global/Broad"
                 if trained and head % 2 == 0:
                     kind = ("previous", "local", "induction")[layer % 3]
@@ -50,7 +53,7 @@ def make_study(n_layer: int = 2, n_head: int = 2, trained: bool = True, seed: in
                 rows.append(
                     {"layer": layer, "head": head, "source": source, **values}
                     | {"mean_distance": rng.uniform(1, 20), "entropy": rng.uniform(1, 4)}
-                    | {"sink_flag": values["sink"] > 0.3, "class": name}
+                    | {"resting": False, "sink_flag": values["sink"] > 0.3, "class": name}
                 )
     scores = pd.DataFrame(rows)
     shares, baselines = [], []
@@ -70,7 +73,7 @@ def make_study(n_layer: int = 2, n_head: int = 2, trained: bool = True, seed: in
                 for statistic in ("mean", "max"):
                     value = float(own[score].agg(statistic))
                     if model in ("untrained", "uniform"):
-                        value = {"broad": 0.98, "resting": 0.9, "mean_distance": 30.0, "entropy": 4.1}.get(score, 0.01)
+                        value = {"broad": 0.98, "mean_distance": 30.0, "entropy": 4.1}.get(score, 0.01)
                     baselines.append(
                         {"source": source, "model": model, "score": score, "statistic": statistic}
                         | {"mean": value, "low": value - 0.02, "high": value + 0.02}
@@ -83,22 +86,25 @@ def make_study(n_layer: int = 2, n_head: int = 2, trained: bool = True, seed: in
     points = rng.normal(0, 1, (n, 3)) + 3 * (np.arange(n) % 3)[:, None]
     distances = np.linalg.norm(points[:, None] - points[None], axis=-1)
     distances /= 1.2 * distances.max()
-    return types.SimpleNamespace(
+    return pico.HeadStudy(
         scores=scores,
-        thresholds=types.SimpleNamespace(tau={"previous": 0.3}, broad=0.9),
+        thresholds=pico.ScoreThresholds(),
         shares=pd.DataFrame(shares),
         baselines=pd.DataFrame(baselines),
         ablation=ablation.reset_index(drop=True),
         similarity=distances,
         similarity_without_sink=distances**2,
         noise_floor=0.05,
-        settings={"windows": 200},
+        noise_floor_without_sink=0.04,
+        settings={"n_windows": 200, "ablation_windows": 8},
     )
 
 
 def make_language(trained: bool = True) -> pd.DataFrame:
     rows = []
-    for index, phenomenon in enumerate(("Subject and verb", "Coreference", "Negation", "Questions", "Articles & nouns")):
+    for index, phenomenon in enumerate(
+        ("Subject and verb", "Coreference", "Negation", "Questions", "Articles & nouns")
+    ):
         accuracy = 0.8 - 0.1 * index if trained else 0.5
         effect = 0.2 - 0.05 * index if trained else 0.0
         rows.append(
