@@ -1878,6 +1878,7 @@ MODEL_NAMES = {  # the rows of HeadStudy.shares and .baselines, in the order in 
     "untrained": "untrained models",
     "uniform": "uniform head",
 }
+_SOURCE_NAMES = {"windows": "held-out text", "sentences": "the study's sentences"}
 _MODEL_COLORS = {"trained": "#0072B2", "shuffled": "#CC79A7", "untrained": "#555555", "uniform": "#BBBBBB"}
 _SCORE_NAMES = {  # columns of HeadStudy.scores that are drawn as maps
     "sink": "Sink: the first token",
@@ -2196,7 +2197,7 @@ def plot_attention_flow(capture: AttentionCapture, layers: Sequence[int] | None 
     panel, spacing = room + 2.1, 0.22
     width, height = max(0.3 + len(layers) * panel, 5.0), 0.85 + n * spacing + 0.4
     note = "A token looks up at earlier ones; wider arc: more attention. Dot: at itself. Light: at the first token. "
-    note += "The three strongest looks of each token, from 5 %." + _cut_note(len(capture.labels), _MAX_NODES)
+    note += "The three strongest looks of each token, from 5%." + _cut_note(len(capture.labels), _MAX_NODES)
     title = "Attention flow, mean of the heads of a layer"
     figure, sheet = _sheet(width, height, title, capture.text, note)
     for index, layer in enumerate(layers):
@@ -2320,7 +2321,8 @@ def plot_class_shares(scores: pd.DataFrame, source: str = "windows") -> Figure:
     wedges = pie.pie([counts[name] for name in names], colors=colors, startangle=90, counterclock=False)[0]
     for wedge in wedges:
         wedge.set(edgecolor="white", linewidth=1.5)
-    pie.set_title(f"All {len(heads)} heads", loc="left", fontsize=10, weight="bold")
+    where = _SOURCE_NAMES[source]
+    pie.set_title(f"All {len(heads)} heads on {where}", loc="left", fontsize=10, weight="bold")
     pie.legend(wedges, legend, loc="upper center", bbox_to_anchor=(0.5, 0.02), frameon=False, fontsize=8)
     table = heads.groupby(["layer", "class"]).size().unstack(fill_value=0)
     below = np.zeros(len(table))
@@ -2346,7 +2348,8 @@ def plot_class_baselines(shares: pd.DataFrame, source: str = "windows") -> Figur
         axes.bar(x, share, 0.18, color=_MODEL_COLORS[model], label=MODEL_NAMES[model])
         reach = np.nan_to_num(np.clip([share - low, high - share], 0, None))
         axes.errorbar(x, share, reach, fmt="none", ecolor="black", elinewidth=1, capsize=2)
-    _clean(axes, "Classes of heads beside their baselines", ylabel="share of heads (%)", ylim=(0, 105))
+    where = _SOURCE_NAMES[source]
+    _clean(axes, f"Classes of heads on {where}, beside their baselines", ylabel="share of heads (%)", ylim=(0, 105))
     axes.set_xticks(range(len(names)), names)
     axes.grid(axis="y", alpha=0.25)
     axes.legend(frameon=False, fontsize=8, ncols=len(models), loc="upper center", bbox_to_anchor=(0.5, -0.1))
@@ -2368,7 +2371,7 @@ def _draw_head_grid(axes: Axes, grid: np.ndarray, title: str, **options):
 
 
 def plot_score_maps(scores: pd.DataFrame, source: str = "windows") -> Figure:
-    """Layer x head maps of every score on one scale; 0 is chance and 1 the ideal head, values below 0 are drawn as 0."""
+    """Layer x head maps of every score on one scale: 0 is chance (and what is below it), 1 the ideal head."""
     heads = scores[scores["source"] == source]
     columns = [column for column in _SCORE_NAMES if column in heads]
     n_layer, n_head = heads["layer"].nunique(), heads["head"].nunique()
@@ -2383,7 +2386,7 @@ def plot_score_maps(scores: pd.DataFrame, source: str = "windows") -> Figure:
     figure.supxlabel("head", fontsize=8.5)
     figure.supylabel("layer", fontsize=8.5)
     figure.colorbar(image, ax=grid, shrink=0.6, pad=0.01).ax.tick_params(labelsize=7)
-    where = "held-out text" if source == "windows" else "the study's sentences"
+    where = _SOURCE_NAMES[source]
     figure.suptitle(f"Scores of every head on {where}", x=0.01, ha="left", fontsize=11, weight="bold")
     return figure
 
@@ -2486,7 +2489,7 @@ def plot_entropy_distance(
         _clean(axes, title, xlabel="layer", ylabel=unit, ylim=(0, None))
         axes.set_xticks(means.index)
         axes.grid(axis="y", alpha=0.25)
-        axes.legend(frameon=False, fontsize=7.5)
+        axes.legend(frameon=False, fontsize=7.5, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.16))
     return figure
 
 
@@ -2608,7 +2611,7 @@ def _plan_model(study: HeadStudy, language: pd.DataFrame | None, metrics: Sequen
             "How wrong the next-token guesses were during training; lower is better.",
             lambda: plot_loss_curve(metrics),
         )
-    for source, where in (("windows", "held-out text"), ("sentences", "the study's sentences")):
+    for source, where in _SOURCE_NAMES.items():
         heads = scores[scores["source"] == source]
         if heads.empty:
             continue
@@ -2618,9 +2621,9 @@ def _plan_model(study: HeadStudy, language: pd.DataFrame | None, metrics: Sequen
         yield (
             f"class_baselines_{source}",
             f"Head classes and their baselines on {where}",
-            f"Bar chart of head classes on {where} for this model, shuffled tokens, untrained models and a uniform head.",
-            "A share means something only where it differs from the grey bars. Lines: intervals over texts (this model) "
-            "and range over seeds (untrained).",
+            f"Bars of head classes on {where} beside shuffled tokens, untrained models, a uniform head: {listed}.",
+            "A share means something only where it differs from the grey bars. Lines: 95% interval over texts, "
+            "for untrained models the range over seeds.",
             lambda source=source: plot_class_baselines(study.shares, source),
         )
         yield (
@@ -2673,8 +2676,8 @@ def _plan_model(study: HeadStudy, language: pd.DataFrame | None, metrics: Sequen
             f"Which heads look alike{suffix}",
             f"Heatmap of the distance between every two heads with a dendrogram{suffix}; distances run from "
             f"{pairs.min():.2f} to {pairs.max():.2f}, the noise floor is {floor:.2f}.",
-            "Mean square root of the Jensen-Shannon divergence between the rows of two heads. Labels: layer.head, in the "
-            "colours of the classes.",
+            "Mean square root of the Jensen-Shannon divergence between the rows of two heads. Labels: layer.head, in "
+            "the colours of the classes.",
             lambda distances=distances, suffix=suffix, floor=floor: plot_head_similarity(
                 distances, n_head, classes, floor, f"Which heads look alike{suffix}"
             ),
@@ -2684,8 +2687,9 @@ def _plan_model(study: HeadStudy, language: pd.DataFrame | None, metrics: Sequen
         yield (
             "language",
             "Linguistic tests",
-            f"Accuracy on minimal pairs, attention to the target, and cost of removing the chosen heads. Accuracy: {listed}.",
-            "Blue: this model, with 95 % intervals. Hollow: an untrained model. Grey bars: random heads of the same layers.",
+            "Accuracy on minimal pairs, attention to the target, and cost of removing the chosen heads. Accuracy: "
+            f"{listed}.",
+            "Blue: this model, with 95% intervals. Hollow: an untrained model. Grey: random heads of the same layers.",
             lambda: plot_language(language),
         )
 
@@ -2719,7 +2723,7 @@ def _plan_category(
         first = weights[:, :, 1:, 0].mean() if len(labels) > 1 else 1.0
         cut = _cut_note(len(labels), _MAX_LABELS)
         yield plan(
-            "all_heads",
+            "every_head",
             stem,
             one,
             f"Every head: {text}",
@@ -2768,7 +2772,7 @@ def _strongest_look(weights: np.ndarray, names: Sequence[str]) -> str:
 
 
 _PLOTS_OF_TEXT = {
-    "all_heads": plot_all_heads,
+    "every_head": plot_all_heads,
     "heads": plot_chosen_heads,
     "flow": plot_attention_flow,
     "rollout": plot_rollout,
@@ -2831,8 +2835,9 @@ def _drawing(jobs: list[tuple]) -> Iterator[Callable[[tqdm], None]]:
 # The pages are templates filled with them; each is one file that needs no network.
 # ======================================================================================================================
 
+_VERDICTS = ("supported", "not supported", "undecided")
 _SPECIALISED = ("Diagonal/Self", "Local Context", "Token-Specific")
-_ORIGINAL_BROAD = 0.857  # the original study: "85.7 % broad, 14.3 % specialised"
+_ORIGINAL_BROAD = 0.857  # the original study: "85.7% broad, 14.3% specialised"
 _ABLATION_FLOOR = 0.001  # nats per token; a smaller loss increase is of no consequence, however certain
 _HEAD_CLAIMS = {
     "sink": "A head parks its attention on the first token",
@@ -2859,8 +2864,8 @@ def study_findings(
     statements = [*_class_statements(study), *_score_statements(study), *_ablation_statements(study)]
     for row in language.itertuples() if language is not None else ():
         evidence = (
-            f"{row.reason} Accuracy {_percent(row.accuracy, row.accuracy_low, row.accuracy_high)} on {row.n_pairs} pairs; "
-            f"untrained {row.untrained_accuracy:.0%}, chance 50 %."
+            f"{row.reason.rstrip('.')}. Accuracy {_percent(row.accuracy, row.accuracy_low, row.accuracy_high)} on {row.n_pairs} "
+            f"pairs; untrained {row.untrained_accuracy:.0%}, chance 50%."
         )
         statements.append(_statement("Language", row.claim, row.verdict, evidence))
     return _plain(
@@ -2921,7 +2926,7 @@ def _class_statements(study: HeadStudy) -> Iterator[dict]:
 
     more = sum(shares[name]["trained"]["share"] - shares[name]["untrained"]["high"] for name in _SPECIALISED)
     verdict = "supported" if found else "undecided" if more > 0 else "not supported"
-    evidence = " ".join(describe(name) for name in _SPECIALISED)
+    evidence = "\n".join(describe(name) for name in _SPECIALISED)
     yield _statement("Classes", "Some heads are specialised, more than in untrained models", verdict, evidence)
     if found:
         differs = [
@@ -2930,7 +2935,7 @@ def _class_statements(study: HeadStudy) -> Iterator[dict]:
             if shares[name]["trained"]["low"] > shares[name]["shuffled"]["high"]
             or shares[name]["trained"]["high"] < shares[name]["shuffled"]["low"]
         ]
-        evidence = " ".join(describe(name) for name in differs or found)
+        evidence = "\n".join(describe(name) for name in differs or found)
         verdict = "supported" if differs else "undecided"
         yield _statement("Classes", "What heads do depends on the order of the words", verdict, evidence)
     broad = shares["Global/Broad"]
@@ -2938,10 +2943,10 @@ def _class_statements(study: HeadStudy) -> Iterator[dict]:
     apart = broad["trained"]["high"] < broad["untrained"]["low"] or broad["trained"]["low"] > broad["untrained"]["high"]
     yield _statement(
         "Classes",
-        "85.7 % of the heads attend broadly and 14.3 % are specialised (the original study)",
+        "85.7% of the heads attend broadly and 14.3% are specialised (the original study)",
         "not supported" if not agrees else "supported" if apart else "undecided",
-        f"{describe('Global/Broad')} The original measured raw averages on short sentences, which mostly reflect sentence "
-        "length, and gave no baseline; a broad head is what a model has before it learns anything.",
+        f"{describe('Global/Broad')} The original measured raw averages on short sentences, which mostly reflect the "
+        "length of the sentence, and gave no baseline; a model has broad heads before it learns anything.",
     )
 
 
@@ -2960,7 +2965,7 @@ def _score_statements(study: HeadStudy) -> Iterator[dict]:
         found = own["low"] >= tau and own["low"] > untrained["high"]
         verdict = "supported" if found else "undecided" if own["mean"] >= tau else "not supported"
         evidence = (
-            f"The strongest head, layer {best['layer']} head {best['head']}, scores {own['mean']:.2f} ({own['low']:.2f} to "
+            f"The strongest, layer {best['layer']} head {best['head']}, scores {own['mean']:.2f} ({own['low']:.2f} to "
             f"{own['high']:.2f}); chance is 0, the ideal 1, the threshold {tau:.2f}. Strongest in untrained models: "
             f"{untrained['mean']:.2f} ({untrained['low']:.2f} to {untrained['high']:.2f}); on shuffled tokens: "
             f"{shuffled['mean']:.2f}."
@@ -2973,7 +2978,7 @@ def _ablation_statements(study: HeadStudy) -> Iterator[dict]:
 
     table = study.ablation.merge(study.scores[study.scores["source"] == "windows"][["layer", "head", "class"]])
     n, n_windows = len(table), study.settings["ablation_windows"]
-    limit = t.ppf(1 - 0.025 / n, n_windows - 1)  # two-sided 5 % over all heads (Bonferroni)
+    limit = t.ppf(1 - 0.025 / n, n_windows - 1)  # two-sided 5% over all heads (Bonferroni)
     increase = table["loss_increase"]
     matters = (increase >= _ABLATION_FLOOR) & (increase > limit * table["standard_error"])
     top = table.loc[increase.idxmax()]
@@ -2981,9 +2986,10 @@ def _ablation_statements(study: HeadStudy) -> Iterator[dict]:
         "Ablation",
         "Single heads matter for the prediction of held-out text",
         "supported" if matters.any() else "not supported",
-        f"Replaced by its mean output, {matters.sum()} of {n} heads raises the loss by {_ABLATION_FLOOR} nats or more and "
-        f"beyond {limit:.1f} standard errors ({n_windows} windows, corrected for {n} heads). Largest: layer {top['layer']} "
-        f"head {top['head']} ({top['class']}), {top['loss_increase']:+.4f} ± {top['standard_error']:.4f} nats per token.",
+        f"Replaced by its mean output, {matters.sum()} of {n} heads raises the loss by {_ABLATION_FLOOR} nats or more "
+        f"and beyond {limit:.1f} standard errors ({n_windows} windows, corrected for {n} heads). Largest: layer "
+        f"{top['layer']} head {top['head']} ({top['class']}), {top['loss_increase']:+.4f} nats per token, standard "
+        f"error {top['standard_error']:.4f}.",
     )
     for name in _found_classes(study):
         own = table["class"] == name
@@ -3000,19 +3006,20 @@ def _headline(study: HeadStudy, statements: Sequence[dict]) -> list[str]:
     """Two or three sentences that open the report."""
     heads = study.scores[study.scores["source"] == "windows"]
     n_special, n = int(heads["class"].isin(_SPECIALISED).sum()), len(heads)
-    untrained = sum(_shares_of(study, name)["untrained"]["share"] for name in _SPECIALISED)
-    shares = f"{n_special} of {n} heads ({n_special / n:.1%}) are specialised on held-out text, {untrained:.1%} in untrained models."
-    counts = {
-        verdict: sum(s["verdict"] == verdict for s in statements)
-        for verdict in ("supported", "not supported", "undecided")
-    }
-    tally = ", ".join(f"{count} {verdict}" for verdict, count in counts.items())
-    if not counts["supported"]:
-        lead = "This study finds nothing: in no respect tested here do this model's heads differ from untrained ones."
-        return [lead, shares]
-    supported = [s["claim"] for s in statements if s["verdict"] == "supported" and s["topic"] in ("Heads", "Language")]
-    lines = [shares, f"Of {len(statements)} claims tested: {tally}."]
-    return [*lines, f"Supported: {'; '.join(supported)}."] if supported else lines
+    others = {model: sum(_shares_of(study, name)[model]["share"] for name in _SPECIALISED) for model in MODEL_NAMES}
+    shares = (
+        f"{n_special} of {n} heads ({n_special / n:.1%}) are specialised on held-out text; on shuffled tokens it is "
+        f"{others['shuffled']:.1%}, in untrained models {others['untrained']:.1%}, for a uniform head "
+        f"{others['uniform']:.1%}."
+    )
+    tally = {name: [s["claim"] for s in statements if s["verdict"] == name] for name in _VERDICTS}
+    if not tally["supported"]:
+        nothing = (
+            "This study finds nothing: in no respect tested here do this model's heads differ from untrained ones."
+        )
+        return [nothing, shares]
+    counts = ", ".join(f"{len(claims)} {name}" for name, claims in tally.items())
+    return [shares, f"Of {len(statements)} claims tested: {counts}.", f"Supported: {'; '.join(tally['supported'])}."]
 
 
 def _plain(value: object) -> object:
@@ -3080,6 +3087,19 @@ def _table(rows: Sequence[dict], columns: Mapping[str, str], caption: str) -> _H
     return _fill(_TABLE_HTML, caption=caption, head=head, body=body)
 
 
+def _share_table(shares: Sequence[dict]) -> _Html:
+    """Share of each class on held-out text, a column a model."""
+    rows: dict[str, dict] = {}
+    for row in shares:
+        if row["source"] == "windows":
+            values = rows.setdefault(row["class"], {"class": row["class"]})
+            values[row["model"]] = _percent(row["share"], row["low"], row["high"])
+    caption = (
+        "Share of the heads on held-out text, with 95% interval over texts; for untrained models with range over seeds"
+    )
+    return _table(list(rows.values()), {"class": "class", **MODEL_NAMES}, caption)
+
+
 def _picture_html(picture: Picture) -> _Html:
     data = base64.b64encode(picture.path.read_bytes()).decode()
     return _fill(_PICTURE_HTML, alt=picture.alt, data=data, title=picture.title, caption=picture.caption)
@@ -3132,6 +3152,7 @@ def write_report(path: str | Path, findings: dict, pictures: Sequence[Picture]) 
     body = _fill(
         _REPORT_HTML,
         headline=_join(_fill("<p>{{line}}</p>", line=line) for line in findings["headline"]),
+        shares=_share_table(findings["class_shares"]),
         run=_table(run, two, "What was run"),
         loss=show("loss_curve"),
         example=_join(map(_picture_html, example)),
@@ -3237,6 +3258,7 @@ p, li { max-width: 46rem; }
 _REPORT_CSS = """
 figure { margin: 1rem 0; }
 figure img { max-width: 100%; height: auto; background: #ffffff; border: 1px solid var(--line); border-radius: 4px; }
+.evidence { white-space: pre-line; }
 figcaption, caption, .evidence { color: var(--soft); font-size: .9rem; }
 .lead { background: var(--panel); border-radius: 6px; padding: .25rem 1rem; font-size: 1.05rem; }
 .statement { border-left: 4px solid var(--line); margin: .75rem 0; padding: 0 0 0 .75rem; }
@@ -3275,11 +3297,14 @@ _DETAILS_HTML = """<details><summary>{{summary}}</summary>
 
 _REPORT_HTML = """<main>
 <h1>Where the heads of a small language model look</h1>
-<div class="lead">{{headline}}</div>
-<p>A language model predicts the next token of a text. Inside, each layer has several <em>attention heads</em>; for every
-token, a head decides how much to look at each earlier token. This report asks what the heads of one model do, and how
-much of that an untrained model would show as well. A number counts as a finding only where it differs from its
-baselines.</p>
+<div class="lead">
+{{headline}}
+{{shares}}
+</div>
+<p>A language model predicts the next token of a text. Inside, each layer has several <em>attention heads</em>; for
+every token, a head decides how much to look at each earlier token. This report asks what the heads of one model do,
+and how much of that an untrained model would show as well. A number counts as a finding only where it differs from
+its baselines.</p>
 
 <h2 id="run">What was run</h2>
 {{run}}
@@ -3289,22 +3314,22 @@ baselines.</p>
 </details>
 
 <h2 id="read">How to read an attention map</h2>
-<p>Each row is a token that looks; the colours of the row say how its attention is shared among the tokens up to itself,
-and sum to 100 %. Yellow is much, dark is little. The grey triangle holds later tokens, which the model cannot see. A
-bright diagonal is a head that looks at the token itself; one step lower, at the previous token; a bright first column is
-a head that parks its attention on the first token. <code>·</code> marks a leading space and <code>the²</code> is the
-second <code>the</code>. Layers and heads are counted from 0.</p>
-<p>Short maps mislead: in the first rows there is little to choose from, so every head seems to look at itself and at the
-first token. All scores below are therefore corrected for chance: 0 is what a head gets that looks everywhere alike, at
-any length of text, and 1 is the ideal head. They are measured on long windows of held-out text and on the study's
-sentences.</p>
+<p>Each row is a token that looks; the colours of the row say how its attention is shared among the tokens up to
+itself, and sum to 100%. Yellow is much, dark is little. The grey triangle holds later tokens, which the model
+cannot see. A bright diagonal is a head that looks at the token itself; one step lower, at the previous token; a
+bright first column is a head that parks its attention on the first token. <code>·</code> marks a leading space and
+<code>the²</code> is the second <code>the</code>. Layers and heads are counted from 0.</p>
+<p>Short maps mislead: in the first rows there is little to choose from, so every head seems to look at itself and
+at the first token. All scores below are therefore corrected for chance: 0 is what a head gets that looks everywhere
+alike, at any length of text, and 1 is the ideal head. They are measured on long windows of held-out text and on the
+study's sentences.</p>
 {{example}}
 
 <h2 id="classes">Classes of heads</h2>
-<p>Each head gets one of the original study's class names, by its largest score that reaches a threshold. The thresholds
-are so high that untrained heads rarely reach them. Intervals are 95 % bootstrap intervals over texts, for untrained
-models the range over seeds. Whether a head parks attention on the first token (a sink) is a flag of its own: that is not
-attending broadly.</p>
+<p>Each head gets one of the original study's class names, by its largest score that reaches a threshold. The
+thresholds are so high that untrained heads rarely reach them. Intervals are 95% bootstrap intervals over texts, for
+untrained models the range over seeds. Whether a head parks attention on the first token (a sink) is a flag of its
+own: that is not attending broadly.</p>
 {{class_verdicts}}
 {{class_pictures}}
 <details><summary>Table of shares</summary>
@@ -3322,8 +3347,8 @@ attending broadly.</p>
 </details>
 
 <h2 id="ablation">Which heads matter</h2>
-<p>A pattern is no proof of use. Here each head's output is replaced by its mean, and the loss on held-out text is measured
-again.</p>
+<p>A pattern is no proof of use. Here each head's output is replaced by its mean, and the loss on held-out text is
+measured again.</p>
 {{ablation_verdicts}}
 {{ablation_pictures}}
 <details><summary>Table of ablations</summary>
@@ -3335,37 +3360,38 @@ again.</p>
 {{spread_pictures}}
 
 <h2 id="similarity">Which heads look alike</h2>
-<p>Heads that share a branch low in the tree look at the same places. Branches below the dashed noise floor differ less
-than one head does from itself on other texts. The second picture leaves the first token out, since sinks make heads look
-alike.</p>
+<p>Heads that share a branch low in the tree look at the same places. Branches below the dashed noise floor differ
+less than one head does from itself on other texts. The second picture leaves the first token out, since sinks make
+heads look alike.</p>
 {{similarity_pictures}}
 
 <h2 id="language">Language</h2>
-<p>Each claim is tested with pairs of sentences, one good and one bad, that differ in little else. The model should find
-the good one more likely; heads that look at the right word are chosen on one half of the pairs and tested on the other;
-then they are removed, and must be missed more than random heads of the same layers.</p>
+<p>Each claim is tested with pairs of sentences, one good and one bad, that differ in little else. The model should
+find the good one more likely; heads that look at the right word are chosen on one half of the pairs and tested on
+the other; then they are removed, and must be missed more than random heads of the same layers.</p>
 {{language_verdicts}}
 {{language_pictures}}
 {{language_table}}
 
 <h2 id="sentences">The sentences</h2>
-<p>For each sentence: all heads at once, four chosen heads, the flow between tokens, and rollout, which follows attention
-through all layers. The same maps are in the explorer, where you can point at a token.</p>
+<p>For each sentence: all heads at once, four chosen heads, the flow between tokens, and rollout, which follows
+attention through all layers. The same maps are in the explorer, where you can point at a token.</p>
 {{sentences}}
 
 <h2 id="glossary">Glossary</h2>
 <dl>
 <dt>Token</dt><dd>A piece of text, often a word with its leading space. The model reads and writes tokens.</dd>
 <dt>Layer, head</dt><dd>The model is a stack of layers; each has several heads that look in parallel.</dd>
-<dt>Attention sink</dt><dd>A head that puts its attention on the first token when it has nothing to do
-(Xiao et al. 2023; Gu et al. 2024).</dd>
+<dt>Attention sink</dt><dd>A head that puts its attention on the first token when it has nothing to do (Xiao et al.
+2023; Gu et al. 2024).</dd>
 <dt>Induction</dt><dd>Looking at what followed an earlier copy of the current token, which continues repeated text
 (Olsson et al. 2022). Measured on repeated random tokens with random gaps.</dd>
-<dt>Kappa</dt><dd>Attention on a set of tokens beyond what a uniform head puts there, divided by the most that is possible
-beyond it, in the manner of Cohen's kappa.</dd>
+<dt>Kappa</dt><dd>Attention on a set of tokens beyond what a uniform head puts there, divided by the most that is
+possible beyond it, in the manner of Cohen's kappa.</dd>
 <dt>Ablation</dt><dd>Replacing a head's output by its mean to see what is lost.</dd>
 <dt>Minimal pair</dt><dd>Two sentences that differ in one point, one of them wrong.</dd>
-<dt>Rollout</dt><dd>Attention multiplied through the layers (Abnar &amp; Zuidema 2020), here minus that of uniform heads.</dd>
+<dt>Rollout</dt><dd>Attention multiplied through the layers (Abnar &amp; Zuidema 2020), here minus that of uniform
+heads.</dd>
 <dt>Nat</dt><dd>The unit of loss: 0.69 nats are one bit.</dd>
 </dl>
 </main>"""
@@ -3384,7 +3410,7 @@ _EXPLORER_HTML = """<div class="pico-explorer">
 <label>Sentence <select class="pico-text"></select></label>
 <label>Layer <select class="pico-layer"></select></label>
 <label>Head <select class="pico-head"></select></label>
-<label>On the right <select class="pico-view">
+<label>Second picture <select class="pico-view">
 <option value="heads">where every head looks from this token</option>
 <option value="maps">all heads at once</option>
 </select></label>
@@ -3397,7 +3423,8 @@ _EXPLORER_HTML = """<div class="pico-explorer">
 <figure><figcaption class="pico-map-title"></figcaption><canvas class="pico-map" role="img"></canvas></figure>
 <figure><figcaption class="pico-all-title"></figcaption><canvas class="pico-all" role="img"></canvas></figure>
 </div>
-<p class="pico-help">Keys on a token: ← → other token, ↑ ↓ other head, Home and End. Click a head on the right to pick it.</p>
+<p class="pico-help">Keys on a token: ← → other token, ↑ ↓ other head, Home and End. Click a head in the second picture
+to pick it.</p>
 <script>{{script}}</script>
 </div>"""
 
@@ -3434,8 +3461,8 @@ _EXPLORER_JS = r"""
     const [a, b] = [rgb(STOPS[below]), rgb(STOPS[below + 1])];
     return a.map((channel, i) => Math.round(channel + (b[i] - channel) * (place - below)));
   });
-  const SIZE = 430; // of a panel, in CSS pixels
-  const MARGIN = 84; // for labels
+  const SIZE = 500; // of a panel, in CSS pixels
+  const MARGIN = 80; // for labels
 
   async function unpack(text) {
     const bytes = Uint8Array.from(atob(text), (character) => character.charCodeAt(0));
@@ -3456,7 +3483,7 @@ _EXPLORER_JS = r"""
       const name = data.classes[layer * data.nHead + head];
       return `layer ${layer}, head ${head}` + (name ? ` (${name})` : "");
     };
-    const share = (value) => `${Math.round((100 * value) / 255)} %`;
+    const share = (value) => `${Math.round((100 * value) / 255)}%`;
 
     // weight 0..255 of map `index` from token `row` to token `key`
     function weight(index, row, key) {
@@ -3603,8 +3630,10 @@ _EXPLORER_JS = r"""
       const looks = names.slice(0, state.token + 1).map((name, key) => [weight(index, state.token, key), name]);
       const best = looks.sort((a, b) => b[0] - a[0]).slice(0, 4);
       const list = best.map(([value, name]) => `${name} ${share(value)}`).join(", ");
-      const pointed = state.key === null ? "" : `; at ${names[state.key]} ${share(weight(index, state.token, state.key))}`;
-      find("status").textContent = `${names[state.token]} in ${headName(state.layer, state.head)} looks at: ${list}${pointed}`;
+      const at = (key) => share(weight(index, state.token, key));
+      const pointed = state.key === null ? "" : `; at ${names[state.key]} ${at(state.key)}`;
+      const head = headName(state.layer, state.head);
+      find("status").textContent = `${names[state.token]} in ${head} looks at: ${list}${pointed}`;
     }
 
     function draw() {
@@ -3645,14 +3674,15 @@ _EXPLORER_JS = r"""
       update({ layer: Math.floor(index / data.nHead), head: index % data.nHead });
     }
 
-    // the cell under the pointer, in an area of columns x rows that begins at `left` and fills the canvas up to `bottom`
+    // [column, row] of the cell under the pointer, right of the margin and above `bottom`; null outside
     function cellAt(event, columns, rows, bottom) {
       const canvas = event.currentTarget;
       const box = canvas.getBoundingClientRect();
       const scale = parseFloat(canvas.style.width) / box.width;
       const x = (event.clientX - box.left) * scale - MARGIN;
       const y = (event.clientY - box.top) * scale;
-      const [column, row] = [Math.floor((x / (box.width * scale - MARGIN)) * columns), Math.floor((y / bottom) * rows)];
+      const column = Math.floor((x / (box.width * scale - MARGIN)) * columns);
+      const row = Math.floor((y / bottom) * rows);
       return column >= 0 && column < columns && row >= 0 && row < rows ? [column, row] : null;
     }
 
@@ -3690,7 +3720,8 @@ _EXPLORER_JS = r"""
     find("map").addEventListener("pointerleave", () => update({ key: null }));
     find("all").addEventListener("click", (event) => {
       const heads = state.view === "heads";
-      const height = parseFloat(event.currentTarget.style.width) * (event.currentTarget.height / event.currentTarget.width);
+      const canvas = event.currentTarget;
+      const height = parseFloat(canvas.style.width) * (canvas.height / canvas.width);
       const cell = heads
         ? cellAt(event, 1, nMaps, height)
         : cellAt(event, data.nHead, data.nLayer, height - 20);
@@ -3705,7 +3736,7 @@ _EXPLORER_JS = r"""
   for (const root of document.querySelectorAll(".pico-explorer:not([data-started])")) {
     root.dataset.started = "yes";
     if (typeof DecompressionStream === "undefined") {
-      root.querySelector(".pico-status").textContent = "This browser is too old for the explorer; use one of 2023 or newer.";
+      root.querySelector(".pico-status").textContent = "The explorer needs a browser of 2023 or newer.";
     } else start(root);
   }
 })();
