@@ -2864,8 +2864,8 @@ def study_findings(
     statements = [*_class_statements(study), *_score_statements(study), *_ablation_statements(study)]
     for row in language.itertuples() if language is not None else ():
         evidence = (
-            f"{row.reason.rstrip('.')}. Accuracy {_percent(row.accuracy, row.accuracy_low, row.accuracy_high)} on {row.n_pairs} "
-            f"pairs; untrained {row.untrained_accuracy:.0%}, chance 50%."
+            f"{row.reason.rstrip('.')}. Accuracy {_percent(row.accuracy, row.accuracy_low, row.accuracy_high)} on "
+            f"{row.n_pairs} pairs; untrained {row.untrained_accuracy:.0%}, chance 50%."
         )
         statements.append(_statement("Language", row.claim, row.verdict, evidence))
     return _plain(
