@@ -1100,7 +1100,7 @@ _RATIOS = (*HEAD_SCORES, "rest")  # `rest`: the share of attention that is not o
 _MAX_MAP = 384**2  # weights per head in one forward pass: one window of 384 tokens, nine of 128
 
 # runs token ids (B, T) and hands each layer's pattern to a function, as stream_attention does
-Attend = Callable[[Tensor, Callable[[int, Tensor], None]], None]
+_Attend = Callable[[Tensor, Callable[[int, Tensor], None]], None]
 
 
 @dataclass(frozen=True)
@@ -1231,7 +1231,7 @@ def _as_sequences(texts: Sequence[str] | None, idx: Tensor | None) -> list[Tenso
 
 
 def _collect_sums(
-    attend: Attend, sequences: Sequence[Tensor], counts: Tensor, device: torch.device | str
+    attend: _Attend, sequences: Sequence[Tensor], counts: Tensor, device: torch.device | str
 ) -> np.ndarray:
     """Runs sequences in batches of equal length: (2, sequences, n_layer, n_head, ratios) float64."""
     punctuation = _punctuation_tokens().to(device)
