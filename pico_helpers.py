@@ -1194,7 +1194,7 @@ _RATIOS = (*HEAD_SCORES, "rest")  # `rest`: the share of attention that is not o
 _MAX_MAP = 384**2  # weights per head in one forward pass: one window of 384 tokens, nine of 128
 
 # runs token ids (B, T) and hands each layer's pattern to a function, as stream_attention does
-Attend = Callable[[Tensor, Callable[[int, Tensor], None]], None]
+_Attend = Callable[[Tensor, Callable[[int, Tensor], None]], None]
 
 
 @dataclass(frozen=True)
@@ -1325,7 +1325,7 @@ def _as_sequences(texts: Sequence[str] | None, idx: Tensor | None) -> list[Tenso
 
 
 def _collect_sums(
-    attend: Attend, sequences: Sequence[Tensor], counts: Tensor, device: torch.device | str
+    attend: _Attend, sequences: Sequence[Tensor], counts: Tensor, device: torch.device | str
 ) -> np.ndarray:
     """Runs sequences in batches of equal length: (2, sequences, n_layer, n_head, ratios) float64."""
     punctuation = _punctuation_tokens().to(device)
@@ -1548,11 +1548,14 @@ def _untrained_seeds(n: int) -> range:
     return range(1000, 1000 + n)  # not the seeds that a study's own model is likely to have
 
 
-def score_thresholds(untrained: pd.DataFrame, **changes: float) -> ScoreThresholds:
-    """Thresholds whose tau are the untrained heads' percentiles, but at least the floor; `changes` set other fields."""
+def score_thresholds(*untrained: pd.DataFrame, **changes: float) -> ScoreThresholds:
+    """tau from tables of untrained heads: each score's percentile, the largest over the tables, at least the floor.
+
+    `changes` set the other fields.
+    """
     base = ScoreThresholds(**changes)
-    tau = {name: max(base.floor, float(np.percentile(untrained[name], base.percentile))) for name in KAPPAS}
-    return ScoreThresholds(**changes, tau=tau)
+    percentiles = {name: [float(np.percentile(table[name], base.percentile)) for table in untrained] for name in KAPPAS}
+    return ScoreThresholds(**changes, tau={name: max(base.floor, *values) for name, values in percentiles.items()})
 
 
 def _estimates(
@@ -1658,12 +1661,14 @@ def head_ablation_map(
     if heads is None:
         heads = itertools.product(range(config.n_layer), range(config.n_head))
     chosen = _check_heads(config, heads)
+    if not chosen or len(idx) < 2:
+        raise PicoError("An ablation map needs at least one head and, for its standard error, two windows.")
     if mode == "mean" and means is None:
         means = mean_head_outputs(model, idx)
     substitutes = _head_substitutes(config, mode, means)
     batches = idx.to(device).split(max(1, _MAX_TOKENS // (config.n_head * idx.shape[1])))
     targets = [batch[:, 1:] for batch in batches]
-    rows = []
+    losses = []
     with evaluating(model):
         base = torch.cat([_window_losses(model, model.hidden_states(b[:, :-1]), b[:, 1:]) for b in batches])
         inputs = [model.token_embedding(batch[:, :-1]) for batch in batches]
@@ -1671,18 +1676,20 @@ def head_ablation_map(
         for layer, block in enumerate(model.blocks):
             picked = [head for other, head in chosen if other == layer]
             if picked:
-                losses = [_ablated_losses(model, layer, picked, *xt, substitutes) for xt in zip(inputs, targets)]
-                rows += [(layer, *row) for row in zip(picked, torch.cat(losses, 1).double())]
+                parts = [
+                    _ablated_losses(model, layer, picked, x, wanted, substitutes)
+                    for x, wanted in zip(inputs, targets, strict=True)
+                ]
+                losses.append(torch.cat(parts, dim=1))
             inputs = [block(x, cos, sin) for x in inputs]
             if bar is not None:
                 bar.update()
-    layers, picked_heads, losses = zip(*rows, strict=True)
-    losses = torch.stack(losses).cpu()  # (heads, n_windows)
-    increase = losses - base.double().cpu()
+    ablated = torch.cat(losses).double().cpu()  # (heads, n_windows), ordered as `chosen`
+    increase = ablated - base.double().cpu()
     columns = {
-        "layer": layers,
-        "head": picked_heads,
-        "loss": losses.mean(1),
+        "layer": [layer for layer, _ in chosen],
+        "head": [head for _, head in chosen],
+        "loss": ablated.mean(1),
         "loss_increase": increase.mean(1),
         "standard_error": increase.std(1) / math.sqrt(len(idx)),
     }
@@ -1820,8 +1827,8 @@ def study_heads(
         similarity, noise_floor = head_similarity(model, idx=compared_windows)
         without_sink, floor_without_sink = head_similarity(model, idx=compared_windows, drop_sink=True)
         bar.update()
-    untrained = [sums.table() for source in sources for sums in compared[source, "untrained"]]
-    thresholds = score_thresholds(pd.concat(untrained))
+    untrained = [pd.concat(sums.table() for sums in compared[source, "untrained"]) for source in sources]
+    thresholds = score_thresholds(*untrained)
     tables = [compared[source, "trained"].table(thresholds).assign(source=source) for source in sources]
 
     def for_all(summarise: Callable[[HeadSums | list[HeadSums]], pd.DataFrame]) -> pd.DataFrame:
