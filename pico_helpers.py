@@ -30,6 +30,7 @@ import csv
 import functools
 import hashlib
 import importlib.util
+import itertools
 import json
 import math
 import os
@@ -38,9 +39,10 @@ import shutil
 import sys
 import tempfile
 import threading
+import unicodedata
 import urllib.request
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING
@@ -1040,6 +1042,8 @@ ALL_TEST_CATEGORIES: dict[str, list[str]] = {
     ],
 }
 
+_MAX_TOKENS = 2**13  # tokens in one forward pass of a study; bounds its memory
+
 
 def stream_attention(model: PicoLLM, idx: Tensor, reduce: Callable[[int, Tensor], None]) -> None:
     """Runs token ids (B, T) and hands each layer's pattern to `reduce(layer, weights)`, weights (B, H, T, T) float32.
@@ -1085,9 +1089,759 @@ def capture_attention(model: PicoLLM, text: str) -> AttentionCapture:
     )
 
 
+@contextlib.contextmanager
+def _on_head_outputs(
+    model: PicoLLM, layers: Iterable[int], visit: Callable[[int, Tensor], Tensor | None]
+) -> Iterator[None]:
+    """Calls visit(layer, outputs) with the heads' outputs (B, T, H, d); a tensor that it returns takes their place."""
+
+    def before_projection(layer: int, module: nn.Module, args: tuple[Tensor]) -> Tensor | None:
+        changed = visit(layer, args[0].unflatten(-1, (model.config.n_head, -1)))
+        return None if changed is None else changed.flatten(-2)
+
+    handles = [
+        model.blocks[layer].attention.out_proj.register_forward_pre_hook(functools.partial(before_projection, layer))
+        for layer in layers
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _check_heads(config: ModelConfig, heads: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    chosen = sorted({(int(layer), int(head)) for layer, head in heads})
+    for layer, head in chosen:
+        if not (0 <= layer < config.n_layer and 0 <= head < config.n_head):
+            raise PicoError(
+                f"There is no head {head} in layer {layer}; layers are 0-{config.n_layer - 1}, "
+                f"heads 0-{config.n_head - 1}."
+            )
+    return chosen
+
+
+def _head_substitutes(config: ModelConfig, mode: str, means: Tensor | None) -> Tensor:
+    """What takes the place of each head's output, (n_layer, n_head, head_dim)."""
+    shape = (config.n_layer, config.n_head, config.head_dim)
+    if mode == "zero":
+        return torch.zeros(shape)
+    if mode != "mean":
+        raise PicoError(f"Unknown ablation {mode!r}; choose zero or mean.")
+    if means is None or tuple(means.shape) != shape:
+        raise PicoError(f"Mean ablation needs means of shape {shape}; make them with mean_head_outputs(model, idx).")
+    return means
+
+
+@contextlib.contextmanager
+def ablate_heads(
+    model: PicoLLM, heads: Iterable[tuple[int, int]], mode: str = "zero", means: Tensor | None = None
+) -> Iterator[None]:
+    """Inside, the (layer, head) pairs contribute zero or their mean instead of their output, at every position.
+
+    The output is what the output projection reads from the head. Mean-ablation takes away what the head tells about
+    the text and leaves its constant part, which the later layers rely on (Wang et al. 2022); `means` are those of
+    `mean_head_outputs`. The model is as before afterwards, also after an exception. Raises PicoError for a head that
+    does not exist, an unknown mode, and missing means.
+    """
+    chosen = _check_heads(model.config, heads)
+    substitutes = _head_substitutes(model.config, mode, means)
+
+    def replace(layer: int, outputs: Tensor) -> Tensor:
+        picked = [head for other, head in chosen if other == layer]
+        outputs = outputs.clone()
+        outputs[:, :, picked] = substitutes[layer, picked].to(outputs)
+        return outputs
+
+    with _on_head_outputs(model, sorted({layer for layer, _ in chosen}), replace):
+        yield
+
+
+def mean_head_outputs(model: PicoLLM, idx: Tensor) -> Tensor:
+    """Each head's output averaged over windows and positions of ids (n_windows, T): (n_layer, n_head, head_dim)."""
+    config = model.config
+    sums = torch.zeros(config.n_layer, config.n_head, config.head_dim, dtype=torch.float64)
+
+    def add(layer: int, outputs: Tensor) -> None:
+        sums[layer] += outputs.sum((0, 1), dtype=torch.float32).double().cpu()
+
+    with evaluating(model), _on_head_outputs(model, range(config.n_layer), add):
+        for windows in idx.split(max(1, _MAX_TOKENS // idx.shape[1])):
+            model.hidden_states(windows.to(model.token_embedding.weight.device))
+    return (sums / idx.numel()).float()
+
+
 # ======================================================================================================================
 # HEAD SCORES
+# What a head does, as mass on a set of keys beyond what a uniform head puts there, in the manner of Cohen's kappa.
+# Every score is a ratio of two sums, kept text by text: tables, classes and bootstrap intervals are all made of these.
 # ======================================================================================================================
+
+HEAD_CLASSES = ("Diagonal/Self", "Local Context", "Token-Specific", "Global/Broad", "Mixed", "Resting")
+KAPPAS = ("sink", "self", "previous", "local", "duplicate", "induction", "punctuation", "rare")
+HEAD_SCORES = (*KAPPAS, "broad", "mean_distance", "entropy")
+_TOKEN_KAPPAS = ("duplicate", "induction", "punctuation", "rare")
+_RATIOS = (*HEAD_SCORES, "rest")  # `rest`: the share of attention that is not on the first token
+_MAX_MAP = 384**2  # weights per head in one forward pass: one window of 384 tokens, nine of 128
+
+# runs token ids (B, T) and hands each layer's pattern to a function, as stream_attention does
+Attend = Callable[[Tensor, Callable[[int, Tensor], None]], None]
+
+
+@dataclass(frozen=True)
+class ScoreThresholds:
+    """Where a score becomes a statement; `dataclasses.asdict` prints them all.
+
+    tau[score] = max(floor, `percentile` of the score over untrained models), see `score_thresholds`. The floor matters:
+    one untrained head in a hundred lies above the 99th percentile by definition, and a model has dozens of heads. For
+    the sink the floor of 0.3 is that of Gu et al. 2024, here beyond chance.
+    """
+
+    floor: float = 0.3  # smallest tau
+    percentile: float = 99.0  # of the untrained models' heads
+    broad: float = 0.9  # entropy of a Global/Broad head, share of the uniform head's
+    resting: float = 0.1  # attention off the first token below which a head is Resting
+    diagonal_share: float = 0.5  # of `local` that `self` or `previous` must reach for Diagonal/Self
+    tau: dict[str, float] = field(default_factory=lambda: dict.fromkeys(KAPPAS, 0.3))
+
+
+def _kappa_sums(weights: Tensor, keys: Tensor, visible: Tensor) -> tuple[Tensor, Tensor]:
+    """Numerators and denominators of kappa, (B, H, S) each, for S sets of keys (B, S, T, T) bool.
+
+    Only the keys `visible` (T, T) exist; a row counts by its weight on them.
+    """
+    n_keys = (keys & visible).sum(-1)
+    chance = n_keys / visible.sum(-1).clamp(min=1)  # (B, S, T)
+    scored = (chance > 0) & (chance < 1)
+    chance = chance * scored
+    hits = weights.flatten(2) @ (keys & visible & scored[..., None]).to(weights.dtype).flatten(2).mT
+    seen = (weights * visible).sum(-1)  # (B, H, T)
+    return hits - seen @ chance.mT, seen @ (scored.to(weights.dtype) - chance).mT
+
+
+def _rest_mask(T: int, device: torch.device | str | None = None) -> Tensor:
+    """Keys j >= 2 that rows i >= 3 see: the map without its sink column."""
+    mask = torch.ones(T, T, dtype=torch.bool, device=device).tril()
+    mask[:2] = mask[:, 0] = False
+    return mask
+
+
+def kappa(weights: Tensor, mask: Tensor, without_sink: bool = False) -> Tensor:
+    """Chance-corrected attention of maps (B, H, T, T) to sets of keys (B, T, T), (B, H): 0 for uniform, 1 for ideal.
+
+    kappa(M) = sum_i (m_i - u_i) / sum_i (1 - u_i) with m_i the weight of row i on its keys M_i and u_i = |M_i| / i what
+    a uniform head puts there (after Cohen 1960). Rows without a choice, u_i = 0 or 1, are skipped: without the former,
+    no head could reach 1 on texts where some rows have no such key. `without_sink` takes the first column out: rows
+    i >= 3 of R_ij = A_ij / (1 - A_i1), weighted by 1 - A_i1. Without any row to score it is 0.
+    """
+    T = weights.shape[-1]
+    visible = torch.ones(T, T, dtype=torch.bool, device=weights.device).tril()
+    if without_sink:
+        visible = _rest_mask(T, weights.device)
+    numerator, denominator = _kappa_sums(weights, mask[:, None], visible)
+    return torch.where(denominator > 1e-6, numerator / denominator, 0.0)[..., 0]
+
+
+@functools.cache
+def _punctuation_tokens() -> Tensor:
+    """(vocabulary,) bool: tokens whose characters, apart from white space, are all of Unicode's punctuation classes."""
+    encoding = get_tokenizer().encoding
+    texts = (encoding.decode_single_token_bytes(i).decode("utf-8", "replace").strip() for i in range(encoding.n_vocab))
+    return torch.tensor([bool(t) and all(unicodedata.category(c)[0] == "P" for c in t) for t in texts])
+
+
+def _key_sets(idx: Tensor, counts: Tensor, punctuation: Tensor) -> Tensor:
+    """The keys that each kappa but `sink` asks for, (B, 7, T, T) bool in the order of KAPPAS.
+
+    Sets that depend on content hold earlier positions only, and a row that is itself punctuation (or the rarest token)
+    is not asked for it; so looking at oneself never counts as looking at content. Rare is the least frequent token *so
+    far*: a decoder cannot see which token will be the rarest of the text (Voita et al. 2019 score an encoder).
+    """
+    B, T = idx.shape
+    position = torch.arange(T, device=idx.device)
+    distance = position[:, None] - position  # (T, T), query minus key
+    earlier = distance > 0
+    same = (idx[:, :, None] == idx[:, None, :]) & earlier
+    follower = torch.zeros_like(same)
+    follower[:, :, 1:] = same[:, :, :-1] & earlier[:, 1:]  # the token before key j is a copy of token i
+    is_mark = punctuation[idx]
+    marks = is_mark[:, None, :] & ~is_mark[:, :, None] & earlier
+    frequency = counts[idx]
+    frequency[:, 0] = torch.iinfo(frequency.dtype).max  # the sink's column is no candidate
+    rarest = frequency.cummin(dim=1).values
+    rare = (frequency[:, None, :] == rarest[:, :, None]) & (frequency > rarest)[:, :, None] & earlier
+    local = (distance >= 0) & (distance <= 2) & (position[:, None] >= 5)
+    places = torch.stack([distance == 0, distance == 1, local]).expand(B, 3, T, T)
+    return torch.cat([places, torch.stack([same, follower, marks, rare], dim=1)], dim=1)
+
+
+def _score_sums(weights: Tensor, keys: Tensor) -> Tensor:
+    """Numerators and denominators of all _RATIOS for maps (B, H, T, T) and their key sets: (2, B, H, ratios)."""
+    T = weights.shape[-1]
+    n_keys = torch.arange(1, T + 1, device=weights.device, dtype=weights.dtype)  # of each row
+    first = weights[..., 0]  # (B, H, T)
+    rest = weights[..., 1:].sum(-1)
+    entropy = -torch.xlogy(weights, weights).sum(-1)  # nats
+    rest_entropy = entropy + torch.xlogy(first, first) + torch.xlogy(rest, rest)  # w_i H(R_i)
+    distance = (n_keys[:, None] - n_keys).clamp(min=0)
+    ones = torch.ones_like(first)
+    numerators, denominators = _kappa_sums(weights, keys, _rest_mask(T, weights.device))
+    numerators = [
+        (first - 1 / n_keys)[..., 1:].sum(-1),
+        *numerators.unbind(-1),
+        rest_entropy[..., 2:].sum(-1),
+        weights.flatten(2) @ distance.flatten(),
+        entropy.sum(-1),
+        rest[..., 2:].sum(-1),
+    ]
+    denominators = [
+        (ones - 1 / n_keys)[..., 1:].sum(-1),
+        *denominators.unbind(-1),
+        (rest * (n_keys - 1).clamp(min=1).log())[..., 2:].sum(-1),
+        ones.sum(-1),
+        ones.sum(-1),
+        ones[..., 2:].sum(-1),
+    ]
+    return torch.stack([torch.stack(numerators, -1), torch.stack(denominators, -1)])
+
+
+def _as_sequences(texts: Sequence[str] | None, idx: Tensor | None) -> list[Tensor]:
+    """Token ids of each text or window."""
+    if (texts is None) == (idx is None):
+        raise PicoError("Give either texts or idx, token windows of shape (n_windows, T).")
+    sequences = [torch.tensor(ids) for ids in map(get_tokenizer().encode, texts)] if idx is None else list(idx.cpu())
+    if not sequences or min(map(len, sequences)) == 0:
+        raise PicoError("There is no text to score, or one of the texts is empty; give at least one word in each.")
+    return sequences
+
+
+def _collect_sums(
+    attend: Attend, sequences: Sequence[Tensor], counts: Tensor, device: torch.device | str
+) -> np.ndarray:
+    """Runs sequences in batches of equal length: (2, sequences, n_layer, n_head, ratios) float64."""
+    punctuation = _punctuation_tokens().to(device)
+    counts = counts.to(device)
+    sums: list[np.ndarray | None] = [None] * len(sequences)
+    order = sorted(range(len(sequences)), key=lambda k: len(sequences[k]))
+    for length, group in itertools.groupby(order, key=lambda k: len(sequences[k])):
+        for places in torch.tensor(list(group)).split(max(1, _MAX_MAP // length**2)):
+            idx = torch.stack([sequences[k] for k in places]).to(device)
+            keys = _key_sets(idx, counts, punctuation)
+            layers: list[Tensor] = []
+            attend(idx, lambda _, weights, keys=keys, layers=layers: layers.append(_score_sums(weights, keys)))
+            batch = torch.stack(layers, dim=2).double().cpu().numpy()  # (2, B, n_layer, n_head, ratios)
+            for k, text_sums in zip(places, batch.swapaxes(0, 1), strict=True):
+                sums[k] = text_sums
+    return np.stack(sums, axis=1)
+
+
+def token_counts(file: TokenFile) -> np.ndarray:
+    """How often each token of the vocabulary occurs in a token file, (50257,) int64."""
+    counts = np.zeros(Tokenizer.end_of_text + 1, np.int64)
+    for start in range(0, len(file.tokens), 2**22):
+        counts += np.bincount(file.tokens[start : start + 2**22], minlength=len(counts))
+    return counts
+
+
+def _count_tensor(counts: np.ndarray | None, sequences: Sequence[Tensor], vocab_size: int) -> Tensor:
+    if counts is None:
+        return torch.bincount(torch.cat(list(sequences)), minlength=vocab_size)
+    if len(counts) < vocab_size:
+        raise PicoError(f"token_counts has {len(counts)} entries; the model's vocabulary has {vocab_size}.")
+    return torch.as_tensor(np.asarray(counts, dtype=np.int64))
+
+
+def repeated_random_tokens(
+    n: int, length: int, vocab_size: int, seed: int = 0, counts: np.ndarray | None = None
+) -> Tensor:
+    """Sequences (n, length) of random tokens in which chunks of 3-8 tokens come again after random gaps.
+
+    On such sequences only the content tells where the continuation is (Olsson et al. 2022); since the gaps vary, a head
+    that looks back a fixed distance scores no better than chance. With the training tokens' `counts` only tokens
+    seen at least 50 times are drawn (or the 1000 most frequent): a model knows nothing of tokens that it never saw.
+    """
+    random = np.random.default_rng(seed)
+    candidates = np.arange(vocab_size)
+    if counts is not None:
+        known = np.argsort(-np.asarray(counts[:vocab_size]), kind="stable")
+        candidates = known[: max(1000, int((np.asarray(counts[:vocab_size]) >= 50).sum()))]
+
+    def sequence() -> list[int]:
+        fresh = itertools.cycle(random.permutation(candidates)[:length])
+        chunks: list[list[int]] = []
+        tokens: list[int] = []
+        last = None  # the chunk just written: repeating it at once would make a copy of the previous tokens
+        while len(tokens) < length:
+            old = [k for k in range(len(chunks)) if k != last]
+            if old and random.random() < 0.5:
+                last = int(random.choice(old))
+            else:
+                chunks.append(list(itertools.islice(fresh, int(random.integers(3, 9)))))
+                last = len(chunks) - 1
+            tokens += chunks[last]
+        return tokens[:length]
+
+    return torch.tensor(np.array([sequence() for _ in range(n)]))
+
+
+@dataclass(frozen=True)
+class HeadSums:
+    """Numerators and denominators of every score, text by text, for one model on one set of texts."""
+
+    texts: np.ndarray  # (2, n_texts, n_layer, n_head, ratios)
+    repeats: np.ndarray  # the same for repeated random tokens; of these only the induction score is used
+
+    def _ratios(self, text_weights: np.ndarray, repeat_weights: np.ndarray) -> dict[str, np.ndarray]:
+        """Scores (R, n_layer, n_head) for R weightings of the texts, (R, n_texts), and of the repeated sequences."""
+        induction = _RATIOS.index("induction")
+        totals = np.tensordot(text_weights, self.texts, (1, 1))  # (R, 2, n_layer, n_head, ratios)
+        totals[..., induction] = np.tensordot(repeat_weights, self.repeats[..., induction], (1, 1))
+        top, bottom = totals[:, 0], totals[:, 1]
+        ratios = np.divide(top, bottom, out=np.zeros_like(top), where=bottom > 1e-6)
+        return {name: ratios[..., k] for k, name in enumerate(_RATIOS)}
+
+    def scores(self) -> dict[str, np.ndarray]:
+        """Each score over all texts, (1, n_layer, n_head): a ratio of sums, so long texts count by their rows."""
+        return self._ratios(np.ones((1, self.texts.shape[1])), np.ones((1, self.repeats.shape[1])))
+
+    def bootstrap(self, n: int = 1000, seed: int = 0) -> dict[str, np.ndarray]:
+        """The scores over n resamples of the texts, (n, n_layer, n_head)."""
+        random = np.random.default_rng(seed)
+        sizes = self.texts.shape[1], self.repeats.shape[1]
+        return self._ratios(*(random.multinomial(size, np.full(size, 1 / size), n).astype(float) for size in sizes))
+
+    def table(self, thresholds: ScoreThresholds | None = None) -> pd.DataFrame:
+        """One row per head, the columns of `score_heads`."""
+        import pandas as pd
+
+        thresholds = thresholds or ScoreThresholds()
+        scores = {name: values[0] for name, values in self.scores().items()}
+        layer, head = np.indices(scores["sink"].shape)
+        columns = {"layer": layer, "head": head, **{name: scores[name] for name in HEAD_SCORES}}
+        columns["resting"] = scores["rest"] < thresholds.resting
+        columns["sink_flag"] = scores["sink"] >= thresholds.tau["sink"]
+        columns["class"] = classify_heads(scores, thresholds)
+        return pd.DataFrame({name: values.ravel() for name, values in columns.items()})
+
+
+def classify_heads(scores: Mapping[str, np.ndarray], thresholds: ScoreThresholds) -> np.ndarray:
+    """One of HEAD_CLASSES for each head; scores are arrays of any one shape, with `rest` among them.
+
+    A head with less than `resting` of its attention off the first token is Resting, whatever that little does. Else
+    the largest of the kappas that reach their tau decides. A previous-token head also fills the local window, so
+    Diagonal/Self comes before Local Context when self or previous makes up `diagonal_share` of the window. A head that
+    reaches no tau is Global/Broad if its entropy is near the uniform head's, else Mixed.
+    """
+
+    def strength(name: str) -> np.ndarray:
+        return np.where(np.asarray(scores[name]) >= thresholds.tau[name], scores[name], 0.0)
+
+    diagonal, local = np.maximum(strength("self"), strength("previous")), strength("local")
+    token = np.max([strength(name) for name in _TOKEN_KAPPAS], axis=0)
+    conditions = {
+        "Resting": np.asarray(scores["rest"]) < thresholds.resting,
+        "Token-Specific": token > np.maximum(diagonal, local),
+        "Diagonal/Self": (diagonal > 0) & (diagonal >= thresholds.diagonal_share * np.asarray(scores["local"])),
+        "Local Context": local > 0,
+        "Global/Broad": np.asarray(scores["broad"]) >= thresholds.broad,
+    }
+    return np.select(list(conditions.values()), list(conditions), "Mixed")
+
+
+def head_sums(
+    model: PicoLLM,
+    texts: Sequence[str] | None = None,
+    idx: Tensor | None = None,
+    *,
+    token_counts: np.ndarray | None = None,
+    seed: int = 0,
+) -> HeadSums:
+    """The sums that `score_heads` makes its table of, for `class_shares`; arguments as there."""
+    sequences = _as_sequences(texts, idx)
+    return _model_sums(model, {"": sequences}, _induction_sequences(model.config, token_counts, seed), token_counts)[""]
+
+
+def _induction_sequences(config: ModelConfig, counts: np.ndarray | None, seed: int) -> list[Tensor]:
+    return list(repeated_random_tokens(9, min(128, config.max_positions), config.vocab_size, seed, counts))
+
+
+def _model_sums(
+    model: PicoLLM | None, sources: Mapping[str, list[Tensor]], repeats: list[Tensor], counts: np.ndarray | None
+) -> dict[str, HeadSums]:
+    """HeadSums of one model on each source; None is a model of one uniform head."""
+    attend, device, vocab_size = _uniform_attention, torch.device("cpu"), Tokenizer.end_of_text + 1
+    if model is not None:
+        device, vocab_size = model.token_embedding.weight.device, model.config.vocab_size
+        attend = functools.partial(stream_attention, model)
+
+    def collect(sequences: list[Tensor]) -> np.ndarray:
+        return _collect_sums(attend, sequences, _count_tensor(counts, sequences, vocab_size), device)
+
+    repeat_sums = collect(repeats)
+    return {source: HeadSums(collect(sequences), repeat_sums) for source, sequences in sources.items()}
+
+
+def _uniform_attention(idx: Tensor, reduce: Callable[[int, Tensor], None]) -> None:
+    """One layer with one head that looks at all keys alike."""
+    B, T = idx.shape
+    weights = torch.ones(T, T, device=idx.device).tril()
+    reduce(0, (weights / weights.sum(-1, keepdim=True)).expand(B, 1, T, T))
+
+
+def score_heads(
+    model: PicoLLM,
+    texts: Sequence[str] | None = None,
+    idx: Tensor | None = None,
+    *,
+    token_counts: np.ndarray | None = None,
+    thresholds: ScoreThresholds | None = None,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """What each head does, on texts of any length or on token windows `idx` (n_windows, T): a row per layer and head.
+
+    - layer, head: counted from 0
+    - sink: kappa of the first token, rows i >= 2
+    - on the rest of the map, see `kappa`: self {i}, previous {i-1}, local {i-2..i} (rows i >= 6), duplicate (earlier
+      copies of token i), punctuation, rare (least frequent token so far); induction (tokens that follow earlier copies
+      of token i) is measured on `repeated_random_tokens(seed=seed)`, whatever the texts are
+    - broad: entropy of the rest of the map, 1 for uniform
+    - mean_distance: sum A_ij (i - j) / sum A_ij, tokens (Vig & Belinkov 2019); entropy: nats, mean over rows (Clark et
+      al. 2019); both are not corrected for chance, so compare them with a uniform head's on the same texts
+    - resting, sink_flag: bool; class: one of HEAD_CLASSES, see `classify_heads`
+
+    A score that no row allows (no punctuation, all attention on the first token) is 0. `token_counts` are those of the
+    training tokens, see `token_counts`; without them the counts within the given texts decide what is rare, a weak
+    stand-in with many ties. Memory is that of one window. Raises PicoError for empty or too long texts.
+    """
+    return head_sums(model, texts, idx, token_counts=token_counts, seed=seed).table(thresholds)
+
+
+def untrained_scores(
+    config: ModelConfig,
+    n_seeds: int = 5,
+    texts: Sequence[str] | None = None,
+    idx: Tensor | None = None,
+    *,
+    token_counts: np.ndarray | None = None,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """`score_heads` of untrained models of this configuration, with a column `seed`: what chance alone gives."""
+    import pandas as pd
+
+    tables = [
+        score_heads(PicoLLM(config, s), texts, idx, token_counts=token_counts, seed=seed).assign(seed=s)
+        for s in _untrained_seeds(n_seeds)
+    ]
+    return pd.concat(tables, ignore_index=True)
+
+
+def _untrained_seeds(n: int) -> range:
+    return range(1000, 1000 + n)  # not the seeds that a study's own model is likely to have
+
+
+def score_thresholds(untrained: pd.DataFrame, **changes: float) -> ScoreThresholds:
+    """Thresholds whose tau are the untrained heads' percentiles, but at least the floor; `changes` set other fields."""
+    base = ScoreThresholds(**changes)
+    tau = {name: max(base.floor, float(np.percentile(untrained[name], base.percentile))) for name in KAPPAS}
+    return ScoreThresholds(**changes, tau=tau)
+
+
+def _estimates(
+    sums: HeadSums | Sequence[HeadSums], statistics: Callable[[dict[str, np.ndarray]], dict], n: int, seed: int
+) -> Iterator[tuple]:
+    """(key, value, low, high) for each of `statistics(scores)`, arrays (R,).
+
+    For one model: its value and the 2.5 and 97.5 percentiles over n resamples of the texts. For a list of models: mean,
+    smallest and largest.
+    """
+    if isinstance(sums, HeadSums):
+        values, resampled = statistics(sums.scores()), statistics(sums.bootstrap(n, seed))
+        limits = (0.025, 0.975)
+    else:
+        tables = [each.scores() for each in sums]
+        values = resampled = statistics({name: np.concatenate([t[name] for t in tables]) for name in _RATIOS})
+        limits = (0.0, 1.0)
+    for key, value in values.items():
+        low, high = np.quantile(resampled[key], limits)
+        yield key, float(np.mean(value)), float(low), float(high)
+
+
+def class_shares(
+    sums: HeadSums | Sequence[HeadSums], thresholds: ScoreThresholds, n_bootstrap: int = 1000, seed: int = 0
+) -> pd.DataFrame:
+    """Share of the heads in each class, columns class, share, low, high.
+
+    For one model low..high is the 95 % bootstrap interval over texts: each resample is scored and classified anew. For
+    a list of models (the untrained seeds) the share is their mean and low..high their range.
+    """
+    import pandas as pd
+
+    def shares(scores: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        classes = classify_heads(scores, thresholds)
+        return {name: (classes == name).mean((1, 2)) for name in HEAD_CLASSES}
+
+    return pd.DataFrame(_estimates(sums, shares, n_bootstrap, seed), columns=["class", "share", "low", "high"])
+
+
+def _headline_scores(sums: HeadSums | Sequence[HeadSums], n_bootstrap: int, seed: int) -> pd.DataFrame:
+    """Mean and largest of each score over the heads, columns score, statistic, mean, low, high; see `_estimates`."""
+    import pandas as pd
+
+    def headline(scores: dict[str, np.ndarray]) -> dict[tuple[str, str], np.ndarray]:
+        reduce = {"mean": np.mean, "max": np.max}
+        return {(name, kind): reduce[kind](scores[name], (1, 2)) for name in HEAD_SCORES for kind in reduce}
+
+    rows = [(*key, *numbers) for key, *numbers in _estimates(sums, headline, n_bootstrap, seed)]
+    return pd.DataFrame(rows, columns=["score", "statistic", "mean", "low", "high"])
+
+
+def _window_losses(model: PicoLLM, hidden: Tensor, targets: Tensor) -> Tensor:
+    """Mean loss of each window in nats per token, (B,), of hidden states (B, T, D) and targets (B, T)."""
+    weight = model.token_embedding.weight[: model.config.vocab_size]
+    losses = [
+        F.cross_entropy(F.linear(rows, weight).float(), wanted, reduction="none")
+        for rows, wanted in zip(
+            hidden.flatten(0, 1).split(model.loss_chunk), targets.flatten().split(model.loss_chunk), strict=True
+        )
+    ]
+    return torch.cat(losses).view_as(targets).mean(1)
+
+
+def _ablated_losses(
+    model: PicoLLM, layer: int, heads: Sequence[int], x: Tensor, targets: Tensor, substitutes: Tensor
+) -> Tensor:
+    """Window losses (len(heads), B) with one head of the layer ablated at a time, from the layer's input (B, T, D).
+
+    The heads are ablated side by side, each in its own copy of the batch.
+    """
+
+    def replace(_: int, outputs: Tensor) -> Tensor:
+        outputs = outputs.unflatten(0, (len(heads), -1)).clone()  # (copies, B, T, H, d)
+        for copy, head in enumerate(heads):
+            outputs[copy, :, :, head] = substitutes[layer, head].to(outputs)
+        return outputs.flatten(0, 1)
+
+    cos, sin = model.rope_cos[: x.shape[1]], model.rope_sin[: x.shape[1]]
+    x = x.repeat(len(heads), 1, 1)
+    with _on_head_outputs(model, [layer], replace):
+        for block in model.blocks[layer:]:
+            x = block(x, cos, sin)
+    return _window_losses(model, model.final_norm(x), targets.repeat(len(heads), 1)).unflatten(0, (len(heads), -1))
+
+
+def head_ablation_map(
+    model: PicoLLM,
+    idx: Tensor,
+    heads: Iterable[tuple[int, int]] | None = None,
+    mode: str = "mean",
+    means: Tensor | None = None,
+    bar: tqdm | None = None,
+) -> pd.DataFrame:
+    """Loss on held-out token windows (n_windows, T) with each head ablated in turn, all heads by default.
+
+    Columns layer, head, loss and loss_increase in nats per token, and standard_error, that of the increase over
+    windows. The means of mean-ablation are taken from `idx` unless given. The layers below an ablated head are run only
+    once. `bar` moves by one a layer. Raises PicoError as `ablate_heads` does.
+    """
+    import pandas as pd
+
+    config, device = model.config, model.token_embedding.weight.device
+    if heads is None:
+        heads = itertools.product(range(config.n_layer), range(config.n_head))
+    chosen = _check_heads(config, heads)
+    if mode == "mean" and means is None:
+        means = mean_head_outputs(model, idx)
+    substitutes = _head_substitutes(config, mode, means)
+    batches = idx.to(device).split(max(1, _MAX_TOKENS // (config.n_head * idx.shape[1])))
+    targets = [batch[:, 1:] for batch in batches]
+    rows = []
+    with evaluating(model):
+        base = torch.cat([_window_losses(model, model.hidden_states(b[:, :-1]), b[:, 1:]) for b in batches])
+        inputs = [model.token_embedding(batch[:, :-1]) for batch in batches]
+        cos, sin = model.rope_cos[: idx.shape[1] - 1], model.rope_sin[: idx.shape[1] - 1]
+        for layer, block in enumerate(model.blocks):
+            picked = [head for other, head in chosen if other == layer]
+            if picked:
+                losses = [_ablated_losses(model, layer, picked, *xt, substitutes) for xt in zip(inputs, targets)]
+                rows += [(layer, *row) for row in zip(picked, torch.cat(losses, 1).double())]
+            inputs = [block(x, cos, sin) for x in inputs]
+            if bar is not None:
+                bar.update()
+    layers, picked_heads, losses = zip(*rows, strict=True)
+    losses = torch.stack(losses).cpu()  # (heads, n_windows)
+    increase = losses - base.double().cpu()
+    columns = {
+        "layer": layers,
+        "head": picked_heads,
+        "loss": losses.mean(1),
+        "loss_increase": increase.mean(1),
+        "standard_error": increase.std(1) / math.sqrt(len(idx)),
+    }
+    return pd.DataFrame(columns)
+
+
+def _entropy_bits(p: Tensor) -> Tensor:
+    return -torch.xlogy(p, p).sum(-1) / math.log(2)
+
+
+def _js_distance(p: Tensor, q: Tensor, p_entropy: Tensor, q_entropy: Tensor) -> Tensor:
+    """Square root of the Jensen-Shannon divergence (base 2) of rows (..., R, T), averaged over the R rows."""
+    divergence = _entropy_bits((p + q) / 2) - (p_entropy + q_entropy) / 2
+    return divergence.clamp(0, 1).sqrt().mean(-1)
+
+
+def head_similarity(
+    model: PicoLLM, texts: Sequence[str] | None = None, idx: Tensor | None = None, drop_sink: bool = False
+) -> tuple[np.ndarray, float]:
+    """Distances between all heads, (n_heads, n_heads) with head (l, h) at l * n_head + h, and their noise floor.
+
+    The distance of two heads is the square root of the Jensen-Shannon divergence (base 2) of their rows i >= 3 on the
+    same text, averaged over rows, then over texts: 0 for equal maps, 1 for disjoint ones (Clark et al. 2019 sum the
+    divergence itself). `drop_sink` compares the maps without their first column. The noise floor is the distance of a
+    head to itself between two halves of the texts: text k of one half against text k of the other, row by row up to the
+    shorter one's length, averaged over pairs and heads. Two heads that are closer than that differ less from each other
+    than one head does from itself when the text changes. Raises PicoError for fewer than two texts of 3 tokens.
+    """
+    sequences = [ids for ids in _as_sequences(texts, idx) if len(ids) >= 3]
+    if len(sequences) < 2:
+        raise PicoError("The similarity of heads needs at least two texts of three tokens or more.")
+
+    def read(ids: Tensor) -> tuple[Tensor, Tensor]:
+        layers: list[Tensor] = []
+        stream_attention(model, ids[None], lambda _, weights: layers.append(weights[0]))
+        rows = torch.cat(layers)[:, 2:]  # (n_heads, T - 2, T)
+        if drop_sink:
+            rows = rows[..., 1:] / rows[..., 1:].sum(-1, keepdim=True).clamp(min=1e-30)
+        return rows, _entropy_bits(rows)
+
+    n_heads, half = model.config.n_layer * model.config.n_head, len(sequences) // 2
+    distances = torch.zeros(n_heads, n_heads, dtype=torch.float64)
+    floors = []
+    for k in range(len(sequences) - half):
+        pair = [read(ids) for ids in ([sequences[k]] if k < half else []) + [sequences[half + k]]]
+        for rows, entropy in pair:
+            for head in range(n_heads - 1):
+                others = slice(head + 1, None)
+                between = _js_distance(rows[head], rows[others], entropy[head], entropy[others])
+                distances[head, others] += between.double().cpu() / len(sequences)
+        if len(pair) == 2:
+            (p, p_entropy), (q, q_entropy) = pair
+            n_rows, n_keys = min(p.shape[1], q.shape[1]), min(p.shape[2], q.shape[2])
+            p, q = p[:, :n_rows, :n_keys], q[:, :n_rows, :n_keys]
+            floors.append(_js_distance(p, q, p_entropy[:, :n_rows], q_entropy[:, :n_rows]).mean())
+    return (distances + distances.T).numpy(), float(torch.stack(floors).mean())
+
+
+@dataclass(frozen=True)
+class HeadStudy:
+    """Everything about the heads of one model that the report and the figures show."""
+
+    scores: pd.DataFrame  # `score_heads` for each source, with a column source: sentences | windows
+    thresholds: ScoreThresholds
+    shares: pd.DataFrame  # source, model (trained | shuffled | untrained | uniform), class, share, low, high
+    baselines: pd.DataFrame  # source, model, score, statistic (mean | max over heads), mean, low, high
+    ablation: pd.DataFrame  # `head_ablation_map`, mean-ablation
+    similarity: np.ndarray  # `head_similarity` on windows, (n_heads, n_heads)
+    similarity_without_sink: np.ndarray
+    noise_floor: float
+    noise_floor_without_sink: float
+    settings: dict  # what was run
+
+
+def _study_sums(
+    model: PicoLLM,
+    sources: Mapping[str, list[Tensor]],
+    counts: np.ndarray | None,
+    n_seeds: int,
+    seed: int,
+    bar: tqdm,
+) -> dict[tuple[str, str], HeadSums | list[HeadSums]]:
+    """The sums of the model and of its baselines by (source, trained | shuffled | untrained | uniform)."""
+    device = model.token_embedding.weight.device
+    repeats = _induction_sequences(model.config, counts, seed)
+    generator = torch.Generator().manual_seed(seed)
+
+    def shuffle(sequences: list[Tensor]) -> list[Tensor]:
+        return [ids[torch.randperm(len(ids), generator=generator)] for ids in sequences]
+
+    shuffled_sources = {source: shuffle(sequences) for source, sequences in sources.items()}
+    runs = {"trained": _model_sums(model, sources, repeats, counts)}
+    bar.update()
+    runs["shuffled"] = _model_sums(model, shuffled_sources, shuffle(repeats), counts)
+    bar.update()
+    runs["uniform"] = _model_sums(None, sources, repeats, counts)
+    untrained = []
+    for untrained_seed in _untrained_seeds(n_seeds):
+        untrained.append(_model_sums(PicoLLM(model.config, untrained_seed).to(device), sources, repeats, counts))
+        bar.update()
+    runs["untrained"] = {source: [sums[source] for sums in untrained] for source in sources}
+    return {(source, name): runs[name][source] for source in sources for name in runs}
+
+
+def study_heads(
+    model: PicoLLM,
+    texts: Sequence[str],
+    windows: Tensor,
+    *,
+    token_counts: np.ndarray | None = None,
+    n_seeds: int = 5,
+    ablation_tokens: int = 1024,
+    similarity_windows: int = 8,
+    n_bootstrap: int = 1000,
+    seed: int = 0,
+    bar: tqdm | None = None,
+) -> HeadStudy:
+    """Scores, classes, baselines, ablation and similarity of all heads.
+
+    On `texts` (sentences) and held-out token `windows` (n_windows, T), which should have 64 tokens or more: short
+    sentences alone cannot separate the classes. The baselines are n_seeds untrained models of the same configuration,
+    the model itself on texts and windows whose tokens are shuffled, and one uniform head. Low and high are the 95 %
+    bootstrap interval over texts, for the untrained models their range. One set of thresholds, from the untrained heads
+    on both sources, serves both. A given `bar` is moved on (its total grows); without one the study shows its own.
+    """
+    import pandas as pd
+
+    sources = {"sentences": _as_sequences(texts, None), "windows": _as_sequences(None, windows)}
+    n_ablation = min(len(windows), max(2, ablation_tokens // windows.shape[1]))
+    compared_windows = windows[:similarity_windows]
+    with progress(total=0, desc="heads", unit="step") if bar is None else contextlib.nullcontext(bar) as bar:
+        bar.total = (bar.total or 0) + 3 + n_seeds + model.config.n_layer
+        compared = _study_sums(model, sources, token_counts, n_seeds, seed, bar)
+        ablation = head_ablation_map(model, windows[:n_ablation], means=mean_head_outputs(model, windows), bar=bar)
+        similarity, noise_floor = head_similarity(model, idx=compared_windows)
+        without_sink, floor_without_sink = head_similarity(model, idx=compared_windows, drop_sink=True)
+        bar.update()
+    untrained = [sums.table() for source in sources for sums in compared[source, "untrained"]]
+    thresholds = score_thresholds(pd.concat(untrained))
+    tables = [compared[source, "trained"].table(thresholds).assign(source=source) for source in sources]
+
+    def for_all(summarise: Callable[[HeadSums | list[HeadSums]], pd.DataFrame]) -> pd.DataFrame:
+        rows = pd.concat({key: summarise(sums) for key, sums in compared.items()}, names=["source", "model"])
+        return rows.reset_index(["source", "model"]).reset_index(drop=True)
+
+    return HeadStudy(
+        scores=pd.concat(tables, ignore_index=True),
+        thresholds=thresholds,
+        shares=for_all(lambda sums: class_shares(sums, thresholds, n_bootstrap, seed)),
+        baselines=for_all(lambda sums: _headline_scores(sums, n_bootstrap, seed)),
+        ablation=ablation,
+        similarity=similarity,
+        similarity_without_sink=without_sink,
+        noise_floor=noise_floor,
+        noise_floor_without_sink=floor_without_sink,
+        settings={
+            "n_texts": len(texts),
+            "n_windows": len(windows),
+            "window_length": windows.shape[1],
+            "ablation_windows": n_ablation,
+            "ablation_mode": "mean",
+            "similarity_windows": len(compared_windows),
+            "untrained_seeds": list(_untrained_seeds(n_seeds)),
+            "n_bootstrap": n_bootstrap,
+            "seed": seed,
+            "rare_by": "training counts" if token_counts is not None else "counts within the texts",
+        },
+    )
 
 
 # ======================================================================================================================
@@ -1331,8 +2085,8 @@ class Phenomenon:
 PHENOMENA: dict[str, Phenomenon] = {
     "article-noun": Phenomenon(
         "Articles and nouns are linked: a noun's number follows its article across an adjective.",
-        "'What John saw was really a small dog / *dogs' against 'these really small dogs / *dog'. A causal model cannot "
-        "look from an article to the noun after it, only back. The distractor is an adverb in the article's place: the "
+        "'What John saw was really a small dog / *dogs' against 'was these really small dogs / *dog'. A causal model "
+        "cannot look from an article to the noun after it, only back. The distractor is an adverb in the article's place: the "
         "test tells a determiner from an adverb, not an article from every other function word.",
         _article_noun,
     ),
@@ -1501,8 +2255,7 @@ def _window_loss(model: PicoLLM, windows: Tensor) -> float:
     """Mean loss of token windows (N, T) in nats."""
     with evaluating(model):
         idx = windows.to(model.token_embedding.weight.device)
-        hidden = model.hidden_states(idx[:, :-1])
-        return -_target_log_probs(model, hidden.flatten(0, 1), idx[:, 1:].flatten()).mean().item()
+        return _window_losses(model, model.hidden_states(idx[:, :-1]), idx[:, 1:]).mean().item()
 
 
 @dataclass(frozen=True)
@@ -1599,7 +2352,7 @@ def study_language(
         raise PicoError(f"{n_items} items are too few for a half that chooses heads and one that tests them; use 40.")
     if untrained is None:
         device = model.token_embedding.weight.device
-        untrained = (PicoLLM(model.config, seed=10_000 + seed + k).to(device) for k in range(5))
+        untrained = (PicoLLM(model.config, other).to(device) for other in _untrained_seeds(5))
     groups = {name: make_pairs(name, n_items, seed) for name in PHENOMENA}
     chooses, tests = _halves(n_items)
 
