@@ -2086,8 +2086,8 @@ PHENOMENA: dict[str, Phenomenon] = {
     "article-noun": Phenomenon(
         "Articles and nouns are linked: a noun's number follows its article across an adjective.",
         "'What John saw was really a small dog / *dogs' against 'was these really small dogs / *dog'. A causal model "
-        "cannot look from an article to the noun after it, only back. The distractor is an adverb in the article's place: the "
-        "test tells a determiner from an adverb, not an article from every other function word.",
+        "cannot look from an article to the noun after it, only back. The distractor is an adverb in the article's "
+        "place: the test tells a determiner from an adverb, not an article from every other function word.",
         _article_noun,
     ),
     "subject-verb": Phenomenon(
