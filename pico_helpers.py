@@ -50,8 +50,9 @@ import unicodedata
 import urllib.request
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from random import Random
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -1862,7 +1863,576 @@ def study_heads(
 
 # ======================================================================================================================
 # LINGUISTIC TESTS
+# What a model knows about language, asked as minimal pairs: which of two words does it prefer where only one fits?
+# A claim needs three links: it prefers the right word, some heads look at the word that decides, and it needs them.
 # ======================================================================================================================
+
+
+def _target_log_probs(model: PicoLLM, hidden: Tensor, targets: Tensor) -> Tensor:
+    """Log-probabilities (N,) in float32 of tokens (N,) after hidden states (N, D); a chunk of logits at a time."""
+    weight, vocab_size, size = model.token_embedding.weight, model.config.vocab_size, model.loss_chunk
+    chunks = []
+    for h, t in zip(hidden.split(size), targets.split(size), strict=True):
+        logits = F.linear(h, weight)[:, :vocab_size].float()
+        chunks.append(logits.gather(1, t[:, None])[:, 0] - logits.logsumexp(dim=-1))
+    return torch.cat(chunks)
+
+
+def sequence_log_probs(model: PicoLLM, sequences: Sequence[Sequence[int]], batch_tokens: int = 16_384) -> Tensor:
+    """Total log-probability of each token sequence after end-of-text: (N,) float32 on the CPU, nats.
+
+    Sequences are batched by length and padded on the right, which a causal model cannot see. Equal sequences are scored
+    once, so that their scores are equal. Raises PicoError for an empty sequence or one beyond `max_positions`.
+    """
+    limit = model.config.max_positions
+    for index, sequence in enumerate(sequences):
+        if not 0 < len(sequence) <= limit:
+            raise PicoError(f"Sequence {index} has {len(sequence)} tokens; it must have 1 to {limit}.")
+    unique = sorted({tuple(sequence) for sequence in sequences}, key=len)
+    scores: dict[tuple[int, ...], float] = {}
+    start = 0
+    with evaluating(model):
+        while start < len(unique):
+            stop = start + 1
+            while stop < len(unique) and len(unique[stop]) * (stop + 1 - start) <= batch_tokens:
+                stop += 1
+            rows, width = unique[start:stop], len(unique[stop - 1])
+            padded = [[Tokenizer.end_of_text, *row, *[0] * (width - len(row))] for row in rows]
+            idx = torch.tensor(padded, device=model.token_embedding.weight.device)  # (B, width + 1)
+            real = torch.arange(width, device=idx.device) < torch.tensor([[len(row)] for row in rows]).to(idx.device)
+            log_probs = torch.zeros(len(rows), width, device=idx.device)
+            log_probs[real] = _target_log_probs(model, model.hidden_states(idx[:, :-1])[real], idx[:, 1:][real])
+            scores.update(zip(rows, log_probs.sum(dim=1).tolist(), strict=True))
+            start = stop
+    return torch.tensor([scores[tuple(sequence)] for sequence in sequences])
+
+
+def _bootstrap_interval(values: np.ndarray, seed: int, n: int = 2000) -> tuple[float, float]:
+    """95 % percentile interval of the mean over resampled items (Efron 1979)."""
+    random = np.random.default_rng(seed)
+    means = [values[random.integers(len(values), size=len(values))].mean() for _ in range(n)]
+    low, high = np.quantile(means, [0.025, 0.975])
+    return float(low), float(high)
+
+
+def _sign_flip_p(values: np.ndarray, seed: int, n: int = 10_000) -> float:
+    """Two-sided p-value of mean 0 when each item's sign is equally likely either way (a paired permutation test)."""
+    signs = np.random.default_rng(seed).choice([-1.0, 1.0], size=(n, len(values)))
+    reached = np.abs(signs @ values) >= np.abs(values.sum()) * (1 - 1e-9)
+    return float((reached.sum() + 1) / (n + 1))
+
+
+def _holm(p_values: Sequence[float]) -> np.ndarray:
+    """p-values adjusted for testing several phenomena (Holm 1979)."""
+    p = np.asarray(p_values, dtype=float)
+    order = np.argsort(p)
+    adjusted = np.empty_like(p)
+    adjusted[order] = np.minimum(1, np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1)))
+    return adjusted
+
+
+@dataclass(frozen=True)
+class PairResult:
+    """What `minimal_pair_accuracy` found."""
+
+    accuracy: float  # share of pairs whose good sentence is the more probable one; a tie counts one half
+    low: float  # 95 % bootstrap interval over pairs
+    high: float
+    margins: Tensor  # (pairs,) log-probability of the good sentence minus that of the bad one, nats
+
+
+def _correct(margins: Tensor) -> np.ndarray:
+    """1 for a positive margin, 0 for a negative one, one half for a tie."""
+    return ((margins.sign() + 1) / 2).double().numpy()
+
+
+def minimal_pair_accuracy(model: PicoLLM, pairs: Sequence[tuple[str, str]], seed: int = 0) -> PairResult:
+    """How often a model finds the good sentence of (good, bad) more probable, as BLiMP counts (Warstadt et al. 2020).
+
+    The score of a sentence is its total log-probability after end-of-text. Raises PicoError for an empty list and for
+    a sentence that is empty or exceeds `max_positions` tokens, naming it.
+    """
+    if not pairs:
+        raise PicoError("There are no pairs to score; pass a list of (good, bad) sentences.")
+    tokenizer, limit = get_tokenizer(), model.config.max_positions
+    sequences = [tokenizer.encode_batch([pair[side] for pair in pairs]) for side in (0, 1)]
+    for name, side in zip(("good", "bad"), sequences, strict=True):
+        for index, ids in enumerate(side):
+            if not ids or not tokenizer.decode(ids).strip():
+                raise PicoError(f"The {name} sentence of pair {index} is empty; write at least one word.")
+            if len(ids) > limit:
+                raise PicoError(f"The {name} sentence of pair {index} has {len(ids)} tokens; the model reads {limit}.")
+    good, bad = sequence_log_probs(model, sequences[0] + sequences[1]).chunk(2)
+    correct = _correct(good - bad)
+    return PairResult(float(correct.mean()), *_bootstrap_interval(correct, seed), good - bad)
+
+
+# The templates. Each returns the pairs of one item: (sentence up to the decision, right word, wrong word). [target] is
+# the word that decides, (distractor) stands where the target stands in the partner. Over an item each critical word is
+# as often right as wrong, so a model that ignores the context scores exactly one half. Every word is one GPT-2 token.
+
+_PERSON = """boy girl king queen doctor teacher student soldier farmer writer actor artist singer lawyer officer worker
+    player driver leader minister author guard priest judge pilot sailor"""
+_MEN = """John David James Robert Peter Paul George Henry Thomas William Richard Edward Charles Michael Frank Joseph
+    Daniel Martin Jack"""
+_WOMEN = "Mary Anna Elizabeth Sarah Jane Anne Maria Alice Susan Laura Emily Rachel Lisa Kate"
+_CITY = "London Paris Boston Chicago Toronto Moscow Seattle Dallas Houston Atlanta Philadelphia Miami Detroit"
+_SAY = "said claimed thought believed reported stated argued announced insisted"
+_PLACE = """river bridge church house lake station school castle forest market hospital garden village camp harbor tower
+    gate road beach mountain palace museum temple hotel"""
+_THING = """dog house book ship horse bird tree stone car bridge boat road tower table map letter tool machine painting
+    picture coin gun ring wall door plant animal"""
+_ADJECTIVE = """small large old new great simple famous common strange heavy red white young important rare strong
+    beautiful early useful empty ordinary expensive"""
+_OFTEN = "often always sometimes usually still"
+_VERB = "see help meet visit follow call like support attack fear trust praise join hear know"
+_PAST = """work:worked live:lived play:played sing:sang stop:stopped wait:waited stay:stayed rest:rested build:built
+    help:helped walk:walked hunt:hunted study:studied travel:traveled train:trained look:looked"""
+_NOUN_PREPOSITION = """interest:in belief:in faith:in confidence:in reliance:on emphasis:on focus:on dependence:on
+    resistance:to opposition:to access:to need:for demand:for desire:for support:for respect:for"""
+
+_Frame = tuple[str, str, str]
+
+
+def _pick(random: Random, words: str) -> str:
+    return random.choice(words.split())
+
+
+def _article_noun(random: Random, flip: bool) -> list[_Frame]:
+    name, adjective = _pick(random, f"{_MEN} {_WOMEN}"), _pick(random, _ADJECTIVE)
+    verb = _pick(random, "saw found wanted bought described remembered liked")
+    adverb = _pick(random, "really truly clearly actually certainly")
+    noun, many = _pick(random, _THING), _pick(random, "these those two three several many")
+
+    def phrase(determiner: str, before: bool) -> str:
+        follower = adjective if before else adverb
+        if determiner == "a" and follower[0] in "aeiou" and not follower.startswith("use"):
+            determiner = "an"
+        words = f"({adverb}) [{determiner}]" if before else f"[{determiner}] ({adverb})"
+        return f"What {name} {verb} was {words} {adjective}"
+
+    return [(phrase("a", flip), noun, noun + "s"), (phrase(many, not flip), noun + "s", noun)]
+
+
+def _subject_verb(random: Random, flip: bool) -> list[_Frame]:
+    first, second = random.sample(_PERSON.split(), 2)
+    near, adverb, verb = _pick(random, "near behind beside"), _pick(random, _OFTEN), _pick(random, _VERB)
+    one, many = verb + "s", verb
+    first, second, right, wrong = (first, second + "s", one, many) if flip else (first + "s", second, many, one)
+    return [
+        (f"The [{first}] {near} the ({second}) {adverb}", right, wrong),
+        (f"The ({first}) that the [{second}] {adverb}", wrong, right),
+    ]
+
+
+def _pronoun(random: Random, flip: bool) -> list[_Frame]:
+    city, verb, job = _pick(random, _CITY), _pick(random, _SAY), _pick(random, "writer lawyer doctor teacher")
+    first, second, right, wrong = _pick(random, _MEN), _pick(random, _WOMEN), "he", "she"
+    if flip:
+        first, second, right, wrong = second, first, wrong, right
+    return [
+        (f"[{first}] from ({city}) {verb} that", right, wrong),
+        (f"({city}) {job} [{second}] {verb} that", wrong, right),
+    ]
+
+
+def _reflexive(random: Random, flip: bool) -> list[_Frame]:
+    met, say = _pick(random, "met knew loved visited saw followed left"), _pick(random, _SAY)
+    verb = _pick(random, "blamed hurt killed saved helped defended described praised protected trusted")
+    first, second, right, wrong = _pick(random, _MEN), _pick(random, _WOMEN), "himself", "herself"
+    if flip:
+        first, second, right, wrong = second, first, wrong, right
+    return [
+        (f"[{first}] who {met} ({second}) {verb}", right, wrong),
+        (f"({first}) {say} that [{second}] {verb}", wrong, right),
+    ]
+
+
+def _negation(random: Random, flip: bool) -> list[_Frame]:
+    first, second = random.sample(_PERSON.split(), 2)
+    say, verb = _pick(random, _SAY), _pick(random, "found seen heard sent brought lost")
+    negative, positive = random.choice(["any some", "anything something", "anyone someone"]).split()
+    also, really = ("also", "really") if flip else ("really", "also")
+
+    def sentence(upper: str, lower: str) -> str:
+        return f"The {first}s had {upper} {say} that the {second}s had {lower} {verb}"
+
+    return [
+        (sentence("[not]", f"({also})"), negative, positive),
+        (sentence(f"({also})", "[not]"), negative, positive),
+        (sentence(also, really), positive, negative),
+        (sentence(really, also), positive, negative),
+    ]
+
+
+def _question(random: Random, flip: bool) -> list[_Frame]:
+    person, place, near = _pick(random, _PERSON), _pick(random, _PLACE), _pick(random, "near behind beside")
+    often, (base, past) = _pick(random, _OFTEN), _pick(random, _PAST).split(":")
+    wh, there = _pick(random, "Where Why When"), "There" if flip else "Here"
+    return [
+        (f"{wh} [did] the {person} ({near}) the {place} {often}", base, past),
+        (f"{wh} ({near}) the {place} [did] the {person} {often}", base, past),
+        (f"{there} the {person} {near} the {place} {often}", past, base),
+        (f"{there} {near} the {place} the {person} {often}", past, base),
+    ]
+
+
+def _collocation(random: Random, flip: bool) -> list[_Frame]:
+    of_noun = random.choice(["importance", _pick(random, "knowledge fear awareness lack love")])
+    noun, preposition = _pick(random, _NOUN_PREPOSITION).split(":")
+    people, now = _pick(random, _PERSON) + "s", _pick(random, "now today here there")
+    first, second, right, wrong = of_noun, noun, "of", preposition
+    if flip:
+        first, second, right, wrong = second, first, wrong, right
+    return [
+        (f"The [{first}] among the ({people}) {now}", right, wrong),
+        (f"The ({people}) and the [{second}] {now}", wrong, right),
+    ]
+
+
+@dataclass(frozen=True)
+class Phenomenon:
+    """A claim of the original study and the templates that test it."""
+
+    claim: str  # in words; "the head" is whatever head the test finds
+    about: str  # what the test can show, and where its distractor says little
+    frames: Callable[[Random, bool], list[_Frame]]
+
+
+PHENOMENA: dict[str, Phenomenon] = {
+    "article-noun": Phenomenon(
+        "Articles and nouns are linked: a noun's number follows its article across an adjective.",
+        "'What John saw was really a small dog / *dogs' against 'was these really small dogs / *dog'. A causal model "
+        "cannot look from an article to the noun after it, only back. The distractor is an adverb in the article's "
+        "place: the test tells a determiner from an adverb, not an article from every other function word.",
+        _article_noun,
+    ),
+    "subject-verb": Phenomenon(
+        "Verbs look at their subjects: a verb agrees with its subject, not with another noun before it.",
+        "'The boys near the girl often know / *knows' against 'The boys that the girl often knows / *know'. The "
+        "distractor is a competing noun of the other number, so this is the strictest of the tests.",
+        _subject_verb,
+    ),
+    "coreference": Phenomenon(
+        "Pronouns look at the people they stand for: 'John said that he'.",
+        "'John from London said that he / *she' against 'London writer Mary said that she / *he'. The distractor is a "
+        "city, which no pronoun could mean: the test shows a link to the name, not a choice between two people.",
+        _pronoun,
+    ),
+    "reflexive": Phenomenon(
+        "Reflexive pronouns look at their own subject, not at another person in the sentence.",
+        "'John who met Mary blamed himself / *herself' against 'John said that Mary blamed herself / *himself'. Both "
+        "people compete, and only the structure says which one is meant.",
+        _reflexive,
+    ),
+    "negation": Phenomenon(
+        "Negation reaches across a sentence: 'not' licenses 'any' later on.",
+        "'had not said that they had also found any / *some', 'not' in either clause, against the same sentences "
+        "without it. The distractor is an adverb in the place of 'not'; it has no bearing on 'any', so the attention "
+        "test only shows that 'not' stands out. 'Some' after 'not' is unusual rather than wrong.",
+        _negation,
+    ),
+    "question": Phenomenon(
+        "Questions keep track of their auxiliary: after 'did' the verb is bare.",
+        "'Where did the farmer near the river often work / *worked' and 'Where near the river did the farmer ...' "
+        "against statements. The distractor is a preposition in the place of 'did', which has no bearing on the verb.",
+        _question,
+    ),
+    "importance of": Phenomenon(
+        "Fixed phrases hold together: 'importance of', 'interest in'.",
+        "'The interest among the students today in / *of' against 'The students and the importance today of / *in'. An "
+        "adverb keeps noun and preposition apart; both prepositions could begin an adjunct, so the wrong one is less "
+        "expected rather than wrong.",
+        _collocation,
+    ),
+}
+
+
+@dataclass(frozen=True)
+class MinimalPair:
+    """Two beginnings of a sentence that differ in their last word only, so that one forward pass scores both.
+
+    Their difference in log-probability is the decision at that word (the one-prefix method of Warstadt et al. 2020).
+    Positions count the tokens of `good` from 0, without end-of-text.
+    """
+
+    phenomenon: str
+    item: int  # the pairs of an item are role-swapped partners and controls of each other
+    good: str
+    bad: str
+    query: int  # the token before the last word, where the model decides
+    target: int | None  # the token that decides which word is right; None in a control, where nothing stands out
+    distractor: int | None  # stands where the target stands in the partner
+
+
+def make_pairs(phenomenon: str, n_items: int = 40, seed: int = 0) -> list[MinimalPair]:
+    """Pairs of a phenomenon, item after item, each drawn from its templates without repetition.
+
+    An item has the same number of pairs (2 or 4) throughout a phenomenon. Raises PicoError for an unknown name and
+    when the templates hold fewer items.
+    """
+    if phenomenon not in PHENOMENA:
+        raise PicoError(f"Unknown phenomenon {phenomenon!r}; choose one of: {', '.join(PHENOMENA)}.")
+    random, seen, pairs = Random(f"{phenomenon} {seed}"), set(), []
+    item = 0
+    for _ in range(20 * n_items):
+        if item == n_items:
+            break
+        frames = PHENOMENA[phenomenon].frames(random, bool(item % 2))
+        if not seen.isdisjoint(frames):
+            continue
+        seen.update(frames)
+        for sentence, right, wrong in frames:
+            words = sentence.split()
+            places = {word[0]: place for place, word in enumerate(words)}  # of [target] and (distractor)
+            text = re.sub(r"[\[\]()]", "", sentence)
+            pairs.append(
+                MinimalPair(
+                    phenomenon,
+                    item,
+                    f"{text} {right}",
+                    f"{text} {wrong}",
+                    query=len(words) - 1,
+                    target=places.get("["),
+                    distractor=places.get("("),
+                )
+            )
+        item += 1
+    if item < n_items:
+        raise PicoError(f"The templates of {phenomenon!r} give fewer than {n_items} different items; ask for fewer.")
+    return pairs
+
+
+def _measure_pairs(model: PicoLLM, pairs: Sequence[MinimalPair], attention: bool = True) -> tuple[Tensor, Tensor]:
+    """Margins (pairs,) in nats and, with `attention`, target-minus-distractor attention (pairs, n_layer, H).
+
+    Both are read at the query. Controls have no target: their attention is NaN. CPU, float32.
+    """
+    tokenizer, config, weight = get_tokenizer(), model.config, model.token_embedding.weight
+    good = [[Tokenizer.end_of_text, *tokenizer.encode(pair.good)] for pair in pairs]
+    critical = torch.tensor([[ids[-1], tokenizer.encode(pair.bad)[-1]] for ids, pair in zip(good, pairs, strict=True)])
+    places = torch.tensor([[pair.target or 0, pair.distractor or 0] for pair in pairs]) + 1  # (pairs, 2)
+    margins = torch.empty(len(pairs))
+    differences = torch.full((len(pairs), config.n_layer, config.n_head), math.nan)
+    by_length: dict[int, list[int]] = {}
+    for index, ids in enumerate(good):
+        by_length.setdefault(len(ids), []).append(index)
+    with evaluating(model):
+        for rows in by_length.values():
+            columns = places[rows].to(weight.device)[:, None].expand(-1, config.n_head, -1)  # (B, H, 2)
+
+            def keep(layer: int, weights: Tensor, rows: list[int] = rows, columns: Tensor = columns) -> None:
+                seen = weights[:, :, -1].gather(-1, columns)  # (B, H, 2)
+                differences[rows, layer] = (seen[..., 0] - seen[..., 1]).cpu()
+
+            idx = torch.tensor([good[row][:-1] for row in rows], device=weight.device)
+            hidden = model.hidden_states(idx, on_attention=keep if attention else None)[:, -1]  # (B, D)
+            right, wrong = weight[critical[rows].to(weight.device)].float().unbind(dim=1)
+            margins[rows] = (hidden.float() * (right - wrong)).sum(dim=-1).cpu()
+    differences[[index for index, pair in enumerate(pairs) if pair.target is None]] = math.nan
+    return margins, differences
+
+
+def _by_item(values: Tensor, n_items: int) -> Tensor:
+    """Means over the pairs of each item, controls without a value left out: (pairs, ...) -> (n_items, ...)."""
+    return values.view(n_items, -1, *values.shape[1:]).nanmean(dim=1)
+
+
+def _halves(n_items: int) -> tuple[list[int], list[int]]:
+    """Items that choose the heads, items that test them; both hold as many of either variant."""
+    return [i for i in range(n_items) if i % 4 < 2], [i for i in range(n_items) if i % 4 >= 2]
+
+
+def _choose_heads(differences: Tensor, n_heads: int) -> list[tuple[int, int]]:
+    """The heads (layer, head) of the largest mean difference; differences (items, n_layer, H)."""
+    H = differences.shape[2]
+    n_heads = min(n_heads, differences[0].numel() // 2)  # as many must remain for the random control
+    best = differences.mean(dim=0).flatten().topk(n_heads).indices.tolist()
+    return sorted(divmod(index, H) for index in best)
+
+
+def _attention_to(differences: Tensor, heads: Sequence[tuple[int, int]]) -> np.ndarray:
+    """Difference of each item, averaged over the heads: (items,)."""
+    return torch.stack([differences[:, layer, head] for layer, head in heads]).mean(dim=0).double().numpy()
+
+
+def _random_heads(heads: Sequence[tuple[int, int]], config: ModelConfig, random: Random) -> list[tuple[int, int]]:
+    """As many other heads of the same layers. Where a layer has too few others, heads of any layer fill up."""
+    drawn: list[tuple[int, int]] = []
+    for layer in sorted({layer for layer, _ in heads}):
+        wanted = sum(chosen == layer for chosen, _ in heads)
+        others = [(layer, head) for head in range(config.n_head) if (layer, head) not in heads]
+        drawn += random.sample(others, min(wanted, len(others)))
+    rest = [(layer, head) for layer in range(config.n_layer) for head in range(config.n_head)]
+    rest = [head for head in rest if head not in heads and head not in drawn]
+    return drawn + random.sample(rest, min(len(heads) - len(drawn), len(rest)))
+
+
+def _window_loss(model: PicoLLM, windows: Tensor) -> float:
+    """Mean loss of token windows (N, T) in nats."""
+    with evaluating(model):
+        idx = windows.to(model.token_embedding.weight.device)
+        return _window_losses(model, model.hidden_states(idx[:, :-1]), idx[:, 1:]).mean().item()
+
+
+@dataclass(frozen=True)
+class LinguisticEvidence:
+    """What was measured for one phenomenon. Attention is a difference of weights, margins and losses are in nats."""
+
+    phenomenon: str
+    claim: str
+    n_items: int  # independent items
+    n_pairs: int  # (good, bad) pairs of all items: role swaps and controls
+    accuracy: float  # one half for a model that ignores the context
+    accuracy_low: float  # 95 % bootstrap interval over items
+    accuracy_high: float
+    untrained_accuracy: float  # mean over the untrained models
+    untrained_accuracy_highest: float
+    heads: str  # chosen on one half of the items; all that follows is measured on the other half
+    attention_difference: float  # attention to the target minus attention to the distractor, mean of the heads
+    attention_low: float
+    attention_high: float
+    untrained_attention_highest: float  # the same procedure on the untrained models
+    p_value: float  # sign-flip test, Holm-adjusted over phenomena
+    margin_drop: float  # mean-ablation of the heads: loss of log-probability margin, right minus wrong word
+    random_margin_drop: float  # mean over draws of as many other heads of the same layers
+    margin_excess_low: float  # margin_drop minus random_margin_drop, 95 % bootstrap interval over items
+    margin_excess_high: float
+    loss_increase: float  # of the mean-ablation, on held-out text, nats per token
+    random_loss_increase: float
+
+
+SIGNIFICANCE = 0.05  # of the Holm-adjusted sign-flip test
+NULL_ACCURACY = 0.6  # an accuracy interval wholly below this counts as evidence of absence
+NULL_ATTENTION = 0.02  # likewise for the attention difference
+_LOSS_TOKENS = 512  # of held-out text, for the loss that an ablation costs
+
+
+def verdict(e: LinguisticEvidence) -> tuple[str, str]:
+    """("supported" | "not supported" | "undecided", the reason as one sentence).
+
+    A claim rests on three links. Each must hold for "supported": the accuracy's interval lies above 0.5 and above every
+    untrained model; the attention difference is positive with p < SIGNIFICANCE and its interval lies above every
+    untrained model; ablating the heads lowers the margin more than random heads do, with an interval above 0.
+    "Not supported" needs a refuted link: the accuracy's interval lies below NULL_ACCURACY, the attention's below
+    NULL_ATTENTION, or the ablation's not above 0 at all. All else is "undecided".
+    """
+    prefers = (
+        f"it prefers the right word in {e.accuracy:.0%} of pairs ({e.accuracy_low:.0%} to {e.accuracy_high:.0%}; "
+        f"untrained models {e.untrained_accuracy:.0%}, at most {e.untrained_accuracy_highest:.0%})"
+    )
+    looks = (
+        f"the heads' attention to the target is {100 * e.attention_difference:.1f} points above that to the distractor "
+        f"({100 * e.attention_low:.1f} to {100 * e.attention_high:.1f}, p = {e.p_value:.2g}; untrained models at most "
+        f"{100 * e.untrained_attention_highest:.1f})"
+    )
+    needs = (
+        f"without them the right word loses {e.margin_drop:.2f} nats of its margin, without random heads "
+        f"{e.random_margin_drop:.2f} (difference {e.margin_excess_low:.2f} to {e.margin_excess_high:.2f})"
+    )
+    attention_floor = max(0.0, e.untrained_attention_highest)
+    links = [  # (what was found, whether it holds, whether it is refuted)
+        (prefers, e.accuracy_low > max(0.5, e.untrained_accuracy_highest), e.accuracy_high < NULL_ACCURACY),
+        (looks, e.p_value < SIGNIFICANCE and e.attention_low > attention_floor, e.attention_high < NULL_ATTENTION),
+        (needs, e.margin_excess_low > 0, e.margin_excess_high <= 0),
+    ]
+    against = [found for found, _, refuted in links if refuted]
+    missing = [found for found, holds, _ in links if not holds]
+    if against:
+        return "not supported", f"The evidence is against it: {'; '.join(against)}."
+    if missing:
+        return "undecided", f"The evidence does not suffice: {'; '.join(missing)}."
+    return "supported", f"All three links hold: {prefers}; {looks}; {needs}."
+
+
+def study_language(
+    model: PicoLLM,
+    *,
+    windows: Tensor,
+    untrained: Iterable[PicoLLM] | None = None,
+    n_items: int = 40,
+    n_heads: int = 3,
+    n_draws: int = 4,
+    seed: int = 0,
+    bar: tqdm | None = None,
+) -> pd.DataFrame:
+    """Tests every phenomenon: a row each, the fields of LinguisticEvidence, `verdict` and `reason`.
+
+    `windows` (N, T) are tokens of held-out text: all of them give the mean output that ablated heads are set to, the
+    first few (512 tokens) the loss. `untrained` are the baseline, by default five models of other seeds. `n_draws` sets
+    of random heads are ablated for comparison. `bar` advances by one for each phenomenon. The p-values speak of new
+    items of the same templates, not of other constructions. Raises PicoError for fewer than 8 items.
+    """
+    import pandas as pd
+
+    if n_items < 8:
+        raise PicoError(f"{n_items} items are too few for a half that chooses heads and one that tests them; use 40.")
+    if untrained is None:
+        device = model.token_embedding.weight.device
+        untrained = (PicoLLM(model.config, other).to(device) for other in _untrained_seeds(5))
+    groups = {name: make_pairs(name, n_items, seed) for name in PHENOMENA}
+    chooses, tests = _halves(n_items)
+
+    def measure(some_model: PicoLLM) -> dict[str, tuple[Tensor, Tensor]]:
+        """Of each phenomenon: margins (pairs,) and attention differences (items, n_layer, H)."""
+        margins, differences = _measure_pairs(some_model, [pair for group in groups.values() for pair in group])
+        sizes = [len(group) for group in groups.values()]
+        parts = zip(margins.split(sizes), differences.split(sizes), strict=True)
+        return {name: (m, _by_item(d, n_items)) for name, (m, d) in zip(groups, parts, strict=True)}
+
+    def look(differences: Tensor) -> tuple[list[tuple[int, int]], np.ndarray]:
+        """The heads that one half of the items chooses and their difference for each item of the other half."""
+        heads = _choose_heads(differences[chooses], n_heads)
+        return heads, _attention_to(differences[tests], heads)
+
+    measured, baselines = measure(model), [measure(other) for other in untrained]
+    looks = {name: look(differences) for name, (_, differences) in measured.items()}
+    p_values = _holm([_sign_flip_p(values, seed) for _, values in looks.values()])
+    means, random = mean_head_outputs(model, windows), Random(seed)
+    windows = windows[: math.ceil(_LOSS_TOKENS / windows.shape[1])]
+    loss = _window_loss(model, windows)
+    rows = []
+    for (name, group), p_value in zip(groups.items(), p_values, strict=True):
+        margins, (heads, attention) = measured[name][0], looks[name]
+        drops, increases = [], []  # of the chosen heads, then of each draw of random ones
+        for ablated in [heads, *(_random_heads(heads, model.config, random) for _ in range(n_draws))]:
+            with ablate_heads(model, ablated, "mean", means):
+                after, _ = _measure_pairs(model, [pair for pair in group if pair.item in tests], attention=False)
+                increases.append(_window_loss(model, windows) - loss)
+            drops.append((_by_item(margins, n_items)[tests] - _by_item(after, len(tests))).double().numpy())
+        correct = _correct(margins).reshape(n_items, -1).mean(axis=1)
+        untrained_accuracies = [_correct(baseline[name][0]).mean() for baseline in baselines]
+        accuracy_low, accuracy_high = _bootstrap_interval(correct, seed)
+        attention_low, attention_high = _bootstrap_interval(attention, seed)
+        excess_low, excess_high = _bootstrap_interval(drops[0] - np.mean(drops[1:], axis=0), seed)
+        evidence = LinguisticEvidence(
+            phenomenon=name,
+            claim=PHENOMENA[name].claim,
+            n_items=n_items,
+            n_pairs=len(group),
+            accuracy=float(correct.mean()),
+            accuracy_low=accuracy_low,
+            accuracy_high=accuracy_high,
+            untrained_accuracy=float(np.mean(untrained_accuracies)),
+            untrained_accuracy_highest=float(np.max(untrained_accuracies)),
+            heads=", ".join(f"L{layer}H{head}" for layer, head in heads),
+            attention_difference=float(attention.mean()),
+            attention_low=attention_low,
+            attention_high=attention_high,
+            untrained_attention_highest=float(max(look(baseline[name][1])[1].mean() for baseline in baselines)),
+            p_value=float(p_value),
+            margin_drop=float(drops[0].mean()),
+            random_margin_drop=float(np.mean(drops[1:])),
+            margin_excess_low=excess_low,
+            margin_excess_high=excess_high,
+            loss_increase=increases[0],
+            random_loss_increase=float(np.mean(increases[1:])),
+        )
+        decision, reason = verdict(evidence)
+        rows.append({**asdict(evidence), "verdict": decision, "reason": reason})
+        if bar is not None:
+            bar.update(1)
+    return pd.DataFrame(rows)
 
 
 # ======================================================================================================================
