@@ -26,14 +26,17 @@ and pre-LayerNorm (Xiong et al. 2020); the order of the file follows nanoGPT (Ka
 from __future__ import annotations
 
 import argparse
+import base64
 import codecs
 import contextlib
 import csv
 import dataclasses
 import functools
 import hashlib
+import html
 import importlib.util
 import io
+import itertools
 import json
 import math
 import os
@@ -41,21 +44,34 @@ import pickle
 import re
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
+import textwrap
 import threading
 import time
+import types
+import unicodedata
 import urllib.request
 import zipfile
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from random import Random
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
+
+if TYPE_CHECKING:
+    import networkx
+    import pandas as pd
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 # ======================================================================================================================
 # CONFIGURATION
@@ -1367,6 +1383,92 @@ def _resumable(path: Path, model_config: ModelConfig, config: TrainConfig, corpu
 # ======================================================================================================================
 
 
+# The study's sentences: ten categories as in the original study, written for this project.
+ALL_TEST_CATEGORIES: dict[str, list[str]] = {
+    "Simple": [
+        "The cat sat on the warm stone wall behind the house.",
+        "A young boy threw the red ball over the garden fence.",
+        "The old farmer sold his horses at the market in spring.",
+        "Rain fell on the quiet village all night long.",
+        "She opened the window and looked at the morning sky.",
+        "The train to the coast leaves every day at noon.",
+    ],
+    "Complex Syntax": [
+        "The book that the teacher recommended was written by a soldier who never went to war.",
+        "Although the bridge had been repaired twice, the engineers refused to let heavy trucks cross it.",
+        "The woman whose brother painted the ceiling said that the work had taken eleven years.",
+        "What surprised the committee most was that nobody had read the letter before signing it.",
+        "Having lost the election, the mayor returned to the small school where she had once taught.",
+        "The historian stressed the importance of the letters that the queen wrote to her sister.",
+    ],
+    "Long-Range Dependencies": [
+        "The keys to the old wooden cabinet in the upstairs room are missing.",
+        "The scientist who discovered the comet above the frozen lake in January was awarded a prize.",
+        "The paintings that the museum bought from the family of the late collector were not genuine.",
+        "The captain, after weeks of storms and a long illness among the crew, decided to turn back.",
+        "Either the river will be cleaned before the summer or the factory on its bank will close.",
+        "The song that the children of the village sang at every harvest festival has been forgotten.",
+    ],
+    "Coreference": [
+        "John said that he would visit the museum on Sunday.",
+        "Mary told her father that she had found the lost ring.",
+        "When the actor met the queen, he bowed and she smiled.",
+        "The company announced that it would move its office to the capital.",
+        "The nurse thanked the man because he had carried her bags to the station.",
+        "The players blamed themselves after their team lost the final match.",
+    ],
+    "Negation": [
+        "The door was not locked, but nobody tried to open it.",
+        "No student in the class had ever seen snow before that winter.",
+        "She did not say anything about the letter until the guests had left.",
+        "The king never trusted any of the generals who served his father.",
+        "Neither the doctor nor the nurse noticed that the patient was not asleep.",
+        "There is no reason to believe that the story is not true.",
+    ],
+    "Questions": [
+        "Where did the sailors bury the gold that they stole from the port?",
+        "Why does the moon look larger when it is close to the horizon?",
+        "Who wrote the first history of the city, and when was it printed?",
+        "Has anyone in the village ever climbed the mountain in winter?",
+        "What will the farmers do if the rain does not come this year?",
+        "Do you know which of the two roads leads to the castle?",
+    ],
+    "Technical": [
+        "The engine converts heat into motion with an efficiency of about forty percent.",
+        "A neural network computes a weighted sum of its inputs and applies a nonlinear function.",
+        "The enzyme binds to the protein and lowers the energy needed for the reaction.",
+        "Each node in the network stores a copy of the table and updates it every second.",
+        "The importance of the experiment lies in the precise measurement of the speed of light.",
+        "Light from the star passes through a prism, which splits it into a spectrum.",
+    ],
+    "Ambiguous": [
+        "The old man saw the boy with the telescope on the hill.",
+        "The chicken is ready to eat, said the cook to the farmer.",
+        "They went to the bank after the flood had reached the bridge.",
+        "Visiting relatives can be tiring when the house is small.",
+        "The lawyer told the judge that he had made a mistake.",
+        "She hit the man with the umbrella and walked away.",
+    ],
+    "Comparative": [
+        "The second film was longer than the first but far less interesting.",
+        "No other river in the country carries as much water as this one.",
+        "The younger sister ran faster than her brother, who was taller and stronger.",
+        "The more the price of bread rose, the less the workers could buy.",
+        "Gold is heavier than silver, and it does not lose its shine.",
+        "The new library is twice as large as the one it replaced.",
+    ],
+    "Temporal": [
+        "Before the war began, the family had lived in the capital for thirty years.",
+        "The king died in the spring, and his son was crowned the following year.",
+        "While the soldiers slept, the river rose and carried their boats away.",
+        "By the time the doctor arrived, the fever had already passed.",
+        "The church was built in the twelfth century and was later destroyed by fire.",
+        "Since the bridge was closed last autumn, every journey has taken an hour longer.",
+    ],
+}
+_MAX_TOKENS = 2**13  # tokens in one forward pass of a study; bounds its memory
+
+
 def stream_attention(model: PicoLLM, idx: Tensor, reduce: Callable[[int, Tensor], None]) -> None:
     """Runs token ids (B, T) and hands each layer's pattern to `reduce(layer, weights)`, weights (B, H, T, T) float32.
 
@@ -1410,24 +1512,3225 @@ def capture_attention(model: PicoLLM, text: str) -> AttentionCapture:
     )
 
 
+@contextlib.contextmanager
+def _on_head_outputs(
+    model: PicoLLM, layers: Iterable[int], visit: Callable[[int, Tensor], Tensor | None]
+) -> Iterator[None]:
+    """Calls visit(layer, outputs) with the heads' outputs (B, T, H, d); a tensor that it returns takes their place."""
+
+    def before_projection(layer: int, module: nn.Module, args: tuple[Tensor]) -> Tensor | None:
+        changed = visit(layer, args[0].unflatten(-1, (model.config.n_head, -1)))
+        return None if changed is None else changed.flatten(-2)
+
+    handles = [
+        model.blocks[layer].attention.out_proj.register_forward_pre_hook(functools.partial(before_projection, layer))
+        for layer in layers
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _check_heads(config: ModelConfig, heads: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    chosen = sorted({(int(layer), int(head)) for layer, head in heads})
+    for layer, head in chosen:
+        if not (0 <= layer < config.n_layer and 0 <= head < config.n_head):
+            raise PicoError(
+                f"There is no head {head} in layer {layer}; layers are 0-{config.n_layer - 1}, "
+                f"heads 0-{config.n_head - 1}."
+            )
+    return chosen
+
+
+def _head_substitutes(config: ModelConfig, mode: str, means: Tensor | None) -> Tensor:
+    """What takes the place of each head's output, (n_layer, n_head, head_dim)."""
+    shape = (config.n_layer, config.n_head, config.head_dim)
+    if mode == "zero":
+        return torch.zeros(shape)
+    if mode != "mean":
+        raise PicoError(f"Unknown ablation {mode!r}; choose zero or mean.")
+    if means is None or tuple(means.shape) != shape:
+        raise PicoError(f"Mean ablation needs means of shape {shape}; make them with mean_head_outputs(model, idx).")
+    return means
+
+
+@contextlib.contextmanager
+def ablate_heads(
+    model: PicoLLM, heads: Iterable[tuple[int, int]], mode: str = "zero", means: Tensor | None = None
+) -> Iterator[None]:
+    """Inside, the (layer, head) pairs contribute zero or their mean instead of their output, at every position.
+
+    The output is what the output projection reads from the head. Mean-ablation takes away what the head tells about
+    the text and leaves its constant part, which the later layers rely on (Wang et al. 2022); `means` are those of
+    `mean_head_outputs`. The model is as before afterwards, also after an exception. Raises PicoError for a head that
+    does not exist, an unknown mode, and missing means.
+    """
+    chosen = _check_heads(model.config, heads)
+    substitutes = _head_substitutes(model.config, mode, means)
+
+    def replace(layer: int, outputs: Tensor) -> Tensor:
+        picked = [head for other, head in chosen if other == layer]
+        outputs = outputs.clone()
+        outputs[:, :, picked] = substitutes[layer, picked].to(outputs)
+        return outputs
+
+    with _on_head_outputs(model, sorted({layer for layer, _ in chosen}), replace):
+        yield
+
+
+def mean_head_outputs(model: PicoLLM, idx: Tensor) -> Tensor:
+    """Each head's output averaged over windows and positions of ids (n_windows, T): (n_layer, n_head, head_dim)."""
+    config = model.config
+    sums = torch.zeros(config.n_layer, config.n_head, config.head_dim, dtype=torch.float64)
+
+    def add(layer: int, outputs: Tensor) -> None:
+        sums[layer] += outputs.sum((0, 1), dtype=torch.float32).double().cpu()
+
+    with evaluating(model), _on_head_outputs(model, range(config.n_layer), add):
+        for windows in idx.split(max(1, _MAX_TOKENS // idx.shape[1])):
+            model.hidden_states(windows.to(model.token_embedding.weight.device))
+    return (sums / idx.numel()).float()
+
+
 # ======================================================================================================================
 # HEAD SCORES
+# What a head does, as mass on a set of keys beyond what a uniform head puts there, in the manner of Cohen's kappa.
+# Every score is a ratio of two sums, kept text by text: tables, classes and bootstrap intervals are all made of these.
 # ======================================================================================================================
+
+HEAD_CLASSES = ("Diagonal/Self", "Local Context", "Token-Specific", "Global/Broad", "Mixed", "Resting")
+KAPPAS = ("sink", "self", "previous", "local", "duplicate", "induction", "punctuation", "rare")
+HEAD_SCORES = (*KAPPAS, "broad", "mean_distance", "entropy")
+_TOKEN_KAPPAS = ("duplicate", "induction", "punctuation", "rare")
+_RATIOS = (*HEAD_SCORES, "rest")  # `rest`: the share of attention that is not on the first token
+_MAX_MAP = 384**2  # weights per head in one forward pass: one window of 384 tokens, nine of 128
+
+# runs token ids (B, T) and hands each layer's pattern to a function, as stream_attention does
+_Attend = Callable[[Tensor, Callable[[int, Tensor], None]], None]
+
+
+@dataclass(frozen=True)
+class ScoreThresholds:
+    """Where a score becomes a statement; `dataclasses.asdict` prints them all.
+
+    tau[score] = max(floor, `percentile` of the score over untrained models), see `score_thresholds`. The floor matters:
+    one untrained head in a hundred lies above the 99th percentile by definition, and a model has dozens of heads. For
+    the sink the floor of 0.3 is that of Gu et al. 2024, here beyond chance.
+    """
+
+    floor: float = 0.3  # smallest tau
+    percentile: float = 99.0  # of the untrained models' heads
+    broad: float = 0.9  # entropy of a Global/Broad head, share of the uniform head's
+    resting: float = 0.1  # attention off the first token below which a head is Resting
+    diagonal_share: float = 0.5  # of `local` that `self` or `previous` must reach for Diagonal/Self
+    tau: dict[str, float] = field(default_factory=lambda: dict.fromkeys(KAPPAS, 0.3))
+
+
+def _kappa_sums(weights: Tensor, keys: Tensor, visible: Tensor) -> tuple[Tensor, Tensor]:
+    """Numerators and denominators of kappa, (B, H, S) each, for S sets of keys (B, S, T, T) bool.
+
+    Only the keys `visible` (T, T) exist; a row counts by its weight on them.
+    """
+    n_keys = (keys & visible).sum(-1)
+    chance = n_keys / visible.sum(-1).clamp(min=1)  # (B, S, T)
+    scored = (chance > 0) & (chance < 1)
+    chance = chance * scored
+    hits = weights.flatten(2) @ (keys & visible & scored[..., None]).to(weights.dtype).flatten(2).mT
+    seen = (weights * visible).sum(-1)  # (B, H, T)
+    return hits - seen @ chance.mT, seen @ (scored.to(weights.dtype) - chance).mT
+
+
+def _rest_mask(T: int, device: torch.device | str | None = None) -> Tensor:
+    """Keys j >= 2 that rows i >= 3 see: the map without its sink column."""
+    mask = torch.ones(T, T, dtype=torch.bool, device=device).tril()
+    mask[:2] = mask[:, 0] = False
+    return mask
+
+
+def kappa(weights: Tensor, mask: Tensor, without_sink: bool = False) -> Tensor:
+    """Chance-corrected attention of maps (B, H, T, T) to sets of keys (B, T, T), (B, H): 0 for uniform, 1 for ideal.
+
+    kappa(M) = sum_i (m_i - u_i) / sum_i (1 - u_i) with m_i the weight of row i on its keys M_i and u_i = |M_i| / i what
+    a uniform head puts there (after Cohen 1960). Rows without a choice, u_i = 0 or 1, are skipped: without the former,
+    no head could reach 1 on texts where some rows have no such key. `without_sink` takes the first column out: rows
+    i >= 3 of R_ij = A_ij / (1 - A_i1), weighted by 1 - A_i1. Without any row to score it is 0.
+    """
+    T = weights.shape[-1]
+    visible = torch.ones(T, T, dtype=torch.bool, device=weights.device).tril()
+    if without_sink:
+        visible = _rest_mask(T, weights.device)
+    numerator, denominator = _kappa_sums(weights, mask[:, None], visible)
+    return torch.where(denominator > 1e-6, numerator / denominator, 0.0)[..., 0]
+
+
+@functools.cache
+def _punctuation_tokens() -> Tensor:
+    """(vocabulary,) bool: tokens whose characters, apart from white space, are all of Unicode's punctuation classes."""
+    encoding = get_tokenizer().encoding
+    texts = (encoding.decode_single_token_bytes(i).decode("utf-8", "replace").strip() for i in range(encoding.n_vocab))
+    return torch.tensor([bool(t) and all(unicodedata.category(c)[0] == "P" for c in t) for t in texts])
+
+
+def _key_sets(idx: Tensor, counts: Tensor, punctuation: Tensor) -> Tensor:
+    """The keys that each kappa but `sink` asks for, (B, 7, T, T) bool in the order of KAPPAS.
+
+    Sets that depend on content hold earlier positions only, and a row that is itself punctuation (or the rarest token)
+    is not asked for it; so looking at oneself never counts as looking at content. Rare is the least frequent token *so
+    far*: a decoder cannot see which token will be the rarest of the text (Voita et al. 2019 score an encoder).
+    """
+    B, T = idx.shape
+    position = torch.arange(T, device=idx.device)
+    distance = position[:, None] - position  # (T, T), query minus key
+    earlier = distance > 0
+    same = (idx[:, :, None] == idx[:, None, :]) & earlier
+    follower = torch.zeros_like(same)
+    follower[:, :, 1:] = same[:, :, :-1] & earlier[:, 1:]  # the token before key j is a copy of token i
+    is_mark = punctuation[idx]
+    marks = is_mark[:, None, :] & ~is_mark[:, :, None] & earlier
+    frequency = counts[idx]
+    frequency[:, 0] = torch.iinfo(frequency.dtype).max  # the sink's column is no candidate
+    rarest = frequency.cummin(dim=1).values
+    rare = (frequency[:, None, :] == rarest[:, :, None]) & (frequency > rarest)[:, :, None] & earlier
+    local = (distance >= 0) & (distance <= 2) & (position[:, None] >= 5)
+    places = torch.stack([distance == 0, distance == 1, local]).expand(B, 3, T, T)
+    return torch.cat([places, torch.stack([same, follower, marks, rare], dim=1)], dim=1)
+
+
+def _score_sums(weights: Tensor, keys: Tensor) -> Tensor:
+    """Numerators and denominators of all _RATIOS for maps (B, H, T, T) and their key sets: (2, B, H, ratios)."""
+    T = weights.shape[-1]
+    n_keys = torch.arange(1, T + 1, device=weights.device, dtype=weights.dtype)  # of each row
+    first = weights[..., 0]  # (B, H, T)
+    rest = weights[..., 1:].sum(-1)
+    entropy = -torch.xlogy(weights, weights).sum(-1)  # nats
+    rest_entropy = entropy + torch.xlogy(first, first) + torch.xlogy(rest, rest)  # w_i H(R_i)
+    distance = (n_keys[:, None] - n_keys).clamp(min=0)
+    ones = torch.ones_like(first)
+    numerators, denominators = _kappa_sums(weights, keys, _rest_mask(T, weights.device))
+    numerators = [
+        (first - 1 / n_keys)[..., 1:].sum(-1),
+        *numerators.unbind(-1),
+        rest_entropy[..., 2:].sum(-1),
+        weights.flatten(2) @ distance.flatten(),
+        entropy.sum(-1),
+        rest[..., 2:].sum(-1),
+    ]
+    denominators = [
+        (ones - 1 / n_keys)[..., 1:].sum(-1),
+        *denominators.unbind(-1),
+        (rest * (n_keys - 1).clamp(min=1).log())[..., 2:].sum(-1),
+        ones.sum(-1),
+        ones.sum(-1),
+        ones[..., 2:].sum(-1),
+    ]
+    return torch.stack([torch.stack(numerators, -1), torch.stack(denominators, -1)])
+
+
+def _as_sequences(texts: Sequence[str] | None, idx: Tensor | None) -> list[Tensor]:
+    """Token ids of each text or window."""
+    if (texts is None) == (idx is None):
+        raise PicoError("Give either texts or idx, token windows of shape (n_windows, T).")
+    sequences = [torch.tensor(ids) for ids in map(get_tokenizer().encode, texts)] if idx is None else list(idx.cpu())
+    if not sequences or min(map(len, sequences)) == 0:
+        raise PicoError("There is no text to score, or one of the texts is empty; give at least one word in each.")
+    return sequences
+
+
+def _collect_sums(
+    attend: _Attend, sequences: Sequence[Tensor], counts: Tensor, device: torch.device | str
+) -> np.ndarray:
+    """Runs sequences in batches of equal length: (2, sequences, n_layer, n_head, ratios) float64."""
+    punctuation = _punctuation_tokens().to(device)
+    counts = counts.to(device)
+    sums: list[np.ndarray | None] = [None] * len(sequences)
+    order = sorted(range(len(sequences)), key=lambda k: len(sequences[k]))
+    for length, group in itertools.groupby(order, key=lambda k: len(sequences[k])):
+        for places in torch.tensor(list(group)).split(max(1, _MAX_MAP // length**2)):
+            idx = torch.stack([sequences[k] for k in places]).to(device)
+            keys = _key_sets(idx, counts, punctuation)
+            layers: list[Tensor] = []
+            attend(idx, lambda _, weights, keys=keys, layers=layers: layers.append(_score_sums(weights, keys)))
+            batch = torch.stack(layers, dim=2).double().cpu().numpy()  # (2, B, n_layer, n_head, ratios)
+            for k, text_sums in zip(places, batch.swapaxes(0, 1), strict=True):
+                sums[k] = text_sums
+    return np.stack(sums, axis=1)
+
+
+def token_counts(file: TokenFile) -> np.ndarray:
+    """How often each token of the vocabulary occurs in a token file, (50257,) int64."""
+    counts = np.zeros(Tokenizer.end_of_text + 1, np.int64)
+    for start in range(0, len(file.tokens), 2**22):
+        counts += np.bincount(file.tokens[start : start + 2**22], minlength=len(counts))
+    return counts
+
+
+def _count_tensor(counts: np.ndarray | None, sequences: Sequence[Tensor], vocab_size: int) -> Tensor:
+    if counts is None:
+        return torch.bincount(torch.cat(list(sequences)), minlength=vocab_size)
+    if len(counts) < vocab_size:
+        raise PicoError(f"token_counts has {len(counts)} entries; the model's vocabulary has {vocab_size}.")
+    return torch.as_tensor(np.asarray(counts, dtype=np.int64))
+
+
+def repeated_random_tokens(
+    n: int, length: int, vocab_size: int, seed: int = 0, counts: np.ndarray | None = None
+) -> Tensor:
+    """Sequences (n, length) of random tokens in which chunks of 3-8 tokens come again after random gaps.
+
+    On such sequences only the content tells where the continuation is (Olsson et al. 2022); since the gaps vary, a head
+    that looks back a fixed distance scores no better than chance. With the training tokens' `counts` only tokens
+    seen at least 50 times are drawn (or the 1000 most frequent): a model knows nothing of tokens that it never saw.
+    """
+    random = np.random.default_rng(seed)
+    candidates = np.arange(vocab_size)
+    if counts is not None:
+        known = np.argsort(-np.asarray(counts[:vocab_size]), kind="stable")
+        candidates = known[: max(1000, int((np.asarray(counts[:vocab_size]) >= 50).sum()))]
+
+    def sequence() -> list[int]:
+        fresh = itertools.cycle(random.permutation(candidates)[:length])
+        chunks: list[list[int]] = []
+        tokens: list[int] = []
+        last = None  # the chunk just written: repeating it at once would make a copy of the previous tokens
+        while len(tokens) < length:
+            old = [k for k in range(len(chunks)) if k != last]
+            if old and random.random() < 0.5:
+                last = int(random.choice(old))
+            else:
+                chunks.append(list(itertools.islice(fresh, int(random.integers(3, 9)))))
+                last = len(chunks) - 1
+            tokens += chunks[last]
+        return tokens[:length]
+
+    return torch.tensor(np.array([sequence() for _ in range(n)]))
+
+
+@dataclass(frozen=True)
+class HeadSums:
+    """Numerators and denominators of every score, text by text, for one model on one set of texts."""
+
+    texts: np.ndarray  # (2, n_texts, n_layer, n_head, ratios)
+    repeats: np.ndarray  # the same for repeated random tokens; of these only the induction score is used
+
+    def _ratios(self, text_weights: np.ndarray, repeat_weights: np.ndarray) -> dict[str, np.ndarray]:
+        """Scores (R, n_layer, n_head) for R weightings of the texts, (R, n_texts), and of the repeated sequences."""
+        induction = _RATIOS.index("induction")
+        totals = np.tensordot(text_weights, self.texts, (1, 1))  # (R, 2, n_layer, n_head, ratios)
+        totals[..., induction] = np.tensordot(repeat_weights, self.repeats[..., induction], (1, 1))
+        top, bottom = totals[:, 0], totals[:, 1]
+        ratios = np.divide(top, bottom, out=np.zeros_like(top), where=bottom > 1e-6)
+        return {name: ratios[..., k] for k, name in enumerate(_RATIOS)}
+
+    def scores(self) -> dict[str, np.ndarray]:
+        """Each score over all texts, (1, n_layer, n_head): a ratio of sums, so long texts count by their rows."""
+        return self._ratios(np.ones((1, self.texts.shape[1])), np.ones((1, self.repeats.shape[1])))
+
+    def bootstrap(self, n: int = 1000, seed: int = 0) -> dict[str, np.ndarray]:
+        """The scores over n resamples of the texts, (n, n_layer, n_head)."""
+        random = np.random.default_rng(seed)
+        sizes = self.texts.shape[1], self.repeats.shape[1]
+        return self._ratios(*(random.multinomial(size, np.full(size, 1 / size), n).astype(float) for size in sizes))
+
+    def table(self, thresholds: ScoreThresholds | None = None) -> pd.DataFrame:
+        """One row per head, the columns of `score_heads`."""
+        import pandas as pd
+
+        thresholds = thresholds or ScoreThresholds()
+        scores = {name: values[0] for name, values in self.scores().items()}
+        layer, head = np.indices(scores["sink"].shape)
+        columns = {"layer": layer, "head": head, **{name: scores[name] for name in HEAD_SCORES}}
+        columns["resting"] = scores["rest"] < thresholds.resting
+        columns["sink_flag"] = scores["sink"] >= thresholds.tau["sink"]
+        columns["class"] = classify_heads(scores, thresholds)
+        return pd.DataFrame({name: values.ravel() for name, values in columns.items()})
+
+
+def classify_heads(scores: Mapping[str, np.ndarray], thresholds: ScoreThresholds) -> np.ndarray:
+    """One of HEAD_CLASSES for each head; scores are arrays of any one shape, with `rest` among them.
+
+    A head with less than `resting` of its attention off the first token is Resting, whatever that little does. Else
+    the largest of the kappas that reach their tau decides. A previous-token head also fills the local window, so
+    Diagonal/Self comes before Local Context when self or previous makes up `diagonal_share` of the window. A head that
+    reaches no tau is Global/Broad if its entropy is near the uniform head's, else Mixed.
+    """
+
+    def strength(name: str) -> np.ndarray:
+        return np.where(np.asarray(scores[name]) >= thresholds.tau[name], scores[name], 0.0)
+
+    diagonal, local = np.maximum(strength("self"), strength("previous")), strength("local")
+    token = np.max([strength(name) for name in _TOKEN_KAPPAS], axis=0)
+    conditions = {
+        "Resting": np.asarray(scores["rest"]) < thresholds.resting,
+        "Token-Specific": token > np.maximum(diagonal, local),
+        "Diagonal/Self": (diagonal > 0) & (diagonal >= thresholds.diagonal_share * np.asarray(scores["local"])),
+        "Local Context": local > 0,
+        "Global/Broad": np.asarray(scores["broad"]) >= thresholds.broad,
+    }
+    return np.select(list(conditions.values()), list(conditions), "Mixed")
+
+
+def head_sums(
+    model: PicoLLM,
+    texts: Sequence[str] | None = None,
+    idx: Tensor | None = None,
+    *,
+    token_counts: np.ndarray | None = None,
+    seed: int = 0,
+) -> HeadSums:
+    """The sums that `score_heads` makes its table of, for `class_shares`; arguments as there."""
+    sequences = _as_sequences(texts, idx)
+    return _model_sums(model, {"": sequences}, _induction_sequences(model.config, token_counts, seed), token_counts)[""]
+
+
+def _induction_sequences(config: ModelConfig, counts: np.ndarray | None, seed: int) -> list[Tensor]:
+    return list(repeated_random_tokens(9, min(128, config.max_positions), config.vocab_size, seed, counts))
+
+
+def _model_sums(
+    model: PicoLLM | None, sources: Mapping[str, list[Tensor]], repeats: list[Tensor], counts: np.ndarray | None
+) -> dict[str, HeadSums]:
+    """HeadSums of one model on each source; None is a model of one uniform head."""
+    attend, device, vocab_size = _uniform_attention, torch.device("cpu"), Tokenizer.end_of_text + 1
+    if model is not None:
+        device, vocab_size = model.token_embedding.weight.device, model.config.vocab_size
+        attend = functools.partial(stream_attention, model)
+
+    def collect(sequences: list[Tensor]) -> np.ndarray:
+        return _collect_sums(attend, sequences, _count_tensor(counts, sequences, vocab_size), device)
+
+    repeat_sums = collect(repeats)
+    return {source: HeadSums(collect(sequences), repeat_sums) for source, sequences in sources.items()}
+
+
+def _uniform_attention(idx: Tensor, reduce: Callable[[int, Tensor], None]) -> None:
+    """One layer with one head that looks at all keys alike."""
+    B, T = idx.shape
+    weights = torch.ones(T, T, device=idx.device).tril()
+    reduce(0, (weights / weights.sum(-1, keepdim=True)).expand(B, 1, T, T))
+
+
+def score_heads(
+    model: PicoLLM,
+    texts: Sequence[str] | None = None,
+    idx: Tensor | None = None,
+    *,
+    token_counts: np.ndarray | None = None,
+    thresholds: ScoreThresholds | None = None,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """What each head does, on texts of any length or on token windows `idx` (n_windows, T): a row per layer and head.
+
+    - layer, head: counted from 0
+    - sink: kappa of the first token, rows i >= 2
+    - on the rest of the map, see `kappa`: self {i}, previous {i-1}, local {i-2..i} (rows i >= 6), duplicate (earlier
+      copies of token i), punctuation, rare (least frequent token so far); induction (tokens that follow earlier copies
+      of token i) is measured on `repeated_random_tokens(seed=seed)`, whatever the texts are
+    - broad: entropy of the rest of the map, 1 for uniform
+    - mean_distance: sum A_ij (i - j) / sum A_ij, tokens (Vig & Belinkov 2019); entropy: nats, mean over rows (Clark et
+      al. 2019); both are not corrected for chance, so compare them with a uniform head's on the same texts
+    - resting, sink_flag: bool; class: one of HEAD_CLASSES, see `classify_heads`
+
+    A score that no row allows (no punctuation, all attention on the first token) is 0. `token_counts` are those of the
+    training tokens, see `token_counts`; without them the counts within the given texts decide what is rare, a weak
+    stand-in with many ties. Memory is that of one window. Raises PicoError for empty or too long texts.
+    """
+    return head_sums(model, texts, idx, token_counts=token_counts, seed=seed).table(thresholds)
+
+
+def untrained_scores(
+    config: ModelConfig,
+    n_seeds: int = 5,
+    texts: Sequence[str] | None = None,
+    idx: Tensor | None = None,
+    *,
+    token_counts: np.ndarray | None = None,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """`score_heads` of untrained models of this configuration, with a column `seed`: what chance alone gives."""
+    import pandas as pd
+
+    tables = [
+        score_heads(PicoLLM(config, s), texts, idx, token_counts=token_counts, seed=seed).assign(seed=s)
+        for s in _untrained_seeds(n_seeds)
+    ]
+    return pd.concat(tables, ignore_index=True)
+
+
+def _untrained_seeds(n: int) -> range:
+    return range(1000, 1000 + n)  # not the seeds that a study's own model is likely to have
+
+
+def score_thresholds(*untrained: pd.DataFrame, **changes: float) -> ScoreThresholds:
+    """tau from tables of untrained heads: each score's percentile, the largest over the tables, at least the floor.
+
+    `changes` set the other fields.
+    """
+    base = ScoreThresholds(**changes)
+    percentiles = {name: [float(np.percentile(table[name], base.percentile)) for table in untrained] for name in KAPPAS}
+    return ScoreThresholds(**changes, tau={name: max(base.floor, *values) for name, values in percentiles.items()})
+
+
+def _estimates(
+    sums: HeadSums | Sequence[HeadSums], statistics: Callable[[dict[str, np.ndarray]], dict], n: int, seed: int
+) -> Iterator[tuple]:
+    """(key, value, low, high) for each of `statistics(scores)`, arrays (R,).
+
+    For one model: its value and the 2.5 and 97.5 percentiles over n resamples of the texts. For a list of models: mean,
+    smallest and largest.
+    """
+    if isinstance(sums, HeadSums):
+        values, resampled = statistics(sums.scores()), statistics(sums.bootstrap(n, seed))
+        limits = (0.025, 0.975)
+    else:
+        tables = [each.scores() for each in sums]
+        values = resampled = statistics({name: np.concatenate([t[name] for t in tables]) for name in _RATIOS})
+        limits = (0.0, 1.0)
+    for key, value in values.items():
+        low, high = np.quantile(resampled[key], limits)
+        yield key, float(np.mean(value)), float(low), float(high)
+
+
+def class_shares(
+    sums: HeadSums | Sequence[HeadSums], thresholds: ScoreThresholds, n_bootstrap: int = 1000, seed: int = 0
+) -> pd.DataFrame:
+    """Share of the heads in each class, columns class, share, low, high.
+
+    For one model low..high is the 95 % bootstrap interval over texts: each resample is scored and classified anew. For
+    a list of models (the untrained seeds) the share is their mean and low..high their range.
+    """
+    import pandas as pd
+
+    def shares(scores: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        classes = classify_heads(scores, thresholds)
+        return {name: (classes == name).mean((1, 2)) for name in HEAD_CLASSES}
+
+    return pd.DataFrame(_estimates(sums, shares, n_bootstrap, seed), columns=["class", "share", "low", "high"])
+
+
+def _headline_scores(sums: HeadSums | Sequence[HeadSums], n_bootstrap: int, seed: int) -> pd.DataFrame:
+    """Mean and largest of each score over the heads, columns score, statistic, mean, low, high; see `_estimates`."""
+    import pandas as pd
+
+    def headline(scores: dict[str, np.ndarray]) -> dict[tuple[str, str], np.ndarray]:
+        reduce = {"mean": np.mean, "max": np.max}
+        return {(name, kind): reduce[kind](scores[name], (1, 2)) for name in HEAD_SCORES for kind in reduce}
+
+    rows = [(*key, *numbers) for key, *numbers in _estimates(sums, headline, n_bootstrap, seed)]
+    return pd.DataFrame(rows, columns=["score", "statistic", "mean", "low", "high"])
+
+
+def _window_losses(model: PicoLLM, hidden: Tensor, targets: Tensor) -> Tensor:
+    """Mean loss of each window in nats per token, (B,), of hidden states (B, T, D) and targets (B, T)."""
+    weight = model.token_embedding.weight[: model.config.vocab_size]
+    losses = [
+        F.cross_entropy(F.linear(rows, weight).float(), wanted, reduction="none")
+        for rows, wanted in zip(
+            hidden.flatten(0, 1).split(model.loss_chunk), targets.flatten().split(model.loss_chunk), strict=True
+        )
+    ]
+    return torch.cat(losses).view_as(targets).mean(1)
+
+
+def _ablated_losses(
+    model: PicoLLM, layer: int, heads: Sequence[int], x: Tensor, targets: Tensor, substitutes: Tensor
+) -> Tensor:
+    """Window losses (len(heads), B) with one head of the layer ablated at a time, from the layer's input (B, T, D).
+
+    The heads are ablated side by side, each in its own copy of the batch.
+    """
+
+    def replace(_: int, outputs: Tensor) -> Tensor:
+        outputs = outputs.unflatten(0, (len(heads), -1)).clone()  # (copies, B, T, H, d)
+        for copy, head in enumerate(heads):
+            outputs[copy, :, :, head] = substitutes[layer, head].to(outputs)
+        return outputs.flatten(0, 1)
+
+    cos, sin = model.rope_cos[: x.shape[1]], model.rope_sin[: x.shape[1]]
+    x = x.repeat(len(heads), 1, 1)
+    with _on_head_outputs(model, [layer], replace):
+        for block in model.blocks[layer:]:
+            x = block(x, cos, sin)
+    return _window_losses(model, model.final_norm(x), targets.repeat(len(heads), 1)).unflatten(0, (len(heads), -1))
+
+
+def head_ablation_map(
+    model: PicoLLM,
+    idx: Tensor,
+    heads: Iterable[tuple[int, int]] | None = None,
+    mode: str = "mean",
+    means: Tensor | None = None,
+    bar: tqdm | None = None,
+) -> pd.DataFrame:
+    """Loss on held-out token windows (n_windows, T) with each head ablated in turn, all heads by default.
+
+    Columns layer, head, loss and loss_increase in nats per token, and standard_error, that of the increase over
+    windows. The means of mean-ablation are taken from `idx` unless given. The layers below an ablated head are run only
+    once. `bar` moves by one a layer. Raises PicoError as `ablate_heads` does.
+    """
+    import pandas as pd
+
+    config, device = model.config, model.token_embedding.weight.device
+    if heads is None:
+        heads = itertools.product(range(config.n_layer), range(config.n_head))
+    chosen = _check_heads(config, heads)
+    if not chosen or len(idx) < 2:
+        raise PicoError("An ablation map needs at least one head and, for its standard error, two windows.")
+    if mode == "mean" and means is None:
+        means = mean_head_outputs(model, idx)
+    substitutes = _head_substitutes(config, mode, means)
+    batches = idx.to(device).split(max(1, _MAX_TOKENS // (config.n_head * idx.shape[1])))
+    targets = [batch[:, 1:] for batch in batches]
+    losses = []
+    with evaluating(model):
+        base = torch.cat([_window_losses(model, model.hidden_states(b[:, :-1]), b[:, 1:]) for b in batches])
+        inputs = [model.token_embedding(batch[:, :-1]) for batch in batches]
+        cos, sin = model.rope_cos[: idx.shape[1] - 1], model.rope_sin[: idx.shape[1] - 1]
+        for layer, block in enumerate(model.blocks):
+            picked = [head for other, head in chosen if other == layer]
+            if picked:
+                parts = [
+                    _ablated_losses(model, layer, picked, x, wanted, substitutes)
+                    for x, wanted in zip(inputs, targets, strict=True)
+                ]
+                losses.append(torch.cat(parts, dim=1))
+            inputs = [block(x, cos, sin) for x in inputs]
+            if bar is not None:
+                bar.update()
+    ablated = torch.cat(losses).double().cpu()  # (heads, n_windows), ordered as `chosen`
+    increase = ablated - base.double().cpu()
+    columns = {
+        "layer": [layer for layer, _ in chosen],
+        "head": [head for _, head in chosen],
+        "loss": ablated.mean(1),
+        "loss_increase": increase.mean(1),
+        "standard_error": increase.std(1) / math.sqrt(len(idx)),
+    }
+    return pd.DataFrame(columns)
+
+
+def _entropy_bits(p: Tensor) -> Tensor:
+    return -torch.xlogy(p, p).sum(-1) / math.log(2)
+
+
+def _js_distance(p: Tensor, q: Tensor, p_entropy: Tensor, q_entropy: Tensor) -> Tensor:
+    """Square root of the Jensen-Shannon divergence (base 2) of rows (..., R, T), averaged over the R rows."""
+    divergence = _entropy_bits((p + q) / 2) - (p_entropy + q_entropy) / 2
+    return divergence.clamp(0, 1).sqrt().mean(-1)
+
+
+def head_similarity(
+    model: PicoLLM, texts: Sequence[str] | None = None, idx: Tensor | None = None, drop_sink: bool = False
+) -> tuple[np.ndarray, float]:
+    """Distances between all heads, (n_heads, n_heads) with head (l, h) at l * n_head + h, and their noise floor.
+
+    The distance of two heads is the square root of the Jensen-Shannon divergence (base 2) of their rows i >= 3 on the
+    same text, averaged over rows, then over texts: 0 for equal maps, 1 for disjoint ones (Clark et al. 2019 sum the
+    divergence itself). `drop_sink` compares the maps without their first column. The noise floor is the distance of a
+    head to itself between two halves of the texts: text k of one half against text k of the other, row by row up to the
+    shorter one's length, averaged over pairs and heads. Two heads that are closer than that differ less from each other
+    than one head does from itself when the text changes. Raises PicoError for fewer than two texts of 3 tokens.
+    """
+    sequences = [ids for ids in _as_sequences(texts, idx) if len(ids) >= 3]
+    if len(sequences) < 2:
+        raise PicoError("The similarity of heads needs at least two texts of three tokens or more.")
+
+    def read(ids: Tensor) -> tuple[Tensor, Tensor]:
+        layers: list[Tensor] = []
+        stream_attention(model, ids[None], lambda _, weights: layers.append(weights[0]))
+        rows = torch.cat(layers)[:, 2:]  # (n_heads, T - 2, T)
+        if drop_sink:
+            rows = rows[..., 1:] / rows[..., 1:].sum(-1, keepdim=True).clamp(min=1e-30)
+        return rows, _entropy_bits(rows)
+
+    n_heads, half = model.config.n_layer * model.config.n_head, len(sequences) // 2
+    distances = torch.zeros(n_heads, n_heads, dtype=torch.float64)
+    floors = []
+    for k in range(len(sequences) - half):
+        pair = [read(ids) for ids in ([sequences[k]] if k < half else []) + [sequences[half + k]]]
+        for rows, entropy in pair:
+            for head in range(n_heads - 1):
+                others = slice(head + 1, None)
+                between = _js_distance(rows[head], rows[others], entropy[head], entropy[others])
+                distances[head, others] += between.double().cpu() / len(sequences)
+        if len(pair) == 2:
+            (p, p_entropy), (q, q_entropy) = pair
+            n_rows, n_keys = min(p.shape[1], q.shape[1]), min(p.shape[2], q.shape[2])
+            p, q = p[:, :n_rows, :n_keys], q[:, :n_rows, :n_keys]
+            floors.append(_js_distance(p, q, p_entropy[:, :n_rows], q_entropy[:, :n_rows]).mean())
+    return (distances + distances.T).numpy(), float(torch.stack(floors).mean())
+
+
+@dataclass(frozen=True)
+class HeadStudy:
+    """Everything about the heads of one model that the report and the figures show."""
+
+    scores: pd.DataFrame  # `score_heads` for each source, with a column source: sentences | windows
+    thresholds: ScoreThresholds
+    shares: pd.DataFrame  # source, model (trained | shuffled | untrained | uniform), class, share, low, high
+    baselines: pd.DataFrame  # source, model, score, statistic (mean | max over heads), mean, low, high
+    ablation: pd.DataFrame  # `head_ablation_map`, mean-ablation
+    similarity: np.ndarray  # `head_similarity` on windows, (n_heads, n_heads)
+    similarity_without_sink: np.ndarray
+    noise_floor: float
+    noise_floor_without_sink: float
+    settings: dict  # what was run
+
+
+def _study_sums(
+    model: PicoLLM,
+    sources: Mapping[str, list[Tensor]],
+    counts: np.ndarray | None,
+    n_seeds: int,
+    seed: int,
+    bar: tqdm,
+) -> dict[tuple[str, str], HeadSums | list[HeadSums]]:
+    """The sums of the model and of its baselines by (source, trained | shuffled | untrained | uniform)."""
+    device = model.token_embedding.weight.device
+    repeats = _induction_sequences(model.config, counts, seed)
+    generator = torch.Generator().manual_seed(seed)
+
+    def shuffle(sequences: list[Tensor]) -> list[Tensor]:
+        return [ids[torch.randperm(len(ids), generator=generator)] for ids in sequences]
+
+    shuffled_sources = {source: shuffle(sequences) for source, sequences in sources.items()}
+    runs = {"trained": _model_sums(model, sources, repeats, counts)}
+    bar.update()
+    runs["shuffled"] = _model_sums(model, shuffled_sources, shuffle(repeats), counts)
+    bar.update()
+    runs["uniform"] = _model_sums(None, sources, repeats, counts)
+    untrained = []
+    for untrained_seed in _untrained_seeds(n_seeds):
+        untrained.append(_model_sums(PicoLLM(model.config, untrained_seed).to(device), sources, repeats, counts))
+        bar.update()
+    runs["untrained"] = {source: [sums[source] for sums in untrained] for source in sources}
+    return {(source, name): runs[name][source] for source in sources for name in runs}
+
+
+def study_heads(
+    model: PicoLLM,
+    texts: Sequence[str],
+    windows: Tensor,
+    *,
+    token_counts: np.ndarray | None = None,
+    n_seeds: int = 5,
+    ablation_tokens: int = 1024,
+    similarity_windows: int = 8,
+    n_bootstrap: int = 1000,
+    seed: int = 0,
+    bar: tqdm | None = None,
+) -> HeadStudy:
+    """Scores, classes, baselines, ablation and similarity of all heads.
+
+    On `texts` (sentences) and held-out token `windows` (n_windows, T), which should have 64 tokens or more: short
+    sentences alone cannot separate the classes. The baselines are n_seeds untrained models of the same configuration,
+    the model itself on texts and windows whose tokens are shuffled, and one uniform head. Low and high are the 95 %
+    bootstrap interval over texts, for the untrained models their range. One set of thresholds, from the untrained heads
+    on both sources, serves both. A given `bar` is moved on (its total grows); without one the study shows its own.
+    """
+    import pandas as pd
+
+    sources = {"sentences": _as_sequences(texts, None), "windows": _as_sequences(None, windows)}
+    n_ablation = min(len(windows), max(2, ablation_tokens // windows.shape[1]))
+    compared_windows = windows[:similarity_windows]
+    with progress(total=0, desc="heads", unit="step") if bar is None else contextlib.nullcontext(bar) as bar:
+        bar.total = (bar.total or 0) + 3 + n_seeds + model.config.n_layer
+        compared = _study_sums(model, sources, token_counts, n_seeds, seed, bar)
+        ablation = head_ablation_map(model, windows[:n_ablation], means=mean_head_outputs(model, windows), bar=bar)
+        similarity, noise_floor = head_similarity(model, idx=compared_windows)
+        without_sink, floor_without_sink = head_similarity(model, idx=compared_windows, drop_sink=True)
+        bar.update()
+    untrained = [pd.concat(sums.table() for sums in compared[source, "untrained"]) for source in sources]
+    thresholds = score_thresholds(*untrained)
+    tables = [compared[source, "trained"].table(thresholds).assign(source=source) for source in sources]
+
+    def for_all(summarise: Callable[[HeadSums | list[HeadSums]], pd.DataFrame]) -> pd.DataFrame:
+        rows = pd.concat({key: summarise(sums) for key, sums in compared.items()}, names=["source", "model"])
+        return rows.reset_index(["source", "model"]).reset_index(drop=True)
+
+    return HeadStudy(
+        scores=pd.concat(tables, ignore_index=True),
+        thresholds=thresholds,
+        shares=for_all(lambda sums: class_shares(sums, thresholds, n_bootstrap, seed)),
+        baselines=for_all(lambda sums: _headline_scores(sums, n_bootstrap, seed)),
+        ablation=ablation,
+        similarity=similarity,
+        similarity_without_sink=without_sink,
+        noise_floor=noise_floor,
+        noise_floor_without_sink=floor_without_sink,
+        settings={
+            "n_texts": len(texts),
+            "n_windows": len(windows),
+            "window_length": windows.shape[1],
+            "ablation_windows": n_ablation,
+            "ablation_mode": "mean",
+            "similarity_windows": len(compared_windows),
+            "untrained_seeds": list(_untrained_seeds(n_seeds)),
+            "n_bootstrap": n_bootstrap,
+            "seed": seed,
+            "rare_by": "training counts" if token_counts is not None else "counts within the texts",
+        },
+    )
 
 
 # ======================================================================================================================
 # LINGUISTIC TESTS
+# What a model knows about language, asked as minimal pairs: which of two words does it prefer where only one fits?
+# A claim needs three links: it prefers the right word, some heads look at the word that decides, and it needs them.
 # ======================================================================================================================
+
+
+def _target_log_probs(model: PicoLLM, hidden: Tensor, targets: Tensor) -> Tensor:
+    """Log-probabilities (N,) in float32 of tokens (N,) after hidden states (N, D); a chunk of logits at a time."""
+    weight, vocab_size, size = model.token_embedding.weight, model.config.vocab_size, model.loss_chunk
+    chunks = []
+    for h, t in zip(hidden.split(size), targets.split(size), strict=True):
+        logits = F.linear(h, weight)[:, :vocab_size].float()
+        chunks.append(logits.gather(1, t[:, None])[:, 0] - logits.logsumexp(dim=-1))
+    return torch.cat(chunks)
+
+
+def sequence_log_probs(model: PicoLLM, sequences: Sequence[Sequence[int]], batch_tokens: int = 16_384) -> Tensor:
+    """Total log-probability of each token sequence after end-of-text: (N,) float32 on the CPU, nats.
+
+    Sequences are batched by length and padded on the right, which a causal model cannot see. Equal sequences are scored
+    once, so that their scores are equal. Raises PicoError for an empty sequence or one beyond `max_positions`.
+    """
+    limit = model.config.max_positions
+    for index, sequence in enumerate(sequences):
+        if not 0 < len(sequence) <= limit:
+            raise PicoError(f"Sequence {index} has {len(sequence)} tokens; it must have 1 to {limit}.")
+    unique = sorted({tuple(sequence) for sequence in sequences}, key=len)
+    scores: dict[tuple[int, ...], float] = {}
+    start = 0
+    with evaluating(model):
+        while start < len(unique):
+            stop = start + 1
+            while stop < len(unique) and len(unique[stop]) * (stop + 1 - start) <= batch_tokens:
+                stop += 1
+            rows, width = unique[start:stop], len(unique[stop - 1])
+            padded = [[Tokenizer.end_of_text, *row, *[0] * (width - len(row))] for row in rows]
+            idx = torch.tensor(padded, device=model.token_embedding.weight.device)  # (B, width + 1)
+            real = torch.arange(width, device=idx.device) < torch.tensor([[len(row)] for row in rows]).to(idx.device)
+            log_probs = torch.zeros(len(rows), width, device=idx.device)
+            log_probs[real] = _target_log_probs(model, model.hidden_states(idx[:, :-1])[real], idx[:, 1:][real])
+            scores.update(zip(rows, log_probs.sum(dim=1).tolist(), strict=True))
+            start = stop
+    return torch.tensor([scores[tuple(sequence)] for sequence in sequences])
+
+
+def _bootstrap_interval(values: np.ndarray, seed: int, n: int = 2000) -> tuple[float, float]:
+    """95 % percentile interval of the mean over resampled items (Efron 1979)."""
+    random = np.random.default_rng(seed)
+    means = [values[random.integers(len(values), size=len(values))].mean() for _ in range(n)]
+    low, high = np.quantile(means, [0.025, 0.975])
+    return float(low), float(high)
+
+
+def _sign_flip_p(values: np.ndarray, seed: int, n: int = 10_000) -> float:
+    """Two-sided p-value of mean 0 when each item's sign is equally likely either way (a paired permutation test)."""
+    signs = np.random.default_rng(seed).choice([-1.0, 1.0], size=(n, len(values)))
+    reached = np.abs(signs @ values) >= np.abs(values.sum()) * (1 - 1e-9)
+    return float((reached.sum() + 1) / (n + 1))
+
+
+def _holm(p_values: Sequence[float]) -> np.ndarray:
+    """p-values adjusted for testing several phenomena (Holm 1979)."""
+    p = np.asarray(p_values, dtype=float)
+    order = np.argsort(p)
+    adjusted = np.empty_like(p)
+    adjusted[order] = np.minimum(1, np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1)))
+    return adjusted
+
+
+@dataclass(frozen=True)
+class PairResult:
+    """What `minimal_pair_accuracy` found."""
+
+    accuracy: float  # share of pairs whose good sentence is the more probable one; a tie counts one half
+    low: float  # 95 % bootstrap interval over pairs
+    high: float
+    margins: Tensor  # (pairs,) log-probability of the good sentence minus that of the bad one, nats
+
+
+def _correct(margins: Tensor) -> np.ndarray:
+    """1 for a positive margin, 0 for a negative one, one half for a tie."""
+    return ((margins.sign() + 1) / 2).double().numpy()
+
+
+def minimal_pair_accuracy(model: PicoLLM, pairs: Sequence[tuple[str, str]], seed: int = 0) -> PairResult:
+    """How often a model finds the good sentence of (good, bad) more probable, as BLiMP counts (Warstadt et al. 2020).
+
+    The score of a sentence is its total log-probability after end-of-text. Raises PicoError for an empty list and for
+    a sentence that is empty or exceeds `max_positions` tokens, naming it.
+    """
+    if not pairs:
+        raise PicoError("There are no pairs to score; pass a list of (good, bad) sentences.")
+    tokenizer, limit = get_tokenizer(), model.config.max_positions
+    sequences = [tokenizer.encode_batch([pair[side] for pair in pairs]) for side in (0, 1)]
+    for name, side in zip(("good", "bad"), sequences, strict=True):
+        for index, ids in enumerate(side):
+            if not ids or not tokenizer.decode(ids).strip():
+                raise PicoError(f"The {name} sentence of pair {index} is empty; write at least one word.")
+            if len(ids) > limit:
+                raise PicoError(f"The {name} sentence of pair {index} has {len(ids)} tokens; the model reads {limit}.")
+    good, bad = sequence_log_probs(model, sequences[0] + sequences[1]).chunk(2)
+    correct = _correct(good - bad)
+    return PairResult(float(correct.mean()), *_bootstrap_interval(correct, seed), good - bad)
+
+
+# The templates. Each returns the pairs of one item: (sentence up to the decision, right word, wrong word). [target] is
+# the word that decides, (distractor) stands where the target stands in the partner. Over an item each critical word is
+# as often right as wrong, so a model that ignores the context scores exactly one half. Every word is one GPT-2 token.
+
+_PERSON = """boy girl king queen doctor teacher student soldier farmer writer actor artist singer lawyer officer worker
+    player driver leader minister author guard priest judge pilot sailor"""
+_MEN = """John David James Robert Peter Paul George Henry Thomas William Richard Edward Charles Michael Frank Joseph
+    Daniel Martin Jack"""
+_WOMEN = "Mary Anna Elizabeth Sarah Jane Anne Maria Alice Susan Laura Emily Rachel Lisa Kate"
+_CITY = "London Paris Boston Chicago Toronto Moscow Seattle Dallas Houston Atlanta Philadelphia Miami Detroit"
+_SAY = "said claimed thought believed reported stated argued announced insisted"
+_PLACE = """river bridge church house lake station school castle forest market hospital garden village camp harbor tower
+    gate road beach mountain palace museum temple hotel"""
+_THING = """dog house book ship horse bird tree stone car bridge boat road tower table map letter tool machine painting
+    picture coin gun ring wall door plant animal"""
+_ADJECTIVE = """small large old new great simple famous common strange heavy red white young important rare strong
+    beautiful early useful empty ordinary expensive"""
+_OFTEN = "often always sometimes usually still"
+_VERB = "see help meet visit follow call like support attack fear trust praise join hear know"
+_PAST = """work:worked live:lived play:played sing:sang stop:stopped wait:waited stay:stayed rest:rested build:built
+    help:helped walk:walked hunt:hunted study:studied travel:traveled train:trained look:looked"""
+_NOUN_PREPOSITION = """interest:in belief:in faith:in confidence:in reliance:on emphasis:on focus:on dependence:on
+    resistance:to opposition:to access:to need:for demand:for desire:for support:for respect:for"""
+
+_Frame = tuple[str, str, str]
+
+
+def _pick(random: Random, words: str) -> str:
+    return random.choice(words.split())
+
+
+def _article_noun(random: Random, flip: bool) -> list[_Frame]:
+    name, adjective = _pick(random, f"{_MEN} {_WOMEN}"), _pick(random, _ADJECTIVE)
+    verb = _pick(random, "saw found wanted bought described remembered liked")
+    adverb = _pick(random, "really truly clearly actually certainly")
+    noun, many = _pick(random, _THING), _pick(random, "these those two three several many")
+
+    def phrase(determiner: str, before: bool) -> str:
+        follower = adjective if before else adverb
+        if determiner == "a" and follower[0] in "aeiou" and not follower.startswith("use"):
+            determiner = "an"
+        words = f"({adverb}) [{determiner}]" if before else f"[{determiner}] ({adverb})"
+        return f"What {name} {verb} was {words} {adjective}"
+
+    return [(phrase("a", flip), noun, noun + "s"), (phrase(many, not flip), noun + "s", noun)]
+
+
+def _subject_verb(random: Random, flip: bool) -> list[_Frame]:
+    first, second = random.sample(_PERSON.split(), 2)
+    near, adverb, verb = _pick(random, "near behind beside"), _pick(random, _OFTEN), _pick(random, _VERB)
+    one, many = verb + "s", verb
+    first, second, right, wrong = (first, second + "s", one, many) if flip else (first + "s", second, many, one)
+    return [
+        (f"The [{first}] {near} the ({second}) {adverb}", right, wrong),
+        (f"The ({first}) that the [{second}] {adverb}", wrong, right),
+    ]
+
+
+def _pronoun(random: Random, flip: bool) -> list[_Frame]:
+    city, verb, job = _pick(random, _CITY), _pick(random, _SAY), _pick(random, "writer lawyer doctor teacher")
+    first, second, right, wrong = _pick(random, _MEN), _pick(random, _WOMEN), "he", "she"
+    if flip:
+        first, second, right, wrong = second, first, wrong, right
+    return [
+        (f"[{first}] from ({city}) {verb} that", right, wrong),
+        (f"({city}) {job} [{second}] {verb} that", wrong, right),
+    ]
+
+
+def _reflexive(random: Random, flip: bool) -> list[_Frame]:
+    met, say = _pick(random, "met knew loved visited saw followed left"), _pick(random, _SAY)
+    verb = _pick(random, "blamed hurt killed saved helped defended described praised protected trusted")
+    first, second, right, wrong = _pick(random, _MEN), _pick(random, _WOMEN), "himself", "herself"
+    if flip:
+        first, second, right, wrong = second, first, wrong, right
+    return [
+        (f"[{first}] who {met} ({second}) {verb}", right, wrong),
+        (f"({first}) {say} that [{second}] {verb}", wrong, right),
+    ]
+
+
+def _negation(random: Random, flip: bool) -> list[_Frame]:
+    first, second = random.sample(_PERSON.split(), 2)
+    say, verb = _pick(random, _SAY), _pick(random, "found seen heard sent brought lost")
+    negative, positive = random.choice(["any some", "anything something", "anyone someone"]).split()
+    also, really = ("also", "really") if flip else ("really", "also")
+
+    def sentence(upper: str, lower: str) -> str:
+        return f"The {first}s had {upper} {say} that the {second}s had {lower} {verb}"
+
+    return [
+        (sentence("[not]", f"({also})"), negative, positive),
+        (sentence(f"({also})", "[not]"), negative, positive),
+        (sentence(also, really), positive, negative),
+        (sentence(really, also), positive, negative),
+    ]
+
+
+def _question(random: Random, flip: bool) -> list[_Frame]:
+    person, place, near = _pick(random, _PERSON), _pick(random, _PLACE), _pick(random, "near behind beside")
+    often, (base, past) = _pick(random, _OFTEN), _pick(random, _PAST).split(":")
+    wh, there = _pick(random, "Where Why When"), "There" if flip else "Here"
+    return [
+        (f"{wh} [did] the {person} ({near}) the {place} {often}", base, past),
+        (f"{wh} ({near}) the {place} [did] the {person} {often}", base, past),
+        (f"{there} the {person} {near} the {place} {often}", past, base),
+        (f"{there} {near} the {place} the {person} {often}", past, base),
+    ]
+
+
+def _collocation(random: Random, flip: bool) -> list[_Frame]:
+    of_noun = random.choice(["importance", _pick(random, "knowledge fear awareness lack love")])
+    noun, preposition = _pick(random, _NOUN_PREPOSITION).split(":")
+    people, now = _pick(random, _PERSON) + "s", _pick(random, "now today here there")
+    first, second, right, wrong = of_noun, noun, "of", preposition
+    if flip:
+        first, second, right, wrong = second, first, wrong, right
+    return [
+        (f"The [{first}] among the ({people}) {now}", right, wrong),
+        (f"The ({people}) and the [{second}] {now}", wrong, right),
+    ]
+
+
+@dataclass(frozen=True)
+class Phenomenon:
+    """A claim of the original study and the templates that test it."""
+
+    claim: str  # in words; "the head" is whatever head the test finds
+    about: str  # what the test can show, and where its distractor says little
+    frames: Callable[[Random, bool], list[_Frame]]
+
+
+PHENOMENA: dict[str, Phenomenon] = {
+    "article-noun": Phenomenon(
+        "Articles and nouns are linked: a noun's number follows its article across an adjective.",
+        "'What John saw was really a small dog / *dogs' against 'was these really small dogs / *dog'. A causal model "
+        "cannot look from an article to the noun after it, only back. The distractor is an adverb in the article's "
+        "place: the test tells a determiner from an adverb, not an article from every other function word.",
+        _article_noun,
+    ),
+    "subject-verb": Phenomenon(
+        "Verbs look at their subjects: a verb agrees with its subject, not with another noun before it.",
+        "'The boys near the girl often know / *knows' against 'The boys that the girl often knows / *know'. The "
+        "distractor is a competing noun of the other number, so this is the strictest of the tests.",
+        _subject_verb,
+    ),
+    "coreference": Phenomenon(
+        "Pronouns look at the people they stand for: 'John said that he'.",
+        "'John from London said that he / *she' against 'London writer Mary said that she / *he'. The distractor is a "
+        "city, which no pronoun could mean: the test shows a link to the name, not a choice between two people.",
+        _pronoun,
+    ),
+    "reflexive": Phenomenon(
+        "Reflexive pronouns look at their own subject, not at another person in the sentence.",
+        "'John who met Mary blamed himself / *herself' against 'John said that Mary blamed herself / *himself'. Both "
+        "people compete, and only the structure says which one is meant.",
+        _reflexive,
+    ),
+    "negation": Phenomenon(
+        "Negation reaches across a sentence: 'not' licenses 'any' later on.",
+        "'had not said that they had also found any / *some', 'not' in either clause, against the same sentences "
+        "without it. The distractor is an adverb in the place of 'not'; it has no bearing on 'any', so the attention "
+        "test only shows that 'not' stands out. 'Some' after 'not' is unusual rather than wrong.",
+        _negation,
+    ),
+    "question": Phenomenon(
+        "Questions keep track of their auxiliary: after 'did' the verb is bare.",
+        "'Where did the farmer near the river often work / *worked' and 'Where near the river did the farmer ...' "
+        "against statements. The distractor is a preposition in the place of 'did', which has no bearing on the verb.",
+        _question,
+    ),
+    "importance of": Phenomenon(
+        "Fixed phrases hold together: 'importance of', 'interest in'.",
+        "'The interest among the students today in / *of' against 'The students and the importance today of / *in'. An "
+        "adverb keeps noun and preposition apart; both prepositions could begin an adjunct, so the wrong one is less "
+        "expected rather than wrong.",
+        _collocation,
+    ),
+}
+
+
+@dataclass(frozen=True)
+class MinimalPair:
+    """Two beginnings of a sentence that differ in their last word only, so that one forward pass scores both.
+
+    Their difference in log-probability is the decision at that word (the one-prefix method of Warstadt et al. 2020).
+    Positions count the tokens of `good` from 0, without end-of-text.
+    """
+
+    phenomenon: str
+    item: int  # the pairs of an item are role-swapped partners and controls of each other
+    good: str
+    bad: str
+    query: int  # the token before the last word, where the model decides
+    target: int | None  # the token that decides which word is right; None in a control, where nothing stands out
+    distractor: int | None  # stands where the target stands in the partner
+
+
+def make_pairs(phenomenon: str, n_items: int = 40, seed: int = 0) -> list[MinimalPair]:
+    """Pairs of a phenomenon, item after item, each drawn from its templates without repetition.
+
+    An item has the same number of pairs (2 or 4) throughout a phenomenon. Raises PicoError for an unknown name and
+    when the templates hold fewer items.
+    """
+    if phenomenon not in PHENOMENA:
+        raise PicoError(f"Unknown phenomenon {phenomenon!r}; choose one of: {', '.join(PHENOMENA)}.")
+    random, seen, pairs = Random(f"{phenomenon} {seed}"), set(), []
+    item = 0
+    for _ in range(20 * n_items):
+        if item == n_items:
+            break
+        frames = PHENOMENA[phenomenon].frames(random, bool(item % 2))
+        if not seen.isdisjoint(frames):
+            continue
+        seen.update(frames)
+        for sentence, right, wrong in frames:
+            words = sentence.split()
+            places = {word[0]: place for place, word in enumerate(words)}  # of [target] and (distractor)
+            text = re.sub(r"[\[\]()]", "", sentence)
+            pairs.append(
+                MinimalPair(
+                    phenomenon,
+                    item,
+                    f"{text} {right}",
+                    f"{text} {wrong}",
+                    query=len(words) - 1,
+                    target=places.get("["),
+                    distractor=places.get("("),
+                )
+            )
+        item += 1
+    if item < n_items:
+        raise PicoError(f"The templates of {phenomenon!r} give fewer than {n_items} different items; ask for fewer.")
+    return pairs
+
+
+def _measure_pairs(model: PicoLLM, pairs: Sequence[MinimalPair], attention: bool = True) -> tuple[Tensor, Tensor]:
+    """Margins (pairs,) in nats and, with `attention`, target-minus-distractor attention (pairs, n_layer, H).
+
+    Both are read at the query. Controls have no target: their attention is NaN. CPU, float32.
+    """
+    tokenizer, config, weight = get_tokenizer(), model.config, model.token_embedding.weight
+    good = [[Tokenizer.end_of_text, *tokenizer.encode(pair.good)] for pair in pairs]
+    critical = torch.tensor([[ids[-1], tokenizer.encode(pair.bad)[-1]] for ids, pair in zip(good, pairs, strict=True)])
+    places = torch.tensor([[pair.target or 0, pair.distractor or 0] for pair in pairs]) + 1  # (pairs, 2)
+    margins = torch.empty(len(pairs))
+    differences = torch.full((len(pairs), config.n_layer, config.n_head), math.nan)
+    by_length: dict[int, list[int]] = {}
+    for index, ids in enumerate(good):
+        by_length.setdefault(len(ids), []).append(index)
+    with evaluating(model):
+        for rows in by_length.values():
+            columns = places[rows].to(weight.device)[:, None].expand(-1, config.n_head, -1)  # (B, H, 2)
+
+            def keep(layer: int, weights: Tensor, rows: list[int] = rows, columns: Tensor = columns) -> None:
+                seen = weights[:, :, -1].gather(-1, columns)  # (B, H, 2)
+                differences[rows, layer] = (seen[..., 0] - seen[..., 1]).cpu()
+
+            idx = torch.tensor([good[row][:-1] for row in rows], device=weight.device)
+            hidden = model.hidden_states(idx, on_attention=keep if attention else None)[:, -1]  # (B, D)
+            right, wrong = weight[critical[rows].to(weight.device)].float().unbind(dim=1)
+            margins[rows] = (hidden.float() * (right - wrong)).sum(dim=-1).cpu()
+    differences[[index for index, pair in enumerate(pairs) if pair.target is None]] = math.nan
+    return margins, differences
+
+
+def _by_item(values: Tensor, n_items: int) -> Tensor:
+    """Means over the pairs of each item, controls without a value left out: (pairs, ...) -> (n_items, ...)."""
+    return values.view(n_items, -1, *values.shape[1:]).nanmean(dim=1)
+
+
+def _halves(n_items: int) -> tuple[list[int], list[int]]:
+    """Items that choose the heads, items that test them; both hold as many of either variant."""
+    return [i for i in range(n_items) if i % 4 < 2], [i for i in range(n_items) if i % 4 >= 2]
+
+
+def _choose_heads(differences: Tensor, n_heads: int) -> list[tuple[int, int]]:
+    """The heads (layer, head) of the largest mean difference; differences (items, n_layer, H)."""
+    H = differences.shape[2]
+    n_heads = min(n_heads, differences[0].numel() // 2)  # as many must remain for the random control
+    best = differences.mean(dim=0).flatten().topk(n_heads).indices.tolist()
+    return sorted(divmod(index, H) for index in best)
+
+
+def _attention_to(differences: Tensor, heads: Sequence[tuple[int, int]]) -> np.ndarray:
+    """Difference of each item, averaged over the heads: (items,)."""
+    return torch.stack([differences[:, layer, head] for layer, head in heads]).mean(dim=0).double().numpy()
+
+
+def _random_heads(heads: Sequence[tuple[int, int]], config: ModelConfig, random: Random) -> list[tuple[int, int]]:
+    """As many other heads of the same layers. Where a layer has too few others, heads of any layer fill up."""
+    drawn: list[tuple[int, int]] = []
+    for layer in sorted({layer for layer, _ in heads}):
+        wanted = sum(chosen == layer for chosen, _ in heads)
+        others = [(layer, head) for head in range(config.n_head) if (layer, head) not in heads]
+        drawn += random.sample(others, min(wanted, len(others)))
+    rest = [(layer, head) for layer in range(config.n_layer) for head in range(config.n_head)]
+    rest = [head for head in rest if head not in heads and head not in drawn]
+    return drawn + random.sample(rest, min(len(heads) - len(drawn), len(rest)))
+
+
+def _window_loss(model: PicoLLM, windows: Tensor) -> float:
+    """Mean loss of token windows (N, T) in nats."""
+    with evaluating(model):
+        idx = windows.to(model.token_embedding.weight.device)
+        return _window_losses(model, model.hidden_states(idx[:, :-1]), idx[:, 1:]).mean().item()
+
+
+@dataclass(frozen=True)
+class LinguisticEvidence:
+    """What was measured for one phenomenon. Attention is a difference of weights, margins and losses are in nats."""
+
+    phenomenon: str
+    claim: str
+    n_items: int  # independent items
+    n_pairs: int  # (good, bad) pairs of all items: role swaps and controls
+    accuracy: float  # one half for a model that ignores the context
+    accuracy_low: float  # 95 % bootstrap interval over items
+    accuracy_high: float
+    untrained_accuracy: float  # mean over the untrained models
+    untrained_accuracy_highest: float
+    heads: str  # chosen on one half of the items; all that follows is measured on the other half
+    attention_difference: float  # attention to the target minus attention to the distractor, mean of the heads
+    attention_low: float
+    attention_high: float
+    untrained_attention_highest: float  # the same procedure on the untrained models
+    p_value: float  # sign-flip test, Holm-adjusted over phenomena
+    margin_drop: float  # mean-ablation of the heads: loss of log-probability margin, right minus wrong word
+    random_margin_drop: float  # mean over draws of as many other heads of the same layers
+    margin_excess_low: float  # margin_drop minus random_margin_drop, 95 % bootstrap interval over items
+    margin_excess_high: float
+    loss_increase: float  # of the mean-ablation, on held-out text, nats per token
+    random_loss_increase: float
+
+
+SIGNIFICANCE = 0.05  # of the Holm-adjusted sign-flip test
+NULL_ACCURACY = 0.6  # an accuracy interval wholly below this counts as evidence of absence
+NULL_ATTENTION = 0.02  # likewise for the attention difference
+_LOSS_TOKENS = 512  # of held-out text, for the loss that an ablation costs
+
+
+def verdict(e: LinguisticEvidence) -> tuple[str, str]:
+    """("supported" | "not supported" | "undecided", the reason as one sentence).
+
+    A claim rests on three links. Each must hold for "supported": the accuracy's interval lies above 0.5 and above every
+    untrained model; the attention difference is positive with p < SIGNIFICANCE and its interval lies above every
+    untrained model; ablating the heads lowers the margin more than random heads do, with an interval above 0.
+    "Not supported" needs a refuted link: the accuracy's interval lies below NULL_ACCURACY, the attention's below
+    NULL_ATTENTION, or the ablation's not above 0 at all. All else is "undecided".
+    """
+    prefers = (
+        f"it prefers the right word in {e.accuracy:.0%} of pairs ({e.accuracy_low:.0%} to {e.accuracy_high:.0%}; "
+        f"untrained models {e.untrained_accuracy:.0%}, at most {e.untrained_accuracy_highest:.0%})"
+    )
+    looks = (
+        f"the heads' attention to the target is {100 * e.attention_difference:.1f} points above that to the distractor "
+        f"({100 * e.attention_low:.1f} to {100 * e.attention_high:.1f}, p = {e.p_value:.2g}; untrained models at most "
+        f"{100 * e.untrained_attention_highest:.1f})"
+    )
+    needs = (
+        f"without them the right word loses {e.margin_drop:.2f} nats of its margin, without random heads "
+        f"{e.random_margin_drop:.2f} (difference {e.margin_excess_low:.2f} to {e.margin_excess_high:.2f})"
+    )
+    attention_floor = max(0.0, e.untrained_attention_highest)
+    links = [  # (what was found, whether it holds, whether it is refuted)
+        (prefers, e.accuracy_low > max(0.5, e.untrained_accuracy_highest), e.accuracy_high < NULL_ACCURACY),
+        (looks, e.p_value < SIGNIFICANCE and e.attention_low > attention_floor, e.attention_high < NULL_ATTENTION),
+        (needs, e.margin_excess_low > 0, e.margin_excess_high <= 0),
+    ]
+    against = [found for found, _, refuted in links if refuted]
+    missing = [found for found, holds, _ in links if not holds]
+    if against:
+        return "not supported", f"The evidence is against it: {'; '.join(against)}."
+    if missing:
+        return "undecided", f"The evidence does not suffice: {'; '.join(missing)}."
+    return "supported", f"All three links hold: {prefers}; {looks}; {needs}."
+
+
+def study_language(
+    model: PicoLLM,
+    *,
+    windows: Tensor,
+    untrained: Iterable[PicoLLM] | None = None,
+    n_items: int = 40,
+    n_heads: int = 3,
+    n_draws: int = 4,
+    seed: int = 0,
+    bar: tqdm | None = None,
+) -> pd.DataFrame:
+    """Tests every phenomenon: a row each, the fields of LinguisticEvidence, `verdict` and `reason`.
+
+    `windows` (N, T) are tokens of held-out text: all of them give the mean output that ablated heads are set to, the
+    first few (512 tokens) the loss. `untrained` are the baseline, by default five models of other seeds. `n_draws` sets
+    of random heads are ablated for comparison. `bar` advances by one for each phenomenon. The p-values speak of new
+    items of the same templates, not of other constructions. Raises PicoError for fewer than 8 items.
+    """
+    import pandas as pd
+
+    if n_items < 8:
+        raise PicoError(f"{n_items} items are too few for a half that chooses heads and one that tests them; use 40.")
+    if untrained is None:
+        device = model.token_embedding.weight.device
+        untrained = (PicoLLM(model.config, other).to(device) for other in _untrained_seeds(5))
+    groups = {name: make_pairs(name, n_items, seed) for name in PHENOMENA}
+    chooses, tests = _halves(n_items)
+
+    def measure(some_model: PicoLLM) -> dict[str, tuple[Tensor, Tensor]]:
+        """Of each phenomenon: margins (pairs,) and attention differences (items, n_layer, H)."""
+        margins, differences = _measure_pairs(some_model, [pair for group in groups.values() for pair in group])
+        sizes = [len(group) for group in groups.values()]
+        parts = zip(margins.split(sizes), differences.split(sizes), strict=True)
+        return {name: (m, _by_item(d, n_items)) for name, (m, d) in zip(groups, parts, strict=True)}
+
+    def look(differences: Tensor) -> tuple[list[tuple[int, int]], np.ndarray]:
+        """The heads that one half of the items chooses and their difference for each item of the other half."""
+        heads = _choose_heads(differences[chooses], n_heads)
+        return heads, _attention_to(differences[tests], heads)
+
+    measured, baselines = measure(model), [measure(other) for other in untrained]
+    looks = {name: look(differences) for name, (_, differences) in measured.items()}
+    p_values = _holm([_sign_flip_p(values, seed) for _, values in looks.values()])
+    means, random = mean_head_outputs(model, windows), Random(seed)
+    windows = windows[: math.ceil(_LOSS_TOKENS / windows.shape[1])]
+    loss = _window_loss(model, windows)
+    rows = []
+    for (name, group), p_value in zip(groups.items(), p_values, strict=True):
+        margins, (heads, attention) = measured[name][0], looks[name]
+        drops, increases = [], []  # of the chosen heads, then of each draw of random ones
+        for ablated in [heads, *(_random_heads(heads, model.config, random) for _ in range(n_draws))]:
+            with ablate_heads(model, ablated, "mean", means):
+                after, _ = _measure_pairs(model, [pair for pair in group if pair.item in tests], attention=False)
+                increases.append(_window_loss(model, windows) - loss)
+            drops.append((_by_item(margins, n_items)[tests] - _by_item(after, len(tests))).double().numpy())
+        correct = _correct(margins).reshape(n_items, -1).mean(axis=1)
+        untrained_accuracies = [_correct(baseline[name][0]).mean() for baseline in baselines]
+        accuracy_low, accuracy_high = _bootstrap_interval(correct, seed)
+        attention_low, attention_high = _bootstrap_interval(attention, seed)
+        excess_low, excess_high = _bootstrap_interval(drops[0] - np.mean(drops[1:], axis=0), seed)
+        evidence = LinguisticEvidence(
+            phenomenon=name,
+            claim=PHENOMENA[name].claim,
+            n_items=n_items,
+            n_pairs=len(group),
+            accuracy=float(correct.mean()),
+            accuracy_low=accuracy_low,
+            accuracy_high=accuracy_high,
+            untrained_accuracy=float(np.mean(untrained_accuracies)),
+            untrained_accuracy_highest=float(np.max(untrained_accuracies)),
+            heads=", ".join(f"L{layer}H{head}" for layer, head in heads),
+            attention_difference=float(attention.mean()),
+            attention_low=attention_low,
+            attention_high=attention_high,
+            untrained_attention_highest=float(max(look(baseline[name][1])[1].mean() for baseline in baselines)),
+            p_value=float(p_value),
+            margin_drop=float(drops[0].mean()),
+            random_margin_drop=float(np.mean(drops[1:])),
+            margin_excess_low=excess_low,
+            margin_excess_high=excess_high,
+            loss_increase=increases[0],
+            random_loss_increase=float(np.mean(increases[1:])),
+        )
+        decision, reason = verdict(evidence)
+        rows.append({**asdict(evidence), "verdict": decision, "reason": reason})
+        if bar is not None:
+            bar.update(1)
+    return pd.DataFrame(rows)
 
 
 # ======================================================================================================================
 # FIGURES
+# Every picture is a matplotlib Figure of its own (no pyplot), so it draws in a thread, a process or a notebook alike.
+# Attention maps are laid out in inches on one sheet: placing text and images by hand is several times faster than axes.
 # ======================================================================================================================
+
+CLASS_COLORS = {  # Okabe & Ito's colours, told apart by readers with any colour vision
+    "Diagonal/Self": "#0072B2",
+    "Local Context": "#56B4E9",
+    "Token-Specific": "#E69F00",
+    "Global/Broad": "#009E73",
+    "Mixed": "#BBBBBB",
+    "Resting": "#666666",
+}
+MODEL_NAMES = {  # the rows of HeadStudy.shares and .baselines, in the order in which pictures show them
+    "trained": "this model",
+    "shuffled": "this model, shuffled tokens",
+    "untrained": "untrained models",
+    "uniform": "uniform head",
+}
+_SOURCE_NAMES = {"windows": "held-out text", "sentences": "the study's sentences"}
+_MODEL_COLORS = {"trained": "#0072B2", "shuffled": "#CC79A7", "untrained": "#555555", "uniform": "#BBBBBB"}
+_SCORE_NAMES = {  # columns of HeadStudy.scores that are drawn as maps
+    "sink": "Sink: the first token",
+    "self": "Self: the token itself",
+    "previous": "Previous: one token back",
+    "local": "Local: up to two back",
+    "duplicate": "Duplicate: same token before",
+    "induction": "Induction: what followed it",
+    "punctuation": "Punctuation",
+    "rare": "Rare: least frequent token",
+    "broad": "Broad: evenly spread",
+}
+_NO_KEY = "#d5d5d5"  # the upper triangle: tokens that come later cannot be looked at
+_MAX_LABELS = 40  # on a heatmap
+_MAX_NODES = 20  # in a flow graph
+_DPI = 110
+
+
+def save_figure(figure: Figure, path: str | Path) -> list[Path]:
+    """Writes `path`.png and `path`.svg atomically; returns both paths.
+
+    The PNG has 256 colours of its own choice, no visible loss at a third of the size.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from PIL import Image
+
+    png, svg = Path(f"{path}.png"), Path(f"{path}.svg")
+    figure.set_dpi(_DPI)
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    image = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
+    with atomic_write(png) as temporary:
+        image.quantize(256, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE).save(temporary)
+    with atomic_write(svg) as temporary:
+        figure.savefig(temporary)
+    return [png, svg]
+
+
+# -- Sheets, text and maps
+
+
+def _figure(width: float, height: float, **options) -> Figure:
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), facecolor="white", **options)
+
+
+def _sheet(width: float, height: float, title: str, text: str = "", note: str = "") -> tuple[Figure, Axes]:
+    """A figure with one invisible axes whose unit is the inch, (0, 0) at the top left.
+
+    `text` (a sentence) stands below the title, `note` at the bottom; 0.65 and 0.35 inches hold two lines of each.
+    """
+    figure = _figure(width, height)
+    sheet = figure.add_axes((0, 0, 1, 1))
+    sheet.set_axis_off()
+    sheet.set(xlim=(0, width), ylim=(height, 0), autoscale_on=False)
+    _write(sheet, 0.15, 0.1, title, 11, va="top", weight="bold")
+    _write(sheet, 0.15, 0.34, _wrap(text, width, 8.5, 2), 8.5, va="top", color="#333333")
+    _write(sheet, 0.15, height - 0.08, _wrap(note, width, 7, 2), 7, va="bottom", color="#555555")
+    return figure, sheet
+
+
+def _wrap(text: str, width: float, size: float, max_lines: int) -> str:
+    per_line = int((width - 0.3) * 72 / (0.56 * size))
+    return "\n".join(textwrap.wrap(text, max(per_line, 20), max_lines=max_lines, placeholder=" …"))
+
+
+def _write(sheet: Axes, x: float, y: float, text: str, size: float, **options) -> None:
+    """Text in a font that has its characters; never read as a formula."""
+    text, fonts = readable_text(text)
+    sheet.text(x, y, text, fontsize=size, fontfamily=fonts, parse_math=False, **options)
+
+
+def readable_text(text: str) -> tuple[str, list[str]]:
+    """(text, font families) such that matplotlib can draw it: characters in no installed font become U+65E5."""
+    fonts, characters = ["DejaVu Sans"], []
+    for character in text:
+        font = "DejaVu Sans" if character == "\n" else _font_for(character)
+        if font and font not in fonts:
+            fonts.append(font)
+        characters.append(character if font else f"U+{ord(character):04X}")
+    return "".join(characters), fonts
+
+
+@functools.cache
+def _font_for(character: str) -> str | None:
+    """Family of an installed font that draws this character, matplotlib's own DejaVu Sans first."""
+    from matplotlib.font_manager import fontManager
+
+    if unicodedata.category(character) in ("Cc", "Cf", "Cs", "Co", "Cn"):
+        return None  # control and format characters are invisible or unassigned
+    regular = {}
+    for entry in fontManager.ttflist:
+        if entry.style == "normal" and entry.weight in (400, "normal", "regular"):
+            regular.setdefault(entry.name, entry)
+    for name in sorted(regular, key=lambda name: (name != "DejaVu Sans", "Noto" not in name, name)):
+        if ord(character) in _characters_of(regular[name].fname):
+            return name
+    return None
+
+
+@functools.cache
+def _characters_of(font_path: str) -> frozenset[int]:
+    from matplotlib.ft2font import FT2Font
+
+    try:
+        return frozenset(FT2Font(font_path).get_charmap())
+    except (OSError, RuntimeError):  # bitmap fonts such as colour emoji cannot be drawn
+        return frozenset()
+
+
+def _number_repeats(labels: Sequence[str]) -> list[str]:
+    """The second copy of a token becomes `the²`, the third `the³`, so that each label names one position."""
+    seen: dict[str, int] = {}
+    numbered = []
+    for label in labels:
+        seen[label] = count = seen.get(label, 0) + 1
+        numbered.append(
+            label if count == 1 else label + str(count).translate(str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹"))
+        )
+    return numbered
+
+
+def _short_labels(labels: Sequence[str], limit: int) -> list[str]:
+    return [label if len(label) <= 14 else f"{label[:12]}…" for label in _number_repeats(labels)[:limit]]
+
+
+def _cut_note(n_tokens: int, limit: int) -> str:
+    return f" Shown: the first {limit} of {n_tokens} tokens." if n_tokens > limit else ""
+
+
+def _map_colors(weights: np.ndarray, cmap: str = "viridis", low: float = 0.0, high: float = 1.0) -> np.ndarray:
+    """Colours (..., T, T, 4) uint8 of maps (..., T, T); the upper triangle is grey, since it is impossible, not zero."""
+    import matplotlib
+
+    n = weights.shape[-1]
+    hidden = np.broadcast_to(~np.tri(n, dtype=bool), weights.shape)
+    scaled = np.ma.masked_array((weights - low) / (high - low), hidden)
+    return matplotlib.colormaps[cmap].with_extremes(bad=_NO_KEY)(scaled, bytes=True)
+
+
+def _place_image(sheet: Axes, colors: np.ndarray, x: float, y: float, width: float, height: float) -> None:
+    fits = max(colors.shape[1] / width, colors.shape[0] / height) <= _DPI
+    extent = (x, x + width, y + height, y)
+    sheet.imshow(colors, extent=extent, aspect="auto", interpolation="none" if fits else "antialiased")
+
+
+def _place_map(
+    sheet: Axes,
+    weights: np.ndarray,
+    labels: Sequence[str],
+    x: float,
+    y: float,
+    cell: float,
+    rows: bool = True,
+    columns: bool = True,
+    **scale,
+) -> None:
+    """One attention map (T, T), with labels of rows and columns where wanted; `cell` is in inches."""
+    n, size = len(labels), min(8.0, cell * 72 * 0.8)
+    _place_image(sheet, _map_colors(weights, **scale), x, y, n * cell, n * cell)
+    for index, label in enumerate(labels):
+        middle = (index + 0.5) * cell
+        if rows:
+            _write(sheet, x - 0.04, y + middle, label, size, ha="right", va="center_baseline")
+        if columns:
+            _write(sheet, x + middle, y + n * cell + 0.04, label, size, ha="center", va="top", rotation=90)
+
+
+def _place_color_bar(
+    figure: Figure,
+    x: float,
+    y: float,
+    height: float,
+    label: str,
+    cmap: str = "viridis",
+    low: float = 0.0,
+    high: float = 1.0,
+) -> None:
+    """A colour bar at (x, y), in inches from the top left of the sheet."""
+    width, total = figure.get_size_inches()
+    bar = figure.add_axes((x / width, 1 - (y + height) / total, 0.11 / width, height / total))
+    shades = np.linspace(low, high, 256)[:, None]
+    bar.imshow(shades, cmap=cmap, aspect="auto", origin="lower", extent=(0, 1, low, high), interpolation="none")
+    bar.set_xticks([])
+    bar.set_yticks([low, (low + high) / 2, high], [f"{value:.2g}" for value in (low, (low + high) / 2, high)])
+    bar.yaxis.tick_right()
+    bar.yaxis.set_label_position("right")
+    bar.set_ylabel(label, fontsize=7.5)
+    bar.tick_params(labelsize=7, length=2)
+
+
+def _label_room(labels: Sequence[str], cell: float) -> float:
+    """Inches that the longest label needs."""
+    size = min(8.0, cell * 72 * 0.8)
+    return 0.12 + max(len(readable_text(label)[0]) for label in labels) * size * 0.62 / 72
+
+
+# -- Pictures of one sentence. `capture` is an AttentionCapture; layers and heads are counted from 0.
+
+
+def plot_attention_heatmap(capture: AttentionCapture, layer: int, head: int, note: str = "") -> Figure:
+    """One head's attention map: rows look, columns are looked at."""
+    return plot_chosen_heads(capture, [(layer, head, note)])
+
+
+def plot_chosen_heads(capture: AttentionCapture, heads: Sequence[tuple[int, int, str]]) -> Figure:
+    """Attention maps of a few heads (layer, head, why it was chosen) on one scale from 0 to 1."""
+    weights = np.asarray(capture.weights)
+    labels = _short_labels(capture.labels, _MAX_LABELS)
+    n = len(labels)
+    cell = min(0.3, max(2.7 / n, 0.105))
+    room, side = _label_room(labels, cell), n * cell
+    column = max(side, 1.8) + 0.2  # wide enough for the text above a map
+    per_row = min(len(heads), 4 if n <= 26 else 2)
+    n_rows = math.ceil(len(heads) / per_row)
+    width = max(room + per_row * column + 0.7, 5.0)
+    step = side + room + 0.42
+    note = "Each row is a token that looks; its colours say where. Grey: later tokens, which it cannot see."
+    note += _cut_note(len(capture.labels), _MAX_LABELS)
+    figure, sheet = _sheet(width, 0.6 + n_rows * step + 0.3, "Where single heads look", capture.text, note)
+    for index, (layer, head, why) in enumerate(heads):
+        x = room + (index % per_row) * column
+        y = 0.6 + 0.42 + (index // per_row) * step
+        _write(sheet, x, y - 0.2, f"Layer {layer}, head {head}", 8.5, va="bottom", weight="bold")
+        _write(sheet, x, y - 0.05, why, 7.5, va="bottom", color="#444444")
+        _place_map(sheet, weights[layer, head, :n, :n], labels, x, y, cell, rows=index % per_row == 0)
+    _place_color_bar(figure, room + per_row * column, 1.02, min(side, 2.5), "share of attention")
+    return figure
+
+
+def plot_all_heads(capture: AttentionCapture) -> Figure:
+    """Maps of every layer and head as one tiled image: a row of tiles a layer, a column a head."""
+    from matplotlib.collections import LineCollection
+
+    weights = np.asarray(capture.weights)
+    n_layer, n_head, n, _ = weights.shape
+    tile = min(0.85, 7.0 / max(n_layer, n_head))
+    x0, y0, across, down = 0.75, 0.85, n_head * tile, n_layer * tile
+    width = max(x0 + across + 0.9, 5.0)
+    tokens = " ".join(_short_labels(capture.labels, 60)) + (" …" if n > 60 else "")
+    note = f"In each tile: rows look, columns are looked at, both from the first token on. {n} tokens: {tokens}"
+    figure, sheet = _sheet(width, y0 + down + 0.4, "Every head at once", capture.text, note)
+    tiles = _map_colors(weights).transpose(0, 2, 1, 3, 4).reshape(n_layer * n, n_head * n, 4)
+    _place_image(sheet, tiles, x0, y0, across, down)
+    across_lines = [[(x0, y0 + i * tile), (x0 + across, y0 + i * tile)] for i in range(n_layer + 1)]
+    down_lines = [[(x0 + i * tile, y0), (x0 + i * tile, y0 + down)] for i in range(n_head + 1)]
+    sheet.add_collection(LineCollection(across_lines + down_lines, colors="white", linewidths=2))
+    for layer in range(n_layer):
+        _write(sheet, x0 - 0.06, y0 + (layer + 0.5) * tile, f"layer {layer}", 8, ha="right", va="center")
+    for head in range(n_head):
+        _write(sheet, x0 + (head + 0.5) * tile, y0 - 0.05, f"head {head}", 8, ha="center", va="bottom")
+    _place_color_bar(figure, width - 0.7, y0, min(down, 3.0), "share of attention")
+    return figure
+
+
+def plot_category(captures: Sequence[AttentionCapture], category: str, heads: Sequence[tuple[int, int, str]]) -> Figure:
+    """A grid for one category: a row a sentence, a column a chosen head."""
+    counts = [min(len(capture.labels), _MAX_LABELS) for capture in captures]
+    sides = [min(3.0, max(1.6, 0.1 * n)) for n in counts]
+    labels = [_short_labels(capture.labels, _MAX_LABELS) for capture in captures]
+    cells = [side / n for side, n in zip(sides, counts, strict=True)]
+    room = max(_label_room(names, cell) for names, cell in zip(labels, cells, strict=True))
+    column = max(sides) + 0.25
+    width, height = room + len(heads) * column + 0.75, 0.9 + sum(sides) + 0.4 * len(sides) + 0.35
+    note = "Rows look, columns are looked at; the columns are the same tokens from left to right."
+    note += "".join(_cut_note(n, _MAX_LABELS) for n in {max(len(c.labels) for c in captures)})
+    figure, sheet = _sheet(width, height, f"{category}: the same heads on every sentence", note=note)
+    for index, (layer, head, why) in enumerate(heads):
+        x = room + index * column
+        _write(sheet, x, 0.62, f"Layer {layer}, head {head}", 8.5, va="bottom", weight="bold")
+        _write(sheet, x, 0.78, why, 7.5, va="bottom", color="#444444")
+    y = 0.9
+    for capture, names, side, cell in zip(captures, labels, sides, cells, strict=True):
+        n, weights = len(names), np.asarray(capture.weights)
+        _write(sheet, room, y + 0.2, _wrap(capture.text, width - room, 8, 1), 8, va="bottom", color="#333333")
+        for index, (layer, head, _) in enumerate(heads):
+            x = room + index * column
+            _place_map(sheet, weights[layer, head, :n, :n], names, x, y + 0.25, cell, rows=index == 0, columns=False)
+        y += side + 0.4
+    _place_color_bar(figure, width - 0.65, 1.15, 1.6, "share of attention")
+    return figure
+
+
+def attention_graph(
+    weights: np.ndarray, labels: Sequence[str], max_edges: int = 3, min_weight: float = 0.05
+) -> networkx.DiGraph:
+    """The strongest looks of one map (T, T) as a graph: an edge i -> j says that token i looks at token j.
+
+    Nodes carry `label`, edges `weight`; each token keeps its `max_edges` strongest edges of at least `min_weight`.
+    Holds the first 20 tokens.
+    """
+    import networkx
+
+    graph = networkx.DiGraph()
+    for index, label in enumerate(_short_labels(labels, _MAX_NODES)):
+        graph.add_node(index, label=label)
+        row = np.asarray(weights[index, : index + 1], dtype=float)
+        for key in np.argsort(-row, kind="stable")[:max_edges]:
+            if row[key] >= min_weight:
+                graph.add_edge(index, int(key), weight=float(row[key]))
+    return graph
+
+
+def plot_attention_flow(capture: AttentionCapture, layers: Sequence[int] | None = None) -> Figure:
+    """Arcs from each token up to the earlier tokens that it looks at, mean over heads, one panel a layer.
+
+    The width of an arc is its weight; a dot is a look at the token itself; arcs to the first token are light, since
+    that is where heads park attention. Default layers: first, middle and last.
+    """
+    weights = np.asarray(capture.weights).mean(axis=1)  # (n_layer, T, T)
+    n_layer = len(weights)
+    layers = sorted({0, n_layer // 2, n_layer - 1}) if layers is None else list(layers)
+    n = min(len(capture.labels), _MAX_NODES)
+    room = _label_room(_short_labels(capture.labels, n), 0.2)
+    panel, spacing = room + 2.1, 0.22
+    width, height = max(0.3 + len(layers) * panel, 5.0), 0.85 + n * spacing + 0.4
+    note = "A token looks up at earlier ones; wider arc: more attention. Dot: at itself. Light: at the first token. "
+    note += "The three strongest looks of each token, from 5%." + _cut_note(len(capture.labels), _MAX_NODES)
+    title = "Attention flow, mean of the heads of a layer"
+    figure, sheet = _sheet(width, height, title, capture.text, note)
+    for index, layer in enumerate(layers):
+        graph = attention_graph(weights[layer], capture.labels)
+        x, y = 0.15 + index * panel + room, 0.85
+        _write(sheet, x, y - 0.06, f"Layer {layer}", 8.5, va="bottom", weight="bold")
+        for node, label in graph.nodes(data="label"):
+            _write(sheet, x - 0.1, y + (node + 0.5) * spacing, label, 8, ha="right", va="center_baseline")
+        _place_arcs(sheet, graph, x, y, spacing, 1.8)
+    return figure
+
+
+def _place_arcs(sheet: Axes, graph: networkx.DiGraph, x: float, y: float, spacing: float, reach: float) -> None:
+    from matplotlib.collections import PathCollection
+    from matplotlib.path import Path as Curve
+
+    nodes = np.arange(len(graph))
+    heights = y + (nodes + 0.5) * spacing
+    sheet.scatter(np.full(len(nodes), x), heights, s=5, color="#999999", zorder=3)
+    for first_token in (True, False):  # light arcs first, so that the others lie on top
+        arcs = [(i, j, w) for i, j, w in graph.edges(data="weight") if i != j and (j == 0) == first_token]
+        curves = []
+        for i, j, _ in arcs:
+            bulge = x + reach * (0.25 + 0.75 * (i - j) / max(len(nodes) - 1, 1)) / 0.75
+            points = [(x, heights[i]), (bulge, heights[i]), (bulge, heights[j]), (x, heights[j])]
+            curves.append(Curve(points, [Curve.MOVETO, Curve.CURVE4, Curve.CURVE4, Curve.CURVE4]))
+        if curves:
+            color = "#c9c9c9" if first_token else "#0072B2"
+            widths = [0.4 + 6 * w for _, _, w in arcs]
+            style = {"edgecolors": color, "linewidths": widths, "alpha": 0.75, "capstyle": "round"}
+            sheet.add_collection(PathCollection(curves, facecolors="none", **style))
+    loops = [(i, w) for i, j, w in graph.edges(data="weight") if i == j and i > 0]
+    if loops:
+        rows, sizes = zip(*loops, strict=True)
+        sheet.scatter(np.full(len(rows), x), heights[list(rows)], s=120 * np.array(sizes), color="#E69F00", zorder=4)
+
+
+def attention_rollout(weights: np.ndarray) -> np.ndarray:
+    """Attention rollout (Abnar & Zuidema 2020): how much of each input reaches each position, (T, T).
+
+    Heads are averaged, the residual stream counts as an identity of equal weight, layers are multiplied.
+    `weights`: (n_layer, H, T, T). Rows of the result sum to one.
+    """
+    layers = np.asarray(weights, dtype=np.float64).mean(axis=1)
+    identity = np.eye(layers.shape[-1])
+    return functools.reduce(lambda below, layer: (layer + identity) / 2 @ below, layers, identity)
+
+
+def uniform_attention(n_layer: int, n_tokens: int) -> np.ndarray:
+    """Weights (n_layer, 1, T, T) of heads that look at all tokens up to their own alike."""
+    lower = np.tri(n_tokens)
+    return np.broadcast_to(lower / lower.sum(axis=1, keepdims=True), (n_layer, 1, n_tokens, n_tokens))
+
+
+def plot_rollout(capture: AttentionCapture) -> Figure:
+    """Attention rollout minus that of uniform heads: blue where more, red where less of an input arrives."""
+    weights = np.asarray(capture.weights)
+    difference = attention_rollout(weights) - attention_rollout(uniform_attention(len(weights), len(capture.labels)))
+    labels = _short_labels(capture.labels, _MAX_LABELS)
+    n = len(labels)
+    difference = difference[:n, :n]
+    limit = max(float(np.abs(difference).max()), 0.01)
+    cell = min(0.3, max(3.2 / n, 0.12))
+    room = _label_room(labels, cell)
+    width = max(room + n * cell + 1.1, 5.0)
+    note = "Attention followed through all layers, minus what uniform heads would give; 0 means no difference."
+    note += _cut_note(len(capture.labels), _MAX_LABELS)
+    height = 0.7 + n * cell + room + 0.4
+    figure, sheet = _sheet(width, height, "Rollout: what reaches each position", capture.text, note)
+    scale = {"cmap": "RdBu", "low": -limit, "high": limit}
+    _place_map(sheet, difference, labels, room, 0.7, cell, **scale)
+    _place_color_bar(figure, room + n * cell + 0.2, 0.7, min(n * cell, 2.5), "more (blue) or less (red)", **scale)
+    return figure
+
+
+# -- Pictures of the model
+
+
+def plot_loss_curve(rows: Sequence[dict], title: str = "Training", uniform_loss: float = math.log(50257)) -> Figure:
+    """Training and validation loss by step. `rows`: dicts with step, train_loss, val_loss (None or NaN: not measured).
+
+    The dotted line is the loss of a model that guesses every token alike, ln of the vocabulary.
+    """
+    figure = _figure(7, 4, layout="constrained")
+    axes = figure.subplots()
+    for key, name, style in (
+        ("train_loss", "training", {"color": "#56B4E9", "linewidth": 1.2}),
+        ("val_loss", "held-out text", {"color": "#0072B2", "linewidth": 1.8, "marker": "o", "markersize": 3.5}),
+    ):
+        points = [(row["step"], float(row[key])) for row in rows if row.get(key) not in (None, "")]
+        points = [point for point in points if math.isfinite(point[1])]
+        if points:
+            name += f" (last {points[-1][1]:.2f})"
+            axes.plot(*zip(*points, strict=True), label=name, **style)
+    axes.axhline(uniform_loss, color="#999999", linestyle=":", linewidth=1, label=f"guessing ({uniform_loss:.2f})")
+    axes.set(xlabel="step", ylabel="loss (nats per token)", xlim=(0, None))
+    axes.set_title(title, loc="left", fontsize=11, weight="bold", parse_math=False)
+    axes.grid(alpha=0.25)
+    axes.legend(frameon=False, fontsize=8)
+    return figure
+
+
+def _clean(axes: Axes, title: str = "", **labels) -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.set_title(title, loc="left", fontsize=10, weight="bold")
+    axes.set(**labels)
+    axes.tick_params(labelsize=8)
+    axes.xaxis.label.set_size(8.5)
+    axes.yaxis.label.set_size(8.5)
+
+
+def plot_class_shares(scores: pd.DataFrame, source: str = "windows") -> Figure:
+    """Classes of the heads: the original study's pie, and a stacked bar a layer. `scores` as in HeadStudy."""
+    heads = scores[scores["source"] == source]
+    counts = heads["class"].value_counts()
+    names = [name for name in CLASS_COLORS if counts.get(name, 0)]
+    colors = [CLASS_COLORS[name] for name in names]
+    figure = _figure(9.5, 4.2, layout="constrained")
+    pie, bars = figure.subplots(1, 2, width_ratios=(1, 1.6))
+    legend = [f"{name}  {counts[name] / len(heads):.1%} ({counts[name]})" for name in names]
+    wedges = pie.pie([counts[name] for name in names], colors=colors, startangle=90, counterclock=False)[0]
+    for wedge in wedges:
+        wedge.set(edgecolor="white", linewidth=1.5)
+    where = _SOURCE_NAMES[source]
+    pie.set_title(f"All {len(heads)} heads on {where}", loc="left", fontsize=10, weight="bold")
+    pie.legend(wedges, legend, loc="upper center", bbox_to_anchor=(0.5, 0.02), frameon=False, fontsize=8)
+    table = heads.groupby(["layer", "class"]).size().unstack(fill_value=0)
+    below = np.zeros(len(table))
+    for name, color in zip(names, colors, strict=True):
+        bars.bar(table.index, table[name], bottom=below, color=color, label=name, width=0.75, edgecolor="white")
+        below += table[name].to_numpy()
+    _clean(bars, "By layer", xlabel="layer", ylabel="heads")
+    bars.set_xticks(table.index)
+    return figure
+
+
+def plot_class_baselines(shares: pd.DataFrame, source: str = "windows") -> Figure:
+    """Share of each class with its interval, beside shuffled tokens, untrained models and a uniform head."""
+    figure = _figure(8, 3.8, layout="constrained")
+    axes = figure.subplots()
+    table = shares[shares["source"] == source]
+    names = [name for name in CLASS_COLORS if (table["class"] == name).any()]
+    models = [model for model in MODEL_NAMES if (table["model"] == model).any()]
+    for offset, model in enumerate(models):
+        rows = table[table["model"] == model].set_index("class").reindex(names)
+        x = np.arange(len(names)) + (offset - (len(models) - 1) / 2) * 0.2
+        share, low, high = (100 * rows[column].to_numpy(float) for column in ("share", "low", "high"))
+        axes.bar(x, share, 0.18, color=_MODEL_COLORS[model], label=MODEL_NAMES[model])
+        reach = np.nan_to_num(np.clip([share - low, high - share], 0, None))
+        axes.errorbar(x, share, reach, fmt="none", ecolor="black", elinewidth=1, capsize=2)
+    where = _SOURCE_NAMES[source]
+    _clean(axes, f"Classes of heads on {where}, beside their baselines", ylabel="share of heads (%)", ylim=(0, 105))
+    axes.set_xticks(range(len(names)), names)
+    axes.grid(axis="y", alpha=0.25)
+    axes.legend(frameon=False, fontsize=8, ncols=len(models), loc="upper center", bbox_to_anchor=(0.5, -0.1))
+    return figure
+
+
+def _head_grid(scores: pd.DataFrame, column: str) -> np.ndarray:
+    """(n_layer, n_head) array of a column."""
+    return scores.pivot(index="layer", columns="head", values=column).to_numpy(float)
+
+
+def _draw_head_grid(axes: Axes, grid: np.ndarray, title: str, **options):
+    image = axes.imshow(grid, interpolation="none", **options)
+    axes.set_title(title, loc="left", fontsize=8.5)
+    axes.set_xticks(range(grid.shape[1]))
+    axes.set_yticks(range(grid.shape[0]))
+    axes.tick_params(labelsize=6.5, length=0)
+    return image
+
+
+def plot_score_maps(scores: pd.DataFrame, source: str = "windows") -> Figure:
+    """Layer x head maps of every score on one scale: 0 is chance (and what is below it), 1 the ideal head."""
+    heads = scores[scores["source"] == source]
+    columns = [column for column in _SCORE_NAMES if column in heads]
+    n_layer, n_head = heads["layer"].nunique(), heads["head"].nunique()
+    n_rows = math.ceil(len(columns) / 5)
+    size = 1.9 * max(0.6, min(1.6, n_layer / n_head))
+    figure = _figure(11.5, 0.8 + n_rows * (size + 0.55), layout="constrained")
+    grid = figure.subplots(n_rows, 5, squeeze=False)
+    for axes, column in zip(grid.flat, columns, strict=False):
+        image = _draw_head_grid(axes, _head_grid(heads, column), _SCORE_NAMES[column], vmin=0, vmax=1, cmap="viridis")
+    for axes in list(grid.flat)[len(columns) :]:
+        axes.set_axis_off()
+    figure.supxlabel("head", fontsize=8.5)
+    figure.supylabel("layer", fontsize=8.5)
+    figure.colorbar(image, ax=grid, shrink=0.6, pad=0.01).ax.tick_params(labelsize=7)
+    where = _SOURCE_NAMES[source]
+    figure.suptitle(f"Scores of every head on {where}", x=0.01, ha="left", fontsize=11, weight="bold")
+    return figure
+
+
+def plot_ablation(ablation: pd.DataFrame) -> Figure:
+    """Loss increase on held-out text when a head is replaced by its mean, layer x head, in thousandths of a nat."""
+    grid = 1000 * _head_grid(ablation, "loss_increase")
+    limit = max(float(np.nanmax(np.abs(grid))), 1e-3)
+    n_layer, n_head = grid.shape
+    figure = _figure(1.8 + 0.62 * n_head, 1.2 + 0.45 * n_layer, layout="constrained")
+    axes = figure.subplots()
+    image = axes.imshow(grid, cmap="RdBu_r", vmin=-limit, vmax=limit, interpolation="none", aspect="auto")
+    for (layer, head), value in np.ndenumerate(grid):
+        color = "white" if abs(value) > 0.6 * limit else "black"
+        axes.text(
+            head,
+            layer,
+            f"{value:.2g}" if abs(value) < 10 else f"{value:.0f}",
+            fontsize=7,
+            color=color,
+            ha="center",
+            va="center",
+        )
+    axes.set_xticks(range(n_head))
+    axes.set_yticks(range(n_layer))
+    _clean(axes, "What a head is worth", xlabel="head", ylabel="layer")
+    bar = figure.colorbar(image, ax=axes)
+    bar.set_label("loss increase without the head\n(thousandths of a nat per token)", fontsize=8)
+    bar.ax.tick_params(labelsize=7)
+    return figure
+
+
+def plot_head_similarity(
+    distances: np.ndarray, n_head: int, classes: Sequence[str] = (), noise_floor: float | None = None, title: str = ""
+) -> Figure:
+    """Distances between all heads (layer-major), ordered by an average-linkage dendrogram drawn on top.
+
+    Labels `3.2` are layer 3, head 2, coloured by class; the dashed line is the distance of a head to itself between
+    two halves of the texts: branches below it are noise.
+    """
+    from matplotlib.collections import LineCollection
+    from scipy.cluster.hierarchy import dendrogram, linkage
+    from scipy.spatial.distance import squareform
+
+    n = len(distances)
+    tree = dendrogram(linkage(squareform(distances, checks=False), "average"), no_plot=True)
+    order = tree["leaves"]
+    figure = _figure(7.6, 8.6, layout="constrained")
+    top, bottom = figure.subplots(2, 1, height_ratios=(1, 4.2), sharex=True)
+    branches = [
+        np.column_stack([(np.array(x) - 5) / 10, y]) for x, y in zip(tree["icoord"], tree["dcoord"], strict=True)
+    ]
+    top.add_collection(LineCollection(branches, colors="#333333", linewidths=0.8))
+    top.set(xlim=(-0.5, n - 0.5), ylim=(0, 1.05 * max(max(y) for y in tree["dcoord"])))
+    if noise_floor is not None:
+        top.axhline(noise_floor, color="#D55E00", linestyle="--", linewidth=1, label=f"noise floor {noise_floor:.2f}")
+        top.legend(frameon=False, fontsize=7.5, loc="upper right")
+    _clean(top, title or "Which heads look alike", ylabel="distance")
+    top.tick_params(bottom=False, labelbottom=False)
+    image = bottom.imshow(
+        distances[np.ix_(order, order)], cmap="viridis_r", vmin=0, interpolation="none", aspect="auto"
+    )
+    names = [f"{index // n_head}.{index % n_head}" for index in order]
+    size = max(4.0, min(8.0, 330 / n))
+    bottom.set_xticks(range(n), names, rotation=90, fontsize=size)
+    bottom.set_yticks(range(n), names, fontsize=size)
+    bottom.tick_params(length=0)
+    for labels in (bottom.get_xticklabels(), bottom.get_yticklabels()) if len(classes) else ():
+        for label, index in zip(labels, order, strict=True):
+            label.set_color("#777777" if classes[index] == "Mixed" else CLASS_COLORS.get(classes[index], "black"))
+    bar = figure.colorbar(image, ax=bottom, shrink=0.6)
+    bar.set_label("distance (0: the same)", fontsize=8)
+    bar.ax.tick_params(labelsize=7)
+    return figure
+
+
+def plot_entropy_distance(
+    scores: pd.DataFrame, baselines: pd.DataFrame | None = None, source: str = "windows"
+) -> Figure:
+    """Entropy and mean attention distance of every head by layer, with the range of untrained models."""
+    heads = scores[scores["source"] == source]
+    figure = _figure(9, 3.6, layout="constrained")
+    for axes, (column, title, unit) in zip(
+        figure.subplots(1, 2),
+        (
+            ("entropy", "How spread out (entropy)", "entropy (nats)"),
+            ("mean_distance", "How far back (mean distance)", "distance (tokens)"),
+        ),
+        strict=True,
+    ):
+        jitter = (heads["head"] - heads["head"].mean()) / heads["head"].nunique() * 0.4
+        colors = heads["class"].map(CLASS_COLORS)
+        axes.scatter(
+            heads["layer"] + jitter, heads[column], c=colors, s=22, zorder=3, edgecolors="white", linewidths=0.5
+        )
+        means = heads.groupby("layer")[column].mean()
+        axes.plot(means.index, means, color="#333333", linewidth=1.2, label="mean of the layer")
+        if baselines is not None:
+            _draw_baseline(axes, baselines, source, column)
+        _clean(axes, title, xlabel="layer", ylabel=unit, ylim=(0, None))
+        axes.set_xticks(means.index)
+        axes.grid(axis="y", alpha=0.25)
+        axes.legend(frameon=False, fontsize=7.5, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.16))
+    return figure
+
+
+def _draw_baseline(axes: Axes, baselines: pd.DataFrame, source: str, column: str) -> None:
+    for model, style in (("untrained", "--"), ("uniform", ":")):
+        rows = baselines[
+            (baselines["source"] == source)
+            & (baselines["model"] == model)
+            & (baselines["score"] == column)
+            & (baselines["statistic"] == "mean")
+        ]
+        for row in rows.itertuples():
+            color = _MODEL_COLORS[model]
+            axes.axhline(row.mean, color=color, linestyle=style, linewidth=1, label=MODEL_NAMES[model])
+            if math.isfinite(row.low) and math.isfinite(row.high):
+                axes.axhspan(row.low, row.high, color=color, alpha=0.2, linewidth=0)
+
+
+def plot_language(language: pd.DataFrame) -> Figure:
+    """Minimal pairs by phenomenon: accuracy, attention to the target, and what removing the chosen heads costs."""
+    n = len(language)
+    y = np.arange(n)
+    figure = _figure(11, 1.5 + 0.42 * n, layout="constrained")
+    left, middle, right = figure.subplots(1, 3, sharey=True)
+    blue, grey = _MODEL_COLORS["trained"], _MODEL_COLORS["untrained"]
+    columns = {name: language[name].to_numpy(float) for name in language if language[name].dtype.kind in "fi"}
+
+    def draw_interval(axes: Axes, middle: str, low: str, high: str) -> None:
+        reach = np.clip([columns[middle] - columns[low], columns[high] - columns[middle]], 0, None)
+        axes.errorbar(columns[middle], y, xerr=reach, fmt="o", color=blue, capsize=2, markersize=4, label="this model")
+
+    draw_interval(left, "accuracy", "accuracy_low", "accuracy_high")
+    left.scatter(columns["untrained_accuracy"], y, facecolors="none", edgecolors=grey, s=22, label="untrained")
+    left.axvline(0.5, color="#999999", linestyle=":", linewidth=1, label="chance")
+    _clean(left, "Prefers the good sentence", xlabel="accuracy", xlim=(0, 1.02))
+    draw_interval(middle, "attention_difference", "attention_low", "attention_high")
+    middle.axvline(0, color="#999999", linestyle=":", linewidth=1)
+    _clean(middle, "Looks at the right word", xlabel="attention to target minus distractor")
+    right.barh(y - 0.17, columns["margin_drop"], 0.32, color=blue, label="chosen heads")
+    right.barh(y + 0.17, columns["random_margin_drop"], 0.32, color="#BBBBBB", label="random heads")
+    right.axvline(0, color="#999999", linewidth=1)
+    _clean(right, "Needs those heads", xlabel="drop of the log-probability margin (nats)")
+    left.set_yticks(y, language["phenomenon"], fontsize=8, parse_math=False)
+    left.set_ylim(n - 0.5, -0.5)
+    for axes in (left, right):
+        axes.legend(frameon=False, fontsize=7.5, loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=3)
+    return figure
+
+
+# -- The whole study
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A file of the study: `path` is the PNG, the SVG lies beside it."""
+
+    path: Path
+    group: str  # "Model" or the sentence's category
+    title: str
+    alt: str  # what a reader who cannot see it needs to know
+    caption: str
+
+
+def choose_heads(scores: pd.DataFrame, n: int = 4, source: str = "windows") -> list[tuple[int, int, str]]:
+    """Heads worth a picture: the highest of each score in turn, none twice; (layer, head, why it was chosen)."""
+    rest = scores[scores["source"] == source].set_index(["layer", "head"])
+    chosen = []
+    for column in ("previous", "induction", "local", "broad", "self", "duplicate", "punctuation", "rare"):
+        if len(chosen) == n or rest.empty or column not in rest:
+            break
+        layer, head = rest[column].fillna(-math.inf).idxmax()
+        chosen.append((int(layer), int(head), f"highest {column} score: {rest.loc[(layer, head), column]:.2f}"))
+        rest = rest.drop((layer, head))
+    return chosen
+
+
+def draw_study(
+    captures: dict[str, list[AttentionCapture]],
+    study: HeadStudy,
+    language: pd.DataFrame | None,
+    folder: str | Path,
+    metrics: Sequence[dict] = (),
+) -> list[Picture]:
+    """Draws every picture of the study into `folder` as PNG and SVG, with a progress bar; pictures of the model first.
+
+    `captures` maps each category to its sentences, `metrics` are the rows of training. The pictures of sentences are
+    drawn by as many processes as there are cores, at most four.
+    """
+    folder = Path(folder)
+    heads = choose_heads(study.scores)
+    model_plan = list(_plan_model(study, language, metrics))
+    jobs, pictures = [], []
+    for number, (category, members) in enumerate(captures.items(), start=1):
+        place = folder / f"{number:02d}_{re.sub(r'[^a-z0-9]+', '_', category.lower()).strip('_')}"
+        for picture, job in _plan_category(category, members, heads, place):
+            pictures.append(picture)
+            jobs.append(job)
+    with progress(total=len(model_plan) + len(jobs), desc="Drawing", unit="picture") as bar, _drawing(jobs) as draw_all:
+        for name, title, alt, caption, draw in reversed(model_plan):
+            stem = folder / "model" / name
+            save_figure(draw(), stem)
+            pictures.insert(0, Picture(stem.with_suffix(".png"), "Model", title, alt, caption))
+            bar.update()
+        draw_all(bar)
+    return pictures
+
+
+def _plan_model(study: HeadStudy, language: pd.DataFrame | None, metrics: Sequence[dict]) -> Iterator[tuple]:
+    """(file name, title, alt text, caption, function that draws it) of every picture of the model."""
+    scores, ablation = study.scores, study.ablation
+    n_head = scores["head"].nunique()
+    if metrics:
+        last = [row["train_loss"] for row in metrics if row.get("train_loss") not in (None, "")][-1:]
+        ending = f" It ends at {float(last[0]):.2f}." if last else ""
+        yield (
+            "loss_curve",
+            "Training",
+            f"Line chart of the loss by training step.{ending}",
+            "How wrong the next-token guesses were during training; lower is better.",
+            lambda: plot_loss_curve(metrics),
+        )
+    for source, where in _SOURCE_NAMES.items():
+        heads = scores[scores["source"] == source]
+        if heads.empty:
+            continue
+        shares = heads["class"].value_counts(normalize=True)
+        listed = ", ".join(f"{name} {share:.1%}" for name, share in shares.items())
+        strongest = "; ".join(f"{name} {heads[name].max():.2f}" for name in _SCORE_NAMES if name in heads)
+        yield (
+            f"class_baselines_{source}",
+            f"Head classes and their baselines on {where}",
+            f"Bars of head classes on {where} beside shuffled tokens, untrained models, a uniform head: {listed}.",
+            "A share means something only where it differs from the grey bars. Lines: 95% interval over texts, "
+            "for untrained models the range over seeds.",
+            lambda source=source: plot_class_baselines(study.shares, source),
+        )
+        yield (
+            f"class_shares_{source}",
+            f"Head classes on {where}",
+            f"Pie and stacked bars by layer of head classes on {where}: {listed}.",
+            "The original study's two pictures, with classes corrected for chance.",
+            lambda source=source: plot_class_shares(scores, source),
+        )
+        yield (
+            f"score_maps_{source}",
+            f"Scores of every head on {where}",
+            f"Layer by head colour maps of each score on {where}. Highest values: {strongest}.",
+            "0 (dark) is what a uniform head reaches, 1 (yellow) the ideal head of that kind.",
+            lambda source=source: plot_score_maps(scores, source),
+        )
+        means = heads.groupby("layer")[["entropy", "mean_distance"]].mean()
+        by_layer = "; ".join(
+            f"layer {i}: {row.entropy:.2f} nats, {row.mean_distance:.1f} tokens" for i, row in means.iterrows()
+        )
+        yield (
+            f"entropy_distance_{source}",
+            f"Spread and reach on {where}",
+            f"Entropy and mean attention distance of every head by layer on {where}. Means: {by_layer}.",
+            "Dots are heads in the colour of their class; the dashed line and band are untrained models.",
+            lambda source=source: plot_entropy_distance(scores, study.baselines, source),
+        )
+    top = ablation.loc[ablation["loss_increase"].idxmax()]
+    yield (
+        "ablation",
+        "What each head is worth",
+        "Layer by head map of the loss increase when a head's output is replaced by its mean. The largest is "
+        f"{1000 * top['loss_increase']:.2f} thousandths of a nat, at layer {top['layer']:.0f}, head {top['head']:.0f}.",
+        "Red: the model gets worse without the head; blue: better.",
+        lambda: plot_ablation(ablation),
+    )
+    classes = list(scores[scores["source"] == "windows"].sort_values(["layer", "head"])["class"])
+    for name, suffix, distances, floor in (
+        ("similarity", "", study.similarity, study.noise_floor),
+        (
+            "similarity_without_sink",
+            ", first token left out",
+            study.similarity_without_sink,
+            study.noise_floor_without_sink,
+        ),
+    ):
+        pairs = distances[np.triu_indices(len(distances), 1)]
+        yield (
+            name,
+            f"Which heads look alike{suffix}",
+            f"Heatmap of the distance between every two heads with a dendrogram{suffix}; distances run from "
+            f"{pairs.min():.2f} to {pairs.max():.2f}, the noise floor is {floor:.2f}.",
+            "Mean square root of the Jensen-Shannon divergence between the rows of two heads. Labels: layer.head, in "
+            "the colours of the classes.",
+            lambda distances=distances, suffix=suffix, floor=floor: plot_head_similarity(
+                distances, n_head, classes, floor, f"Which heads look alike{suffix}"
+            ),
+        )
+    if language is not None and len(language):
+        listed = ", ".join(f"{row.phenomenon} {row.accuracy:.0%}" for row in language.itertuples())
+        yield (
+            "language",
+            "Linguistic tests",
+            "Accuracy on minimal pairs, attention to the target, and cost of removing the chosen heads. Accuracy: "
+            f"{listed}.",
+            "Blue: this model, with 95% intervals. Hollow: an untrained model. Grey: random heads of the same layers.",
+            lambda: plot_language(language),
+        )
+
+
+def _plan_category(
+    category: str, members: Sequence[AttentionCapture], heads: Sequence[tuple[int, int, str]], folder: Path
+) -> Iterator[tuple[Picture, tuple]]:
+    """The pictures of a category, each with the job that draws it: (file stem, kind, plain captures, arguments)."""
+    plain = [(capture.text, list(capture.labels), np.asarray(capture.weights)) for capture in members]
+
+    def plan(
+        kind: str, stem: str, texts: list, title: str, alt: str, caption: str, *arguments
+    ) -> tuple[Picture, tuple]:
+        picture = Picture(folder / f"{stem}_{kind}.png", category, title, alt, caption)
+        return picture, (folder / f"{stem}_{kind}", kind, texts, arguments)
+
+    named = ", ".join(f"layer {layer} head {head} ({why})" for layer, head, why in heads)
+    yield plan(
+        "grid",
+        "category",
+        plain,
+        f"{category}: chosen heads on every sentence",
+        f"Grid of attention maps, {len(plain)} sentences by {len(heads)} heads: {named}.",
+        "A head that does the same on every sentence shows the same shape in each row.",
+        category,
+        heads,
+    )
+    for number, (text, labels, weights) in enumerate(plain, start=1):
+        stem, one, names = f"{number:02d}", [(text, labels, weights)], _number_repeats(labels)
+        means = weights.mean(axis=1)
+        first = weights[:, :, 1:, 0].mean() if len(labels) > 1 else 1.0
+        cut = _cut_note(len(labels), _MAX_LABELS)
+        yield plan(
+            "every_head",
+            stem,
+            one,
+            f"Every head: {text}",
+            f"Attention maps of all {weights.shape[0] * weights.shape[1]} heads on the sentence “{text}”; "
+            f"on average {first:.0%} of the attention goes to the first token.",
+            "One tile a head; a row of tiles is a layer.",
+        )
+        looks = "; ".join(
+            f"layer {layer} head {head}: {_strongest_look(weights[layer, head], names)}" for layer, head, _ in heads
+        )
+        yield plan(
+            "heads",
+            stem,
+            one,
+            f"Chosen heads: {text}",
+            f"Attention maps of chosen heads. {looks}.",
+            f"Rows look.{cut}",
+            heads,
+        )
+        shown = sorted({0, len(means) // 2, len(means) - 1})
+        looks = "; ".join(f"layer {layer}: {_strongest_look(means[layer], names)}" for layer in shown)
+        cut = _cut_note(len(labels), _MAX_NODES)
+        yield plan("flow", stem, one, f"Flow: {text}", f"Arcs between tokens. {looks}.", f"Wider is stronger.{cut}")
+        change = attention_rollout(weights) - attention_rollout(uniform_attention(len(weights), len(labels)))
+        row, key = np.unravel_index(np.abs(change).argmax(), change.shape)
+        cut = _cut_note(len(labels), _MAX_LABELS)
+        yield plan(
+            "rollout",
+            stem,
+            one,
+            f"Rollout: {text}",
+            f"Attention rollout minus that of uniform heads. The largest difference is {change[row, key]:+.2f}, "
+            f"from {names[key]} to {names[row]}.",
+            f"Blue: more than uniform attention brings; red: less.{cut}",
+        )
+
+
+def _strongest_look(weights: np.ndarray, names: Sequence[str]) -> str:
+    """The strongest look of a map (T, T) at a token that is neither the first nor the looking one, in words."""
+    others = np.tril(weights, -1)
+    others[:, 0] = 0
+    row, key = np.unravel_index(others.argmax(), others.shape)
+    return (
+        f"{names[row]} looks at {names[key]} with {others[row, key]:.0%}" if others[row, key] > 0 else "one token only"
+    )
+
+
+_PLOTS_OF_TEXT = {
+    "every_head": plot_all_heads,
+    "heads": plot_chosen_heads,
+    "flow": plot_attention_flow,
+    "rollout": plot_rollout,
+    "grid": plot_category,
+}
+
+
+def _draw_job(job: tuple) -> None:
+    stem, kind, texts, arguments = job
+    captures = [types.SimpleNamespace(text=text, labels=labels, weights=weights) for text, labels, weights in texts]
+    save_figure(_PLOTS_OF_TEXT[kind](captures if kind == "grid" else captures[0], *arguments), stem)
+
+
+def _draw_jobs_of_file(path: str) -> None:
+    """What a drawing process runs; each line that it prints says that one more job is done."""
+    for job in pickle.loads(Path(path).read_bytes()):
+        _draw_job(job)
+        print("done", flush=True)
+
+
+@contextlib.contextmanager
+def _drawing(jobs: list[tuple]) -> Iterator[Callable[[tqdm], None]]:
+    """Starts processes that draw a share of the jobs; yields a function that draws the rest and waits for them.
+
+    Plain processes, since multiprocessing would run a user's script again in each of them, or fork PyTorch's threads.
+    A job that a process did not finish, for whatever reason, is drawn here.
+    """
+    workers = min(os.cpu_count() or 1, 4) if len(jobs) >= 40 else 1
+    shares = [jobs[start::workers] for start in range(workers)]
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1]); import pico_helpers; pico_helpers._draw_jobs_of_file(sys.argv[2])"
+    )
+    children: list[subprocess.Popen] = []
+
+    def draw_all(bar: tqdm) -> None:
+        for turn in itertools.zip_longest(*shares):
+            for child, job in zip([None, *children], turn, strict=True):
+                if job is not None and (child is None or not child.stdout.readline()):
+                    _draw_job(job)
+                bar.update(job is not None)
+
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            for number, share in enumerate(shares[1:]):
+                path = Path(folder) / f"{number}.pickle"
+                path.write_bytes(pickle.dumps(share))
+                command = [sys.executable, "-c", code, str(Path(__file__).resolve().parent), str(path)]
+                children.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL))
+            yield draw_all
+        finally:
+            for child in children:
+                child.kill()
+                child.wait()
+                child.stdout.close()
 
 
 # ======================================================================================================================
 # REPORT AND EXPLORER
+# The findings are data first: `study_findings` puts every number beside its baselines and gives the verdict by rule.
+# The pages are templates filled with them; each is one file that needs no network.
 # ======================================================================================================================
+
+_VERDICTS = ("supported", "not supported", "undecided")
+_SPECIALISED = ("Diagonal/Self", "Local Context", "Token-Specific")
+_ORIGINAL_BROAD = 0.857  # the original study: "85.7% broad, 14.3% specialised"
+_ABLATION_FLOOR = 0.001  # nats per token; a smaller loss increase is of no consequence, however certain
+_HEAD_CLAIMS = {
+    "sink": "A head parks its attention on the first token",
+    "self": "A head looks at the token itself",
+    "previous": "A head looks at the previous token",
+    "local": "A head looks at the last three tokens",
+    "duplicate": "A head looks at earlier copies of the token",
+    "induction": "A head looks at what followed earlier copies of the token (induction)",
+    "punctuation": "A head looks at punctuation",
+    "rare": "A head looks at the least frequent token so far",
+}
+
+
+def study_findings(
+    study: HeadStudy, language: pd.DataFrame | None = None, about: Mapping[str, str] | None = None
+) -> dict:
+    """Everything the report says, as plain data that fits JSON.
+
+    `about` says what was run (model, checkpoint, corpus, training), shown as it is. Each of the `statements` has topic,
+    claim, verdict (supported | not supported | undecided) and evidence. A verdict follows from the numbers by rule: a
+    share or score must lie beyond the range of untrained models, a score beyond its threshold as well, and a head
+    matters if ablation raises the loss by 0.001 nats and beyond noise, corrected for the number of heads.
+    """
+    statements = [*_class_statements(study), *_score_statements(study), *_ablation_statements(study)]
+    for row in language.itertuples() if language is not None else ():
+        evidence = (
+            f"{row.reason.rstrip('.')}. Accuracy {_percent(row.accuracy, row.accuracy_low, row.accuracy_high)} on "
+            f"{row.n_pairs} pairs; untrained {row.untrained_accuracy:.0%}, chance 50%."
+        )
+        statements.append(_statement("Language", row.claim, row.verdict, evidence))
+    return _plain(
+        {
+            "about": dict(about or {}),
+            "settings": study.settings,
+            "thresholds": study.thresholds,
+            "headline": _headline(study, statements),
+            "statements": statements,
+            "class_shares": study.shares,
+            "score_baselines": study.baselines,
+            "head_scores": study.scores,
+            "ablation": study.ablation,
+            "similarity": {
+                "noise_floor": study.noise_floor,
+                "noise_floor_without_sink": study.noise_floor_without_sink,
+                "distances": np.round(study.similarity, 4),
+                "distances_without_sink": np.round(study.similarity_without_sink, 4),
+            },
+            "language": language if language is not None else [],
+        }
+    )
+
+
+def _statement(topic: str, claim: str, verdict: str, evidence: str) -> dict:
+    return {"topic": topic, "claim": claim, "verdict": verdict, "evidence": evidence}
+
+
+def _percent(value: float, low: float, high: float) -> str:
+    return f"{value:.1%} ({low:.1%} to {high:.1%})"
+
+
+def _shares_of(study: HeadStudy, name: str, source: str = "windows") -> dict[str, pd.Series]:
+    """Rows of study.shares for one class by model."""
+    rows = study.shares[(study.shares["source"] == source) & (study.shares["class"] == name)]
+    return {row["model"]: row for _, row in rows.iterrows()}
+
+
+def _beyond_untrained(rows: dict[str, pd.Series]) -> bool:
+    return rows["trained"]["low"] > max(rows["untrained"]["high"], rows["uniform"]["high"])
+
+
+def _found_classes(study: HeadStudy) -> list[str]:
+    """The specialised classes whose share on held-out text is beyond that of untrained models."""
+    return [name for name in _SPECIALISED if _beyond_untrained(_shares_of(study, name))]
+
+
+def _class_statements(study: HeadStudy) -> Iterator[dict]:
+    shares = {name: _shares_of(study, name) for name in (*_SPECIALISED, "Global/Broad")}
+    found = _found_classes(study)
+
+    def describe(name: str) -> str:
+        text = {model: _percent(*row[["share", "low", "high"]]) for model, row in shares[name].items()}
+        return (
+            f"{name} {text['trained']}; untrained models {text['untrained']}, shuffled tokens {text['shuffled']}, "
+            f"uniform head {shares[name]['uniform']['share']:.1%}."
+        )
+
+    more = sum(shares[name]["trained"]["share"] - shares[name]["untrained"]["high"] for name in _SPECIALISED)
+    verdict = "supported" if found else "undecided" if more > 0 else "not supported"
+    evidence = "\n".join(describe(name) for name in _SPECIALISED)
+    yield _statement("Classes", "Some heads are specialised, more than in untrained models", verdict, evidence)
+    if found:
+        differs = [
+            name
+            for name in found
+            if shares[name]["trained"]["low"] > shares[name]["shuffled"]["high"]
+            or shares[name]["trained"]["high"] < shares[name]["shuffled"]["low"]
+        ]
+        evidence = "\n".join(describe(name) for name in differs or found)
+        verdict = "supported" if differs else "undecided"
+        yield _statement("Classes", "What heads do depends on the order of the words", verdict, evidence)
+    broad = shares["Global/Broad"]
+    agrees = broad["trained"]["low"] <= _ORIGINAL_BROAD <= broad["trained"]["high"]
+    apart = broad["trained"]["high"] < broad["untrained"]["low"] or broad["trained"]["low"] > broad["untrained"]["high"]
+    yield _statement(
+        "Classes",
+        "85.7% of the heads attend broadly and 14.3% are specialised (the original study)",
+        "not supported" if not agrees else "supported" if apart else "undecided",
+        f"{describe('Global/Broad')} The original measured raw averages on short sentences, which mostly reflect the "
+        "length of the sentence, and gave no baseline; a model has broad heads before it learns anything.",
+    )
+
+
+def _score_statements(study: HeadStudy) -> Iterator[dict]:
+    table = study.baselines[(study.baselines["source"] == "windows") & (study.baselines["statistic"] == "max")]
+    heads = study.scores[study.scores["source"] == "windows"]
+    for score, claim in _HEAD_CLAIMS.items():
+        rows = {row["model"]: row for _, row in table[table["score"] == score].iterrows()}
+        own, untrained, shuffled, tau = (
+            rows["trained"],
+            rows["untrained"],
+            rows["shuffled"],
+            study.thresholds.tau[score],
+        )
+        best = heads.loc[heads[score].idxmax()]
+        found = own["low"] >= tau and own["low"] > untrained["high"]
+        verdict = "supported" if found else "undecided" if own["mean"] >= tau else "not supported"
+        evidence = (
+            f"The strongest, layer {best['layer']} head {best['head']}, scores {own['mean']:.2f} ({own['low']:.2f} to "
+            f"{own['high']:.2f}); chance is 0, the ideal 1, the threshold {tau:.2f}. Strongest in untrained models: "
+            f"{untrained['mean']:.2f} ({untrained['low']:.2f} to {untrained['high']:.2f}); on shuffled tokens: "
+            f"{shuffled['mean']:.2f}."
+        )
+        yield _statement("Heads", claim, verdict, evidence)
+
+
+def _ablation_statements(study: HeadStudy) -> Iterator[dict]:
+    from scipy.stats import t
+
+    table = study.ablation.merge(study.scores[study.scores["source"] == "windows"][["layer", "head", "class"]])
+    n, n_windows = len(table), study.settings["ablation_windows"]
+    limit = t.ppf(1 - 0.025 / n, n_windows - 1)  # two-sided 5% over all heads (Bonferroni)
+    increase = table["loss_increase"]
+    matters = (increase >= _ABLATION_FLOOR) & (increase > limit * table["standard_error"])
+    top = table.loc[increase.idxmax()]
+    yield _statement(
+        "Ablation",
+        "Single heads matter for the prediction of held-out text",
+        "supported" if matters.any() else "not supported",
+        f"Replaced by its mean output, {matters.sum()} of {n} heads raises the loss by {_ABLATION_FLOOR} nats or more "
+        f"and beyond {limit:.1f} standard errors ({n_windows} windows, corrected for {n} heads). Largest: layer "
+        f"{top['layer']} head {top['head']} ({top['class']}), {top['loss_increase']:+.4f} nats per token, standard "
+        f"error {top['standard_error']:.4f}.",
+    )
+    for name in _found_classes(study):
+        own = table["class"] == name
+        yield _statement(
+            "Ablation",
+            f"{name} heads matter for the prediction of held-out text",
+            "supported" if (own & matters).any() else "not supported",
+            f"{(own & matters).sum()} of {own.sum()} {name} heads raise the loss beyond noise; their mean increase is "
+            f"{increase[own].mean():+.4f} nats, that of all heads {increase.mean():+.4f}.",
+        )
+
+
+def _headline(study: HeadStudy, statements: Sequence[dict]) -> list[str]:
+    """Two or three sentences that open the report."""
+    heads = study.scores[study.scores["source"] == "windows"]
+    n_special, n = int(heads["class"].isin(_SPECIALISED).sum()), len(heads)
+    others = {model: sum(_shares_of(study, name)[model]["share"] for name in _SPECIALISED) for model in MODEL_NAMES}
+    shares = (
+        f"{n_special} of {n} heads ({n_special / n:.1%}) are specialised on held-out text; on shuffled tokens it is "
+        f"{others['shuffled']:.1%}, in untrained models {others['untrained']:.1%}, for a uniform head "
+        f"{others['uniform']:.1%}."
+    )
+    tally = {name: [s["claim"] for s in statements if s["verdict"] == name] for name in _VERDICTS}
+    if not tally["supported"]:
+        nothing = (
+            "This study finds nothing: in no respect tested here do this model's heads differ from untrained ones."
+        )
+        return [nothing, shares]
+    counts = ", ".join(f"{len(claims)} {name}" for name, claims in tally.items())
+    return [shares, f"Of {len(statements)} claims tested: {counts}.", f"Supported: {'; '.join(tally['supported'])}."]
+
+
+def _plain(value: object) -> object:
+    """The value as JSON holds it: tables as lists of rows, NaN and infinity as None."""
+    if hasattr(value, "to_dict") and hasattr(value, "columns"):
+        return _plain(value.to_dict("records"))
+    if dataclasses.is_dataclass(value):
+        return _plain(vars(value))
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (np.ndarray, np.generic)):
+        return _plain(value.tolist())
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if isinstance(value, (str, int, bool, type(None))) else str(value)
+
+
+def write_findings(path: str | Path, findings: dict) -> Path:
+    """Writes the findings as JSON, which every reader of the standard accepts (no NaN)."""
+    return write_text(path, json.dumps(findings, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+# -- HTML
+
+
+class _Html(str):
+    """Text that is HTML already; `_fill` escapes all other text."""
+
+
+def _fill(template: str, **values: object) -> _Html:
+    """Replaces each {{name}} of the template by its value, escaped unless it is HTML."""
+
+    def replace(match: re.Match) -> str:
+        value = values[match[1]]
+        return value if isinstance(value, _Html) else html.escape(str(value))
+
+    return _Html(re.sub(r"\{\{(\w+)\}\}", replace, template))
+
+
+def _join(parts: Iterable[str]) -> _Html:
+    """Joins HTML; plain text among the parts is escaped."""
+    return _Html("\n".join(part if isinstance(part, _Html) else html.escape(part) for part in parts))
+
+
+def _page(title: str, style: str, body: _Html) -> _Html:
+    return _fill(_PAGE_HTML, title=title, style=_Html(_PAGE_CSS + style), body=body)
+
+
+def _table(rows: Sequence[dict], columns: Mapping[str, str], caption: str) -> _Html:
+    """An HTML table; `columns` maps keys of the rows to headings."""
+
+    def cell(value: object) -> str:
+        if value is None:
+            return _Html("<td>–</td>")
+        if isinstance(value, float):
+            return _fill(
+                '<td class="number">{{v}}</td>', v=f"{value:.4f}" if abs(value) < 0.01 and value else f"{value:.3g}"
+            )
+        return _fill("<td>{{v}}</td>", v="yes" if value is True else "no" if value is False else value)
+
+    head = _join(_fill('<th scope="col">{{h}}</th>', h=heading) for heading in columns.values())
+    body = _join(_fill("<tr>{{c}}</tr>", c=_join(cell(row.get(key)) for key in columns)) for row in rows)
+    return _fill(_TABLE_HTML, caption=caption, head=head, body=body)
+
+
+def _share_table(shares: Sequence[dict]) -> _Html:
+    """Share of each class on held-out text, a column a model."""
+    rows: dict[str, dict] = {}
+    for row in shares:
+        if row["source"] == "windows":
+            values = rows.setdefault(row["class"], {"class": row["class"]})
+            values[row["model"]] = _percent(row["share"], row["low"], row["high"])
+    caption = (
+        "Share of the heads on held-out text, with 95% interval over texts; for untrained models with range over seeds"
+    )
+    return _table(list(rows.values()), {"class": "class", **MODEL_NAMES}, caption)
+
+
+def _picture_html(picture: Picture) -> _Html:
+    data = base64.b64encode(picture.path.read_bytes()).decode()
+    return _fill(_PICTURE_HTML, alt=picture.alt, data=data, title=picture.title, caption=picture.caption)
+
+
+def write_report(path: str | Path, findings: dict, pictures: Sequence[Picture]) -> Path:
+    """Writes the report as one HTML page. `findings` as of `study_findings`, `pictures` as of `draw_study`."""
+    of_model = {picture.path.stem: picture for picture in pictures if picture.group == "Model"}
+
+    def show(*names: str) -> _Html:
+        return _join(_picture_html(of_model[name]) for name in names if name in of_model)
+
+    def verdicts(topic: str) -> _Html:
+        return _join(
+            _fill(_STATEMENT_HTML, kind=_Html(row["verdict"].replace(" ", "-")), **row)
+            for row in findings["statements"]
+            if row["topic"] == topic
+        )
+
+    groups: dict[str, list[Picture]] = {}
+    for picture in pictures:
+        if picture.group != "Model":
+            groups.setdefault(picture.group, []).append(picture)
+    example = [picture for members in groups.values() for picture in members if picture.path.stem.endswith("_heads")][
+        :1
+    ]
+    sentences = _join(
+        _fill(_DETAILS_HTML, summary=f"{name} ({len(members)} pictures)", body=_join(map(_picture_html, members)))
+        for name, members in groups.items()
+    )
+    run = [{"name": name, "value": value} for name, value in findings["about"].items()]
+    limits = {name: value for name, value in findings["thresholds"].items() if name != "tau"}
+    limits |= {f"tau, {name}": value for name, value in findings["thresholds"].get("tau", {}).items()}
+    settings = [{"name": name, "value": value} for name, value in (limits | findings["settings"]).items()]
+    two = {"name": "what", "value": "value"}
+    share_columns = {
+        "source": "text",
+        "model": "model",
+        "class": "class",
+        "share": "share",
+        "low": "low",
+        "high": "high",
+    }
+    base_columns = {"source": "text", "model": "model", "score": "score", "statistic": "over heads"}
+    base_columns |= {"mean": "value", "low": "low", "high": "high"}
+    score_columns = {key: key.replace("_", " ") for key in (findings["head_scores"] or [{}])[0]}
+    ablation_columns = {key: key.replace("_", " ") for key in (findings["ablation"] or [{}])[0]}
+    language_columns = {key: key.replace("_", " ") for key in (findings["language"] or [{}])[0] if key != "claim"}
+    language = findings["language"]
+    body = _fill(
+        _REPORT_HTML,
+        headline=_join(_fill("<p>{{line}}</p>", line=line) for line in findings["headline"]),
+        shares=_share_table(findings["class_shares"]),
+        run=_table(run, two, "What was run"),
+        loss=show("loss_curve"),
+        example=_join(map(_picture_html, example)),
+        class_verdicts=verdicts("Classes"),
+        class_pictures=show(
+            "class_baselines_windows", "class_shares_windows", "class_baselines_sentences", "class_shares_sentences"
+        ),
+        class_table=_table(findings["class_shares"], share_columns, "Share of heads in each class"),
+        score_verdicts=verdicts("Heads"),
+        score_pictures=show("score_maps_windows", "score_maps_sentences"),
+        score_table=_table(findings["head_scores"], score_columns, "Scores of every head"),
+        baseline_table=_table(findings["score_baselines"], base_columns, "Scores beside their baselines"),
+        ablation_verdicts=verdicts("Ablation"),
+        ablation_pictures=show("ablation"),
+        ablation_table=_table(findings["ablation"], ablation_columns, "Loss without each head, nats per token"),
+        spread_pictures=show("entropy_distance_windows", "entropy_distance_sentences"),
+        similarity_pictures=show("similarity", "similarity_without_sink"),
+        language_verdicts=verdicts("Language") if language else _Html("<p>No linguistic tests were run.</p>"),
+        language_pictures=show("language"),
+        language_table=_table(language, language_columns, "Linguistic tests") if language else _Html(""),
+        sentences=sentences,
+        settings=_table(settings, two, "Thresholds and settings"),
+    )
+    return write_text(path, _page("Attention report", _REPORT_CSS, body))
+
+
+def explorer_html(
+    captures: Mapping[str, Sequence[AttentionCapture]] | Sequence[AttentionCapture], classes: Sequence[str] = ()
+) -> str:
+    """The interactive explorer as an HTML fragment: show it with IPython.display.HTML, several times if you like.
+
+    `captures` maps categories to sentences, or is a list of them. `classes` names the class of each head, layer by
+    layer. Needs a browser of 2023 or newer.
+    """
+    if not isinstance(captures, Mapping):
+        captures = {"Sentences": captures}
+    texts = [
+        {
+            "category": name,
+            "text": c.text,
+            "labels": _number_repeats(c.labels),
+            "maps": _pack_maps(np.asarray(c.weights)),
+        }
+        for name, members in captures.items()
+        for c in members
+    ]
+    if not texts:
+        raise PicoError("The explorer needs at least one sentence.")
+    n_layer, n_head = next(iter(c.weights.shape[:2] for members in captures.values() for c in members))
+    data = {"nLayer": n_layer, "nHead": n_head, "classes": list(classes), "texts": texts}
+    text = json.dumps(data, ensure_ascii=False).replace("<", "\\u003c")  # no text can end the script element
+    return _fill(_EXPLORER_HTML, style=_Html(_EXPLORER_CSS), data=_Html(text), script=_Html(_EXPLORER_JS))
+
+
+def _pack_maps(weights: np.ndarray) -> str:
+    """Lower triangles of (n_layer, H, T, T) as bytes 0..255, deflated and base64-encoded."""
+    rows, columns = np.tril_indices(weights.shape[-1])
+    return base64.b64encode(
+        zlib.compress(np.rint(255 * weights[:, :, rows, columns]).astype(np.uint8).tobytes(), 9)
+    ).decode()
+
+
+def write_explorer(
+    path: str | Path, captures: Mapping[str, Sequence[AttentionCapture]], classes: Sequence[str] = ()
+) -> Path:
+    """Writes the explorer as one HTML page; arguments as in `explorer_html`."""
+    body = _fill(_EXPLORER_PAGE_HTML, explorer=_Html(explorer_html(captures, classes)))
+    return write_text(path, _page("Attention explorer", "", body))
+
+
+# -- Templates. {{name}} is filled in and escaped.
+
+_PAGE_HTML = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<meta http-equiv="Content-Security-Policy"
+  content="default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'">
+<title>{{title}}</title>
+<style>{{style}}</style>
+</head>
+<body>
+{{body}}
+</body>
+</html>
+"""
+
+_PAGE_CSS = """
+:root { --back: #ffffff; --text: #1c1c1c; --soft: #5c5c5c; --line: #d8d8d8; --panel: #f5f5f3; --link: #00598f; }
+@media (prefers-color-scheme: dark) {
+  :root { --back: #16181b; --text: #e6e6e3; --soft: #a5a8ab; --line: #3a3e43; --panel: #1f2226; --link: #7cc0ee; }
+}
+body { margin: 0 auto; max-width: 66rem; padding: 1rem 1.25rem 4rem; background: var(--back); color: var(--text);
+  font: 1rem/1.55 system-ui, sans-serif; }
+h1 { font-size: 1.7rem; margin: 1rem 0 .5rem; }
+h2 { font-size: 1.3rem; margin: 2.5rem 0 .5rem; padding-top: .5rem; border-top: 1px solid var(--line); }
+a { color: var(--link); }
+p, li { max-width: 46rem; }
+"""
+
+_REPORT_CSS = """
+figure { margin: 1rem 0; }
+figure img { max-width: 100%; height: auto; background: #ffffff; border: 1px solid var(--line); border-radius: 4px; }
+.evidence { white-space: pre-line; }
+figcaption, caption, .evidence { color: var(--soft); font-size: .9rem; }
+.lead { background: var(--panel); border-radius: 6px; padding: .25rem 1rem; font-size: 1.05rem; }
+.statement { border-left: 4px solid var(--line); margin: .75rem 0; padding: 0 0 0 .75rem; }
+.statement p { margin: .15rem 0; }
+.supported { border-color: #009e73; } .undecided { border-color: #e69f00; } .not-supported { border-color: #999999; }
+.verdict { font-weight: 600; }
+.scroll { overflow-x: auto; max-height: 32rem; }
+table { border-collapse: collapse; font-size: .88rem; margin: .5rem 0; }
+caption { text-align: left; padding: .25rem 0; }
+th, td { border-bottom: 1px solid var(--line); padding: .2rem .6rem; text-align: left; vertical-align: top; }
+td.number { text-align: right; font-variant-numeric: tabular-nums; }
+details { margin: .75rem 0; } summary { cursor: pointer; font-weight: 600; }
+dt { font-weight: 600; } dd { margin: 0 0 .5rem 1rem; max-width: 45rem; }
+"""
+
+_TABLE_HTML = """<div class="scroll" tabindex="0" role="region" aria-label="{{caption}}"><table>
+<caption>{{caption}}</caption>
+<thead><tr>{{head}}</tr></thead>
+<tbody>
+{{body}}
+</tbody></table></div>"""
+
+_PICTURE_HTML = """<figure>
+<img alt="{{alt}}" src="data:image/png;base64,{{data}}" decoding="async">
+<figcaption><strong>{{title}}</strong><br>{{caption}}</figcaption>
+</figure>"""
+
+_STATEMENT_HTML = """<div class="statement {{kind}}">
+<p>{{claim}}: <span class="verdict">{{verdict}}</span></p>
+<p class="evidence">{{evidence}}</p>
+</div>"""
+
+_DETAILS_HTML = """<details><summary>{{summary}}</summary>
+{{body}}
+</details>"""
+
+_REPORT_HTML = """<main>
+<h1>Where the heads of a small language model look</h1>
+<div class="lead">
+{{headline}}
+{{shares}}
+</div>
+<p>A language model predicts the next token of a text. Inside, each layer has several <em>attention heads</em>; for
+every token, a head decides how much to look at each earlier token. This report asks what the heads of one model do,
+and how much of that an untrained model would show as well. A number counts as a finding only where it differs from
+its baselines.</p>
+
+<h2 id="run">What was run</h2>
+{{run}}
+{{loss}}
+<details><summary>Thresholds and settings</summary>
+{{settings}}
+</details>
+
+<h2 id="read">How to read an attention map</h2>
+<p>Each row is a token that looks; the colours of the row say how its attention is shared among the tokens up to
+itself, and sum to 100%. Yellow is much, dark is little. The grey triangle holds later tokens, which the model
+cannot see. A bright diagonal is a head that looks at the token itself; one step lower, at the previous token; a
+bright first column is a head that parks its attention on the first token. <code>·</code> marks a leading space and
+<code>the²</code> is the second <code>the</code>. Layers and heads are counted from 0.</p>
+<p>Short maps mislead: in the first rows there is little to choose from, so every head seems to look at itself and
+at the first token. All scores below are therefore corrected for chance: 0 is what a head gets that looks everywhere
+alike, at any length of text, and 1 is the ideal head. They are measured on long windows of held-out text and on the
+study's sentences.</p>
+{{example}}
+
+<h2 id="classes">Classes of heads</h2>
+<p>Each head gets one of the original study's class names, by its largest score that reaches a threshold. The
+thresholds are so high that untrained heads rarely reach them. Intervals are 95% bootstrap intervals over texts, for
+untrained models the range over seeds. Whether a head parks attention on the first token (a sink) is a flag of its
+own: that is not attending broadly.</p>
+{{class_verdicts}}
+{{class_pictures}}
+<details><summary>Table of shares</summary>
+{{class_table}}
+</details>
+
+<h2 id="scores">What single heads do</h2>
+{{score_verdicts}}
+{{score_pictures}}
+<details><summary>Table of baselines</summary>
+{{baseline_table}}
+</details>
+<details><summary>Table of all heads</summary>
+{{score_table}}
+</details>
+
+<h2 id="ablation">Which heads matter</h2>
+<p>A pattern is no proof of use. Here each head's output is replaced by its mean, and the loss on held-out text is
+measured again.</p>
+{{ablation_verdicts}}
+{{ablation_pictures}}
+<details><summary>Table of ablations</summary>
+{{ablation_table}}
+</details>
+
+<h2 id="spread">Spread and reach</h2>
+<p>Entropy says over how many tokens a head spreads its attention, mean distance how far back it looks.</p>
+{{spread_pictures}}
+
+<h2 id="similarity">Which heads look alike</h2>
+<p>Heads that share a branch low in the tree look at the same places. Branches below the dashed noise floor differ
+less than one head does from itself on other texts. The second picture leaves the first token out, since sinks make
+heads look alike.</p>
+{{similarity_pictures}}
+
+<h2 id="language">Language</h2>
+<p>Each claim is tested with pairs of sentences, one good and one bad, that differ in little else. The model should
+find the good one more likely; heads that look at the right word are chosen on one half of the pairs and tested on
+the other; then they are removed, and must be missed more than random heads of the same layers.</p>
+{{language_verdicts}}
+{{language_pictures}}
+{{language_table}}
+
+<h2 id="sentences">The sentences</h2>
+<p>For each sentence: all heads at once, four chosen heads, the flow between tokens, and rollout, which follows
+attention through all layers. The same maps are in the explorer, where you can point at a token.</p>
+{{sentences}}
+
+<h2 id="glossary">Glossary</h2>
+<dl>
+<dt>Token</dt><dd>A piece of text, often a word with its leading space. The model reads and writes tokens.</dd>
+<dt>Layer, head</dt><dd>The model is a stack of layers; each has several heads that look in parallel.</dd>
+<dt>Attention sink</dt><dd>A head that puts its attention on the first token when it has nothing to do (Xiao et al.
+2023; Gu et al. 2024).</dd>
+<dt>Induction</dt><dd>Looking at what followed an earlier copy of the current token, which continues repeated text
+(Olsson et al. 2022). Measured on repeated random tokens with random gaps.</dd>
+<dt>Kappa</dt><dd>Attention on a set of tokens beyond what a uniform head puts there, divided by the most that is
+possible beyond it, in the manner of Cohen's kappa.</dd>
+<dt>Ablation</dt><dd>Replacing a head's output by its mean to see what is lost.</dd>
+<dt>Minimal pair</dt><dd>Two sentences that differ in one point, one of them wrong.</dd>
+<dt>Rollout</dt><dd>Attention multiplied through the layers (Abnar &amp; Zuidema 2020), here minus that of uniform
+heads.</dd>
+<dt>Nat</dt><dd>The unit of loss: 0.69 nats are one bit.</dd>
+</dl>
+</main>"""
+
+_EXPLORER_PAGE_HTML = """<main>
+<h1>Attention explorer</h1>
+<p>Point at a token, or move with the arrow keys, to see where each attention head looks from there. Brighter is more.
+A token sees only itself and what comes before it.</p>
+{{explorer}}
+</main>"""
+
+_EXPLORER_HTML = """<div class="pico-explorer">
+<style>{{style}}</style>
+<script type="application/json" class="pico-data">{{data}}</script>
+<div class="pico-controls">
+<label>Sentence <select class="pico-text"></select></label>
+<label>Layer <select class="pico-layer"></select></label>
+<label>Head <select class="pico-head"></select></label>
+<label>Second picture <select class="pico-view">
+<option value="heads">where every head looks from this token</option>
+<option value="maps">all heads at once</option>
+</select></label>
+<label><input type="checkbox" class="pico-drop"> leave out the first token</label>
+</div>
+<div class="pico-tokens" role="group"
+  aria-label="Tokens. Left and right arrow: other token. Up and down arrow: other head."></div>
+<p class="pico-status" role="status">Loading</p>
+<div class="pico-panels">
+<figure><figcaption class="pico-map-title"></figcaption><canvas class="pico-map" role="img"></canvas></figure>
+<figure><figcaption class="pico-all-title"></figcaption><canvas class="pico-all" role="img"></canvas></figure>
+</div>
+<p class="pico-help">Keys on a token: ← → other token, ↑ ↓ other head, Home and End. Click a head in the second picture
+to pick it.</p>
+<script>{{script}}</script>
+</div>"""
+
+_EXPLORER_CSS = """
+.pico-explorer { --pico-back: #ffffff; --pico-text: #1c1c1c; --pico-soft: #5c5c5c; --pico-none: #dcdcdc;
+  --pico-mark: #d3330a; background: var(--pico-back); color: var(--pico-text); font: 15px/1.5 system-ui, sans-serif; }
+@media (prefers-color-scheme: dark) {
+  .pico-explorer { --pico-back: #16181b; --pico-text: #e6e6e3; --pico-soft: #a5a8ab; --pico-none: #34383d;
+    --pico-mark: #ff7a4d; }
+}
+.pico-explorer .pico-controls { display: flex; flex-wrap: wrap; gap: .5rem 1rem; align-items: center; }
+.pico-explorer select { max-width: 24rem; font: inherit; color: inherit; background: var(--pico-back);
+  border: 1px solid var(--pico-soft); border-radius: 4px; padding: .1rem .3rem; }
+.pico-explorer .pico-tokens { display: flex; flex-wrap: wrap; gap: 3px; margin: .75rem 0 .25rem; }
+.pico-explorer .pico-tokens button { font: inherit; border: 2px solid transparent; border-radius: 4px; padding: 0 .3rem;
+  cursor: pointer; background: var(--pico-none); color: var(--pico-text); }
+.pico-explorer .pico-tokens button[aria-current] { border-color: var(--pico-mark); }
+.pico-explorer .pico-tokens button:focus-visible { outline: 2px solid var(--pico-text); outline-offset: 1px; }
+.pico-explorer .pico-status { min-height: 3em; margin: .25rem 0; max-width: none; }
+.pico-explorer .pico-panels { display: flex; flex-wrap: wrap; gap: 1rem; }
+.pico-explorer figure { margin: 0; } .pico-explorer figcaption { font-weight: 600; margin-bottom: .25rem; }
+.pico-explorer canvas { cursor: crosshair; max-width: 100%; touch-action: manipulation; }
+.pico-explorer .pico-help { color: var(--pico-soft); font-size: .9em; }
+"""
+
+_EXPLORER_JS = r"""
+(() => {
+  "use strict";
+  const STOPS = ["440154", "472c7a", "3b518b", "2c718e", "21908d", "27ad81", "5cc863", "aadc32", "fde725"]; // viridis
+  const rgb = (hex) => [0, 2, 4].map((i) => parseInt(hex.slice(i, i + 2), 16));
+  const COLORS = Array.from({ length: 256 }, (_, value) => {
+    const place = (value / 255) * (STOPS.length - 1);
+    const below = Math.min(Math.floor(place), STOPS.length - 2);
+    const [a, b] = [rgb(STOPS[below]), rgb(STOPS[below + 1])];
+    return a.map((channel, i) => Math.round(channel + (b[i] - channel) * (place - below)));
+  });
+  const SIZE = 500; // of a panel, in CSS pixels
+  const MARGIN = 80; // for labels
+
+  async function unpack(text) {
+    const bytes = Uint8Array.from(atob(text), (character) => character.charCodeAt(0));
+    const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("deflate"));
+    return new Uint8Array(await new Response(stream).arrayBuffer());
+  }
+
+  function start(root) {
+    const find = (name) => root.querySelector(".pico-" + name);
+    const data = JSON.parse(find("data").textContent);
+    const state = { text: 0, layer: 0, head: 0, token: 0, key: null, drop: false, view: "heads", maps: null };
+    const cache = {}; // pictures that stay the same while the pointer moves
+    const nMaps = data.nLayer * data.nHead;
+    let planned = false;
+
+    const labels = () => data.texts[state.text].labels;
+    const headName = (layer, head) => {
+      const name = data.classes[layer * data.nHead + head];
+      return `layer ${layer}, head ${head}` + (name ? ` (${name})` : "");
+    };
+    const share = (value) => `${Math.round((100 * value) / 255)}%`;
+
+    // weight 0..255 of map `index` from token `row` to token `key`
+    function weight(index, row, key) {
+      const n = labels().length;
+      const begin = index * ((n * (n + 1)) / 2) + (row * (row + 1)) / 2;
+      if (!state.drop) return state.maps[begin + key];
+      const rest = 255 - state.maps[begin];
+      return key === 0 || rest < 3 ? 0 : Math.min(255, (255 * state.maps[begin + key]) / rest);
+    }
+
+    // an image of width x height cells; weightAt(x, y) is a weight, or null where no token can look
+    function paint(width, height, weightAt) {
+      const canvas = document.createElement("canvas");
+      canvas.width = width;
+      canvas.height = height;
+      const context = canvas.getContext("2d");
+      const image = context.createImageData(width, height);
+      const none = rgb(style("--pico-none").slice(1));
+      for (let y = 0, at = 0; y < height; y++) {
+        for (let x = 0; x < width; x++, at += 4) {
+          const value = weightAt(x, y);
+          image.data.set(value === null ? none : COLORS[Math.round(value)], at);
+          image.data[at + 3] = 255;
+        }
+      }
+      context.putImageData(image, 0, 0);
+      return canvas;
+    }
+
+    const style = (name) => getComputedStyle(root).getPropertyValue(name).trim();
+
+    function cached(name, key, make) {
+      if (!cache[name] || cache[name].key !== key) cache[name] = { key, image: make() };
+      return cache[name].image;
+    }
+
+    // sizes the canvas for the screen and returns a context whose unit is the CSS pixel
+    function prepare(canvas, width, height) {
+      const scale = window.devicePixelRatio || 1;
+      if (canvas.width !== Math.round(width * scale) || canvas.height !== Math.round(height * scale)) {
+        canvas.width = Math.round(width * scale);
+        canvas.height = Math.round(height * scale);
+        canvas.style.width = `${width}px`;
+      }
+      const context = canvas.getContext("2d");
+      context.setTransform(scale, 0, 0, scale, 0, 0);
+      context.clearRect(0, 0, width, height);
+      context.imageSmoothingEnabled = false;
+      context.fillStyle = style("--pico-text");
+      context.strokeStyle = style("--pico-mark");
+      context.lineWidth = 2;
+      context.textBaseline = "middle";
+      context.textAlign = "right";
+      return context;
+    }
+
+    function drawTokens() {
+      const index = state.layer * data.nHead + state.head;
+      [...find("tokens").children].forEach((button, key) => {
+        const seen = key <= state.token;
+        const value = seen ? Math.round(weight(index, state.token, key)) : 0;
+        button.style.background = seen ? `rgb(${COLORS[value]})` : "";
+        button.style.color = seen ? (value > 140 ? "#000000" : "#ffffff") : "";
+        button.title = seen ? share(value) : "comes later";
+        button.tabIndex = key === state.token ? 0 : -1;
+        button.toggleAttribute("aria-current", key === state.token);
+      });
+    }
+
+    function drawMap() {
+      const index = state.layer * data.nHead + state.head;
+      const names = labels();
+      const n = names.length;
+      const cell = (SIZE - MARGIN) / n;
+      const context = prepare(find("map"), SIZE, SIZE);
+      const key = [state.text, index, state.drop, style("--pico-none")].join();
+      const image = cached("map", key, () => paint(n, n, (x, y) => (x > y ? null : weight(index, y, x))));
+      context.drawImage(image, MARGIN, 0, SIZE - MARGIN, SIZE - MARGIN);
+      context.font = `${Math.min(12, Math.max(7, cell * 0.8))}px system-ui, sans-serif`;
+      names.forEach((name, i) => {
+        const isCurrent = i === state.token;
+        if (cell < 8 && !isCurrent) return; // long texts: only the current token has room for its name
+        const short = name.length > 12 ? name.slice(0, 11) + "…" : name;
+        context.fillStyle = style(isCurrent ? "--pico-mark" : "--pico-text");
+        context.fillText(short, MARGIN - 5, (i + 0.5) * cell);
+        context.save();
+        context.translate(MARGIN + (i + 0.5) * cell, SIZE - MARGIN + 5);
+        context.rotate(-Math.PI / 2);
+        context.fillText(short, 0, 0);
+        context.restore();
+      });
+      context.strokeRect(MARGIN, state.token * cell, (state.token + 1) * cell, cell);
+      if (state.key !== null) context.strokeRect(MARGIN + state.key * cell, state.token * cell, cell, cell);
+      find("map-title").textContent = `Map of ${headName(state.layer, state.head)}`;
+      find("map").setAttribute("aria-label", `Attention map of ${headName(state.layer, state.head)}; rows look`);
+    }
+
+    function drawHeads() {
+      const n = labels().length;
+      const width = SIZE - MARGIN;
+      const height = Math.max(8, Math.min(16, SIZE / nMaps)) * nMaps;
+      const context = prepare(find("all"), SIZE, height);
+      const image = paint(n, nMaps, (x, y) => (x > state.token ? null : weight(y, state.token, x)));
+      context.drawImage(image, MARGIN, 0, width, height);
+      const band = height / data.nLayer;
+      context.font = "12px system-ui, sans-serif";
+      for (let layer = 0; layer < data.nLayer; layer++) {
+        context.fillText(`layer ${layer}`, MARGIN - 6, (layer + 0.5) * band);
+        context.clearRect(MARGIN, layer * band - 1, width, layer ? 2 : 0);
+      }
+      const row = height / nMaps;
+      context.strokeRect(MARGIN, (state.layer * data.nHead + state.head) * row, width - 1, row);
+      find("all-title").textContent = `Every head, from ${labels()[state.token]}`;
+      find("all").setAttribute("aria-label", "Where every head looks from the current token; a row is a head");
+    }
+
+    function drawAllMaps() {
+      const n = labels().length;
+      const tile = Math.floor((SIZE - MARGIN) / Math.max(data.nHead, data.nLayer));
+      const context = prepare(find("all"), MARGIN + tile * data.nHead, tile * data.nLayer + 20);
+      const key = [state.text, state.drop, style("--pico-none")].join();
+      const image = cached("maps", key, () =>
+        paint(n * data.nHead, n * data.nLayer, (x, y) => {
+          const index = Math.floor(y / n) * data.nHead + Math.floor(x / n);
+          return x % n > y % n ? null : weight(index, y % n, x % n);
+        })
+      );
+      for (let layer = 0; layer < data.nLayer; layer++) {
+        context.fillText(`layer ${layer}`, MARGIN - 6, (layer + 0.5) * tile);
+        for (let head = 0; head < data.nHead; head++) {
+          const [x, y] = [MARGIN + head * tile, layer * tile];
+          context.drawImage(image, head * n, layer * n, n, n, x, y, tile - 2, tile - 2);
+          context.fillRect(x, y + ((state.token + 0.5) / n) * (tile - 2), 3, 1); // the current token's row
+          if (layer === state.layer && head === state.head) context.strokeRect(x, y, tile - 2, tile - 2);
+        }
+      }
+      find("all-title").textContent = "All heads at once";
+      find("all").setAttribute("aria-label", "Attention maps of all heads; a row of tiles is a layer");
+    }
+
+    function drawStatus() {
+      const index = state.layer * data.nHead + state.head;
+      const names = labels();
+      const looks = names.slice(0, state.token + 1).map((name, key) => [weight(index, state.token, key), name]);
+      const best = looks.sort((a, b) => b[0] - a[0]).slice(0, 4);
+      const list = best.map(([value, name]) => `${name} ${share(value)}`).join(", ");
+      const at = (key) => share(weight(index, state.token, key));
+      const pointed = state.key === null ? "" : `; at ${names[state.key]} ${at(state.key)}`;
+      const head = headName(state.layer, state.head);
+      find("status").textContent = `${names[state.token]} in ${head} looks at: ${list}${pointed}`;
+    }
+
+    function draw() {
+      planned = false;
+      if (!state.maps) return;
+      drawTokens();
+      drawMap();
+      (state.view === "heads" ? drawHeads : drawAllMaps)();
+      drawStatus();
+    }
+
+    function update(change) {
+      Object.assign(state, change);
+      find("layer").value = state.layer;
+      find("head").value = state.head;
+      if (!planned) requestAnimationFrame(draw);
+      planned = true;
+    }
+
+    async function pickText(text) {
+      const maps = await unpack(data.texts[text].maps);
+      const names = data.texts[text].labels;
+      find("tokens").replaceChildren(
+        ...names.map((name, token) => {
+          const button = document.createElement("button");
+          button.type = "button";
+          button.textContent = name;
+          button.addEventListener("pointerenter", () => update({ token, key: null }));
+          button.addEventListener("focus", () => update({ token, key: null }));
+          return button;
+        })
+      );
+      update({ text, maps, token: names.length - 1, key: null });
+    }
+
+    function moveHead(step) {
+      const index = (state.layer * data.nHead + state.head + step + nMaps) % nMaps;
+      update({ layer: Math.floor(index / data.nHead), head: index % data.nHead });
+    }
+
+    // [column, row] of the cell under the pointer, right of the margin and above `bottom`; null outside
+    function cellAt(event, columns, rows, bottom) {
+      const canvas = event.currentTarget;
+      const box = canvas.getBoundingClientRect();
+      const scale = parseFloat(canvas.style.width) / box.width;
+      const x = (event.clientX - box.left) * scale - MARGIN;
+      const y = (event.clientY - box.top) * scale;
+      const column = Math.floor((x / (box.width * scale - MARGIN)) * columns);
+      const row = Math.floor((y / bottom) * rows);
+      return column >= 0 && column < columns && row >= 0 && row < rows ? [column, row] : null;
+    }
+
+    function options(select, names) {
+      select.replaceChildren(...names.map((name, value) => new Option(name, value)));
+    }
+
+    options(find("layer"), Array.from({ length: data.nLayer }, (_, i) => i));
+    options(find("head"), Array.from({ length: data.nHead }, (_, i) => i));
+    for (const category of new Set(data.texts.map((text) => text.category))) {
+      const group = document.createElement("optgroup");
+      group.label = category;
+      data.texts.forEach((text, i) => text.category === category && group.append(new Option(text.text, i)));
+      find("text").append(group);
+    }
+    find("text").addEventListener("change", (event) => pickText(Number(event.target.value)));
+    find("layer").addEventListener("change", (event) => update({ layer: Number(event.target.value) }));
+    find("head").addEventListener("change", (event) => update({ head: Number(event.target.value) }));
+    find("view").addEventListener("change", (event) => update({ view: event.target.value }));
+    find("drop").addEventListener("change", (event) => update({ drop: event.target.checked }));
+    find("tokens").addEventListener("keydown", (event) => {
+      const last = labels().length - 1;
+      const places = { ArrowLeft: state.token - 1, ArrowRight: state.token + 1, Home: 0, End: last };
+      const heads = { ArrowUp: -1, ArrowDown: 1 };
+      if (event.key in heads) moveHead(heads[event.key]);
+      else if (event.key in places) find("tokens").children[Math.max(0, Math.min(last, places[event.key]))].focus();
+      else return;
+      event.preventDefault();
+    });
+    find("map").addEventListener("pointermove", (event) => {
+      const n = labels().length;
+      const cell = cellAt(event, n, n, SIZE - MARGIN);
+      if (cell) update({ token: cell[1], key: cell[0] <= cell[1] ? cell[0] : null });
+    });
+    find("map").addEventListener("pointerleave", () => update({ key: null }));
+    find("all").addEventListener("click", (event) => {
+      const heads = state.view === "heads";
+      const canvas = event.currentTarget;
+      const height = parseFloat(canvas.style.width) * (canvas.height / canvas.width);
+      const cell = heads
+        ? cellAt(event, 1, nMaps, height)
+        : cellAt(event, data.nHead, data.nLayer, height - 20);
+      if (!cell) return;
+      const index = heads ? cell[1] : cell[1] * data.nHead + cell[0];
+      update({ layer: Math.floor(index / data.nHead), head: index % data.nHead });
+    });
+    matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => update({}));
+    pickText(0);
+  }
+
+  for (const root of document.querySelectorAll(".pico-explorer:not([data-started])")) {
+    root.dataset.started = "yes";
+    if (typeof DecompressionStream === "undefined") {
+      root.querySelector(".pico-status").textContent = "The explorer needs a browser of 2023 or newer.";
+    } else start(root);
+  }
+})();
+"""
 
 
 # ======================================================================================================================

@@ -1,0 +1,132 @@
+"""Made-up results of a study with known truth, in the columns that the module's own measurements have."""
+
+import numpy as np
+import pandas as pd
+import torch
+
+import pico_helpers as pico
+
+KAPPAS = ("sink", "self", "previous", "local", "duplicate", "induction", "punctuation", "rare", "broad")
+CLASSES = ("Diagonal/Self", "Local Context", "Token-Specific", "Global/Broad", "Mixed")
+
+
+def make_capture(text: str, n_layer: int = 2, n_head: int = 2, seed: int = 0) -> pico.AttentionCapture:
+    """Heads of clear kinds: head k of layer l looks mostly at itself, one back, the first token, or anywhere."""
+    tokenizer = pico.get_tokenizer()
+    ids = tokenizer.encode(text)
+    n = len(ids)
+    rng = np.random.default_rng(seed)
+    distance = np.subtract.outer(np.arange(n), np.arange(n))
+    scores = rng.normal(0, 1, (n_layer, n_head, n, n))
+    for layer in range(n_layer):
+        for head in range(n_head):
+            kind = (layer * n_head + head) % 5
+            scores[layer, head] += 4.0 * {0: distance == 0, 1: distance == 1, 2: np.arange(n) == 0}.get(kind, 0)
+    weights = np.exp(scores) * np.tri(n)
+    weights /= weights.sum(-1, keepdims=True)
+    return pico.AttentionCapture(
+        text,
+        ids,
+        tokenizer.labels(ids),
+        tokenizer.offsets(ids),
+        torch.tensor(weights, dtype=torch.float32),
+        torch.zeros(n, 1),
+    )
+
+
+def make_study(n_layer: int = 2, n_head: int = 2, trained: bool = True, seed: int = 0) -> pico.HeadStudy:
+    """A HeadStudy. With `trained`, half of the heads have a kind; without, nothing stands out."""
+    rng = np.random.default_rng(seed)
+    rows = []
+    for source in ("sentences", "windows"):
+        for layer in range(n_layer):
+            for head in range(n_head):
+                values = {name: rng.normal(0, 0.02) for name in KAPPAS} | {"broad": rng.uniform(0.95, 1.0)}
+                name = "Global/Broad"
+                if trained and head % 2 == 0:
+                    kind = ("previous", "local", "induction")[layer % 3]
+                    name = ("Diagonal/Self", "Local Context", "Token-Specific")[layer % 3]
+                    values |= {kind: rng.uniform(0.5, 0.9), "broad": rng.uniform(0.2, 0.6)}
+                elif trained and head == 1:
+                    values |= {"sink": 0.8, "broad": 0.7}
+                    name = "Mixed"
+                rows.append(
+                    {"layer": layer, "head": head, "source": source, **values}
+                    | {"mean_distance": rng.uniform(1, 20), "entropy": rng.uniform(1, 4)}
+                    | {"resting": False, "sink_flag": values["sink"] > 0.3, "class": name}
+                )
+    scores = pd.DataFrame(rows)
+    shares, baselines = [], []
+    for source in ("sentences", "windows"):
+        own = scores[scores["source"] == source]
+        for model in pico.MODEL_NAMES:
+            for name in CLASSES:
+                share = float((own["class"] == name).mean())
+                if model in ("untrained", "uniform"):
+                    share = float(name == "Global/Broad")
+                reach = 0.0 if model == "uniform" else 0.03
+                low, high = max(0.0, share - reach), min(1.0, share + reach)
+                shares.append(
+                    {"source": source, "model": model, "class": name, "share": share, "low": low, "high": high}
+                )
+            for score in (*KAPPAS, "mean_distance", "entropy"):
+                for statistic in ("mean", "max"):
+                    value = float(own[score].agg(statistic))
+                    if model in ("untrained", "uniform"):
+                        value = {"broad": 0.98, "mean_distance": 30.0, "entropy": 4.1}.get(score, 0.01)
+                    baselines.append(
+                        {"source": source, "model": model, "score": score, "statistic": statistic}
+                        | {"mean": value, "low": value - 0.02, "high": value + 0.02}
+                    )
+    ablation = scores[scores["source"] == "windows"][["layer", "head"]].copy()
+    ablation["loss_increase"] = rng.normal(0.02 if trained else 0.0, 0.01 if trained else 1e-5, len(ablation))
+    ablation["loss"] = 4.0 + ablation["loss_increase"]
+    ablation["standard_error"] = 0.001 if trained else 1e-4
+    n = n_layer * n_head
+    points = rng.normal(0, 1, (n, 3)) + 3 * (np.arange(n) % 3)[:, None]
+    distances = np.linalg.norm(points[:, None] - points[None], axis=-1)
+    distances /= 1.2 * distances.max()
+    return pico.HeadStudy(
+        scores=scores,
+        thresholds=pico.ScoreThresholds(),
+        shares=pd.DataFrame(shares),
+        baselines=pd.DataFrame(baselines),
+        ablation=ablation.reset_index(drop=True),
+        similarity=distances,
+        similarity_without_sink=distances**2,
+        noise_floor=0.05,
+        noise_floor_without_sink=0.04,
+        settings={"n_windows": 200, "ablation_windows": 8},
+    )
+
+
+def make_language(trained: bool = True) -> pd.DataFrame:
+    rows = []
+    for index, phenomenon in enumerate(
+        ("Subject and verb", "Coreference", "Negation", "Questions", "Articles & nouns")
+    ):
+        accuracy = 0.8 - 0.1 * index if trained else 0.5
+        effect = 0.2 - 0.05 * index if trained else 0.0
+        rows.append(
+            {
+                "phenomenon": phenomenon,
+                "claim": f"The model handles {phenomenon.lower()}",
+                "n_pairs": 40,
+                "accuracy": accuracy,
+                "accuracy_low": accuracy - 0.08,
+                "accuracy_high": accuracy + 0.08,
+                "untrained_accuracy": 0.49,
+                "heads": "1.0, 1.1",
+                "attention_difference": effect,
+                "attention_low": effect - 0.05,
+                "attention_high": effect + 0.05,
+                "p_value": 0.001 if effect > 0.1 else 0.4,
+                "margin_drop": 2 * effect,
+                "random_margin_drop": 0.02,
+                "loss_increase": effect / 10,
+                "random_loss_increase": 0.001,
+                "verdict": "supported" if effect > 0.1 else "undecided" if trained else "not supported",
+                "reason": "made up for a test",
+            }
+        )
+    return pd.DataFrame(rows)

@@ -1,0 +1,414 @@
+"""Minimal pairs and the linguistic study, against models whose truth is known."""
+
+import copy
+import dataclasses
+from collections import Counter
+from random import Random
+
+import numpy as np
+import pytest
+import torch
+
+import pico_helpers as pico
+
+TINY = pico.ModelConfig(d_model=32, n_layer=2, n_head=2, d_ff=32, context_length=32, max_positions=64, dropout=0.1)
+TOKENIZER = pico.get_tokenizer()
+
+
+def tiny_model(seed=0, config=TINY):
+    return pico.PicoLLM(config, seed)
+
+
+@pytest.fixture(scope="module")
+def windows():
+    return torch.randint(50257, (4, 24), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="module")
+def untrained():
+    return [tiny_model(100 + seed) for seed in range(3)]
+
+
+def token(word):
+    (only,) = TOKENIZER.encode(word)
+    return only
+
+
+# ---- test sentences
+
+
+def test_the_study_has_ten_categories_of_distinct_sentences():
+    assert list(pico.ALL_TEST_CATEGORIES) == [
+        "Simple", "Complex Syntax", "Long-Range Dependencies", "Coreference", "Negation",
+        "Questions", "Technical", "Ambiguous", "Comparative", "Temporal",
+    ]  # fmt: skip
+    sentences = [sentence for group in pico.ALL_TEST_CATEGORIES.values() for sentence in group]
+    assert len(set(sentences)) == len(sentences)
+    assert all(5 <= len(group) <= 6 for group in pico.ALL_TEST_CATEGORIES.values())
+    assert all(len(TOKENIZER.encode(sentence)) <= 40 for sentence in sentences)  # fits a heatmap whole
+
+
+# ---- scoring
+
+
+def naive_log_prob(model, ids):
+    with pico.evaluating(model):
+        logits = model(torch.tensor([[50256, *ids[:-1]]]))[0]
+    return sum(logits[i].log_softmax(-1)[token].item() for i, token in enumerate(ids))
+
+
+@pytest.mark.parametrize("batch_tokens, chunk", [(16_384, 1024), (20, 3), (1, 1)])
+def test_sequence_log_probs_equal_one_by_one_scores(batch_tokens, chunk):
+    random = Random(1)
+    model = tiny_model()
+    model.loss_chunk = chunk
+    sequences = [[random.randrange(50257) for _ in range(random.choice([1, 2, 5, 5, 9, 40]))] for _ in range(17)]
+    scores = pico.sequence_log_probs(model, sequences, batch_tokens)
+    assert scores.dtype == torch.float32 and scores.shape == (17,)
+    assert torch.allclose(scores, torch.tensor([naive_log_prob(model, ids) for ids in sequences]), atol=1e-3)
+    assert model.training  # the mode is restored
+
+
+@pytest.mark.parametrize("length", [0, 65])
+def test_sequence_log_probs_name_the_sequence_that_does_not_fit(length):
+    with pytest.raises(pico.PicoError, match=f"Sequence 1 has {length} tokens"):
+        pico.sequence_log_probs(tiny_model(), [[1, 2], [3] * length])
+
+
+def test_the_longest_sequence_that_fits_is_scored():
+    assert pico.sequence_log_probs(tiny_model(), [[3] * 64]).isfinite().all()
+
+
+def unigram_model(liked, strength=3.0):
+    """A model that ignores its input: every logit is the same at every position, one word's is higher."""
+    model = tiny_model()
+    with torch.no_grad():
+        model.final_norm.weight.zero_()
+        model.final_norm.bias.zero_()
+        model.final_norm.bias[0] = 1.0
+        model.token_embedding.weight[:, 0] = 0.0
+        model.token_embedding.weight[token(liked), 0] = strength
+    return model
+
+
+def test_accuracy_of_a_rigged_scorer_counts_ties_one_half():
+    model = unigram_model(" cat")
+    right = ("The cat sat", "The dog sat")
+    wrong = ("A bird sat near", "A cat sat near")
+    tie = ("Nothing differs here", "Nothing differs here")
+    assert pico.minimal_pair_accuracy(model, [right]).accuracy == 1.0
+    assert pico.minimal_pair_accuracy(model, [wrong]).accuracy == 0.0
+    assert pico.minimal_pair_accuracy(model, [tie]).accuracy == 0.5
+    result = pico.minimal_pair_accuracy(model, [right, right, tie, wrong, tie, right])
+    assert result.accuracy == pytest.approx(4 / 6)
+    assert 0 <= result.low <= result.accuracy <= result.high <= 1
+    assert result.margins.shape == (6,)
+    assert result.margins[0].item() == pytest.approx(3.0, abs=1e-3)  # the logit's head start
+
+
+@pytest.mark.parametrize(
+    "pairs, message",
+    [
+        ([], "no pairs"),
+        ([("A cat", "A dog"), ("", "A dog")], "good sentence of pair 1 is empty"),
+        ([("A cat", "  ")], "bad sentence of pair 0 is empty"),
+        ([("A cat", "A dog"), ("A cat", "word " * 70)], "bad sentence of pair 1 has 71 tokens; the model reads 64"),
+    ],
+)
+def test_unusable_pairs_are_named(pairs, message):
+    with pytest.raises(pico.PicoError, match=message):
+        pico.minimal_pair_accuracy(tiny_model(), pairs)
+
+
+# ---- pairs
+
+
+@pytest.fixture(scope="module", params=list(pico.PHENOMENA))
+def pairs(request):
+    return pico.make_pairs(request.param, 60)
+
+
+def by_item(pairs):
+    items = {}
+    for pair in pairs:
+        items.setdefault(pair.item, []).append(pair)
+    return list(items.values())
+
+
+def word_at(pair, position):
+    return pair.good.split()[position]
+
+
+def test_every_word_is_one_token_and_only_the_last_differs(pairs):
+    for pair in pairs:
+        good, bad = TOKENIZER.encode(pair.good), TOKENIZER.encode(pair.bad)
+        assert len(good) == len(bad) == len(pair.good.split())
+        assert good[:-1] == bad[:-1] and good[-1] != bad[-1]
+        assert pair.query == len(good) - 2
+
+
+def test_pairs_are_reproducible_and_distinct(pairs):
+    name = pairs[0].phenomenon
+    assert pico.make_pairs(name, 60) == pairs
+    assert pico.make_pairs(name, 40) == [pair for pair in pairs if pair.item < 40]
+    assert pico.make_pairs(name, 60, seed=1) != pairs
+    assert len({(pair.good, pair.bad) for pair in pairs}) == len(pairs)
+    assert [len(group) for group in by_item(pairs)] == [len(pairs) // 60] * 60
+
+
+def test_partners_swap_the_roles_and_the_words(pairs):
+    for group in by_item(pairs):
+        first, second, *controls = group
+        assert (first.target, first.distractor) == (second.distractor, second.target)
+        assert first.target != first.distractor and max(first.target, first.distractor) < first.query
+        assert all(pair.target is None and pair.distractor is None for pair in controls)
+        last = [(pair.good.split()[-1], pair.bad.split()[-1]) for pair in group]
+        assert Counter(good for good, _ in last) == Counter(bad for _, bad in last)
+        assert len({word_at(pair, pair.query) for pair in group}) == 1  # the last word read tells nothing
+
+
+def test_the_target_is_the_word_that_decides(pairs):
+    men, women = pico._MEN.split(), pico._WOMEN.split()
+    for pair in pairs:
+        if pair.target is None:
+            assert not {"did", "not"} & set(pair.good.split())
+            continue
+        target, distractor, right = word_at(pair, pair.target), word_at(pair, pair.distractor), pair.good.split()[-1]
+        match pair.phenomenon:
+            case "article-noun":
+                assert (target in ("a", "an")) == (right in pico._THING.split())
+                follower = word_at(pair, pair.target + 1)
+                assert target != "a" or follower[0] not in "aeio"
+                assert target != "an" or follower[0] in "aeio"
+            case "subject-verb":
+                assert target.endswith("s") != right.endswith("s")
+                assert target.endswith("s") != distractor.endswith("s")
+            case "coreference":
+                assert (target in men, target in women) == (right == "he", right == "she")
+                assert distractor in pico._CITY.split()
+            case "reflexive":
+                assert (target in men, target in women) == (right == "himself", right == "herself")
+                assert {target in men, distractor in men} == {True, False}
+            case "negation":
+                assert target == "not" and right.startswith("any")
+            case "question":
+                assert target == "did" and right in [both.split(":")[0] for both in pico._PAST.split()]
+            case "importance of":
+                prepositions = dict(both.split(":") for both in pico._NOUN_PREPOSITION.split())
+                assert prepositions.get(target, "of") == right
+
+
+def test_importance_of_is_there():
+    assert any("importance" in pair.good and pair.good.endswith(" of") for pair in pico.make_pairs("importance of"))
+
+
+def test_unknown_phenomenon_and_exhausted_templates_are_errors(monkeypatch):
+    with pytest.raises(pico.PicoError, match="Unknown phenomenon 'tense'"):
+        pico.make_pairs("tense")
+    one = pico.Phenomenon("claim", "about", lambda random, flip: [("The [cat] (dog) now", "a", "b")])
+    monkeypatch.setitem(pico.PHENOMENA, "one", one)
+    with pytest.raises(pico.PicoError, match="fewer than 2"):
+        pico.make_pairs("one", 2)
+
+
+# ---- measurement
+
+
+def no_context_model():
+    """Layers add nothing, so that the prediction follows from the last token alone."""
+    model = tiny_model()
+    with torch.no_grad():
+        for block in model.blocks:
+            block.attention.out_proj.weight.zero_()
+            block.mlp.down_proj.weight.zero_()
+    return model
+
+
+@pytest.mark.parametrize("model", [unigram_model(" did"), no_context_model()], ids=["unigram", "bigram"])
+def test_a_model_that_ignores_the_context_scores_one_half_in_every_item(model, pairs):
+    margins, _ = pico._measure_pairs(model, pairs)
+    correct = pico._correct(margins).reshape(60, -1)
+    assert (correct.mean(axis=1) == 0.5).all()
+
+
+def test_margins_are_differences_of_sentence_log_probabilities(pairs):
+    model = tiny_model(3)
+    margins, _ = pico._measure_pairs(model, pairs, attention=False)
+    result = pico.minimal_pair_accuracy(model, [(pair.good, pair.bad) for pair in pairs])
+    assert torch.allclose(margins, result.margins, atol=1e-4)
+    assert margins.abs().max() > 0.01
+
+
+def test_attention_is_read_at_the_query_from_target_and_distractor(pairs):
+    model = tiny_model(4)
+    _, differences = pico._measure_pairs(model, pairs)
+    for index in [0, 1, len(pairs) - 1]:
+        pair = pairs[index]
+        if pair.target is None:
+            assert differences[index].isnan().all()
+            continue
+        layers = []
+        idx = torch.tensor([[50256, *TOKENIZER.encode(pair.good)]])
+        pico.stream_attention(model, idx, lambda _, weights, layers=layers: layers.append(weights[0]))
+        row = torch.stack(layers)[:, :, pair.query + 1]  # (layers, heads, keys)
+        assert torch.allclose(differences[index], row[..., pair.target + 1] - row[..., pair.distractor + 1], atol=1e-6)
+
+
+def test_heads_of_the_random_control_come_from_the_same_layers():
+    config = pico.ModelConfig(d_model=64, n_layer=4, n_head=4, d_ff=32)
+    chosen = [(0, 1), (2, 0), (2, 3)]
+    draws = [pico._random_heads(chosen, config, Random(seed)) for seed in range(30)]
+    for drawn in draws:
+        assert sorted(layer for layer, _ in drawn) == [0, 2, 2]
+        assert not set(drawn) & set(chosen) and len(set(drawn)) == 3
+    assert len({tuple(sorted(drawn)) for drawn in draws}) > 1
+    full = [(1, head) for head in range(4)]  # no other head is left in layer 1
+    drawn = pico._random_heads(full, config, Random(0))
+    assert len(set(drawn)) == 4 and all(layer != 1 for layer, _ in drawn)
+
+
+# ---- statistics
+
+
+def test_sign_flip_p_values_are_uniform_without_an_effect():
+    random = np.random.default_rng(0)
+    p = np.array([pico._sign_flip_p(random.normal(size=20), seed, n=500) for seed in range(400)])
+    assert np.abs(np.quantile(p, [0.1, 0.25, 0.5, 0.75, 0.9]) - [0.1, 0.25, 0.5, 0.75, 0.9]).max() < 0.08
+    assert (p < 0.05).mean() < 0.09
+
+
+def test_sign_flip_finds_an_effect_of_either_sign_and_none_in_zeros():
+    values = np.random.default_rng(1).normal(1.0, 1.0, size=20)
+    assert pico._sign_flip_p(values, 0) == pytest.approx(pico._sign_flip_p(-values, 0))
+    assert pico._sign_flip_p(values, 0) < 0.01
+    assert pico._sign_flip_p(np.zeros(20), 0) == 1.0
+
+
+def test_holm_adjustment_of_a_textbook_example():
+    assert pico._holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert pico._holm([0.6, 0.7]) == pytest.approx([1.0, 1.0])
+
+
+def test_bootstrap_interval_covers_the_truth():
+    random = np.random.default_rng(2)
+    covered = 0
+    for seed in range(200):
+        low, high = pico._bootstrap_interval(random.normal(0.3, 1.0, size=40), seed, n=300)
+        covered += low < 0.3 < high
+    assert 175 <= covered <= 199
+
+
+# ---- verdict
+
+GOOD = pico.LinguisticEvidence(
+    phenomenon="question", claim="", n_items=40, n_pairs=160,
+    accuracy=0.85, accuracy_low=0.78, accuracy_high=0.91, untrained_accuracy=0.5, untrained_accuracy_highest=0.55,
+    heads="L1H0", attention_difference=0.2, attention_low=0.15, attention_high=0.25, untrained_attention_highest=0.01,
+    p_value=0.001, margin_drop=1.0, random_margin_drop=0.1, margin_excess_low=0.5, margin_excess_high=1.2,
+    loss_increase=0.1, random_loss_increase=0.1,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "changes, expected, word",
+    [
+        ({}, "supported", "All three links"),
+        ({"accuracy_low": 0.49}, "undecided", "prefers"),
+        ({"untrained_accuracy_highest": 0.8}, "undecided", "prefers"),
+        ({"p_value": 0.05}, "undecided", "attention"),
+        ({"attention_low": -0.01}, "undecided", "attention"),
+        ({"untrained_attention_highest": 0.16}, "undecided", "attention"),
+        ({"margin_excess_low": -0.1}, "undecided", "without them"),
+        ({"accuracy_low": 0.45, "accuracy_high": 0.59}, "not supported", "prefers"),
+        ({"attention_low": -0.01, "attention_high": 0.019}, "not supported", "attention"),
+        ({"margin_excess_low": -0.5, "margin_excess_high": -0.1}, "not supported", "without them"),
+    ],
+)
+def test_verdict_needs_every_link_and_names_the_one_that_fails(changes, expected, word):
+    decision, reason = pico.verdict(dataclasses.replace(GOOD, **changes))
+    assert decision == expected
+    assert word in reason
+    if decision != "supported":
+        assert sum(text in reason for text in ("prefers", "attention", "without them")) == 1
+
+
+# ---- the study
+
+
+def did_model():
+    """A model built by hand: head L0H0 looks at ` did` and makes bare verbs likely; without ` did`, past forms.
+
+    Dimension 0 is 1 after the norm, dimension 1 marks ` did`; query and key meet in the slowest rotary pair.
+    """
+    model = tiny_model(0, pico.ModelConfig(d_model=64, n_layer=2, n_head=2, d_ff=32, context_length=32, dropout=0.0))
+    attention, norm, d = model.blocks[0].attention, model.blocks[0].attention_norm, 32
+    verbs = [[token(" " + form) for form in both.split(":")] for both in pico._PAST.split()]
+    with torch.no_grad():
+        embedding = model.token_embedding.weight
+        embedding[:, 1] = 0.0
+        embedding[token(" did"), 1] = 1.0
+        norm.weight[0], norm.bias[0] = 0.0, 1.0
+        qkv = attention.qkv_proj.weight.view(3, 2, d, 64)  # (query | key | value, head, dimension, input)
+        qkv[:, 0] = 0.0
+        qkv[0, 0, d // 2 - 1, 0] = qkv[1, 0, d // 2 - 1, 1] = 10.0
+        qkv[2, 0, 0, 1] = qkv[2, 0, 1, 0] = 1.0  # the value: whether it is ` did`, and the constant
+        base, past = torch.tensor(verbs).unbind(1)
+        contrasts = torch.cat([embedding[base] - embedding[past], torch.ones(1, 64)])  # the norm takes the mean away
+        wanted = torch.tensor([1.0] * len(verbs) + [0.0])[:, None]
+        direction = torch.linalg.lstsq(contrasts, wanted).solution[:, 0]
+        attention.out_proj.weight[:, 0] = direction
+        attention.out_proj.weight[:, 1] = -3 * direction
+    return model
+
+
+def test_study_finds_the_head_of_a_model_built_by_hand(windows):
+    model = did_model()
+    bars = []
+    counter = type("Bar", (), {"update": lambda self, n: bars.append(n)})()
+    untrained = [tiny_model(seed, model.config) for seed in (7, 8, 9)]
+    table = pico.study_language(model, windows=windows, untrained=untrained, n_heads=1, bar=counter)
+    assert bars == [1] * len(pico.PHENOMENA)
+    assert list(table.phenomenon) == list(pico.PHENOMENA)
+    assert list(table) == [f.name for f in dataclasses.fields(pico.LinguisticEvidence)] + ["verdict", "reason"]
+    question = table.set_index("phenomenon").loc["question"]
+    assert question.heads == "L0H0"
+    assert question.accuracy == 1.0 and question.untrained_accuracy < 0.7
+    assert question.attention_difference > 0.9 and question.p_value < 0.05
+    assert question.margin_drop > 5 * abs(question.random_margin_drop)
+    assert question.verdict == "supported", question.reason
+    assert set(table[table.phenomenon != "question"].verdict) <= {"not supported", "undecided"}
+
+
+def test_a_head_that_looks_but_is_not_used_is_not_enough(windows):
+    """The same head looks at ` did`, but nothing reads it: attention alone must not support a claim."""
+    model = did_model()
+    with torch.no_grad():
+        model.blocks[0].attention.out_proj.weight[:, :2] = 0.0
+    untrained = [tiny_model(seed, model.config) for seed in (7, 8)]
+    table = pico.study_language(model, windows=windows, untrained=untrained, n_heads=1, n_draws=2)
+    question = table.set_index("phenomenon").loc["question"]
+    assert question.attention_difference > 0.9 and question.p_value < 0.05
+    assert question.verdict != "supported"
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_nothing_is_supported_on_an_untrained_model(seed, windows, untrained):
+    table = pico.study_language(
+        tiny_model(seed), windows=windows, untrained=untrained, n_items=24, n_heads=1, n_draws=2, seed=seed
+    )
+    assert set(table.verdict) <= {"not supported", "undecided"}
+    assert table.reason.str.len().min() > 20
+
+
+def test_study_is_reproducible_and_leaves_the_model_as_it_was(windows, untrained):
+    model = tiny_model(11)
+    before = copy.deepcopy(model.state_dict())
+    run = [pico.study_language(model, windows=windows, untrained=untrained, n_items=8, n_draws=1) for _ in range(2)]
+    assert run[0].equals(run[1])
+    assert model.training and all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_study_refuses_too_few_items(windows):
+    with pytest.raises(pico.PicoError, match="7 items are too few"):
+        pico.study_language(tiny_model(), windows=windows, n_items=7)
