@@ -3001,7 +3001,7 @@ def _cut_note(n_tokens: int, limit: int) -> str:
 
 
 def _map_colors(weights: np.ndarray, cmap: str = "viridis", low: float = 0.0, high: float = 1.0) -> np.ndarray:
-    """Colours (..., T, T, 4) uint8 of maps (..., T, T); the upper triangle is grey, since it is impossible, not zero."""
+    """Colours (..., T, T, 4) uint8 of maps (..., T, T); the upper triangle is grey: impossible, not zero."""
     import matplotlib
 
     n = weights.shape[-1]
@@ -5024,12 +5024,37 @@ def run_analysis(
     path = Path(checkpoint) if checkpoint else newest_checkpoint(results)
     saved = load_checkpoint(path)
     model = model_from_checkpoint(saved).to(default_device())
-    print(
-        f"Analyzing {path}: {model.count_parameters()[0] / 1e6:.2f}M parameters, step {saved.step:,}, {saved.corpus}."
-    )
+    print(f"Analyzing {path}, trained for {saved.step:,} steps on {saved.corpus}.")
     captures = capture_sentences(model, sentences or ALL_TEST_CATEGORIES)
-    corpus = choose_corpus(saved.train_config.corpus, saved.train_config.corpus_fraction, data_folder)
-    return []
+    texts = [capture.text for members in captures.values() for capture in members]
+    config = saved.train_config
+    corpus = choose_corpus(config.corpus, config.corpus_fraction, data_folder)
+    training, validation = (prepare_tokens(corpus, split, data_folder) for split in ("train", "validation"))
+    length = min(128, model.config.context_length)
+    windows = held_out_sequences(validation, min(16, count_sequences(validation, length)), length)[:, :-1]
+
+    study = study_heads(model, texts, windows, token_counts=token_counts(training))
+    with progress(total=len(PHENOMENA), desc="language", unit="claim") as bar:
+        language = study_language(model, windows=windows, bar=bar)
+    results = Path(results)
+    pictures = draw_study(captures, study, language, results / "attention", saved.metrics)
+    about = {
+        "Model": f"{path.name}, {model.count_parameters()[0] / 1e6:.2f}M parameters without embeddings, "
+        f"{model.config.n_layer} layers of {model.config.n_head} heads",
+        "Trained on": saved.corpus,
+        "Training": f"{saved.step:,} steps of {config.batch_size} sequences of {model.config.context_length} tokens",
+        "Held-out text": f"{len(windows)} windows of {length} tokens from {corpus.about}",
+    }
+    findings = study_findings(study, language, about)
+    windows_classes = study.scores.query("source == 'windows'")["class"].tolist()
+    files = [
+        write_report(results / "attention_report.html", findings, pictures),
+        write_explorer(results / "attention_explorer.html", captures, windows_classes),
+        write_findings(results / "findings.json", findings),
+        write_csv(results / "head_scores.csv", study.scores.to_dict("records")),
+    ]
+    print(f"{findings['headline']}")
+    return files + [path for picture in pictures for path in (picture.path, picture.path.with_suffix(".svg"))]
 
 
 def ask_choice(ask: Callable[[str], str] = input) -> str:
