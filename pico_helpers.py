@@ -758,7 +758,7 @@ class CausalSelfAttention(nn.Module):
         q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
         if cache is not None:
             k, v = cache.extend(self.layer, k, v)
-        past = k.shape[2] - T
+        past = k.shape[2] - T if cache is not None else 0  # a plain 0 keeps torch.export going
         mask = None  # every query sees the keys up to its own position
         if on_attention is not None or (past and T > 1):
             mask = torch.ones(T, past + T, dtype=torch.bool, device=x.device).tril(past)
