@@ -29,12 +29,15 @@ import argparse
 import base64
 import codecs
 import contextlib
+import copy
 import csv
 import dataclasses
 import functools
 import hashlib
 import html
+import importlib.metadata
 import importlib.util
+import inspect
 import io
 import itertools
 import json
@@ -53,6 +56,7 @@ import time
 import types
 import unicodedata
 import urllib.request
+import warnings
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -748,6 +752,11 @@ class SequenceStream:
         return torch.stack([self.epoch(epoch)[index] for epoch, index in places])
 
 
+def held_out_sequences(file: TokenFile, n: int, length: int, seed: int = 0) -> Tensor:
+    """n sequences of `length` + 1 tokens of real text, (n, length + 1) int64."""
+    return SequenceStream(file, length, None, seed).batch(0, n)
+
+
 # ======================================================================================================================
 # MODEL
 # A pre-LayerNorm decoder. One forward pass serves training, capture and cached generation; B sequences, T tokens,
@@ -805,7 +814,7 @@ class CausalSelfAttention(nn.Module):
         q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
         if cache is not None:
             k, v = cache.extend(self.layer, k, v)
-        past = k.shape[2] - T
+        past = k.shape[2] - T if cache is not None else 0  # a plain 0 keeps torch.export going
         mask = None  # every query sees the keys up to its own position
         if on_attention is not None or (past and T > 1):
             mask = torch.ones(T, past + T, dtype=torch.bool, device=x.device).tril(past)
@@ -2043,8 +2052,8 @@ def _ablated_losses(
 
     def replace(_: int, outputs: Tensor) -> Tensor:
         outputs = outputs.unflatten(0, (len(heads), -1)).clone()  # (copies, B, T, H, d)
-        for copy, head in enumerate(heads):
-            outputs[copy, :, :, head] = substitutes[layer, head].to(outputs)
+        for index, head in enumerate(heads):
+            outputs[index, :, :, head] = substitutes[layer, head].to(outputs)
         return outputs.flatten(0, 1)
 
     cos, sin = model.rope_cos[: x.shape[1]], model.rope_sin[: x.shape[1]]
@@ -4818,7 +4827,644 @@ def _sample(
 
 # ======================================================================================================================
 # INFERENCE
+# One model run in many ways: eager, in a CUDA graph, through torch.compile and through TensorRT, timed side by side.
+# No speed without accuracy: each way must first give the logits of FP32 PyTorch on held-out text within stated bounds.
 # ======================================================================================================================
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """A fast model against FP32 PyTorch on real text."""
+
+    max_difference: float  # of any logit
+    mean_difference: float  # of logits
+    top1_agreement: float  # share of positions with the same most likely token
+    kl_divergence: float  # nats per position
+    loss_change: float  # nats per token
+
+
+# FP16 passes with room to spare, a broken kernel does not
+ACCURACY_BOUNDS = Accuracy(0.5, mean_difference=0.02, top1_agreement=0.99, kl_divergence=1e-3, loss_change=0.005)
+
+
+def check_accuracy(
+    reference: PicoLLM, candidate: Callable[[Tensor], Tensor], tokens: Tensor, bounds: Accuracy = ACCURACY_BOUNDS
+) -> Accuracy:
+    """Compares logits on tokens (N, T + 1), one sequence at a time. Raises PicoError beyond a bound and for NaN."""
+    measures = []
+    with evaluating(reference):
+        for row in tokens.to(reference.rope_cos.device).split(1):
+            idx, targets = row[:, :-1].contiguous(), row[0, 1:]
+            with _float32_matmul("highest"):
+                expected = reference(idx)[0].float()
+            actual = candidate(idx)[0].to(expected)
+            difference, p, q = (actual - expected).abs(), expected.log_softmax(-1), actual.log_softmax(-1)
+            same = expected.argmax(-1) == actual.argmax(-1)
+            kl, change = (p.exp() * (p - q)).sum(-1).mean(), F.nll_loss(q, targets) - F.nll_loss(p, targets)
+            measures.append(torch.stack([difference.max(), difference.mean(), same.float().mean(), kl, change]).cpu())
+    table = torch.stack(measures)  # (N, 5)
+    accuracy = Accuracy(table[:, 0].max().item(), *table[:, 1:].mean(0).tolist())
+    problems = []
+    for name, bound in vars(bounds).items():
+        value = getattr(accuracy, name)
+        if not (value >= bound if name == "top1_agreement" else abs(value) <= bound):  # true for NaN
+            problems.append(f"{name} {value:.2g} (bound {bound:g})")
+    if problems:
+        raise PicoError(f"Refused by the accuracy gate: {', '.join(problems)}.")
+    return accuracy
+
+
+@contextlib.contextmanager
+def _float32_matmul(precision: str, run: Callable | None = None) -> Iterator[Callable | None]:
+    """float32 products in full ("highest") or with TF32 ("high") inside; the setting is restored."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        yield run
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+class _LogitsOnly(nn.Module):
+    """The model with token ids as its only argument, the form that export wants."""
+
+    def __init__(self, model: PicoLLM, explicit_attention: bool) -> None:
+        super().__init__()
+        self.model = model
+        self.on_attention = (lambda layer, weights: None) if explicit_attention else None
+
+    def forward(self, idx: Tensor) -> Tensor:
+        return self.model(idx, on_attention=self.on_attention)
+
+
+def export_program(
+    model: PicoLLM, max_batch: int = 32, max_length: int | None = None, *, explicit_attention: bool = False
+) -> torch.export.ExportedProgram:
+    """The model as a graph of operators, token ids (B, T) int64 -> logits (B, T, V), any B and T up to the maxima.
+
+    `max_length` defaults to `context_length`. With `explicit_attention` attention is products and a float32 softmax
+    instead of one fused operator. Raises PicoError for a length beyond `max_positions`.
+    """
+    max_length = max_length or model.config.context_length
+    if max_length > model.config.max_positions:
+        raise PicoError(f"max_length {max_length} exceeds the model's {model.config.max_positions} positions.")
+    sizes = (("batch", max_batch), ("length", max_length))
+    dynamic = {i: torch.export.Dim(name, min=1, max=size) for i, (name, size) in enumerate(sizes) if size > 1}
+    idx = torch.zeros(min(2, max_batch), min(8, max_length), dtype=torch.int64, device=model.rope_cos.device)
+    with evaluating(model):
+        return torch.export.export(_LogitsOnly(model, explicit_attention), (idx,), dynamic_shapes=(dynamic,))
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error) if isinstance(error, PicoError) else f"{type(error).__name__}: {error}"
+    return text.strip().split("\n")[0][:300]
+
+
+def _tensorrt():
+    """The package torch_tensorrt (built on TensorRT or on TensorRT for RTX). Raises PicoError where it cannot work."""
+    if not torch.cuda.is_available():
+        raise PicoError("TensorRT needs an NVIDIA GPU and PyTorch finds none; the PyTorch rows work without it.")
+    try:
+        import torch_tensorrt
+    except Exception as error:  # a missing libnvinfer raises plain Exception
+        raise PicoError(f"TensorRT is not available ({_first_line(error)}); run install_tensorrt().") from error
+    return torch_tensorrt
+
+
+def _version(*packages: str) -> str | None:
+    """Version of the first of these packages that is installed."""
+    for package in packages:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            return importlib.metadata.version(package)
+    return None
+
+
+def _environment() -> dict[str, str | None]:
+    """What an engine depends on."""
+    on_gpu = torch.cuda.is_available()
+    return {
+        "gpu_architecture": "sm_{}{}".format(*torch.cuda.get_device_capability()) if on_gpu else None,
+        "gpu": torch.cuda.get_device_name() if on_gpu else None,
+        "tensorrt": _version("tensorrt", "tensorrt_cu13", "tensorrt_cu12", "tensorrt_rtx"),
+        "torch_tensorrt": _version("torch_tensorrt", "torch_tensorrt_rtx"),
+        "torch": torch.__version__,
+    }
+
+
+def install_tensorrt() -> str:
+    """Installs the Torch-TensorRT release for the installed PyTorch and its CUDA build, unless it is there; names it.
+
+    Falls back to TensorRT for RTX. PyTorch itself is never replaced. Raises PicoError without a GPU and when neither
+    can be installed.
+    """
+    release = torch.__version__.split("+")[0].rsplit(".", 1)[0]
+    build = f"cu{torch.version.cuda or ''}".replace(".", "")
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", f"torch=={_version('torch')}"]
+    pip += [f"--extra-index-url=https://{url}" for url in (f"download.pytorch.org/whl/{build}", "pypi.nvidia.com")]
+    reason = ""
+    for package in (None, "torch-tensorrt", "torch-tensorrt-rtx"):  # None: what is there already
+        if package:
+            answer = subprocess.run([*pip, f"{package}=={release}.*"], capture_output=True, text=True)
+            if answer.returncode:
+                reason = answer.stderr.strip().split("\n")[-1]
+                continue
+            importlib.invalidate_caches()
+        try:
+            _tensorrt()
+        except PicoError as error:
+            if not torch.cuda.is_available():
+                raise
+            reason = str(error)
+        else:
+            return "Torch-TensorRT {torch_tensorrt} with TensorRT {tensorrt} on {gpu}".format(**_environment())
+    raise PicoError(f"TensorRT cannot be installed for PyTorch {torch.__version__}: {reason}")
+
+
+@dataclass
+class Engine:
+    """A compiled model: token ids (B, T) int64, B <= max_batch, T <= max_length -> logits (B, T, V)."""
+
+    module: nn.Module
+    precision: str | None = None  # fp32 | fp16 | int8 | fp8
+    max_batch: int | None = None
+    max_length: int | None = None
+    build_seconds: float = math.nan
+
+    def __call__(self, idx: Tensor) -> Tensor:
+        return self.module(idx)
+
+    @property
+    def size(self) -> int:
+        """Bytes of the serialised TensorRT engine; 0 where the release does not show them."""
+        return sum(len(getattr(module, "serialized_engine", None) or b"") for module in self.module.modules())
+
+    def cuda_graphs(self) -> contextlib.AbstractContextManager:
+        """`with engine.cuda_graphs() as run:` replays the engine as a CUDA graph, recorded anew for each shape."""
+        return _tensorrt().runtime.enable_cudagraphs(self.module)
+
+
+def compile_tensorrt(
+    model: PicoLLM,
+    precision: str = "fp16",
+    max_batch: int = 32,
+    max_length: int | None = None,
+    *,
+    calibration: Tensor | None = None,
+    **options,
+) -> Engine:
+    """Builds one TensorRT engine for the whole model, tuned near batch 1 and the full length.
+
+    FP16 is a half copy of the model in a strongly typed network: products accumulate in float32, nothing falls back to
+    PyTorch. `int8` and `fp8` quantise the linear layers with nvidia-modelopt, by activations on `calibration` tokens
+    (N, T). `options` go to `torch_tensorrt.dynamo.compile`. Raises PicoError without a GPU, TensorRT or modelopt, and
+    when the build fails.
+    """
+    if precision not in ("fp32", "fp16", "int8", "fp8"):
+        raise PicoError(f"Unknown precision {precision!r}; choose fp32, fp16, int8 or fp8.")
+    trt, start = _tensorrt(), time.perf_counter()
+    max_length = max_length or model.config.context_length
+    known = inspect.signature(trt.dynamo.compile).parameters  # the function ignores unknown options silently
+    # TensorRT's own decomposition of attention works on programs exported on the CPU; quantised ones are on the GPU
+    explicit = "decompose_attention" not in known or precision in ("int8", "fp8")
+    options = {
+        "use_explicit_typing": True,
+        "use_fp32_acc": precision == "fp16",
+        "decompose_attention": not explicit,
+        "require_full_compilation": True,
+        "disable_tf32": True,
+        **options,
+    }
+    shapes = {  # batch 1 first, but in a dynamic profile the optimum must differ from the minimum
+        "min_shape": (1, 1),
+        "opt_shape": (min(2, max_batch), max_length),
+        "max_shape": (max_batch, max_length),
+    }
+    copied = copy.deepcopy(model).to("cpu", torch.float32 if precision == "fp32" else torch.float16)
+    try:
+        with _quantised(copied, precision, calibration) as source, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            module = trt.dynamo.compile(
+                export_program(source, max_batch, max_length, explicit_attention=explicit),
+                arg_inputs=[trt.Input(dtype=torch.int64, **shapes)],
+                **{name: value for name, value in options.items() if name in known},
+            )
+    except PicoError:
+        raise
+    except Exception as error:  # builders raise all kinds
+        raise PicoError(f"The TensorRT {precision.upper()} engine cannot be built ({_first_line(error)}).") from error
+    parts = [name for name, _ in module.named_children() if "_run_on_" in name]
+    if not parts or any("_run_on_gpu" in name for name in parts):
+        raise PicoError(f"TensorRT did not take the whole model (parts: {parts}); the engine is refused.")
+    return Engine(module, precision, max_batch, max_length, time.perf_counter() - start)
+
+
+@contextlib.contextmanager
+def _quantised(model: PicoLLM, precision: str, calibration: Tensor | None) -> Iterator[PicoLLM]:
+    """The model itself, or for int8 and fp8 with quantised linear layers, ready for export inside the context."""
+    if precision not in ("int8", "fp8"):
+        yield model
+        return
+    if precision == "fp8" and torch.cuda.get_device_capability() < (8, 9):
+        raise PicoError("FP8 needs an Ada, Hopper or newer GPU.")
+    if calibration is None:
+        raise PicoError(f"{precision.upper()} needs calibration tokens (N, T) from real text.")
+    try:
+        import modelopt.torch.quantization as mtq
+        from modelopt.torch.quantization.utils import export_torch_mode
+    except ImportError as error:
+        raise PicoError(f"{precision.upper()} needs nvidia-modelopt: pip install nvidia-modelopt") from error
+    settings = mtq.INT8_DEFAULT_CFG if precision == "int8" else mtq.FP8_DEFAULT_CFG
+    with evaluating(model.cuda()):
+        mtq.quantize(model, settings, forward_loop=lambda m: [m(row) for row in calibration.cuda().split(8)])
+    with export_torch_mode():
+        yield model
+
+
+def save_engine(engine: Engine | torch.export.ExportedProgram, path: str | Path) -> Path:
+    """Saves a TensorRT engine (.ts, TorchScript; .pt2 where that fails) or an exported program (.pt2); gives the path.
+
+    A JSON file beside it says where it works. Both kinds load without this module: `torch.export.load(path).module()`,
+    or `import torch_tensorrt; torch.jit.load(path)`.
+    """
+    meta, attempts = {"kind": "exported_program", **_environment()}, {".pt2": torch.export.save}
+    if isinstance(engine, Engine):
+        meta |= {"kind": "tensorrt", **{key: getattr(engine, key) for key in ("precision", "max_batch", "max_length")}}
+        example = torch.full((min(2, engine.max_batch), engine.max_length), Tokenizer.end_of_text, device="cuda")
+        save = functools.partial(_tensorrt().save, arg_inputs=[example], retrace=False)
+        attempts = {
+            ".ts": lambda e, target: save(e.module, target, output_format="torchscript"),
+            ".pt2": lambda e, target: save(e.module, target, output_format="exported_program"),
+        }
+    reasons = []
+    for suffix, write in attempts.items():
+        path = Path(path).with_suffix(suffix)
+        try:
+            with atomic_write(path) as temporary:
+                write(engine, str(temporary))
+        except PicoError:
+            raise
+        except Exception as error:  # the release does not know the format
+            reasons.append(_first_line(error))
+            continue
+        write_text(path.with_suffix(".json"), json.dumps(meta | {"bytes": path.stat().st_size}, indent=2) + "\n")
+        return path
+    raise PicoError(f"The engine cannot be saved ({'; '.join(reasons)}).")
+
+
+def load_engine(path: str | Path) -> Engine:
+    """Loads what `save_engine` wrote, onto the kind of device that it was made on.
+
+    Raises PicoError for a missing or truncated file and for an engine of another GPU architecture or TensorRT release.
+    """
+    path, here = Path(path), _environment()
+    try:
+        meta = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+        expected, kind, size = meta["bytes"], meta["kind"], path.stat().st_size
+    except (OSError, ValueError, KeyError) as error:
+        raise PicoError(f"{path} or its JSON file is missing or damaged ({error!r}); save the engine again.") from error
+    if size != expected:
+        raise PicoError(f"{path} is truncated: {size} of {expected} bytes; save the engine again.")
+    if kind == "tensorrt":
+        for key in ("gpu_architecture", "tensorrt", "torch_tensorrt"):
+            if meta.get(key) != here[key]:
+                raise PicoError(f"{path} was built for {key} {meta.get(key)}, here is {here[key]}; build it again.")
+        _tensorrt()  # registers the operators that the file calls
+    try:
+        module = torch.jit.load(path) if path.suffix == ".ts" else torch.export.load(path).module()
+    except Exception as error:  # zip, pickle and TensorRT errors
+        raise PicoError(f"{path} cannot be loaded ({_first_line(error)}); save the engine again.") from error
+    return Engine(module, *(meta.get(key) for key in ("precision", "max_batch", "max_length")))
+
+
+class _CudaGraph:
+    """Replays the forward pass as one launch. Recorded anew for each shape; each call overwrites the last output."""
+
+    def __init__(self, model: PicoLLM) -> None:
+        self.model = model
+        self.shape: torch.Size | None = None
+
+    def __call__(self, idx: Tensor) -> Tensor:
+        if idx.shape != self.shape:
+            self.shape, self.idx, self.graph = idx.shape, idx.clone(), torch.cuda.CUDAGraph()
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                for _ in range(3):  # allocations and kernel choices happen before the recording
+                    self.model(self.idx)
+            torch.cuda.current_stream().wait_stream(stream)
+            with torch.cuda.graph(self.graph):
+                self.logits = self.model(self.idx)
+        self.idx.copy_(idx)
+        self.graph.replay()
+        return self.logits
+
+
+@dataclass
+class _Variant:
+    """A way to run the model: `build()` gives a callable, `scope(callable)` holds the settings that it runs under."""
+
+    name: str
+    precision: str  # the kind of arithmetic, a key of _PRECISIONS
+    build: Callable[[], Callable[[Tensor], Tensor]]
+    scope: Callable[..., contextlib.AbstractContextManager] = contextlib.nullcontext
+    run: Callable[[Tensor], Tensor] | None = None
+    build_seconds: float = 0.0
+    accuracy: Accuracy | None = None
+    failure: str = ""
+
+    def attempt(self, work: Callable, *arguments):
+        """work(self, *arguments); when that fails, None, and the reason is kept and printed."""
+        try:
+            return work(self, *arguments)
+        except Exception as error:  # compilers and drivers raise all kinds; the table goes on without the row
+            self.failure = _first_line(error)
+            print(f"{self.name}: left out. {self.failure}")
+            return None
+
+
+BASELINE = "PyTorch FP32"  # the row that speed-ups refer to, TF32 off
+
+
+def _variants(model: PicoLLM, precision: str, make_engine: Callable[[str], Engine]) -> list[_Variant]:
+    """The rows of the table, on a GPU or on the CPU."""
+
+    def compiled(m: PicoLLM, mode: str = "default") -> Callable[[Tensor], Tensor]:
+        return torch.compile(m, mode=mode, dynamic=False, fullgraph=True)  # fullgraph: no silent fallback to eager
+
+    tf32_off, tf32_on = (functools.partial(_float32_matmul, level) for level in ("highest", "high"))
+    trt = _Variant("TensorRT FP16", "fp16", lambda: make_engine("fp16"))
+    if not model.rope_cos.is_cuda:
+        bf16 = _Variant("PyTorch BF16", "bf16", lambda: copy.deepcopy(model).bfloat16())
+        return [
+            _Variant(BASELINE, "fp32", lambda: model, tf32_off),
+            _Variant("torch.compile FP32", "fp32", lambda: compiled(model), tf32_off),
+            *([bf16] if torch.ops.mkldnn._is_mkldnn_bf16_supported() else []),  # else it is slow
+            trt,
+        ]
+    half = copy.deepcopy(model).half()
+    quantised = [kind for kind in ("int8", "fp8") if kind == precision or _version("nvidia-modelopt")]
+    return [
+        _Variant(BASELINE, "fp32", lambda: model, tf32_off),
+        _Variant("PyTorch TF32", "tf32", lambda: model, tf32_on),
+        _Variant("PyTorch FP16", "fp16", lambda: half),
+        _Variant("PyTorch FP16, CUDA graph", "fp16", lambda: _CudaGraph(half)),
+        _Variant("torch.compile FP16, reduce-overhead", "fp16", lambda: compiled(half, "reduce-overhead")),
+        _Variant("torch.compile FP16, max-autotune", "fp16", lambda: compiled(half, "max-autotune")),
+        trt,
+        *(
+            _Variant(f"TensorRT {kind.upper()}, CUDA graph", kind, lambda k=kind: make_engine(k), Engine.cuda_graphs)
+            for kind in ("fp16", *quantised)
+        ),
+    ]
+
+
+# bytes of a weight, column of _PEAKS
+_PRECISIONS = {"fp32": (4, 1), "tf32": (4, 2), "fp16": (2, 3), "bf16": (2, 3), "int8": (1, 4), "fp8": (1, 4)}
+_PEAKS = {  # part of the device's name: GB/s of memory, dense TFLOP/s of fp32, tf32, fp16, 8 bit (vendor's data sheets)
+    "H200": (4800, 67, 494, 989, 1979),
+    "H100 PCIe": (2039, 51, 378, 756, 1513),
+    "H100": (3350, 67, 494, 989, 1979),
+    "A100-SXM4-40GB": (1555, 19.5, 156, 312, 624),
+    "A100": (2039, 19.5, 156, 312, 624),
+    "L40S": (864, 91.6, 183, 362, 733),
+    "L4": (300, 30.3, 60, 121, 242),
+    "T4": (320, 8.1, 8.1, 65, 130),
+    "RTX 4090": (1008, 82.6, 82.6, 165, 330),
+}
+
+
+def floor_ms(model: PicoLLM, batch: int, length: int, precision: str, device_name: str) -> float:
+    """The least time of a forward pass on a device: its weights read once, or its FLOPs at peak, whichever is longer.
+
+    FLOPs: 2 for each weight and token, and 2 B T^2 D a layer for the causal half of attention. NaN for a device that is
+    not in the table.
+    """
+    peaks = next((values for part, values in _PEAKS.items() if part in device_name), (math.nan,) * 5)
+    n_parameters, (n_bytes, column) = model.count_parameters()[1], _PRECISIONS[precision]
+    flops = 2 * batch * length * (n_parameters + model.config.n_layer * length * model.config.d_model)
+    return 1e3 * max(n_parameters * n_bytes / (peaks[0] * 1e9), flops / (peaks[column] * 1e12))
+
+
+def _time_calls(run: Callable[[Tensor], Tensor], batches: Sequence[Tensor], n: int) -> list[float]:
+    """Latencies of n calls in ms, after untimed ones: CUDA events on a GPU, the clock on a CPU."""
+    times, n_untimed = [], 3 if batches[0].is_cuda else 1
+    for i in range(-n_untimed, n):
+        idx = batches[i % len(batches)]
+        if idx.is_cuda:
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            run(idx)
+            end.record()
+            end.synchronize()
+            times.append(start.elapsed_time(end))
+        else:
+            begin = time.perf_counter()
+            run(idx)
+            times.append((time.perf_counter() - begin) * 1e3)
+    return times[n_untimed:]
+
+
+def _first_call(variant: _Variant, idx: Tensor) -> tuple[float, float]:
+    """Seconds of the first call at a shape, and bytes of GPU memory that calls at this shape hold or pass through."""
+
+    def free_memory() -> float:  # once the GPU is done
+        if not idx.is_cuda:
+            return math.nan
+        torch.cuda.synchronize()
+        return torch.cuda.mem_get_info()[0]
+
+    with variant.scope(variant.run) as run:
+        torch.cuda.empty_cache()
+        before, start = free_memory(), time.perf_counter()
+        run(idx)
+        free_memory()
+        seconds = time.perf_counter() - start
+        torch.cuda.empty_cache()  # what compilation needed and calls do not
+        run(idx)
+    return seconds, before - free_memory()
+
+
+def benchmark(
+    model: PicoLLM,
+    file: TokenFile,
+    batch_sizes: Sequence[int] = (1, 8, 32),
+    sequence_lengths: Sequence[int] = (64, 384),
+    n_runs: int | None = None,
+    *,
+    precision: str = "fp16",
+    engines: dict[str, Engine] | None = None,
+    bounds: Accuracy = ACCURACY_BOUNDS,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """Times every way to run the model on its device, on held-out text; a row for each way, batch size and length.
+
+    All ways pass the accuracy gate first; those that fail get a row with the reason. The others take turns, five times,
+    so that heat and clocks hit them alike. `n_runs` timed calls in all: 200 on a GPU, 20 on a CPU. `engines` holds
+    TensorRT engines by precision and receives those built here. INT8 and FP8 take part when nvidia-modelopt is
+    installed or `precision` names them.
+
+    Columns: variant, precision, batch, length, status ("ok" or the reason), note, p50_ms, p90_ms, p99_ms, tokens_per_s,
+    speedup (over FP32 PyTorch without TF32), vs_best_pytorch (over the fastest PyTorch row), floor_ms, vs_floor,
+    memory_mb (weights and what calls take; GPU only), size_mb (weights or engine), build_s (build and first call), and
+    the fields of `Accuracy`.
+    """
+    import pandas as pd
+
+    device, on_gpu = model.rope_cos.device, model.rope_cos.is_cuda
+    n_runs, longest = n_runs or (200 if on_gpu else 20), max(sequence_lengths)
+    if min(*batch_sizes, *sequence_lengths, n_runs) < 1 or longest > model.config.max_positions:
+        raise PicoError(f"Benchmark sizes must be positive and lengths at most {model.config.max_positions}.")
+    gate = held_out_sequences(file, 8 if on_gpu else 2, longest, seed + 1)
+    engines, refused = {} if engines is None else engines, {}
+
+    def make_engine(kind: str) -> Engine:
+        if kind in refused:  # the next row of a kind does not try again
+            raise refused[kind]
+        try:
+            if kind not in engines:
+                engines[kind] = compile_tensorrt(model, kind, max(batch_sizes), longest, calibration=gate[:, :-1])
+        except PicoError as error:
+            refused[kind] = error
+            raise
+        return engines[kind]
+
+    def prepare(variant: _Variant) -> None:
+        start = time.perf_counter()
+        variant.run = variant.build()
+        with variant.scope(variant.run) as run:
+            run(gate[:1, :-1].contiguous().to(device))
+            variant.build_seconds = time.perf_counter() - start
+            variant.accuracy = check_accuracy(model, run, gate, bounds)
+
+    def take_turn(variant: _Variant, batches: Sequence[Tensor], n: int) -> list[float]:
+        with variant.scope(variant.run) as run:
+            return _time_calls(run, batches, n)
+
+    rows: list[dict] = []
+    # each shape compiles anew, more often than torch.compile's limit allows
+    with evaluating(model), torch._dynamo.config.patch(recompile_limit=64):
+        variants = _variants(model, precision, make_engine)
+        for variant in variants:
+            variant.attempt(prepare)
+        for length, batch in itertools.product(sequence_lengths, batch_sizes):
+            tokens = held_out_sequences(file, 8 * batch, length, seed)[:, :-1].to(device)
+            batches = [idx.contiguous() for idx in tokens.split(batch)]
+            first = [v.failure or v.attempt(_first_call, batches[0]) for v in variants]
+            turns = [
+                [v.failure or v.attempt(take_turn, batches, len(range(start, n_runs, 5))) for v in variants]
+                for start in range(min(5, n_runs))
+            ]
+            for i, v in enumerate(variants):
+                row = {"variant": v.name, "precision": v.precision, "batch": batch, "length": length}
+                row |= {"status": v.failure or "ok", "note": ""}
+                if not v.failure:
+                    times = [milliseconds for turn in turns for milliseconds in turn[i]]
+                    p50, p90, p99 = np.percentile(times, (50, 90, 99))
+                    size = getattr(v.run, "size", 0) or model.count_parameters()[1] * _PRECISIONS[v.precision][0]
+                    floor = floor_ms(model, batch, length, v.precision, _environment()["gpu"] or "CPU")
+                    row |= {"p50_ms": p50, "p90_ms": p90, "p99_ms": p99, "tokens_per_s": batch * length / p50 * 1e3}
+                    row |= {"floor_ms": floor, "vs_floor": p50 / floor, "memory_mb": (size + first[i][1]) / 1e6}
+                    row |= {"size_mb": size / 1e6, "build_s": v.build_seconds + first[i][0], **vars(v.accuracy)}
+                rows.append(row)
+    frame = pd.DataFrame(rows)
+    return _add_ratios(frame) if "p50_ms" in frame else frame
+
+
+def _add_ratios(frame: pd.DataFrame) -> pd.DataFrame:
+    """Adds speed-ups within each shape, and a note to each TensorRT row that a PyTorch row beats."""
+    is_trt = frame.variant.str.startswith("TensorRT")
+    for _, shape in frame.groupby(["batch", "length"]):
+        pytorch = shape[~is_trt[shape.index]].dropna(subset="p50_ms").set_index("variant").p50_ms
+        frame.loc[shape.index, "speedup"] = pytorch.get(BASELINE, math.nan) / shape.p50_ms
+        frame.loc[shape.index, "vs_best_pytorch"] = pytorch.min() / shape.p50_ms
+        loses = is_trt[shape.index] & (shape.p50_ms > pytorch.min())
+        frame.loc[shape.index[loses], "note"] = f"slower than {pytorch.idxmin()}" if len(pytorch) else ""
+    return frame
+
+
+def _ms(milliseconds: float) -> str:
+    return f"{float(f'{milliseconds:.3g}'):g} ms"  # three digits, never an exponent
+
+
+def plot_benchmark(frame: pd.DataFrame) -> Figure:
+    """Latency of each row of `benchmark`, a panel for each shape: bars to the median, lines to p99, dots: the floor."""
+    from matplotlib.figure import Figure
+
+    shapes, names = frame[["batch", "length"]].drop_duplicates().values.tolist(), frame.variant.unique().tolist()
+    n_columns = min(3, len(shapes))
+    n_rows = math.ceil(len(shapes) / n_columns)
+    figure = Figure(figsize=(3 + 3.4 * n_columns, 1 + n_rows * (0.8 + 0.3 * len(names))), layout="constrained")
+    panels = figure.subplots(n_rows, n_columns, sharey=True, squeeze=False).flatten()
+    colors = ["#c44e52" if name.startswith("TensorRT") else "#4c72b0" for name in names]
+    for axes, (batch, length) in zip(panels, shapes, strict=False):
+        rows = frame[(frame.batch == batch) & (frame.length == length)].set_index("variant").loc[names]
+        axes.barh(names, rows.p50_ms.fillna(0), color=colors)
+        axes.hlines(names, rows.p50_ms, rows.p99_ms, color="black", linewidth=1)
+        axes.plot(rows.floor_ms, names, "k.", markersize=4)
+        for y, (p50, p99, speedup) in enumerate(rows[["p50_ms", "p99_ms", "speedup"]].to_numpy()):
+            text = "left out" if math.isnan(p50) else f"{_ms(p50)}, {speedup:.2g}×"
+            axes.text(0 if math.isnan(p50) else p99, y, f" {text}", va="center", fontsize=8)
+        limit = 1.7 * (rows.p99_ms.fillna(0).max() or 1)
+        axes.set(title=f"batch {batch}, {length} tokens", xlabel="latency (ms)", xlim=(0, limit))
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0].invert_yaxis()  # the axis is shared
+    for axes in panels[len(shapes) :]:
+        axes.remove()
+    return figure
+
+
+def advanced_tensorrt_optimization_demo(
+    model: PicoLLM | None = None,
+    precision: str = "fp16",
+    batch_sizes: Sequence[int] | None = None,
+    sequence_lengths: Sequence[int] = (64, 384),
+    n_runs: int | None = None,
+    results: str | Path = "results",
+    file: TokenFile | None = None,
+) -> pd.DataFrame:
+    """Installs, compiles, checks, times, draws, saves and loads back; returns the table of `benchmark`.
+
+    Batch sizes default to 1, 8, 32 on a GPU and 1 on a CPU. `file` is held-out text, by default the validation split of
+    the default corpus. Whatever fails costs its row and one line. Files in `results`: inference_benchmark.csv, .png and
+    .svg, the exported program pico_llm_fp16.pt2 (fp32 on a CPU), the engine pico_llm_trt_<precision>.ts.
+    """
+    results, on_gpu = Path(results), torch.cuda.is_available()
+    if model is None:
+        print("No model given: the untrained full-size one is timed; a trained one is as fast.")
+    model = copy.deepcopy(model or PicoLLM(ModelConfig())).to(default_device(), torch.float32)
+    file = file or prepare_tokens(choose_corpus(), "validation")
+    if not on_gpu:
+        print("No GPU: PyTorch's ways to run on a CPU are timed, by default batch 1 and 20 calls a row.")
+    try:
+        print(install_tensorrt())
+    except PicoError as error:
+        print(error)
+    batch_sizes = batch_sizes or ((1, 8, 32) if on_gpu else (1,))
+    engines: dict[str, Engine] = {}
+    frame = benchmark(model, file, batch_sizes, sequence_lengths, n_runs, precision=precision, engines=engines)
+    write_csv(results / "inference_benchmark.csv", frame.to_dict("records"))
+    batch, length = min(batch_sizes), max(sequence_lengths)
+    timed = frame[(frame.status == "ok") & (frame.batch == batch) & (frame.length == length)]
+    if timed.empty:
+        print("No row could be timed; the table holds the reasons.")
+        return frame
+    save_figure(plot_benchmark(frame), results / "inference_benchmark")
+    best, ran = timed.nsmallest(1, "p50_ms").iloc[0], set(timed[timed.variant.str.startswith("TensorRT")].precision)
+    print(f"Fastest at batch {batch}, {length} tokens{'' if ran else ' (without TensorRT)'}: {best.variant}, ", end="")
+    print(f"{_ms(best.p50_ms)}, {best.speedup:.2f} times as fast as {BASELINE}.")
+    if math.isnan(best.floor_ms):
+        print("The peak figures of this device are not in the table, so the floor is left out.")
+    program = export_program(copy.deepcopy(model).half() if on_gpu else model, max(batch_sizes), length)
+    saves = {f"pico_llm_{'fp16' if on_gpu else 'fp32'}": program}
+    saves |= {f"pico_llm_trt_{kind}": engines[kind] for kind in sorted(ran)}
+    for name, engine in saves.items():
+        try:
+            path = save_engine(engine, results / name)
+            check_accuracy(model, load_engine(path), held_out_sequences(file, 1, length))
+            print(f"Saved {path}; loaded back, it passes the accuracy gate.")
+        except PicoError as error:
+            print(error)
+    return frame
 
 
 # ======================================================================================================================
@@ -5053,7 +5699,7 @@ def run_analysis(
         write_findings(results / "findings.json", findings),
         write_csv(results / "head_scores.csv", study.scores.to_dict("records")),
     ]
-    print(f"{findings['headline']}")
+    print(*findings["headline"], sep="\n")
     return files + [path for picture in pictures for path in (picture.path, picture.path.with_suffix(".svg"))]
 
 
@@ -5204,7 +5850,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         elif options.command == "analyze":
             files = run_analysis(options.checkpoint, **folders)
         elif options.command == "optimize":
-            files = advanced_tensorrt_optimization_demo(options.checkpoint, **folders).files
+            model = load_model(options.checkpoint or newest_checkpoint(options.results))
+            advanced_tensorrt_optimization_demo(model, **folders)
         else:
             model = load_model(options.checkpoint or newest_checkpoint(options.results))
             if options.command == "generate":
