@@ -2668,17 +2668,16 @@ def _halves(n_items: int) -> tuple[list[int], list[int]]:
     return [i for i in range(n_items) if i % 4 < 2], [i for i in range(n_items) if i % 4 >= 2]
 
 
-def _choose_heads(differences: Tensor, n_heads: int) -> list[tuple[int, int]]:
-    """The heads (layer, head) of the largest mean difference; differences (items, n_layer, H)."""
-    H = differences.shape[2]
+def _choose_and_test(differences: Tensor, n_heads: int) -> tuple[list[tuple[int, int]], np.ndarray]:
+    """The n_heads (layer, head) of the largest mean difference on one half of the items, and what they do on the other.
+
+    differences: (items, n_layer, H). The second result is the heads' mean difference on each item of the other half.
+    """
+    chooses, tests = _halves(len(differences))
     n_heads = min(n_heads, differences[0].numel() // 2)  # as many must remain for the random control
-    best = differences.mean(dim=0).flatten().topk(n_heads).indices.tolist()
-    return sorted(divmod(index, H) for index in best)
-
-
-def _attention_to(differences: Tensor, heads: Sequence[tuple[int, int]]) -> np.ndarray:
-    """Difference of each item, averaged over the heads: (items,)."""
-    return torch.stack([differences[:, layer, head] for layer, head in heads]).mean(dim=0).double().numpy()
+    best = differences[chooses].mean(dim=0).flatten().topk(n_heads).indices
+    values = differences[tests].flatten(1)[:, best].mean(dim=1)
+    return sorted(divmod(index, differences.shape[2]) for index in best.tolist()), values.double().numpy()
 
 
 def _random_heads(heads: Sequence[tuple[int, int]], config: ModelConfig, random: Random) -> list[tuple[int, int]]:
@@ -2730,7 +2729,6 @@ class LinguisticEvidence:
 SIGNIFICANCE = 0.05  # of the Holm-adjusted sign-flip test
 NULL_ACCURACY = 0.6  # an accuracy interval wholly below this counts as evidence of absence
 NULL_ATTENTION = 0.02  # likewise for the attention difference
-_LOSS_TOKENS = 512  # of held-out text, for the loss that an ablation costs
 
 
 def verdict(e: LinguisticEvidence) -> tuple[str, str]:
@@ -2783,10 +2781,10 @@ def study_language(
 ) -> pd.DataFrame:
     """Tests every phenomenon: a row each, the fields of LinguisticEvidence, `verdict` and `reason`.
 
-    `windows` (N, T) are tokens of held-out text: all of them give the mean output that ablated heads are set to, the
-    first few (512 tokens) the loss. `untrained` are the baseline, by default five models of other seeds. `n_draws` sets
-    of random heads are ablated for comparison. `bar` advances by one for each phenomenon. The p-values speak of new
-    items of the same templates, not of other constructions. Raises PicoError for fewer than 8 items.
+    `windows` (N, T) are tokens of held-out text: all of them give the mean output that ablated heads are set to, 128
+    positions of each of the first four the loss. `untrained` are the baseline, by default five models of other seeds.
+    `n_draws` sets of random heads are ablated for comparison. `bar` advances by one for each phenomenon. The p-values
+    speak of new items of the same templates, not of other constructions. Raises PicoError for fewer than 8 items.
     """
     import pandas as pd
 
@@ -2796,7 +2794,7 @@ def study_language(
         device = model.token_embedding.weight.device
         untrained = (PicoLLM(model.config, other).to(device) for other in _untrained_seeds(5))
     groups = {name: make_pairs(name, n_items, seed) for name in PHENOMENA}
-    chooses, tests = _halves(n_items)
+    tests = _halves(n_items)[1]
 
     def measure(some_model: PicoLLM) -> dict[str, tuple[Tensor, Tensor]]:
         """Of each phenomenon: margins (pairs,) and attention differences (items, n_layer, H)."""
@@ -2805,16 +2803,11 @@ def study_language(
         parts = zip(margins.split(sizes), differences.split(sizes), strict=True)
         return {name: (m, _by_item(d, n_items)) for name, (m, d) in zip(groups, parts, strict=True)}
 
-    def look(differences: Tensor) -> tuple[list[tuple[int, int]], np.ndarray]:
-        """The heads that one half of the items chooses and their difference for each item of the other half."""
-        heads = _choose_heads(differences[chooses], n_heads)
-        return heads, _attention_to(differences[tests], heads)
-
     measured, baselines = measure(model), [measure(other) for other in untrained]
-    looks = {name: look(differences) for name, (_, differences) in measured.items()}
+    looks = {name: _choose_and_test(differences, n_heads) for name, (_, differences) in measured.items()}
     p_values = _holm([_sign_flip_p(values, seed) for _, values in looks.values()])
     means, random = mean_head_outputs(model, windows), Random(seed)
-    windows = windows[: math.ceil(_LOSS_TOKENS / windows.shape[1])]
+    windows = windows[:4, :129]  # the loss needs logits, which cost more than the rest of the study
     loss = _window_loss(model, windows)
     rows = []
     for (name, group), p_value in zip(groups.items(), p_values, strict=True):
@@ -2827,6 +2820,7 @@ def study_language(
             drops.append((_by_item(margins, n_items)[tests] - _by_item(after, len(tests))).double().numpy())
         correct = _correct(margins).reshape(n_items, -1).mean(axis=1)
         untrained_accuracies = [_correct(baseline[name][0]).mean() for baseline in baselines]
+        untrained_attentions = [_choose_and_test(baseline[name][1], n_heads)[1].mean() for baseline in baselines]
         accuracy_low, accuracy_high = _bootstrap_interval(correct, seed)
         attention_low, attention_high = _bootstrap_interval(attention, seed)
         excess_low, excess_high = _bootstrap_interval(drops[0] - np.mean(drops[1:], axis=0), seed)
@@ -2839,12 +2833,12 @@ def study_language(
             accuracy_low=accuracy_low,
             accuracy_high=accuracy_high,
             untrained_accuracy=float(np.mean(untrained_accuracies)),
-            untrained_accuracy_highest=float(np.max(untrained_accuracies)),
+            untrained_accuracy_highest=float(max(untrained_accuracies)),
             heads=", ".join(f"L{layer}H{head}" for layer, head in heads),
             attention_difference=float(attention.mean()),
             attention_low=attention_low,
             attention_high=attention_high,
-            untrained_attention_highest=float(max(look(baseline[name][1])[1].mean() for baseline in baselines)),
+            untrained_attention_highest=float(max(untrained_attentions)),
             p_value=float(p_value),
             margin_drop=float(drops[0].mean()),
             random_margin_drop=float(np.mean(drops[1:])),

@@ -267,6 +267,34 @@ def test_heads_of_the_random_control_come_from_the_same_layers():
     assert len(set(drawn)) == 4 and all(layer != 1 for layer, _ in drawn)
 
 
+def test_heads_are_tested_on_items_that_did_not_choose_them():
+    """Pure noise: the best of 64 heads stands out on the items that chose it and nowhere else."""
+    generator = torch.Generator().manual_seed(0)
+    chosen, tested = [], []
+    for _ in range(100):
+        differences = torch.randn(40, 8, 8, generator=generator)
+        heads, values = pico._choose_and_test(differences, 3)
+        choosing = [i for i in range(40) if i not in pico._halves(40)[1]]
+        chosen.append(np.mean([differences[choosing, layer, head].mean() for layer, head in heads]))
+        tested.append(values.mean())
+        assert len(heads) == len(set(heads)) == 3 and values.shape == (20,)
+    assert np.mean(chosen) > 0.3
+    assert abs(np.mean(tested)) < 0.06
+
+
+def test_choosing_finds_planted_heads_and_both_halves_hold_both_variants():
+    differences = torch.randn(41, 4, 5, generator=torch.Generator().manual_seed(1)) * 0.1
+    differences[:, 2, 4] += 1.0
+    differences[:, 0, 3] += 2.0
+    differences[:, 1, 1] -= 3.0  # a head that prefers the distractor is no support
+    heads, values = pico._choose_and_test(differences, 2)
+    assert heads == [(0, 3), (2, 4)]
+    assert values.mean() == pytest.approx(1.5, abs=0.1)
+    for half in pico._halves(40):
+        assert Counter(item % 2 for item in half) == {0: 10, 1: 10}
+    assert sorted(item for half in pico._halves(41) for item in half) == list(range(41))
+
+
 # ---- statistics
 
 
@@ -376,6 +404,11 @@ def test_study_finds_the_head_of_a_model_built_by_hand(windows):
     assert question.attention_difference > 0.9 and question.p_value < 0.05
     assert question.margin_drop > 5 * abs(question.random_margin_drop)
     assert question.verdict == "supported", question.reason
+    with pico.evaluating(model):
+        intact = model(windows[:, :-1], windows[:, 1:])
+        with pico.ablate_heads(model, [(0, 0)], "mean", pico.mean_head_outputs(model, windows)):
+            ablated = model(windows[:, :-1], windows[:, 1:])
+    assert question.loss_increase == pytest.approx((ablated - intact).item(), abs=1e-5)
     assert set(table[table.phenomenon != "question"].verdict) <= {"not supported", "undecided"}
 
 
