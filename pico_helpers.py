@@ -2891,6 +2891,7 @@ _NO_KEY = "#d5d5d5"  # the upper triangle: tokens that come later cannot be look
 _MAX_LABELS = 40  # on a heatmap
 _MAX_NODES = 20  # in a flow graph
 _DPI = 110
+_PARALLEL_FROM = 40  # pictures; starting a process costs as much as a dozen
 
 
 def save_figure(figure: Figure, path: str | Path) -> list[Path]:
@@ -3708,7 +3709,7 @@ def _plan_category(
         "category",
         plain,
         f"{category}: chosen heads on every sentence",
-        f"Grid of attention maps, {len(plain)} sentences by {len(heads)} heads: {named}.",
+        f"Grid of attention maps of {category}, {len(plain)} sentences by {len(heads)} heads: {named}.",
         "A head that does the same on every sentence shows the same shape in each row.",
         category,
         heads,
@@ -3796,7 +3797,7 @@ def _drawing(jobs: list[tuple]) -> Iterator[Callable[[tqdm], None]]:
     Plain processes, since multiprocessing would run a user's script again in each of them, or fork PyTorch's threads.
     A job that a process did not finish, for whatever reason, is drawn here.
     """
-    workers = min(os.cpu_count() or 1, 4) if len(jobs) >= 40 else 1
+    workers = min(os.cpu_count() or 1, 4) if len(jobs) >= _PARALLEL_FROM else 1
     shares = [jobs[start::workers] for start in range(workers)]
     code = (
         "import sys; sys.path.insert(0, sys.argv[1]); import pico_helpers; pico_helpers._draw_jobs_of_file(sys.argv[2])"
@@ -3859,10 +3860,10 @@ def study_findings(
     """
     statements = [*_class_statements(study), *_score_statements(study), *_ablation_statements(study)]
     for row in language.itertuples() if language is not None else ():
-        evidence = (
-            f"{row.reason.rstrip('.')}. Accuracy {_percent(row.accuracy, row.accuracy_low, row.accuracy_high)} on "
-            f"{row.n_pairs} pairs; untrained {row.untrained_accuracy:.0%}, chance 50%."
-        )
+        scope = PHENOMENA[row.phenomenon].about if row.phenomenon in PHENOMENA else ""
+        cost = f"Without {row.heads} the loss on held-out text rises by {row.loss_increase:.4f} nats per token, "
+        cost += f"without random heads by {row.random_loss_increase:.4f}."
+        evidence = "\n".join(filter(None, (row.reason, cost, scope)))
         statements.append(_statement("Language", row.claim, row.verdict, evidence))
     return _plain(
         {
@@ -4261,6 +4262,7 @@ figcaption, caption, .evidence { color: var(--soft); font-size: .9rem; }
 .statement p { margin: .15rem 0; }
 .supported { border-color: #009e73; } .undecided { border-color: #e69f00; } .not-supported { border-color: #999999; }
 .verdict { font-weight: 600; }
+.verdict::first-letter { text-transform: uppercase; }
 .scroll { overflow-x: auto; max-height: 32rem; }
 table { border-collapse: collapse; font-size: .88rem; margin: .5rem 0; }
 caption { text-align: left; padding: .25rem 0; }
@@ -4283,7 +4285,7 @@ _PICTURE_HTML = """<figure>
 </figure>"""
 
 _STATEMENT_HTML = """<div class="statement {{kind}}">
-<p>{{claim}}: <span class="verdict">{{verdict}}</span></p>
+<p><span class="verdict">{{verdict}}</span> · {{claim}}</p>
 <p class="evidence">{{evidence}}</p>
 </div>"""
 
