@@ -866,10 +866,11 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, chunk_size: int) -> Tensor:
+    def forward(
+        ctx, hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, chunk_size: int, needs_grad: bool
+    ) -> Tensor:
         kind = hidden.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
-        needs_grad = any(ctx.needs_input_grad)
         with torch.autocast(kind, enabled=False):
             w = weight.to(dtype)
             hidden_grad = torch.empty_like(hidden, dtype=dtype) if needs_grad else None
@@ -952,7 +953,10 @@ class PicoLLM(nn.Module):
         weight, vocab_size = self.token_embedding.weight, self.config.vocab_size
         if targets is None:
             return F.linear(x, weight)[..., :vocab_size]
-        return _ChunkedCrossEntropy.apply(x.flatten(0, 1), weight, targets.flatten(), vocab_size, self.loss_chunk)
+        needs_grad = torch.is_grad_enabled()  # inside the function it never is
+        return _ChunkedCrossEntropy.apply(
+            x.flatten(0, 1), weight, targets.flatten(), vocab_size, self.loss_chunk, needs_grad
+        )
 
     def hidden_states(
         self,
