@@ -898,13 +898,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def backward(ctx, grad: Tensor):
         hidden_grad, weight_grad = ctx.saved_tensors
         scale = grad / ctx.n_rows  # only here, so that fp16 gradients do not underflow
-        return (
-            (hidden_grad.float() * scale).to(ctx.dtypes[0]),
-            (weight_grad * scale).to(ctx.dtypes[1]),
-            None,
-            None,
-            None,
-        )
+        return (hidden_grad.float() * scale).to(ctx.dtypes[0]), (weight_grad * scale).to(ctx.dtypes[1]), *[None] * 4
 
 
 class PicoLLM(nn.Module):
@@ -5772,14 +5766,14 @@ def main_menu(
 
 
 def print_files(files: Sequence[Path]) -> None:
-    """Lists files with their sizes; pictures that exist as PNG and SVG share a line."""
-    groups: dict[Path, list[Path]] = {}
+    """Lists every file, folder by folder; a picture saved as PNG and SVG is named once."""
+    folders: dict[Path, dict[str, list[str]]] = {}
     for path in files:
-        groups.setdefault(path.with_suffix(""), []).append(path)
+        folders.setdefault(path.parent, {}).setdefault(path.stem, []).append(path.suffix)
     print(f"\n{len(files)} files:")
-    for stem, paths in groups.items():
-        kinds = ", ".join(f"{path.suffix[1:]} {path.stat().st_size / 1024:,.0f} KB" for path in paths)
-        print(f"  {stem}  ({kinds})")
+    for folder, names in folders.items():
+        listed = ", ".join(name + "/".join(suffixes) for name, suffixes in names.items())
+        print(textwrap.fill(f"{folder}{os.sep}  {listed}", 118, subsequent_indent="    ", break_long_words=False))
 
 
 def offer_download(results: str | Path = "results") -> Path | None:
