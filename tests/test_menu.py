@@ -92,7 +92,7 @@ def test_command_line_trains_and_generates(tmp_path, corpus_folder):
     corpus = ["--preset", "tiny", "--corpus", str(corpus_folder), "--max-steps", "3", "--learning-rate", "0.002"]
     done = run("train", *corpus, *folders)
     assert done.returncode == 0, done.stderr
-    assert "Corpus: your parquet folder" in done.stdout and "A sample: 'The history of" in done.stdout
+    assert "Corpus: the parquet folder" in done.stdout and "A sample: 'The history of" in done.stdout
     names = {path.name for path in (tmp_path / "results").iterdir()}
     assert names == {"pico_llm_tiny.pt", "tiny_metrics.csv", "loss_curve.png", "loss_curve.svg"}
     for name in names:
