@@ -78,7 +78,7 @@ def test_half_precision_keeps_its_type(model, tmp_path):
     import copy
 
     half = copy.deepcopy(model).half()
-    loaded = transformers.AutoModelForCausalLM.from_pretrained(export_to_hf(half, tmp_path))
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(export_to_hf(half, tmp_path), dtype="auto")
     assert loaded.dtype == torch.float16
     assert json.loads((tmp_path / "config.json").read_text())["dtype"] == "float16"
 
