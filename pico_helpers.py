@@ -2695,7 +2695,7 @@ def plot_all_heads(capture: AttentionCapture) -> Figure:
     weights = np.asarray(capture.weights)
     n_layer, n_head, n, _ = weights.shape
     tile = min(0.85, 7.0 / max(n_layer, n_head))
-    x0, y0, across, down = 0.75, 0.85, n_head * tile, n_layer * tile
+    x0, y0, across, down = 0.75, 0.95, n_head * tile, n_layer * tile
     width = max(x0 + across + 0.9, 5.0)
     tokens = " ".join(_short_labels(capture.labels, 60)) + (" …" if n > 60 else "")
     note = f"In each tile: rows look, columns are looked at, both from the first token on. {n} tokens: {tokens}"
@@ -2746,8 +2746,8 @@ def attention_graph(
 ) -> networkx.DiGraph:
     """The strongest looks of one map (T, T) as a graph: an edge i -> j says that token i looks at token j.
 
-    Nodes carry `label`, edges `weight`; each token keeps its `max_edges` strongest edges, of those that are `min_excess`
-    above an even spread: a uniform map has no edges. Holds the first 20 tokens.
+    Nodes carry `label`, edges `weight`; each token keeps its `max_edges` strongest edges, of those that are
+    `min_excess` above an even spread: a uniform map has no edges. Holds the first 20 tokens.
     """
     import networkx
 
@@ -2773,7 +2773,7 @@ def plot_attention_flow(capture: AttentionCapture, layers: Sequence[int] | None 
     n = min(len(capture.labels), _MAX_NODES)
     room = _label_room(_short_labels(capture.labels, n), 0.2)
     panel, spacing = room + 2.1, 0.22
-    width, height = max(0.3 + len(layers) * panel, 5.0), 0.85 + n * spacing + 0.4
+    width, height = max(0.3 + len(layers) * panel, 5.0), 0.85 + n * spacing + 0.45
     note = "A token looks up at earlier ones; wider arc: more attention. Dot: at itself. Light: at the first token. "
     note += "At most three looks a token, each 5 points above an even spread." + _cut_note(
         len(capture.labels), _MAX_NODES
@@ -2992,7 +2992,7 @@ def plot_ablation(ablation: pd.DataFrame, n_windows: int) -> Figure:
     grid = 1000 * _head_grid(ablation, "loss_increase")
     limit = max(float(np.abs(grid).max()), 1.0)
     n_layer, n_head = grid.shape
-    figure = _figure(1.8 + 0.62 * n_head, 1.2 + 0.45 * n_layer, layout="constrained")
+    figure = _figure(max(5, 1.8 + 0.62 * n_head), 1.2 + 0.45 * n_layer, layout="constrained")
     axes = figure.subplots()
     image = axes.imshow(grid, cmap="RdBu_r", vmin=-limit, vmax=limit, interpolation="none", aspect="auto")
     for (layer, head), value in np.ndenumerate(grid):
@@ -3036,7 +3036,7 @@ def plot_head_similarity(
         top.legend(frameon=False, fontsize=7.5, loc="upper right")
     _clean(top, title or "Which heads look alike", ylabel="distance")
     top.tick_params(bottom=False, labelbottom=False)
-    scale = {"vmin": 0, "vmax": max(distances.max(), 2 * (noise_floor or 0), 1e-6), "cmap": "viridis_r"}
+    scale = {"vmin": 0, "vmax": min(1, max(distances.max(), 2 * (noise_floor or 0), 1e-6)), "cmap": "viridis_r"}
     image = bottom.imshow(distances[np.ix_(order, order)], **scale, interpolation="none", aspect="auto")
     names = [f"{index // n_head}.{index % n_head}" for index in order]
     size = max(4.0, min(8.0, 330 / n))
@@ -3544,22 +3544,17 @@ def _score_statements(study: HeadStudy) -> Iterator[dict]:
     heads = study.scores[study.scores["source"] == "windows"]
     for score, claim in _HEAD_CLAIMS.items():
         rows = {row["model"]: row for _, row in table[table["score"] == score].iterrows()}
-        own, untrained, shuffled, tau = (
-            rows["trained"],
-            rows["untrained"],
-            rows["shuffled"],
-            study.thresholds.tau[score],
-        )
+        text = {model: f"{r['mean']:.2f} ({r['low']:.2f} to {r['high']:.2f})" for model, r in rows.items()}
+        own, tau = rows["trained"], study.thresholds.tau[score]
         best = heads.loc[heads[score].idxmax()]
-        found = own["low"] >= tau and own["low"] > untrained["high"]
+        found = own["low"] >= tau and own["low"] > rows["untrained"]["high"]
         verdict = "supported" if found else "undecided" if own["mean"] >= tau else "not supported"
         evidence = (
-            f"The strongest, layer {best['layer']} head {best['head']}, scores {own['mean']:.2f} ({own['low']:.2f} to "
-            f"{own['high']:.2f}); chance is 0, the ideal 1, the threshold {tau:.2f}. Strongest in untrained models: "
-            f"{untrained['mean']:.2f} ({untrained['low']:.2f} to {untrained['high']:.2f}); on shuffled tokens: "
-            f"{shuffled['mean']:.2f}."
+            f"The strongest, layer {best['layer']} head {best['head']}, scores {text['trained']}; chance is 0, the ideal 1, "
+            f"the threshold {tau:.2f}. Strongest in untrained models: {text['untrained']}; on shuffled tokens: "
+            f"{text['shuffled']}."
         )
-        yield _statement("Heads", claim, verdict, evidence)
+        yield _statement("Heads", claim, verdict, evidence.replace("-0.00", "0.00"))
 
 
 def _ablation_statements(study: HeadStudy) -> Iterator[dict]:
@@ -3602,7 +3597,11 @@ def _headline(study: HeadStudy, statements: Sequence[dict]) -> list[str]:
     if not tally["supported"]:
         return [f"This study finds nothing: none of the {len(statements)} claims tested is supported.", shares]
     counts = ", ".join(f"{len(claims)} {name}" for name, claims in tally.items())
-    return [shares, f"Of {len(statements)} claims tested: {counts}.", f"Supported: {'; '.join(tally['supported'])}."]
+    return [
+        shares,
+        f"Of {len(statements)} claims tested: {counts}.",
+        f"Supported: {'; '.join(claim.rstrip('.') for claim in tally['supported'])}.",
+    ]
 
 
 def _plain(value: object) -> object:
