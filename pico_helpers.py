@@ -1291,8 +1291,9 @@ def _score_sums(weights: Tensor, keys: Tensor) -> Tensor:
     n_keys = torch.arange(1, T + 1, device=weights.device, dtype=weights.dtype)  # of each row
     first = weights[..., 0]  # (B, H, T)
     rest = weights[..., 1:].sum(-1)
-    entropy = -torch.xlogy(weights, weights).sum(-1)  # nats
-    rest_entropy = entropy + torch.xlogy(first, first) + torch.xlogy(rest, rest)  # w_i H(R_i)
+    spread = -torch.xlogy(weights[..., 1:], weights[..., 1:]).sum(-1)
+    entropy = spread - torch.xlogy(first, first)  # nats
+    rest_entropy = spread + torch.xlogy(rest, rest)  # w_i H(R_i)
     distance = (n_keys[:, None] - n_keys).clamp(min=0)
     ones = torch.ones_like(first)
     numerators, denominators = _kappa_sums(weights, keys, _rest_mask(T, weights.device))
@@ -1407,7 +1408,9 @@ class HeadSums:
         totals = np.tensordot(text_weights, self.texts, (1, 1))  # (R, 2, n_layer, n_head, ratios)
         totals[..., induction] = np.tensordot(repeat_weights, self.repeats[..., induction], (1, 1))
         top, bottom = totals[:, 0], totals[:, 1]
-        ratios = np.divide(top, bottom, out=np.zeros_like(top), where=bottom > 1e-6)
+        ratios = np.divide(
+            top, bottom, out=np.zeros_like(top), where=bottom > 1e-6
+        )  # 0 where no row has weight to score
         return {name: ratios[..., k] for k, name in enumerate(_RATIOS)}
 
     def scores(self) -> dict[str, np.ndarray]:
@@ -1472,7 +1475,7 @@ def head_sums(
 
 
 def _induction_sequences(config: ModelConfig, counts: np.ndarray | None, seed: int) -> list[Tensor]:
-    return list(repeated_random_tokens(9, min(128, config.max_positions), config.vocab_size, seed, counts))
+    return list(repeated_random_tokens(9, min(128, config.context_length), config.vocab_size, seed, counts))
 
 
 def _model_sums(
