@@ -2285,18 +2285,19 @@ class LinguisticEvidence:
 
 
 SIGNIFICANCE = 0.05  # of the Holm-adjusted sign-flip test
-NULL_ACCURACY = 0.6  # an accuracy interval wholly below this counts as evidence of absence
-NULL_ATTENTION = 0.02  # likewise for the attention difference
+NULL_ACCURACY = 0.6  # an interval wholly below one of these counts as evidence of absence
+NULL_ATTENTION = 0.02  # difference of attention weights
+NULL_MARGIN = 0.01  # nats
 
 
 def verdict(e: LinguisticEvidence) -> tuple[str, str]:
     """("supported" | "not supported" | "undecided", the reason as one sentence).
 
     A claim rests on three links. Each must hold for "supported": the accuracy's interval lies above 0.5 and above every
-    untrained model; the attention difference is positive with p < SIGNIFICANCE and its interval lies above every
-    untrained model; ablating the heads lowers the margin more than random heads do, with an interval above 0.
-    "Not supported" needs a refuted link: the accuracy's interval lies below NULL_ACCURACY, the attention's below
-    NULL_ATTENTION, or the ablation's not above 0 at all. All else is "undecided".
+    untrained model; the attention difference has p < SIGNIFICANCE and its interval lies above NULL_ATTENTION and above
+    every untrained model; ablating the heads lowers the margin more than random heads do, by an interval above
+    NULL_MARGIN. "Not supported" needs a link whose interval lies wholly below its NULL_ threshold. All else is
+    "undecided".
     """
     prefers = (
         f"it prefers the right word in {e.accuracy:.0%} of pairs ({e.accuracy_low:.0%} to {e.accuracy_high:.0%}; "
@@ -2311,11 +2312,11 @@ def verdict(e: LinguisticEvidence) -> tuple[str, str]:
         f"without them the right word loses {e.margin_drop:.2f} nats of its margin, without random heads "
         f"{e.random_margin_drop:.2f} (difference {e.margin_excess_low:.2f} to {e.margin_excess_high:.2f})"
     )
-    attention_floor = max(0.0, e.untrained_attention_highest)
+    attention_floor = max(NULL_ATTENTION, e.untrained_attention_highest)
     links = [  # (what was found, whether it holds, whether it is refuted)
         (prefers, e.accuracy_low > max(0.5, e.untrained_accuracy_highest), e.accuracy_high < NULL_ACCURACY),
         (looks, e.p_value < SIGNIFICANCE and e.attention_low > attention_floor, e.attention_high < NULL_ATTENTION),
-        (needs, e.margin_excess_low > 0, e.margin_excess_high <= 0),
+        (needs, e.margin_excess_low > NULL_MARGIN, e.margin_excess_high < NULL_MARGIN),
     ]
     against = [found for found, _, refuted in links if refuted]
     missing = [found for found, holds, _ in links if not holds]
