@@ -267,6 +267,34 @@ def test_heads_of_the_random_control_come_from_the_same_layers():
     assert len(set(drawn)) == 4 and all(layer != 1 for layer, _ in drawn)
 
 
+def test_heads_are_tested_on_items_that_did_not_choose_them():
+    """Pure noise: the best of 64 heads stands out on the items that chose it and nowhere else."""
+    generator = torch.Generator().manual_seed(0)
+    chosen, tested = [], []
+    for _ in range(100):
+        differences = torch.randn(40, 8, 8, generator=generator)
+        heads, values = pico._choose_and_test(differences, 3)
+        choosing = [i for i in range(40) if i not in pico._halves(40)[1]]
+        chosen.append(np.mean([differences[choosing, layer, head].mean() for layer, head in heads]))
+        tested.append(values.mean())
+        assert len(heads) == len(set(heads)) == 3 and values.shape == (20,)
+    assert np.mean(chosen) > 0.3
+    assert abs(np.mean(tested)) < 0.06
+
+
+def test_choosing_finds_planted_heads_and_both_halves_hold_both_variants():
+    differences = torch.randn(41, 4, 5, generator=torch.Generator().manual_seed(1)) * 0.1
+    differences[:, 2, 4] += 1.0
+    differences[:, 0, 3] += 2.0
+    differences[:, 1, 1] -= 3.0  # a head that prefers the distractor is no support
+    heads, values = pico._choose_and_test(differences, 2)
+    assert heads == [(0, 3), (2, 4)]
+    assert values.mean() == pytest.approx(1.5, abs=0.1)
+    for half in pico._halves(40):
+        assert Counter(item % 2 for item in half) == {0: 10, 1: 10}
+    assert sorted(item for half in pico._halves(41) for item in half) == list(range(41))
+
+
 # ---- statistics
 
 
@@ -282,6 +310,7 @@ def test_sign_flip_finds_an_effect_of_either_sign_and_none_in_zeros():
     assert pico._sign_flip_p(values, 0) == pytest.approx(pico._sign_flip_p(-values, 0))
     assert pico._sign_flip_p(values, 0) < 0.01
     assert pico._sign_flip_p(np.zeros(20), 0) == 1.0
+    assert pico._sign_flip_p(np.ones(20), 0, n=99) == 0.01  # never zero (Phipson & Smyth 2010)
 
 
 def test_holm_adjustment_of_a_textbook_example():
@@ -316,9 +345,9 @@ GOOD = pico.LinguisticEvidence(
         ({"accuracy_low": 0.49}, "undecided", "prefers"),
         ({"untrained_accuracy_highest": 0.8}, "undecided", "prefers"),
         ({"p_value": 0.05}, "undecided", "attention"),
-        ({"attention_low": -0.01}, "undecided", "attention"),
+        ({"attention_low": 0.019}, "undecided", "attention"),
         ({"untrained_attention_highest": 0.16}, "undecided", "attention"),
-        ({"margin_excess_low": -0.1}, "undecided", "without them"),
+        ({"margin_excess_low": 0.009}, "undecided", "without them"),
         ({"accuracy_low": 0.45, "accuracy_high": 0.59}, "not supported", "prefers"),
         ({"attention_low": -0.01, "attention_high": 0.019}, "not supported", "attention"),
         ({"margin_excess_low": -0.5, "margin_excess_high": -0.1}, "not supported", "without them"),
@@ -363,6 +392,8 @@ def did_model():
 
 def test_study_finds_the_head_of_a_model_built_by_hand(windows):
     model = did_model()
+    windows = windows.clone()
+    windows[2:, 10] = token(" did")
     bars = []
     counter = type("Bar", (), {"update": lambda self, n: bars.append(n)})()
     untrained = [tiny_model(seed, model.config) for seed in (7, 8, 9)]
@@ -376,6 +407,12 @@ def test_study_finds_the_head_of_a_model_built_by_hand(windows):
     assert question.attention_difference > 0.9 and question.p_value < 0.05
     assert question.margin_drop > 5 * abs(question.random_margin_drop)
     assert question.verdict == "supported", question.reason
+    with pico.evaluating(model):
+        intact = model(windows[:, :-1], windows[:, 1:])
+        with pico.ablate_heads(model, [(0, 0)], "mean", pico.mean_head_outputs(model, windows)):
+            ablated = model(windows[:, :-1], windows[:, 1:])
+    assert question.loss_increase == pytest.approx((ablated - intact).item(), abs=1e-5)
+    assert abs(question.loss_increase) > 1e-3
     assert set(table[table.phenomenon != "question"].verdict) <= {"not supported", "undecided"}
 
 
@@ -389,6 +426,22 @@ def test_a_head_that_looks_but_is_not_used_is_not_enough(windows):
     question = table.set_index("phenomenon").loc["question"]
     assert question.attention_difference > 0.9 and question.p_value < 0.05
     assert question.verdict != "supported"
+
+
+def test_a_head_that_matters_no_more_than_its_neighbour_is_not_enough(windows):
+    """Two equal heads share the work: ablating one costs as much as ablating the other, the random control."""
+    model = did_model()
+    with torch.no_grad():
+        qkv = model.blocks[0].attention.qkv_proj.weight.view(3, 2, 32, 64)
+        out = model.blocks[0].attention.out_proj.weight
+        out[:, 1] *= 5 / 3  # so that one head alone does not reach the bare verb
+        qkv[:, 1] = qkv[:, 0]
+        out[:, 32:] = out[:, :32]
+    untrained = [tiny_model(seed, model.config) for seed in (7, 8)]
+    table = pico.study_language(model, windows=windows, untrained=untrained, n_heads=1, n_draws=2)
+    question = table.set_index("phenomenon").loc["question"]
+    assert question.accuracy == 1.0 and question.attention_difference > 0.9 and question.margin_drop > 0.1
+    assert question.verdict == "not supported" and "without them" in question.reason
 
 
 @pytest.mark.parametrize("seed", range(5))
