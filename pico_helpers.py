@@ -2729,18 +2729,19 @@ class LinguisticEvidence:
 
 
 SIGNIFICANCE = 0.05  # of the Holm-adjusted sign-flip test
-NULL_ACCURACY = 0.6  # an accuracy interval wholly below this counts as evidence of absence
-NULL_ATTENTION = 0.02  # likewise for the attention difference
+NULL_ACCURACY = 0.6  # an interval wholly below one of these counts as evidence of absence
+NULL_ATTENTION = 0.02  # difference of attention weights
+NULL_MARGIN = 0.01  # nats
 
 
 def verdict(e: LinguisticEvidence) -> tuple[str, str]:
     """("supported" | "not supported" | "undecided", the reason as one sentence).
 
     A claim rests on three links. Each must hold for "supported": the accuracy's interval lies above 0.5 and above every
-    untrained model; the attention difference is positive with p < SIGNIFICANCE and its interval lies above every
-    untrained model; ablating the heads lowers the margin more than random heads do, with an interval above 0.
-    "Not supported" needs a refuted link: the accuracy's interval lies below NULL_ACCURACY, the attention's below
-    NULL_ATTENTION, or the ablation's not above 0 at all. All else is "undecided".
+    untrained model; the attention difference has p < SIGNIFICANCE and its interval lies above NULL_ATTENTION and above
+    every untrained model; ablating the heads lowers the margin more than random heads do, by an interval above
+    NULL_MARGIN. "Not supported" needs a link whose interval lies wholly below its NULL_ threshold. All else is
+    "undecided".
     """
     prefers = (
         f"it prefers the right word in {e.accuracy:.0%} of pairs ({e.accuracy_low:.0%} to {e.accuracy_high:.0%}; "
@@ -2755,11 +2756,11 @@ def verdict(e: LinguisticEvidence) -> tuple[str, str]:
         f"without them the right word loses {e.margin_drop:.2f} nats of its margin, without random heads "
         f"{e.random_margin_drop:.2f} (difference {e.margin_excess_low:.2f} to {e.margin_excess_high:.2f})"
     )
-    attention_floor = max(0.0, e.untrained_attention_highest)
+    attention_floor = max(NULL_ATTENTION, e.untrained_attention_highest)
     links = [  # (what was found, whether it holds, whether it is refuted)
         (prefers, e.accuracy_low > max(0.5, e.untrained_accuracy_highest), e.accuracy_high < NULL_ACCURACY),
         (looks, e.p_value < SIGNIFICANCE and e.attention_low > attention_floor, e.attention_high < NULL_ATTENTION),
-        (needs, e.margin_excess_low > 0, e.margin_excess_high <= 0),
+        (needs, e.margin_excess_low > NULL_MARGIN, e.margin_excess_high < NULL_MARGIN),
     ]
     against = [found for found, _, refuted in links if refuted]
     missing = [found for found, holds, _ in links if not holds]
@@ -3116,7 +3117,7 @@ def plot_all_heads(capture: AttentionCapture) -> Figure:
     weights = np.asarray(capture.weights)
     n_layer, n_head, n, _ = weights.shape
     tile = min(0.85, 7.0 / max(n_layer, n_head))
-    x0, y0, across, down = 0.75, 0.85, n_head * tile, n_layer * tile
+    x0, y0, across, down = 0.75, 0.95, n_head * tile, n_layer * tile
     width = max(x0 + across + 0.9, 5.0)
     tokens = " ".join(_short_labels(capture.labels, 60)) + (" …" if n > 60 else "")
     note = f"In each tile: rows look, columns are looked at, both from the first token on. {n} tokens: {tokens}"
@@ -3163,12 +3164,12 @@ def plot_category(captures: Sequence[AttentionCapture], category: str, heads: Se
 
 
 def attention_graph(
-    weights: np.ndarray, labels: Sequence[str], max_edges: int = 3, min_weight: float = 0.05
+    weights: np.ndarray, labels: Sequence[str], max_edges: int = 3, min_excess: float = 0.05
 ) -> networkx.DiGraph:
     """The strongest looks of one map (T, T) as a graph: an edge i -> j says that token i looks at token j.
 
-    Nodes carry `label`, edges `weight`; each token keeps its `max_edges` strongest edges of at least `min_weight`.
-    Holds the first 20 tokens.
+    Nodes carry `label`, edges `weight`; each token keeps its `max_edges` strongest edges, of those that are
+    `min_excess` above an even spread: a uniform map has no edges. Holds the first 20 tokens.
     """
     import networkx
 
@@ -3177,7 +3178,7 @@ def attention_graph(
         graph.add_node(index, label=label)
         row = np.asarray(weights[index, : index + 1], dtype=float)
         for key in np.argsort(-row, kind="stable")[:max_edges]:
-            if row[key] >= min_weight:
+            if row[key] >= 1 / (index + 1) + min_excess:
                 graph.add_edge(index, int(key), weight=float(row[key]))
     return graph
 
@@ -3194,9 +3195,11 @@ def plot_attention_flow(capture: AttentionCapture, layers: Sequence[int] | None 
     n = min(len(capture.labels), _MAX_NODES)
     room = _label_room(_short_labels(capture.labels, n), 0.2)
     panel, spacing = room + 2.1, 0.22
-    width, height = max(0.3 + len(layers) * panel, 5.0), 0.85 + n * spacing + 0.4
+    width, height = max(0.3 + len(layers) * panel, 5.0), 0.85 + n * spacing + 0.45
     note = "A token looks up at earlier ones; wider arc: more attention. Dot: at itself. Light: at the first token. "
-    note += "The three strongest looks of each token, from 5%." + _cut_note(len(capture.labels), _MAX_NODES)
+    note += "At most three looks a token, each 5 points above an even spread." + _cut_note(
+        len(capture.labels), _MAX_NODES
+    )
     title = "Attention flow, mean of the heads of a layer"
     figure, sheet = _sheet(width, height, title, capture.text, note)
     for index, layer in enumerate(layers):
@@ -3258,17 +3261,17 @@ def plot_rollout(capture: AttentionCapture) -> Figure:
     labels = _short_labels(capture.labels, _MAX_LABELS)
     n = len(labels)
     difference = difference[:n, :n]
-    limit = max(float(np.abs(difference).max()), 0.01)
+    limit = max(float(np.abs(difference).max()), 0.05)  # noise stays pale
     cell = min(0.3, max(3.2 / n, 0.12))
     room = _label_room(labels, cell)
     width = max(room + n * cell + 1.1, 5.0)
     note = "Attention followed through all layers, minus what uniform heads would give; 0 means no difference."
     note += _cut_note(len(capture.labels), _MAX_LABELS)
-    height = 0.7 + n * cell + room + 0.4
+    height = 0.8 + n * cell + room + 0.4
     figure, sheet = _sheet(width, height, "Rollout: what reaches each position", capture.text, note)
     scale = {"cmap": "RdBu", "low": -limit, "high": limit}
-    _place_map(sheet, difference, labels, room, 0.7, cell, **scale)
-    _place_color_bar(figure, room + n * cell + 0.2, 0.7, min(n * cell, 2.5), "more (blue) or less (red)", **scale)
+    _place_map(sheet, difference, labels, room, 0.8, cell, **scale)
+    _place_color_bar(figure, room + n * cell + 0.2, 0.8, min(n * cell, 2.5), "more (blue) or less (red)", **scale)
     return figure
 
 
@@ -3390,28 +3393,38 @@ def plot_score_maps(scores: pd.DataFrame, source: str = "windows") -> Figure:
     return figure
 
 
-def plot_ablation(ablation: pd.DataFrame) -> Figure:
-    """Loss increase on held-out text when a head is replaced by its mean, layer x head, in thousandths of a nat."""
+def heads_that_matter(ablation: pd.DataFrame, n_windows: int, min_increase: float = 0.001) -> tuple[pd.Series, float]:
+    """Which heads' ablation raises the loss by `min_increase` nats and beyond noise, and the limit in standard errors.
+
+    A t-test over windows at 5%, two-sided, corrected for the number of heads (Bonferroni).
+    """
+    from scipy.stats import t
+
+    limit = float(t.ppf(1 - 0.025 / len(ablation), n_windows - 1))
+    increase = ablation["loss_increase"]
+    return (increase >= min_increase) & (increase > limit * ablation["standard_error"]), limit
+
+
+def plot_ablation(ablation: pd.DataFrame, n_windows: int) -> Figure:
+    """Loss increase on held-out text when a head is replaced by its mean, layer x head, in thousandths of a nat.
+
+    Numbers in bold are of heads that matter, see `heads_that_matter`; all others may be noise.
+    """
+    matters = _head_grid(ablation.assign(matters=heads_that_matter(ablation, n_windows)[0]), "matters")
     grid = 1000 * _head_grid(ablation, "loss_increase")
-    limit = max(float(np.nanmax(np.abs(grid))), 1e-3)
+    limit = max(float(np.abs(grid).max()), 1.0)
     n_layer, n_head = grid.shape
-    figure = _figure(1.8 + 0.62 * n_head, 1.2 + 0.45 * n_layer, layout="constrained")
+    figure = _figure(max(5, 1.8 + 0.62 * n_head), 1.2 + 0.45 * n_layer, layout="constrained")
     axes = figure.subplots()
     image = axes.imshow(grid, cmap="RdBu_r", vmin=-limit, vmax=limit, interpolation="none", aspect="auto")
     for (layer, head), value in np.ndenumerate(grid):
+        style = {"weight": "bold"} if matters[layer, head] else {}
         color = "white" if abs(value) > 0.6 * limit else "black"
-        axes.text(
-            head,
-            layer,
-            f"{value:.2g}" if abs(value) < 10 else f"{value:.0f}",
-            fontsize=7,
-            color=color,
-            ha="center",
-            va="center",
-        )
+        text = f"{value:.1f}" if abs(value) < 10 else f"{value:.0f}"
+        axes.text(head, layer, text, fontsize=7, color=color, ha="center", va="center", **style)
     axes.set_xticks(range(n_head))
     axes.set_yticks(range(n_layer))
-    _clean(axes, "What a head is worth", xlabel="head", ylabel="layer")
+    _clean(axes, "What a head is worth (bold: beyond noise)", xlabel="head", ylabel="layer")
     bar = figure.colorbar(image, ax=axes)
     bar.set_label("loss increase without the head\n(thousandths of a nat per token)", fontsize=8)
     bar.ax.tick_params(labelsize=7)
@@ -3445,9 +3458,8 @@ def plot_head_similarity(
         top.legend(frameon=False, fontsize=7.5, loc="upper right")
     _clean(top, title or "Which heads look alike", ylabel="distance")
     top.tick_params(bottom=False, labelbottom=False)
-    image = bottom.imshow(
-        distances[np.ix_(order, order)], cmap="viridis_r", vmin=0, interpolation="none", aspect="auto"
-    )
+    scale = {"vmin": 0, "vmax": min(1, max(distances.max(), 2 * (noise_floor or 0), 1e-6)), "cmap": "viridis_r"}
+    image = bottom.imshow(distances[np.ix_(order, order)], **scale, interpolation="none", aspect="auto")
     names = [f"{index // n_head}.{index % n_head}" for index in order]
     size = max(4.0, min(8.0, 330 / n))
     bottom.set_xticks(range(n), names, rotation=90, fontsize=size)
@@ -3485,7 +3497,7 @@ def plot_entropy_distance(
         axes.plot(means.index, means, color="#333333", linewidth=1.2, label="mean of the layer")
         if baselines is not None:
             _draw_baseline(axes, baselines, source, column)
-        _clean(axes, title, xlabel="layer", ylabel=unit, ylim=(0, None))
+        _clean(axes, title, xlabel="layer", ylabel=unit, ylim=(0, 1.1 * axes.get_ylim()[1]))
         axes.set_xticks(means.index)
         axes.grid(axis="y", alpha=0.25)
         axes.legend(frameon=False, fontsize=7.5, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.16))
@@ -3527,6 +3539,7 @@ def plot_language(language: pd.DataFrame) -> Figure:
     draw_interval(middle, "attention_difference", "attention_low", "attention_high")
     middle.axvline(0, color="#999999", linestyle=":", linewidth=1)
     _clean(middle, "Looks at the right word", xlabel="attention to target minus distractor")
+    middle.locator_params(axis="x", nbins=5)
     right.barh(y - 0.17, columns["margin_drop"], 0.32, color=blue, label="chosen heads")
     right.barh(y + 0.17, columns["random_margin_drop"], 0.32, color="#BBBBBB", label="random heads")
     right.axvline(0, color="#999999", linewidth=1)
@@ -3656,8 +3669,8 @@ def _plan_model(study: HeadStudy, language: pd.DataFrame | None, metrics: Sequen
         "What each head is worth",
         "Layer by head map of the loss increase when a head's output is replaced by its mean. The largest is "
         f"{1000 * top['loss_increase']:.2f} thousandths of a nat, at layer {top['layer']:.0f}, head {top['head']:.0f}.",
-        "Red: the model gets worse without the head; blue: better.",
-        lambda: plot_ablation(ablation),
+        "Red: the model gets worse without the head; blue: better. Numbers that are not bold may be noise.",
+        lambda: plot_ablation(ablation, study.settings["ablation_windows"]),
     )
     classes = list(scores[scores["source"] == "windows"].sort_values(["layer", "head"])["class"])
     for name, suffix, distances, floor in (
@@ -3837,7 +3850,6 @@ def _drawing(jobs: list[tuple]) -> Iterator[Callable[[tqdm], None]]:
 _VERDICTS = ("supported", "not supported", "undecided")
 _SPECIALISED = ("Diagonal/Self", "Local Context", "Token-Specific")
 _ORIGINAL_BROAD = 0.857  # the original study: "85.7% broad, 14.3% specialised"
-_ABLATION_FLOOR = 0.001  # nats per token; a smaller loss increase is of no consequence, however certain
 _HEAD_CLAIMS = {
     "sink": "A head parks its attention on the first token",
     "self": "A head looks at the token itself",
@@ -3894,7 +3906,7 @@ def _statement(topic: str, claim: str, verdict: str, evidence: str) -> dict:
 
 
 def _percent(value: float, low: float, high: float) -> str:
-    return f"{value:.1%} ({low:.1%} to {high:.1%})"
+    return f"{value:.1%}" if low == high else f"{value:.1%} ({low:.1%} to {high:.1%})"
 
 
 def _shares_of(study: HeadStudy, name: str, source: str = "windows") -> dict[str, pd.Series]:
@@ -3920,7 +3932,7 @@ def _class_statements(study: HeadStudy) -> Iterator[dict]:
         text = {model: _percent(*row[["share", "low", "high"]]) for model, row in shares[name].items()}
         return (
             f"{name} {text['trained']}; untrained models {text['untrained']}, shuffled tokens {text['shuffled']}, "
-            f"uniform head {shares[name]['uniform']['share']:.1%}."
+            f"uniform head {text['uniform']}."
         )
 
     more = sum(shares[name]["trained"]["share"] - shares[name]["untrained"]["high"] for name in _SPECIALISED)
@@ -3954,38 +3966,30 @@ def _score_statements(study: HeadStudy) -> Iterator[dict]:
     heads = study.scores[study.scores["source"] == "windows"]
     for score, claim in _HEAD_CLAIMS.items():
         rows = {row["model"]: row for _, row in table[table["score"] == score].iterrows()}
-        own, untrained, shuffled, tau = (
-            rows["trained"],
-            rows["untrained"],
-            rows["shuffled"],
-            study.thresholds.tau[score],
-        )
+        text = {model: f"{r['mean']:.2f} ({r['low']:.2f} to {r['high']:.2f})" for model, r in rows.items()}
+        own, tau = rows["trained"], study.thresholds.tau[score]
         best = heads.loc[heads[score].idxmax()]
-        found = own["low"] >= tau and own["low"] > untrained["high"]
+        found = own["low"] >= tau and own["low"] > rows["untrained"]["high"]
         verdict = "supported" if found else "undecided" if own["mean"] >= tau else "not supported"
         evidence = (
-            f"The strongest, layer {best['layer']} head {best['head']}, scores {own['mean']:.2f} ({own['low']:.2f} to "
-            f"{own['high']:.2f}); chance is 0, the ideal 1, the threshold {tau:.2f}. Strongest in untrained models: "
-            f"{untrained['mean']:.2f} ({untrained['low']:.2f} to {untrained['high']:.2f}); on shuffled tokens: "
-            f"{shuffled['mean']:.2f}."
+            f"The strongest, layer {best['layer']} head {best['head']}, scores {text['trained']}; chance is 0, the "
+            f"ideal 1, the threshold {tau:.2f}. Strongest in untrained models: {text['untrained']}; on shuffled tokens: "
+            f"{text['shuffled']}."
         )
-        yield _statement("Heads", claim, verdict, evidence)
+        yield _statement("Heads", claim, verdict, evidence.replace("-0.00", "0.00"))
 
 
 def _ablation_statements(study: HeadStudy) -> Iterator[dict]:
-    from scipy.stats import t
-
     table = study.ablation.merge(study.scores[study.scores["source"] == "windows"][["layer", "head", "class"]])
     n, n_windows = len(table), study.settings["ablation_windows"]
-    limit = t.ppf(1 - 0.025 / n, n_windows - 1)  # two-sided 5% over all heads (Bonferroni)
+    matters, limit = heads_that_matter(table, n_windows)
     increase = table["loss_increase"]
-    matters = (increase >= _ABLATION_FLOOR) & (increase > limit * table["standard_error"])
     top = table.loc[increase.idxmax()]
     yield _statement(
         "Ablation",
         "Single heads matter for the prediction of held-out text",
         "supported" if matters.any() else "not supported",
-        f"Replaced by its mean output, {matters.sum()} of {n} heads raises the loss by {_ABLATION_FLOOR} nats or more "
+        f"Replaced by its mean output, {matters.sum()} of {n} heads raise the loss by 0.001 nats or more "
         f"and beyond {limit:.1f} standard errors ({n_windows} windows, corrected for {n} heads). Largest: layer "
         f"{top['layer']} head {top['head']} ({top['class']}), {top['loss_increase']:+.4f} nats per token, standard "
         f"error {top['standard_error']:.4f}.",
@@ -4013,12 +4017,13 @@ def _headline(study: HeadStudy, statements: Sequence[dict]) -> list[str]:
     )
     tally = {name: [s["claim"] for s in statements if s["verdict"] == name] for name in _VERDICTS}
     if not tally["supported"]:
-        nothing = (
-            "This study finds nothing: in no respect tested here do this model's heads differ from untrained ones."
-        )
-        return [nothing, shares]
+        return [f"This study finds nothing: none of the {len(statements)} claims tested is supported.", shares]
     counts = ", ".join(f"{len(claims)} {name}" for name, claims in tally.items())
-    return [shares, f"Of {len(statements)} claims tested: {counts}.", f"Supported: {'; '.join(tally['supported'])}."]
+    return [
+        shares,
+        f"Of {len(statements)} claims tested: {counts}.",
+        f"Supported: {'; '.join(claim.rstrip('.') for claim in tally['supported'])}.",
+    ]
 
 
 def _plain(value: object) -> object:
@@ -4152,7 +4157,7 @@ def write_report(path: str | Path, findings: dict, pictures: Sequence[Picture]) 
         _REPORT_HTML,
         headline=_join(_fill("<p>{{line}}</p>", line=line) for line in findings["headline"]),
         shares=_share_table(findings["class_shares"]),
-        run=_table(run, two, "What was run"),
+        run=_table(run, two, "Model, corpus and training"),
         loss=show("loss_curve"),
         example=_join(map(_picture_html, example)),
         class_verdicts=verdicts("Classes"),

@@ -74,10 +74,11 @@ def test_long_sentences_are_cut_and_the_caption_says_so():
 
 
 def test_attention_graph_keeps_the_strongest_looks():
-    weights = np.array([[1, 0, 0, 0], [0.9, 0.1, 0, 0], [0.04, 0.03, 0.93, 0], [0.1, 0.2, 0.3, 0.4]])
+    weights = np.array([[1, 0, 0, 0], [0.9, 0.1, 0, 0], [0.45, 0.15, 0.4, 0], [0.3, 0.32, 0.0, 0.38]])
     graph = pico.attention_graph(weights, ["a", "b", "a", "c"], max_edges=2)
     edges = {(i, j): w for i, j, w in graph.edges(data="weight")}
-    assert edges == {(0, 0): 1, (1, 0): 0.9, (1, 1): 0.1, (2, 2): 0.93, (3, 3): 0.4, (3, 2): 0.3}
+    assert edges == {(1, 0): 0.9, (2, 0): 0.45, (2, 2): 0.4, (3, 3): 0.38, (3, 1): 0.32}  # (3, 0) would be a third
+    assert pico.attention_graph(pico.uniform_attention(1, 9)[0, 0], list("abcdefghi")).number_of_edges() == 0
     assert list(dict(graph.nodes(data="label")).values()) == ["a", "b", "a²", "c"]
 
 
@@ -157,8 +158,10 @@ def test_baseline_bars_have_their_intervals():
 def test_ablation_map_is_centred_on_zero():
     ablation = make_study(3, 2).ablation.copy()
     ablation["loss_increase"] = [0.03, -0.01, 0, 0, 0, 0]
-    figure = pico.plot_ablation(ablation)
+    ablation["standard_error"] = [0.001, 0.001, 1e-6, 1e-6, 1e-6, 1e-6]
+    figure = pico.plot_ablation(ablation, n_windows=8)
     image = images_of(figure)[0]
+    assert [text.get_text() for text in figure.axes[0].texts if text.get_weight() == "bold"] == ["30"]
     assert image.norm.vmin == pytest.approx(-30) and image.norm.vmax == pytest.approx(30)
     np.testing.assert_allclose(image.get_array(), [[30, -10], [0, 0], [0, 0]])
 

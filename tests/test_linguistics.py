@@ -310,6 +310,7 @@ def test_sign_flip_finds_an_effect_of_either_sign_and_none_in_zeros():
     assert pico._sign_flip_p(values, 0) == pytest.approx(pico._sign_flip_p(-values, 0))
     assert pico._sign_flip_p(values, 0) < 0.01
     assert pico._sign_flip_p(np.zeros(20), 0) == 1.0
+    assert pico._sign_flip_p(np.ones(20), 0, n=99) == 0.01  # never zero (Phipson & Smyth 2010)
 
 
 def test_holm_adjustment_of_a_textbook_example():
@@ -344,9 +345,9 @@ GOOD = pico.LinguisticEvidence(
         ({"accuracy_low": 0.49}, "undecided", "prefers"),
         ({"untrained_accuracy_highest": 0.8}, "undecided", "prefers"),
         ({"p_value": 0.05}, "undecided", "attention"),
-        ({"attention_low": -0.01}, "undecided", "attention"),
+        ({"attention_low": 0.019}, "undecided", "attention"),
         ({"untrained_attention_highest": 0.16}, "undecided", "attention"),
-        ({"margin_excess_low": -0.1}, "undecided", "without them"),
+        ({"margin_excess_low": 0.009}, "undecided", "without them"),
         ({"accuracy_low": 0.45, "accuracy_high": 0.59}, "not supported", "prefers"),
         ({"attention_low": -0.01, "attention_high": 0.019}, "not supported", "attention"),
         ({"margin_excess_low": -0.5, "margin_excess_high": -0.1}, "not supported", "without them"),
@@ -391,6 +392,8 @@ def did_model():
 
 def test_study_finds_the_head_of_a_model_built_by_hand(windows):
     model = did_model()
+    windows = windows.clone()
+    windows[2:, 10] = token(" did")
     bars = []
     counter = type("Bar", (), {"update": lambda self, n: bars.append(n)})()
     untrained = [tiny_model(seed, model.config) for seed in (7, 8, 9)]
@@ -409,6 +412,7 @@ def test_study_finds_the_head_of_a_model_built_by_hand(windows):
         with pico.ablate_heads(model, [(0, 0)], "mean", pico.mean_head_outputs(model, windows)):
             ablated = model(windows[:, :-1], windows[:, 1:])
     assert question.loss_increase == pytest.approx((ablated - intact).item(), abs=1e-5)
+    assert abs(question.loss_increase) > 1e-3
     assert set(table[table.phenomenon != "question"].verdict) <= {"not supported", "undecided"}
 
 
@@ -422,6 +426,22 @@ def test_a_head_that_looks_but_is_not_used_is_not_enough(windows):
     question = table.set_index("phenomenon").loc["question"]
     assert question.attention_difference > 0.9 and question.p_value < 0.05
     assert question.verdict != "supported"
+
+
+def test_a_head_that_matters_no_more_than_its_neighbour_is_not_enough(windows):
+    """Two equal heads share the work: ablating one costs as much as ablating the other, the random control."""
+    model = did_model()
+    with torch.no_grad():
+        qkv = model.blocks[0].attention.qkv_proj.weight.view(3, 2, 32, 64)
+        out = model.blocks[0].attention.out_proj.weight
+        out[:, 1] *= 5 / 3  # so that one head alone does not reach the bare verb
+        qkv[:, 1] = qkv[:, 0]
+        out[:, 32:] = out[:, :32]
+    untrained = [tiny_model(seed, model.config) for seed in (7, 8)]
+    table = pico.study_language(model, windows=windows, untrained=untrained, n_heads=1, n_draws=2)
+    question = table.set_index("phenomenon").loc["question"]
+    assert question.accuracy == 1.0 and question.attention_difference > 0.9 and question.margin_drop > 0.1
+    assert question.verdict == "not supported" and "without them" in question.reason
 
 
 @pytest.mark.parametrize("seed", range(5))
