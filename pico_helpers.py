@@ -1151,6 +1151,7 @@ class Muon(torch.optim.AdamW):
             state = self.state[parameters[0]]  # holds the momentum of the whole group
             if not state:
                 state["momentum_buffer"] = torch.zeros_like(gradient)
+                state["step"] = torch.zeros((), device=gradient.device)  # AdamW's load_state_dict looks for it
             momentum = state["momentum_buffer"]
             rate = group["lr"]
             if self.found_inf is not None:
