@@ -1243,7 +1243,7 @@ def make_loader(
     copy to the GPU can overlap. resident: all tokens lie on the device, where batches are cut; nothing is copied.
     """
     part = batch_size // n_ranks  # each process reads its own part of a batch
-    places = [range(step * batch_size + rank * part, step * batch_size + (rank + 1) * part) for step in steps]
+    places = (range(step * batch_size + rank * part, step * batch_size + (rank + 1) * part) for step in steps)
     if kind == "resident":
         return _resident_batches(stream, places, device)
     options = {"num_workers": workers, "pin_memory": device.type == "cuda"} if kind == "workers" else {}
@@ -1448,7 +1448,7 @@ def _from_first(make: Callable[[], object]) -> object:
 
 
 @contextlib.contextmanager
-def _readable_errors(config: TrainConfig) -> Iterator[None]:
+def readable_errors(config: TrainConfig) -> Iterator[None]:
     """Turns a lack of memory and the loss of another process into a PicoError."""
     n_ranks = _ranks()[1]
     try:
@@ -1534,7 +1534,7 @@ def train(
     numbers belong to a micro-batch. Raises PicoError when memory runs out, when another process is lost, and when the
     loss is NaN or explodes for several steps in a row; the last good checkpoint then stays.
     """
-    with _process_group(torch.device(device or default_device())) as device, _readable_errors(config):
+    with _process_group(torch.device(device or default_device())) as device, readable_errors(config):
         return _train(model_config, config, results, data_folder, device, on_log)
 
 
@@ -1583,7 +1583,7 @@ def _train(
 
     if rank == 0:
         save(partial)  # a folder that cannot be written is found now, not after hours
-    forward = _make_forward(run.model, config, device)
+    forward = make_forward(run.model, config, device)
     steps = range(run.step, total_steps)
     loader = choose_loader(stream, device)
     batches = make_loader(loader, stream, config.batch_size, steps, device, rank=rank, n_ranks=n_ranks)
@@ -1711,7 +1711,7 @@ def _open_corpus(config: TrainConfig, data_folder: str | Path) -> tuple[str, str
     return corpus.about, corpus.key, training, validation
 
 
-def _make_forward(model: PicoLLM, config: TrainConfig, device: torch.device) -> nn.Module:
+def make_forward(model: PicoLLM, config: TrainConfig, device: torch.device) -> nn.Module:
     """The model as a step calls it: shared between processes, compiled."""
     forward: nn.Module = model
     if _ranks()[1] > 1:
