@@ -281,7 +281,9 @@ def format_table(rows: list[dict]) -> str:
     widths = {name: max(len(name), *(len(line[name]) for line in table)) for name in table[0]}
     lines = ["  ".join(name.rjust(width) for name, width in widths.items())]
     lines += ["  ".join(line[name].rjust(width) for name, width in widths.items()) for line in table]
-    return "\n".join([f"{rows[0]['device']}; {rows[0]['windows']} windows of {rows[0]['steps']} steps", *lines])
+    windows, steps = rows[0]["windows"], rows[0]["steps"]
+    about = f"median of {windows} windows of {steps} steps" if windows > 1 else f"one window of {steps} steps"
+    return "\n".join([f"{rows[0]['device']}; {about}", *lines])
 
 
 def draw_chart(rows: list[dict]):
@@ -417,8 +419,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--peer", action="store_true", help="also a plain eager loop in float32")
     parser.add_argument("--torch-profiler", action="store_true", help="write a Chrome trace of each contestant")
     parser.add_argument("--recipes", action="store_true", help="compare optimizers instead; --steps is a run's length")
-    parser.add_argument("--steps", type=int, help=f"of a window, default {50 if has_gpu else 5}")
-    parser.add_argument("--warmup", type=int, default=10 if has_gpu else 2, help="steps before a window (%(default)s)")
+    parser.add_argument("--steps", type=int, help=f"of a window, default {50 if has_gpu else 4}")
+    parser.add_argument("--warmup", type=int, default=10 if has_gpu else 1, help="steps before a window (%(default)s)")
     parser.add_argument("--repeats", type=int, help="windows of each contestant, default 5 with --compare, else 1")
     parser.add_argument("--batch-size", type=int, help="sequences per step, default: the preset's")
     parser.add_argument("--micro-batch-size", type=int, help="sequences per forward pass, default: all of them")
@@ -464,7 +466,7 @@ def run_profile(options: argparse.Namespace, preset: Preset, device: torch.devic
     contestants = [Contestant(loader, loader, *shared) for loader in loaders]
     if options.peer:
         contestants.insert(0, PlainLoop("plain loop", "naive", *shared))
-    steps = options.steps or (50 if device.type == "cuda" else 5)
+    steps = options.steps or (50 if device.type == "cuda" else 4)
     measure_all(contestants, options.warmup, steps, options.repeats or (5 if options.compare else 1))
 
     out = Path(options.out)

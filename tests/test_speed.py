@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import json
 import os
 import signal
 import subprocess
@@ -14,6 +15,7 @@ import pytest
 import torch
 
 import pico_helpers as pico
+import profile_training as profile
 from pico_helpers import PicoError
 
 ROOT = Path(__file__).parent.parent
@@ -465,3 +467,155 @@ def test_a_batch_must_split_evenly(tiny_config, tiny_train, data_folder, tmp_pat
     monkeypatch.setattr(pico, "_ranks", lambda: (0, 3))
     with pytest.raises(PicoError, match="batch_size 4 is not a multiple of 3 processes"):
         pico._train(tiny_config, tiny_train, tmp_path, data_folder, CPU, None)
+
+
+# --- profile ----------------------------------------------------------------------------------------------------------
+
+
+def test_covered_is_the_length_of_the_union():
+    assert profile.covered([], 0, 10) == 0
+    assert profile.covered([(1, 3), (2, 5), (8, 9)], 0, 10) == 5
+    assert profile.covered([(8, 9), (2, 5), (1, 3), (1, 2), (2, 5)], 0, 10) == 5, "order and copies do not matter"
+    assert profile.covered([(0, 10), (2, 3)], 0, 10) == 10, "an interval inside another one"
+    assert profile.covered([(-5, 1), (9, 20), (30, 40)], 0, 10) == 2, "what lies outside the window does not count"
+
+
+def test_covered_agrees_with_counting_every_unit_of_time():
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(50):
+        begins = torch.randint(-20, 120, (12,), generator=generator).tolist()
+        lengths = torch.randint(0, 30, (12,), generator=generator).tolist()
+        intervals = [(begin, begin + length) for begin, length in zip(begins, lengths, strict=True)]
+        units = {unit for begin, end in intervals for unit in range(begin, end) if 0 <= unit < 100}
+        assert profile.covered(intervals, 0, 100) == len(units)
+
+
+def test_idle_share_of_a_trace_counts_kernels_only():
+    def event(name: str, category: str, start: float, length: float) -> dict:
+        return {"ph": "X", "name": name, "cat": category, "ts": start, "dur": length}
+
+    window = event("window", "user_annotation", 100, 50)
+    kernels = [event("gemm", "kernel", 90, 20), event("norm", "kernel", 105, 10), event("gemm", "kernel", 140, 30)]
+    others = [event("copy", "gpu_memcpy", 120, 10), event("aten::mm", "cpu_op", 100, 50), {"ph": "M", "name": "x"}]
+    assert profile.idle_share({"traceEvents": [window, *kernels, *others]}) == pytest.approx(1 - 25 / 50)
+    assert profile.idle_share({"traceEvents": [window, *others]}) is None, "without kernels there is no GPU"
+
+
+def test_flops_and_peaks():
+    config = pico.ModelConfig()
+    n = pico.PicoLLM(config).count_parameters()[1]
+    assert profile.flops_per_token(config, n) == 6 * n + 12 * 8 * 384 * 448 == pytest.approx(223e6, rel=0.01)
+    assert profile.peak_flops("NVIDIA H100 80GB HBM3") == 989e12
+    assert profile.peak_flops("NVIDIA H100 PCIe") == 756e12
+    assert profile.peak_flops("NVIDIA A10G") == 70e12 and profile.peak_flops("NVIDIA A10") == 125e12
+    assert profile.peak_flops("NVIDIA L40S") == 362e12 and profile.peak_flops("NVIDIA L4") == 121e12
+    assert profile.peak_flops("CPU, 2 threads") is None and profile.peak_flops("Tesla K80") is None
+
+
+@pytest.fixture
+def tiny_preset(tiny_config, tiny_train, monkeypatch, tmp_path, data_folder):
+    """Options that make `main` run the tiny model."""
+    monkeypatch.setitem(pico.PRESETS, "quick", pico.Preset(tiny_config, tiny_train, "tiny"))
+    common = ["--preset", "quick", "--corpus", tiny_train.corpus, "--out", str(tmp_path), "--data", str(data_folder)]
+    return [*common, "--steps", "2", "--warmup", "1"]
+
+
+def read_rows(path: Path) -> list[dict]:
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_comparison_writes_table_and_chart(tiny_preset, tmp_path, capsys):
+    assert profile.main([*tiny_preset, "--compare", "--peer"]) == 0
+    rows = {row["name"]: row for row in read_rows(tmp_path / "profile.csv")}
+    assert list(rows) == ["plain loop", "naive", "workers", "resident"]
+    speeds = {name: float(row["tokens_per_second"]) for name, row in rows.items()}
+    for name, row in rows.items():
+        assert float(row["ratio_to_naive"]) == pytest.approx(speeds[name] / speeds["naive"], abs=1e-3)
+        assert float(row["ratio_to_plain_loop"]) == pytest.approx(speeds[name] / speeds["plain loop"], abs=1e-3)
+        assert float(row["slowest"]) <= speeds[name] <= float(row["fastest"])
+        assert (row["windows"], row["mfu"], row["gpu_idle_share"]) == ("5", "", ""), "no number that was not measured"
+    output = capsys.readouterr().out
+    assert output.count("no GPU") == 4 and output.count("peak unknown") == 4
+    assert (tmp_path / "profile.png").stat().st_size > 1000 and (tmp_path / "profile.svg").exists()
+
+
+def test_all_contestants_learn_the_same(tiny_config, tiny_train, stream):
+    """The plain loop differs in speed only: with equal data and no dropout its weights move alike."""
+    preset = pico.Preset(dataclasses.replace(tiny_config, dropout=0.0), tiny_train, "tiny")
+    models = []
+    for kind in (profile.Contestant, profile.PlainLoop):
+        contestant = kind("x", "naive", preset, stream, CPU, 0)
+        contestant.measure(1, 3)
+        assert contestant.n_steps == 4 and len(contestant.windows) == 1
+        models.append(contestant.model.token_embedding.weight.detach()[:50257])
+    start = pico.PicoLLM(preset.model, tiny_train.seed).token_embedding.weight.detach()[:50257]
+    moved = [(model - start).flatten() for model in models]
+    assert torch.cosine_similarity(*moved, dim=0) > 0.99
+
+
+def test_chrome_trace_names_the_ranges(tiny_preset, tmp_path):
+    assert profile.main([*tiny_preset, "--torch-profiler", "--loader", "resident"]) == 0
+    trace = json.loads((tmp_path / "profile_resident.trace.json").read_text())
+    names = [event["name"] for event in trace["traceEvents"] if event.get("cat") == "user_annotation"]
+    for name in ("data", "host-to-device", "forward", "backward", "optimizer"):
+        assert names.count(name) == 2, name
+
+
+def test_bad_options_end_with_one_line(tiny_preset, capsys):
+    assert profile.main([*tiny_preset, "--corpus", "nowhere"]) == 1
+    assert capsys.readouterr().err.strip().splitlines()[-1].startswith("Error: Unknown corpus 'nowhere'")
+
+
+def test_the_documented_command_runs_without_a_gpu(tmp_path, data_folder):
+    command = [sys.executable, "profile_training.py", "--out", str(tmp_path), "--data", str(data_folder)]
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr
+    assert "tokens/s" in run.stdout and "no GPU" in run.stdout
+    assert [row["name"] for row in read_rows(tmp_path / "profile.csv")] == ["naive"]
+
+
+# --- recipes ----------------------------------------------------------------------------------------------------------
+
+
+class MadeUp(profile.RecipeTable):
+    """Recipes whose loss is known: a bowl around learning rate 0.002 and weight decay 0.4, and Muon better by 0.5."""
+
+    def run(self, stage, recipe, seed, changes):
+        config = dataclasses.replace(self.preset.train, **changes)
+        self.rows.append({"stage": stage, "recipe": recipe, "seed": seed, **changes})
+        loss = abs(config.learning_rate - 0.002) * 100 + abs(config.weight_decay - 0.4)
+        return loss - 0.5 * (config.optimizer == "muon")
+
+
+def test_tuning_finds_the_best_of_each_setting_and_both_get_as_many_runs(tiny_config, tiny_train, tmp_path):
+    preset = pico.Preset(tiny_config, tiny_train, "tiny")
+    table = MadeUp(preset, "made up", tmp_path / "recipes.csv", tmp_path, CPU)
+    profile.compare_recipes(table, seeds=(1, 2))
+    tuning = [row["recipe"] for row in table.rows if row["stage"] == "tuning"]
+    assert tuning.count("adamw") == tuning.count("muon") == 7
+    final = [row for row in table.rows if row["stage"] == "final"]
+    adamw = next(row for row in final if row["recipe"] == "adamw")
+    assert adamw["learning_rate"] == tiny_train.learning_rate * 2 and adamw["weight_decay"] == 0.4
+    assert {row["seed"] for row in final} == {1, 2}
+    half = next(row for row in final if row["recipe"].endswith("half the tokens"))
+    assert half["max_steps"] == tiny_train.max_steps // 2
+
+
+def test_recipes_are_kept_and_not_repeated(tiny_config, tiny_train, tmp_path, data_folder, monkeypatch):
+    path = tmp_path / "benchmarks" / "recipes.csv"
+
+    def table(scale: str = "tiny") -> profile.RecipeTable:
+        return profile.RecipeTable(pico.Preset(tiny_config, tiny_train, "tiny"), scale, path, data_folder, CPU)
+
+    losses = [table().run("final", name, 1, {"optimizer": name, "max_steps": 2}) for name in ("adamw", "muon")]
+    losses.append(table().run("final", "wild", 1, {"learning_rate": 1e4, "warmup_steps": 0, "max_steps": 40}))
+    rows = read_rows(path)
+    assert [row["recipe"] for row in rows] == ["adamw", "muon", "wild"]
+    assert [float(row["val_loss"]) for row in rows] == [round(loss, 4) for loss in losses]
+    assert losses[2] == float("inf"), "a run that explodes is a row as well"
+    monkeypatch.setattr(pico, "train", None)
+    assert table().run("final", "adamw", 1, {"optimizer": "adamw", "max_steps": 2}) == round(losses[0], 4)
+    with pytest.raises(TypeError):
+        table("another scale").run("final", "adamw", 1, {"optimizer": "adamw", "max_steps": 2})
