@@ -1079,9 +1079,9 @@ def newest_checkpoint(results: str | Path = "results") -> Path:
 
 # ======================================================================================================================
 # TRAINING
-# `train` reads from top to bottom as the run itself. Every random choice follows from (seed, step): the order of the
-# data, and dropout, which is seeded anew for each micro-batch. So a resumed run repeats the uninterrupted one exactly,
-# and N processes repeat one. Nothing in a step waits for the device; losses are read back with the lines of metrics.
+# `_train` reads from top to bottom as the run itself. Every random choice follows from (seed, step), the order of the
+# data and the dropout of each micro-batch: so a resumed run repeats the uninterrupted one, and N processes repeat one.
+# Nothing in a step waits for the device; losses are read back with the lines of metrics.
 # ======================================================================================================================
 
 
@@ -1608,20 +1608,20 @@ def _train(
                 loss, skipped = run.guard.read()  # the only wait for the device
                 speed = (run.step - logged_step) * tokens_per_step / (time.perf_counter() - logged_at)
                 bar.set_postfix_str(f"loss {loss:.3f}, {speed:,.0f} tokens/s")
+                evaluation = None
+                if is_evaluated and rank == 0:
+                    evaluation = evaluate(run.model, validation, model_config.context_length)
                 row = {
                     "step": run.step,
                     "tokens": run.step * tokens_per_step,
                     "epoch": round(run.step * config.batch_size / stream.n_sequences, 4),
                     "train_loss": loss,
-                    "val_loss": None,
-                    "word_perplexity": None,
+                    "val_loss": evaluation and evaluation.loss,
+                    "word_perplexity": evaluation and evaluation.word_perplexity,
                     "learning_rate": learning_rate_at(step, total_steps, config),
                     "tokens_per_second": round(speed, 1),
                     "skipped_steps": skipped,
                 }
-                if is_evaluated and rank == 0:
-                    evaluation = evaluate(run.model, validation, model_config.context_length)
-                    row |= {"val_loss": evaluation.loss, "word_perplexity": evaluation.word_perplexity}
                 run.rows.append(row)
                 if on_log and rank == 0:
                     on_log(run.rows)

@@ -89,6 +89,24 @@ def test_muon_steps_each_matrix_by_itself_and_leaves_the_rest_to_adamw(tiny_conf
     assert sorted(owned) == sorted(id(p) for p in model.parameters()), "every parameter has one group"
 
 
+def test_muon_agrees_with_pytorch(tiny_model):
+    """Which computes in bf16, hence the tolerance; out_proj is a single matrix in both."""
+    config = pico.TrainConfig(optimizer="muon", matrix_learning_rate=0.1, matrix_weight_decay=0.2)
+    optimizer = pico.make_optimizer(tiny_model, config)
+    own = tiny_model.blocks[1].attention.out_proj.weight
+    theirs = own.detach().clone().requires_grad_()
+    start = theirs.detach().clone()
+    reference = torch.optim.Muon([theirs], lr=0.1, weight_decay=0.2, momentum=0.95)
+    for step in range(4):
+        for p in tiny_model.parameters():
+            p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(step))
+        theirs.grad = own.grad.clone()
+        optimizer.step()
+        reference.step()
+    torch.testing.assert_close(own, theirs, atol=5e-3, rtol=0)
+    assert (own - start).abs().mean() > 0.02
+
+
 def test_schedules_reach_every_group(tiny_model):
     config = pico.TrainConfig(optimizer="muon", weight_decay_schedule="valley", warmup_steps=10)
     optimizer = pico.make_optimizer(tiny_model, config)
