@@ -32,6 +32,7 @@ import contextlib
 import copy
 import csv
 import dataclasses
+import datetime
 import functools
 import hashlib
 import html
@@ -67,6 +68,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -132,12 +134,18 @@ class TrainConfig:
     epochs: float = 10.0
     max_steps: int | None = None  # stops earlier than `epochs`
     batch_size: int = 64  # sequences per step
-    micro_batch_size: int | None = None  # sequences per forward pass; None: the whole batch
-    learning_rate: float = 1e-3
+    micro_batch_size: int | None = None  # sequences per forward pass; None: all that a process has
+    optimizer: str = "adamw"  # adamw | muon (the blocks' matrices; AdamW keeps the embedding and the norms)
+    learning_rate: float = 1e-3  # of AdamW
+    matrix_learning_rate: float = 0.02  # of Muon
     warmup_steps: int = 200
-    weight_decay: float = 0.1
-    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = 0.1  # of AdamW
+    matrix_weight_decay: float = 0.1  # of Muon
+    weight_decay_schedule: str = "constant"  # constant | valley (1.5 times at both ends, 0.5 in the middle)
+    betas: tuple[float, float] = (0.9, 0.95)  # of AdamW
     grad_clip: float = 1.0
+    average: str = "none"  # none | ema | tail: the final weights are an average over the last steps
+    average_steps: int = 150  # horizon of the exponential average, length of the tail
     seed: int = 0
     precision: str = "auto"  # auto | fp32 | fp16 | bf16
     compile: bool | None = None  # torch.compile; None: on a GPU
@@ -150,8 +158,17 @@ class TrainConfig:
             raise PicoError(
                 f"batch_size {self.batch_size} is not a multiple of micro_batch_size {self.micro_batch_size}."
             )
-        if self.precision not in ("auto", "fp32", "fp16", "bf16"):
-            raise PicoError(f"Unknown precision {self.precision!r}; choose auto, fp32, fp16 or bf16.")
+        for name, choices in _TRAIN_CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise PicoError(f"Unknown {name} {getattr(self, name)!r}; choose one of: {', '.join(choices)}.")
+
+
+_TRAIN_CHOICES = {
+    "precision": ("auto", "fp32", "fp16", "bf16"),
+    "optimizer": ("adamw", "muon"),
+    "weight_decay_schedule": ("constant", "valley"),
+    "average": ("none", "ema", "tail"),
+}
 
 
 @dataclass(frozen=True)
@@ -612,6 +629,9 @@ class TokenFile:
     tokens: np.ndarray
     starts: np.ndarray  # (documents + 1,) int64
 
+    def __reduce__(self) -> tuple:  # another process opens the file instead of receiving its contents
+        return open_tokens, (self.folder,)
+
     @property
     def n_documents(self) -> int:
         return len(self.starts) - 1
@@ -742,18 +762,26 @@ def count_sequences(file: TokenFile, context_length: int, max_sequences: int | N
     return min(n, max_sequences or n)
 
 
-class SequenceStream:
-    """Epoch after epoch as one endless list of sequences."""
+class SequenceStream(torch.utils.data.Dataset):
+    """Epoch after epoch as one endless list of sequences; item k is (context_length + 1,) int64."""
 
     def __init__(self, file: TokenFile, context_length: int, max_sequences: int | None, seed: int) -> None:
+        self.file, self.context_length = file, context_length
         self.n_sequences = count_sequences(file, context_length, max_sequences)
+        self._arguments = file, context_length, max_sequences, seed
         # a batch may straddle two epochs, so two are kept
-        self.epoch = functools.lru_cache(2)(lambda epoch: PackedEpoch(file, context_length, max_sequences, seed, epoch))
+        self.epoch = functools.lru_cache(2)(lambda epoch: PackedEpoch(*self._arguments, epoch))
+
+    def __reduce__(self) -> tuple:  # worker processes keep epochs of their own
+        return SequenceStream, self._arguments
+
+    def __getitem__(self, k: int) -> Tensor:
+        epoch, index = divmod(k, self.n_sequences)
+        return self.epoch(epoch)[index]
 
     def batch(self, start: int, size: int) -> Tensor:
         """Sequences start .. start + size - 1 of the list, (size, context_length + 1) int64."""
-        places = (divmod(k, self.n_sequences) for k in range(start, start + size))
-        return torch.stack([self.epoch(epoch)[index] for epoch, index in places])
+        return torch.stack([self[k] for k in range(start, start + size)])
 
 
 def held_out_sequences(file: TokenFile, n: int, length: int, seed: int = 0) -> Tensor:
@@ -1103,8 +1131,9 @@ def newest_checkpoint(results: str | Path = "results") -> Path:
 
 # ======================================================================================================================
 # TRAINING
-# `train` reads from top to bottom as the run itself. Every random choice follows from (seed, step): the order of the
-# data, and dropout, which is seeded anew for each micro-batch. So a resumed run repeats the uninterrupted one exactly.
+# `_train` reads from top to bottom as the run itself. Every random choice follows from (seed, step), the order of the
+# data and the dropout of each micro-batch: so a resumed run repeats the uninterrupted one, and N processes repeat one.
+# Nothing in a step waits for the device; losses are read back with the lines of metrics.
 # ======================================================================================================================
 
 
@@ -1134,22 +1163,231 @@ def choose_precision(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
 
 
+# -- Optimizer
+
+
+def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:
+    """The nearest matrices with all singular values near 1 (0.7 to 1.2), of (N, rows, columns).
+
+    Newton-Schulz iteration with the quintic of Jordan et al. 2024. A GPU with bf16 computes it in bf16; anything else
+    in float32, since a CPU without bf16 instructions needs seconds for a matrix.
+    """
+    is_tall = matrices.shape[1] > matrices.shape[2]
+    x = matrices.mT if is_tall else matrices
+    x = x / (torch.linalg.matrix_norm(x, keepdim=True) + 1e-7)
+    x = x.to(torch.bfloat16 if choose_precision("auto", x.device) == torch.bfloat16 else torch.float32)
+    for _ in range(steps):
+        a = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(a, a, a, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
+    return (x.mT if is_tall else x).to(matrices.dtype)
+
+
+class Muon(torch.optim.AdamW):
+    """Muon (Jordan et al. 2024) for the groups that have a key `split`, AdamW for the others.
+
+    Momentum of the gradient, made orthogonal, is the step: W -= lr x sqrt(max(1, rows / columns)) x
+    orthogonalize(momentum). All parameters of a group have one shape and are one batched product, which keeps the
+    kernels few where torch.optim.Muon takes matrix by matrix. `split` counts the matrices that lie stacked in a
+    parameter (query, key and value; gate and up): each is orthogonalised by itself.
+    """
+
+    found_inf: Tensor | None = None  # 1 on the device: leave everything as it is; PyTorch's own name for this
+
+    @torch.no_grad()
+    def step(self, closure: Callable | None = None) -> None:
+        for group in self.param_groups:
+            if "split" not in group:
+                continue
+            parameters, inertia = group["params"], group["momentum"]
+            gradient = torch.stack([p.grad for p in parameters])  # (n, rows, columns)
+            state = self.state[parameters[0]]  # holds the momentum of the whole group
+            if not state:
+                state["momentum_buffer"] = torch.zeros_like(gradient)
+                state["step"] = torch.zeros((), device=gradient.device)  # AdamW's load_state_dict looks for it
+            momentum = state["momentum_buffer"]
+            rate = group["lr"]
+            if self.found_inf is not None:
+                gradient = torch.where(self.found_inf > 0, momentum, gradient)  # which leaves the momentum as it is
+                rate = rate * (1 - self.found_inf)
+            momentum.lerp_(gradient, 1 - inertia)
+            update = gradient.lerp(momentum, inertia)  # Nesterov
+            pieces = update.unflatten(1, (group["split"], -1)).flatten(0, 1)  # (n x split, rows / split, columns)
+            scale = math.sqrt(max(1.0, pieces.shape[1] / pieces.shape[2]))
+            update = orthogonalize(pieces).view_as(update) * (scale * rate)
+            torch._foreach_mul_(parameters, 1 - rate * group["weight_decay"])
+            torch._foreach_sub_(parameters, list(update))
+            for p in parameters:
+                p.grad = None  # AdamW below leaves out what has no gradient
+        super().step(closure)
+
+
 def make_optimizer(model: PicoLLM, config: TrainConfig) -> torch.optim.Optimizer:
-    """AdamW; matrices and the embedding decay, norms do not."""
-    parameters = list(model.parameters())
-    groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, fused=True)
+    """AdamW, or Muon for the blocks' matrices and AdamW for the rest. Norms do not decay."""
+    named = dict(model.named_parameters())
+    groups = []
+    if config.optimizer == "muon":
+        for kind, split in {"qkv_proj": 3, "out_proj": 1, "gate_up_proj": 2, "down_proj": 1}.items():
+            matrices = [named.pop(name) for name in list(named) if name.endswith(f".{kind}.weight")]
+            groups.append({"params": matrices, "split": split, "momentum": 0.95, "lr": config.matrix_learning_rate})
+            groups[-1]["weight_decay"] = config.matrix_weight_decay
+    groups.append({"params": [p for p in named.values() if p.ndim >= 2], "weight_decay": config.weight_decay})
+    groups.append({"params": [p for p in named.values() if p.ndim < 2], "weight_decay": 0.0})
+    kind = Muon if config.optimizer == "muon" else torch.optim.AdamW
+    optimizer = kind(groups, lr=config.learning_rate, betas=config.betas, fused=True)
+    for group in optimizer.param_groups:
+        group |= {"peak_lr": group["lr"], "mean_weight_decay": group["weight_decay"]}
+    return optimizer
+
+
+def _schedule(step: int, total_steps: int, warmup_steps: int) -> float:
+    """Share of the peak rate: linear warm-up, then linear decay to zero (Bergsma et al. 2025)."""
+    warmup = min(warmup_steps, total_steps // 2)
+    if step < warmup:
+        return (step + 1) / warmup
+    return (total_steps - step) / max(1, total_steps - warmup)
 
 
 def learning_rate_at(step: int, total_steps: int, config: TrainConfig) -> float:
-    """Linear warm-up, then linear decay to zero (Bergsma et al. 2025)."""
-    warmup = min(config.warmup_steps, total_steps // 2)
-    if step < warmup:
-        return config.learning_rate * (step + 1) / warmup
-    return config.learning_rate * (total_steps - step) / max(1, total_steps - warmup)
+    """AdamW's rate at a step."""
+    return config.learning_rate * _schedule(step, total_steps, config.warmup_steps)
+
+
+def _set_rates(optimizer: torch.optim.Optimizer, step: int, total_steps: int, config: TrainConfig) -> None:
+    rate = _schedule(step, total_steps, config.warmup_steps)
+    is_valley = config.weight_decay_schedule == "valley"
+    decay = 0.5 + abs(1 - 2 * step / total_steps) if is_valley else 1.0  # both have mean 1
+    for group in optimizer.param_groups:
+        group["lr"] = group["peak_lr"] * rate
+        group["weight_decay"] = group["mean_weight_decay"] * decay
+
+
+def average_share(done: int, total_steps: int, config: TrainConfig) -> float:
+    """Share of the current weights in their average after `done` steps; 0 while there is none.
+
+    `ema`: exponential average with a horizon of `average_steps`, a plain mean until that is reached. `tail`: the mean
+    of the last `average_steps` steps.
+    """
+    if config.average == "ema":
+        return 1 / min(done, config.average_steps)
+    first = max(0, total_steps - config.average_steps)
+    return 1 / (done - first) if config.average == "tail" and done > first else 0.0
+
+
+# -- Loaders
+
+LOADERS = ("naive", "workers", "resident")
+
+
+def make_loader(
+    kind: str,
+    stream: SequenceStream,
+    batch_size: int,
+    steps: range,
+    device: torch.device,
+    *,
+    workers: int = 2,
+    rank: int = 0,
+    n_ranks: int = 1,
+) -> Iterator[Tensor]:
+    """The batch of each step, (batch_size / n_ranks, context_length + 1) int64; every kind yields the same ones.
+
+    naive: a DataLoader in this process. workers: a DataLoader with worker processes and pinned memory, so that the
+    copy to the GPU can overlap. resident: all tokens lie on the device, where batches are cut; nothing is copied.
+    """
+    part = batch_size // n_ranks  # each process reads its own part of a batch
+    places = (range(step * batch_size + rank * part, step * batch_size + (rank + 1) * part) for step in steps)
+    if kind == "resident":
+        return _resident_batches(stream, places, device)
+    options = {"num_workers": workers, "pin_memory": device.type == "cuda"} if kind == "workers" else {}
+    # a generator of its own, or starting the loader would draw from the global one
+    loader = torch.utils.data.DataLoader(stream, batch_sampler=places, generator=torch.Generator(), **options)
+    return iter(loader)
+
+
+def choose_loader(stream: SequenceStream, device: torch.device) -> str:
+    """`resident` on a GPU when the tokens (2 bytes each) take at most a tenth of its memory, else `workers`.
+
+    A CPU has nothing to overlap with, all its cores compute: `naive`.
+    """
+    if device.type != "cuda":
+        return "naive"
+    size = 2 * stream.n_sequences * stream.context_length
+    return "resident" if size <= 0.1 * torch.cuda.get_device_properties(device).total_memory else "workers"
+
+
+def _resident_batches(stream: SequenceStream, places: Iterable[range], device: torch.device) -> Iterator[Tensor]:
+    """As PackedEpoch's items, but cut on the device from tokens in the order of the file."""
+    used = stream.n_sequences * stream.context_length + 1
+    tokens = torch.from_numpy(np.array(stream.file.tokens[:used]).view(np.int16)).to(device)
+    window = torch.arange(stream.context_length + 1, device=device)
+
+    @functools.lru_cache(2)  # as a batch may straddle two epochs
+    def upload(number: int) -> list[Tensor]:
+        epoch = stream.epoch(number)
+        shifts = epoch.starts + np.diff(epoch.ends, prepend=0) - epoch.ends  # from packed place to place in the file
+        first = epoch.sequence_order * stream.context_length
+        return [torch.from_numpy(array).to(device) for array in (epoch.ends, shifts, first)]
+
+    for place in places:
+        rows = []
+        while place:
+            number, start = divmod(place.start, stream.n_sequences)
+            here = place[: stream.n_sequences - start]  # what belongs to this epoch
+            ends, shifts, first = upload(number)
+            packed = first[start : start + len(here), None] + window  # (rows, context_length + 1)
+            rows.append(tokens[packed + shifts[torch.searchsorted(ends, packed, right=True)]])
+            place = place[len(here) :]
+        yield torch.cat(rows).long() & 0xFFFF  # the tokens are unsigned
+
+
+# -- One step
+
+
+class LossGuard:
+    """Keeps bad steps from the weights, and decides on the device, which nothing has to wait for.
+
+    A step is bad when its loss is NaN or `margin` nats above the running mean, or when a gradient is not finite (with
+    fp16 a few at the start are, while the scaler looks for its scale). After `patience` bad steps in a row every
+    further one counts as bad, so that a run that is lost stays as it was when `train` notices.
+    """
+
+    patience = 10
+    margin = 3.0
+
+    def __init__(self, vocab_size: int, device: torch.device) -> None:
+        # running mean (at first that of guessing), bad steps in a row and in all; since the last line of metrics: sum
+        # and number of the good losses
+        self.state = torch.tensor([math.log(vocab_size), 0, 0, 0, 0], device=device)
+
+    def judge(self, loss: Tensor, gradient_norm: Tensor) -> Tensor:
+        """1.0 for a bad step, else 0.0, a scalar on the device."""
+        mean, in_a_row, skipped, loss_sum, n_good = self.state.unbind()
+        good = (loss < mean + self.margin) & (gradient_norm < math.inf) & (in_a_row < self.patience)
+        good_loss = torch.where(good, loss, mean)
+        loss_sum += torch.where(good, loss, 0.0)
+        n_good += good
+        skipped += ~good
+        in_a_row.copy_(torch.where(good, 0.0, in_a_row + 1))
+        mean.lerp_(good_loss, 0.05)
+        return (~good).float()
+
+    def accepts(self, loss: Tensor) -> bool:
+        """Whether weights with this loss are fit to be kept. Waits for the device."""
+        return bool((loss < self.state[0] + self.margin) & (self.state[1] == 0))
+
+    def read(self) -> tuple[float, int]:
+        """Mean loss since the last call, and the number of bad steps so far. Waits for the device.
+
+        Raises PicoError when the run is lost.
+        """
+        _, in_a_row, skipped, loss_sum, n_good = self.state.tolist()
+        if in_a_row >= self.patience:
+            raise PicoError(
+                f"The loss is NaN or has exploded: {self.patience} steps in a row were skipped. The last good "
+                "checkpoint is kept; lower the learning rate or choose precision fp32."
+            )
+        self.state[3:] = 0
+        return loss_sum / n_good if n_good else math.nan, int(skipped)
 
 
 def train_step(
@@ -1160,21 +1398,35 @@ def train_step(
     config: TrainConfig,
     step: int,
     dtype: torch.dtype,
+    guard: LossGuard | None = None,
 ) -> Tensor:
-    """One update from a batch (B, context_length + 1) on the model's device; returns its mean loss, a scalar there."""
-    micro_batches = batch.split(config.micro_batch_size or len(batch))
+    """One update from this process's part of a batch, (B, context_length + 1) on the model's device.
+
+    Returns the mean loss over all processes, a scalar there. `guard` keeps bad steps out.
+    """
+    rank, n_ranks = _ranks()
+    micro_batches = batch.split(min(config.micro_batch_size or len(batch), len(batch)))
     total = torch.zeros((), device=batch.device)
     for index, micro_batch in enumerate(micro_batches):
-        torch.manual_seed((config.seed * 1_000_003 + step) * 1_009 + index)  # dropout
-        with profiler_range("forward"), torch.autocast(batch.device.type, dtype, enabled=dtype != torch.float32):
-            loss = model(micro_batch[:, :-1], micro_batch[:, 1:]) / len(micro_batches)
-        with profiler_range("backward"):
-            scaler.scale(loss).backward()
+        number = rank * len(micro_batches) + index  # in the whole batch
+        torch.manual_seed((config.seed * 1_000_003 + step) * 1_009 + number)  # dropout
+        # processes exchange gradients once, with the last micro-batch
+        alone = n_ranks > 1 and index < len(micro_batches) - 1
+        with model.no_sync() if alone else contextlib.nullcontext():
+            with profiler_range("forward"), torch.autocast(batch.device.type, dtype, enabled=dtype != torch.float32):
+                loss = model(micro_batch[:, :-1], micro_batch[:, 1:]) / len(micro_batches)
+            with profiler_range("backward"):
+                scaler.scale(loss).backward()
         total += loss.detach()
+    if n_ranks > 1:
+        dist.all_reduce(total)
+        total /= n_ranks
     with profiler_range("optimizer"):
         scaler.unscale_(optimizer)
-        nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
-        scaler.step(optimizer)
+        norm = nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
+        # fused optimizers read this on the device; it is what GradScaler.step sets too
+        optimizer.found_inf = guard.judge(total, norm) if guard else (~norm.isfinite()).float()
+        optimizer.step()
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
     return total
@@ -1214,16 +1466,75 @@ def evaluate(model: nn.Module, file: TokenFile, context_length: int, batch_size:
     return Evaluation(float(total) / targets, targets, file.n_words)
 
 
+# -- The run
+
+
+def _ranks() -> tuple[int, int]:
+    """(number of this process, number of processes)."""
+    is_group = dist.is_available() and dist.is_initialized()
+    return (dist.get_rank(), dist.get_world_size()) if is_group else (0, 1)
+
+
+@contextlib.contextmanager
+def _process_group(device: torch.device) -> Iterator[torch.device]:
+    """Joins the processes that torchrun announces in the environment, if any; yields this process's device."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        yield device
+        return
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    # the others wait while the first one tokenises the corpus
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(hours=1))
+    yield device
+    dist.destroy_process_group()  # not after an error: it could wait for a process that is gone
+
+
+def _from_first(make: Callable[[], object]) -> object:
+    """What the first process makes, in all processes."""
+    rank, n_ranks = _ranks()
+    result = [make() if rank == 0 else None]
+    if n_ranks > 1:
+        dist.broadcast_object_list(result)
+    return result[0]
+
+
+@contextlib.contextmanager
+def readable_errors(config: TrainConfig) -> Iterator[None]:
+    """Turns a lack of memory and the loss of another process into a PicoError."""
+    n_ranks = _ranks()[1]
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        text = str(error)
+        out_of_memory = isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in text
+        if out_of_memory:
+            part = config.batch_size // n_ranks
+            size = config.micro_batch_size or part
+            smaller = [n for n in range(1, size) if part % n == 0 and n <= size // 2]
+            advice = f"set micro_batch_size to {smaller[-1]}" if smaller else "choose a smaller model"
+            raise PicoError(f"Out of memory with {size} sequences at a time; {advice}.") from error
+        if n_ranks > 1 and (isinstance(error, dist.DistError) or re.search("gloo|nccl|connection", text, re.I)):
+            raise PicoError(
+                "Another process of this run has ended, so this one stops too. The last checkpoint is kept; run the "
+                "same command again to go on from there."
+            ) from error
+        raise
+
+
 @contextlib.contextmanager
 def _stop_requests() -> Iterator[threading.Event]:
-    """Inside, the first Ctrl-C (or SIGTERM) sets the event instead of breaking into a step; a second one breaks in."""
+    """Inside, the first Ctrl-C (or SIGTERM) sets the event instead of breaking into a step; a second Ctrl-C breaks in.
+
+    Under torchrun it never does, since every signal comes twice there, from the terminal and from torchrun.
+    """
     event = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield event
         return
 
     def request(number: int, frame) -> None:
-        if event.is_set():
+        if event.is_set() and number == signal.SIGINT and _ranks()[1] == 1:
             raise KeyboardInterrupt
         event.set()
 
@@ -1233,6 +1544,15 @@ def _stop_requests() -> Iterator[threading.Event]:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+def _any_process(flag: bool, device: torch.device) -> bool:
+    """Whether `flag` is set in any process; all must ask at the same step."""
+    if _ranks()[1] == 1:
+        return flag
+    box = torch.tensor(int(flag), device=device)
+    dist.all_reduce(box, dist.ReduceOp.MAX)
+    return bool(box)
 
 
 @dataclass(frozen=True)
@@ -1259,125 +1579,211 @@ def train(
     An unfinished run with the same settings is resumed; on a CPU its weights end up bit-for-bit equal to those of an
     uninterrupted run. Ctrl-C saves and returns. `on_log(rows)` is called after each line of metrics. A row holds step,
     tokens, epoch, train_loss and val_loss (nats per token; val_loss where it was measured), word_perplexity,
-    learning_rate and tokens_per_second.
+    learning_rate (AdamW's), tokens_per_second and skipped_steps (so far, see LossGuard).
+
+    Under torchrun the processes share each batch (DistributedDataParallel); the first one alone prints and writes. The
+    losses are those of one process up to rounding; with dropout only if `micro_batch_size` is set, since its random
+    numbers belong to a micro-batch. Raises PicoError when memory runs out, when another process is lost, and when the
+    loss is NaN or explodes for several steps in a row; the last good checkpoint then stays.
     """
-    device = torch.device(device or default_device())
+    with _process_group(torch.device(device or default_device())) as device, readable_errors(config):
+        return _train(model_config, config, results, data_folder, device, on_log)
+
+
+def _train(
+    model_config: ModelConfig,
+    config: TrainConfig,
+    results: str | Path,
+    data_folder: str | Path,
+    device: torch.device,
+    on_log: Callable[[list[dict]], None] | None,
+) -> TrainResult:
+    rank, n_ranks = _ranks()
+    say = print if rank == 0 else lambda text: None
+    if config.batch_size % (n_ranks * (config.micro_batch_size or 1)):
+        raise PicoError(
+            f"batch_size {config.batch_size} is not a multiple of {n_ranks} processes x {config.micro_batch_size or 1} "
+            "sequences; change batch_size or micro_batch_size."
+        )
     dtype = choose_precision(config.precision, device)
     final, partial = checkpoint_path(results, config.name), checkpoint_path(results, config.name, partial=True)
 
-    corpus = choose_corpus(config.corpus, config.corpus_fraction, data_folder)
-    print(f"Corpus: {corpus.about}, because {corpus.reason}.")
-    training, validation = (prepare_tokens(corpus, split, data_folder) for split in ("train", "validation"))
+    about, corpus_key, training, validation = _from_first(lambda: _open_corpus(config, data_folder))
     stream = SequenceStream(training, model_config.context_length, config.max_sequences, config.seed)
     total_steps = int(config.epochs * stream.n_sequences / config.batch_size)
     total_steps = max(1, min(total_steps, config.max_steps or total_steps))
-    print(
+    say(
         f"Read {len(training.tokens):,} tokens in {training.n_documents:,} documents; using {stream.n_sequences:,} "
         f"sequences of {model_config.context_length}. Held out: {len(validation.tokens):,} tokens."
     )
 
-    model = PicoLLM(model_config, config.seed).to(device)
-    optimizer = make_optimizer(model, config)
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    rows: list[dict] = []
-    first_step = 0
-    resumed = _resumable(partial, model_config, config, corpus)
+    run = _Run(model_config, config, about, device, dtype)
+    resumed = _from_first(lambda: _resumable(partial, model_config, config, corpus_key))
     if resumed:
-        model.load_state_dict(resumed.weights)
-        optimizer.load_state_dict(resumed.training_state["optimizer"])
-        scaler.load_state_dict(resumed.training_state["scaler"])
-        first_step, rows = resumed.step, resumed.metrics
-        print(f"Resuming {partial} at step {first_step:,} of {total_steps:,}.")
-    body, everything = model.count_parameters()
-    print(
+        run.restore(resumed)
+        say(f"Resuming {partial} at step {run.step:,} of {total_steps:,}.")
+    body, everything = run.model.count_parameters()
+    shared = f", {n_ranks} processes" if n_ranks > 1 else ""
+    say(
         f"Model: {body / 1e6:.2f}M parameters without embeddings, {everything / 1e6:.2f}M with them. "
-        f"{total_steps:,} steps of {config.batch_size} sequences on {device} in {str(dtype)[6:]}."
+        f"{total_steps:,} steps of {config.batch_size} sequences on {device}{shared} in {str(dtype)[6:]}."
     )
 
-    def save(path: Path, step: int, training_state: dict | None) -> None:
-        weights = {name: value.detach().cpu() for name, value in model.state_dict().items()}
-        save_checkpoint(path, Checkpoint(model_config, config, corpus.about, step, rows, weights, training_state))
-        write_csv(Path(results) / f"{config.name}_metrics.csv", rows)
+    def save(path: Path, is_finished: bool = False) -> None:
+        save_checkpoint(path, run.checkpoint(None if is_finished else corpus_key))
+        write_csv(Path(results) / f"{config.name}_metrics.csv", run.rows)
 
-    def save_partial(step: int) -> None:
-        save(partial, step, {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "corpus": corpus.key})
-
-    save_partial(first_step)  # a folder that cannot be written is found now, not after hours
-    forward = torch.compile(model) if (device.type == "cuda" if config.compile is None else config.compile) else model
-    model.train()
-    loss_sum, n_logged, logged_at, saved_at = torch.zeros((), device=device), 0, time.perf_counter(), time.monotonic()
+    if rank == 0:
+        save(partial)  # a folder that cannot be written is found now, not after hours
+    forward = make_forward(run.model, config, device)
+    steps = range(run.step, total_steps)
+    loader = choose_loader(stream, device)
+    batches = make_loader(loader, stream, config.batch_size, steps, device, rank=rank, n_ranks=n_ranks)
     tokens_per_step = config.batch_size * model_config.context_length
-    bar = progress(total=total_steps, initial=first_step, desc=f"train {config.name}", unit="step")
-    devices = [device] if device.type == "cuda" else []
-    with bar, _stop_requests() as stop, torch.random.fork_rng(devices):
-        for step in range(first_step, total_steps):
+    logged_step, logged_at, saved_at = run.step, time.perf_counter(), time.monotonic()
+    bar = progress(total=total_steps, initial=run.step, desc=f"train {config.name}", unit="step", disable=rank > 0)
+    with bar, _stop_requests() as stop, torch.random.fork_rng([device] if device.type == "cuda" else []):
+        for step in steps:
             with profiler_range("data"):
-                batch = stream.batch(step * config.batch_size, config.batch_size)
+                batch = next(batches)
             with profiler_range("host-to-device"):
                 batch = batch.to(device, non_blocking=True)
-            rate = learning_rate_at(step, total_steps, config)
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-            loss_sum += train_step(forward, optimizer, scaler, batch, config, step, dtype)
-            n_logged += 1
+            _set_rates(run.optimizer, step, total_steps, config)
+            train_step(forward, run.optimizer, run.scaler, batch, config, step, dtype, run.guard)
+            run.finish_step(total_steps)
             bar.update()
 
-            done = step + 1
-            is_last = done == total_steps
-            if is_last or done % config.log_interval == 0 or done % config.eval_interval == 0:
-                loss = float(loss_sum) / n_logged  # the only wait for the device
-                speed = n_logged * tokens_per_step / (time.perf_counter() - logged_at)
-                row = {
-                    "step": done,
-                    "tokens": done * tokens_per_step,
-                    "epoch": round(done * config.batch_size / stream.n_sequences, 4),
-                    "train_loss": loss,
-                    "val_loss": None,
-                    "word_perplexity": None,
-                    "learning_rate": rate,
-                    "tokens_per_second": round(speed, 1),
-                }
-                if is_last or done % config.eval_interval == 0:
-                    evaluation = evaluate(model, validation, model_config.context_length)
-                    row |= {"val_loss": evaluation.loss, "word_perplexity": evaluation.word_perplexity}
-                rows.append(row)
+            is_last = run.step == total_steps
+            is_evaluated = is_last or run.step % config.eval_interval == 0
+            is_logged = is_evaluated or run.step % config.log_interval == 0
+            if is_logged:
+                loss, skipped = run.guard.read()  # the only wait for the device
+                speed = (run.step - logged_step) * tokens_per_step / (time.perf_counter() - logged_at)
                 bar.set_postfix_str(f"loss {loss:.3f}, {speed:,.0f} tokens/s")
-                if on_log:
-                    on_log(rows)
-                loss_sum.zero_()
-                n_logged, logged_at = 0, time.perf_counter()
+                evaluation = None
+                if is_evaluated and rank == 0:
+                    evaluation = evaluate(run.model, validation, model_config.context_length)
+                row = {
+                    "step": run.step,
+                    "tokens": run.step * tokens_per_step,
+                    "epoch": round(run.step * config.batch_size / stream.n_sequences, 4),
+                    "train_loss": loss,
+                    "val_loss": evaluation and evaluation.loss,
+                    "word_perplexity": evaluation and evaluation.word_perplexity,
+                    "learning_rate": learning_rate_at(step, total_steps, config),
+                    "tokens_per_second": round(speed, 1),
+                    "skipped_steps": skipped,
+                }
+                run.rows.append(row)
+                if on_log and rank == 0:
+                    on_log(run.rows)
+                logged_step, logged_at = run.step, time.perf_counter()
             if is_last:
                 break
-            if stop.is_set():
-                save_partial(done)
-                print(f"Stopped at step {done:,}; run it again to go on from there.")
-                return TrainResult(model.eval(), partial, rows, finished=False)
-            if time.monotonic() - saved_at > config.checkpoint_seconds:
+            # several processes can only stop together; they agree on it with the metrics
+            is_stopped = (n_ranks == 1 or is_logged) and _any_process(stop.is_set(), device)
+            is_due = is_stopped or time.monotonic() - saved_at > config.checkpoint_seconds
+            if rank == 0 and is_due and run.is_sound(batch):
                 try:
-                    save_partial(done)
-                except PicoError as error:  # the run itself is fine
-                    print(f"{error} Training goes on without this checkpoint.", file=sys.stderr)
+                    save(partial)
+                except PicoError as error:
+                    if is_stopped:
+                        raise
+                    print(f"{error} Training goes on without this checkpoint.", file=sys.stderr)  # the run is fine
                 saved_at = time.monotonic()
+            if is_stopped:
+                say(f"Stopped at step {run.step:,}; run it again to go on from there.")
+                return TrainResult(run.model.eval(), partial, run.rows, finished=False)
 
-    try:
-        save(final, total_steps, None)
-    except PicoError as error:
-        rescue = Path(tempfile.gettempdir()) / final.name
-        save_checkpoint(rescue, Checkpoint(model_config, config, corpus.about, total_steps, rows, model.state_dict()))
-        raise PicoError(f"{error} The trained model is safe in {rescue}.") from error
-    partial.unlink(missing_ok=True)
-    return TrainResult(model.eval(), final, rows, finished=True)
+    if rank == 0:
+        try:
+            save(final, is_finished=True)
+        except PicoError as error:
+            rescue = save_checkpoint(Path(tempfile.gettempdir()) / final.name, run.checkpoint())
+            raise PicoError(f"{error} The trained model is safe in {rescue}.") from error
+        partial.unlink(missing_ok=True)
+    return TrainResult(run.model.eval(), final, run.rows, finished=True)
 
 
-def _resumable(path: Path, model_config: ModelConfig, config: TrainConfig, corpus: Corpus) -> Checkpoint | None:
+class _Run:
+    """What changes from step to step, and how a checkpoint keeps it."""
+
+    def __init__(
+        self, model_config: ModelConfig, config: TrainConfig, corpus: str, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        self.model_config, self.config, self.corpus = model_config, config, corpus
+        self.model = PicoLLM(model_config, config.seed).to(device).train()
+        self.parameters = [p.detach() for p in self.model.parameters()]
+        self.optimizer = make_optimizer(self.model, config)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+        self.guard = LossGuard(model_config.vocab_size, device)
+        self.average = [] if config.average == "none" else [p.clone() for p in self.parameters]
+        self.rows: list[dict] = []
+        self.step = 0  # steps done
+
+    def finish_step(self, total_steps: int) -> None:
+        """Counts the step and takes its weights into their average, which replaces them at the end."""
+        self.step += 1
+        share = average_share(self.step, total_steps, self.config)
+        if share:
+            torch._foreach_lerp_(self.average, self.parameters, share)
+        if self.average and self.step == total_steps:
+            torch._foreach_copy_(self.parameters, self.average)
+
+    def is_sound(self, batch: Tensor) -> bool:
+        """Whether the weights are worth keeping: an update may have spoilt them, as only the next loss would show."""
+        with evaluating(self.model):
+            return self.guard.accepts(self.model(batch[:4, :-1], batch[:4, 1:]))
+
+    def checkpoint(self, corpus_key: str | None = None) -> Checkpoint:
+        """With `corpus_key` a checkpoint to resume from."""
+        weights = {name: value.detach().cpu() for name, value in self.model.state_dict().items()}
+        state = {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(), "corpus": corpus_key}
+        state |= {"guard": self.guard.state, "average": self.average}
+        return Checkpoint(
+            self.model_config, self.config, self.corpus, self.step, self.rows, weights, state if corpus_key else None
+        )
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        state = checkpoint.training_state
+        self.model.load_state_dict(checkpoint.weights)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.guard.state.copy_(state["guard"])
+        for value, saved in zip(self.average, state["average"], strict=True):
+            value.copy_(saved)
+        self.step, self.rows = checkpoint.step, checkpoint.metrics
+
+
+def _open_corpus(config: TrainConfig, data_folder: str | Path) -> tuple[str, str, TokenFile, TokenFile]:
+    """(description, key, training tokens, validation tokens)."""
+    corpus = choose_corpus(config.corpus, config.corpus_fraction, data_folder)
+    print(f"Corpus: {corpus.about}, because {corpus.reason}.")
+    training, validation = (prepare_tokens(corpus, split, data_folder) for split in ("train", "validation"))
+    return corpus.about, corpus.key, training, validation
+
+
+def make_forward(model: PicoLLM, config: TrainConfig, device: torch.device) -> nn.Module:
+    """The model as a step calls it: shared between processes, compiled."""
+    forward: nn.Module = model
+    if _ranks()[1] > 1:
+        ids = [device] if device.type == "cuda" else None
+        forward = nn.parallel.DistributedDataParallel(model, ids, broadcast_buffers=False, gradient_as_bucket_view=True)
+    is_compiled = device.type == "cuda" if config.compile is None else config.compile
+    return torch.compile(forward) if is_compiled else forward
+
+
+def _resumable(path: Path, model_config: ModelConfig, config: TrainConfig, corpus_key: str) -> Checkpoint | None:
     """The unfinished run at `path` if it has these settings; one with other settings is moved aside, never lost."""
     if not path.exists():
         return None
     problem = "it has other settings"
+    free = {"micro_batch_size": None, "compile": None, "checkpoint_seconds": 0.0}  # may change, as another machine asks
     try:
         found = load_checkpoint(path)
-        same = found.training_state and found.training_state["corpus"] == corpus.key
-        if same and (found.model_config, found.train_config) == (model_config, config):
+        same = found.training_state and found.training_state["corpus"] == corpus_key
+        same = same and dataclasses.replace(found.train_config, **free) == dataclasses.replace(config, **free)
+        if same and found.model_config == model_config:
             return found
     except PicoError as error:
         problem = str(error)
@@ -3973,8 +4379,8 @@ def _score_statements(study: HeadStudy) -> Iterator[dict]:
         verdict = "supported" if found else "undecided" if own["mean"] >= tau else "not supported"
         evidence = (
             f"The strongest, layer {best['layer']} head {best['head']}, scores {text['trained']}; chance is 0, the "
-            f"ideal 1, the threshold {tau:.2f}. Strongest in untrained models: {text['untrained']}; on shuffled tokens: "
-            f"{text['shuffled']}."
+            f"ideal 1, the threshold {tau:.2f}. Strongest in untrained models: {text['untrained']}; on shuffled "
+            f"tokens: {text['shuffled']}."
         )
         yield _statement("Heads", claim, verdict, evidence.replace("-0.00", "0.00"))
 

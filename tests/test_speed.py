@@ -1,0 +1,639 @@
+"""Optimizers, loaders, several processes, bad steps and the profile."""
+
+import csv
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import pico_helpers as pico
+import profile_training as profile
+from pico_helpers import PicoError
+
+ROOT = Path(__file__).parent.parent
+CPU = torch.device("cpu")
+
+
+def no_scaler() -> torch.amp.GradScaler:
+    return torch.amp.GradScaler("cpu", enabled=False)
+
+
+def random_batch(rows: int, seed: int = 0) -> torch.Tensor:
+    return torch.randint(50257, (rows, 33), generator=torch.Generator().manual_seed(seed))
+
+
+# --- optimizer --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(3, 24, 24), (2, 8, 32), (2, 32, 8)])
+def test_orthogonalize_keeps_the_singular_vectors_and_evens_out_the_values(shape):
+    u, _, vh = torch.linalg.svd(torch.randn(shape, generator=torch.Generator().manual_seed(0)), full_matrices=False)
+    values = torch.logspace(-2, 0, min(shape[1:])).diag_embed()  # apart by a factor of 100
+    found = u.mT @ pico.orthogonalize(7 * u @ values @ vh) @ vh.mT  # diagonal when the singular vectors are the same
+    diagonal = found.diagonal(dim1=1, dim2=2)
+    assert (found - diagonal.diag_embed()).abs().max() < 1e-3
+    assert diagonal.min() > 0.65 and diagonal.max() < 1.25
+
+
+def muon_by_hand(model: pico.PicoLLM, config: pico.TrainConfig, gradients: list[dict]) -> dict:
+    """The recurrence of Jordan et al. 2024, matrix by matrix."""
+    weights, momenta = {}, {}
+    for gradient in gradients:
+        for name, parameter in model.named_parameters():
+            if not name.startswith("blocks.") or parameter.ndim < 2:
+                continue
+            pieces = 3 if "qkv" in name else 2 if "gate_up" in name else 1
+            chunks = zip(parameter.detach().chunk(pieces), gradient[name].chunk(pieces), strict=True)
+            for index, (matrix, g) in enumerate(chunks):
+                key = name, index
+                momenta[key] = 0.95 * momenta.get(key, torch.zeros_like(g)) + 0.05 * g
+                update = pico.orthogonalize((0.05 * g + 0.95 * momenta[key])[None])[0]
+                update = update * max(1, g.shape[0] / g.shape[1]) ** 0.5
+                w = weights.get(key, matrix.clone())
+                rate = config.matrix_learning_rate
+                weights[key] = w * (1 - rate * config.matrix_weight_decay) - rate * update
+    return weights
+
+
+def test_muon_steps_each_matrix_by_itself_and_leaves_the_rest_to_adamw(tiny_config):
+    config = pico.TrainConfig(optimizer="muon", matrix_learning_rate=0.05, matrix_weight_decay=0.3)
+    model = pico.PicoLLM(tiny_config)
+    twin = pico.PicoLLM(tiny_config)
+    reference = pico.PicoLLM(tiny_config)
+    optimizer = pico.make_optimizer(model, config)
+    adamw = pico.make_optimizer(twin, dataclasses.replace(config, optimizer="adamw"))
+    gradients = []
+    for seed in range(3):
+        generator = torch.Generator().manual_seed(seed)
+        gradients.append({n: torch.randn(p.shape, generator=generator) for n, p in model.named_parameters()})
+        for each, opt in ((model, optimizer), (twin, adamw)):
+            for name, parameter in each.named_parameters():
+                parameter.grad = gradients[-1][name].clone()
+            opt.step()
+    expected = muon_by_hand(reference, config, gradients)
+    result, adamw_result = dict(model.named_parameters()), dict(twin.named_parameters())
+    for (name, index), value in expected.items():
+        pieces = 3 if "qkv" in name else 2 if "gate_up" in name else 1
+        torch.testing.assert_close(result[name].detach().chunk(pieces)[index], value, atol=1e-4, rtol=1e-3)
+    rest = [name for name in result if not name.startswith("blocks.") or "norm" in name]
+    assert rest and all(torch.equal(result[name], adamw_result[name]) for name in rest)
+    owned = [id(p) for group in optimizer.param_groups for p in group["params"]]
+    assert sorted(owned) == sorted(id(p) for p in model.parameters()), "every parameter has one group"
+
+
+def test_muon_agrees_with_pytorch(tiny_model):
+    """Which computes in bf16, hence the tolerance; out_proj is a single matrix in both."""
+    config = pico.TrainConfig(optimizer="muon", matrix_learning_rate=0.1, matrix_weight_decay=0.2)
+    optimizer = pico.make_optimizer(tiny_model, config)
+    own = tiny_model.blocks[1].attention.out_proj.weight
+    theirs = own.detach().clone().requires_grad_()
+    start = theirs.detach().clone()
+    reference = torch.optim.Muon([theirs], lr=0.1, weight_decay=0.2, momentum=0.95)
+    for step in range(4):
+        for p in tiny_model.parameters():
+            p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(step))
+        theirs.grad = own.grad.clone()
+        optimizer.step()
+        reference.step()
+    torch.testing.assert_close(own, theirs, atol=5e-3, rtol=0)
+    assert (own - start).abs().mean() > 0.02
+
+
+def test_schedules_reach_every_group(tiny_model):
+    config = pico.TrainConfig(optimizer="muon", weight_decay_schedule="valley", warmup_steps=10)
+    optimizer = pico.make_optimizer(tiny_model, config)
+    decays = []
+    for step in range(100):
+        pico._set_rates(optimizer, step, 100, config)
+        share = pico.learning_rate_at(step, 100, config) / config.learning_rate
+        assert optimizer.param_groups[0]["lr"] == pytest.approx(config.matrix_learning_rate * share)
+        assert optimizer.param_groups[-1]["lr"] == pytest.approx(config.learning_rate * share)
+        assert optimizer.param_groups[-1]["weight_decay"] == 0
+        decays.append(optimizer.param_groups[0]["weight_decay"] / config.matrix_weight_decay)
+    assert decays[0] == pytest.approx(1.5) and decays[50] == pytest.approx(0.5)
+    assert sum(decays) / 100 == pytest.approx(1.0)
+
+
+def test_averages_are_those_of_their_definition():
+    values = [float(v) for v in torch.rand(20, generator=torch.Generator().manual_seed(0))]
+
+    def average(config: pico.TrainConfig) -> float:
+        result = -1.0
+        for done, value in enumerate(values, 1):
+            share = pico.average_share(done, len(values), config)
+            result += share * (value - result)
+        return result
+
+    config = pico.TrainConfig(average="tail", average_steps=5)
+    assert average(config) == pytest.approx(sum(values[-5:]) / 5)
+    assert average(dataclasses.replace(config, average_steps=99)) == pytest.approx(sum(values) / 20)
+    expected = sum(values[:5]) / 5
+    for value in values[5:]:
+        expected = 0.8 * expected + 0.2 * value
+    assert average(dataclasses.replace(config, average="ema")) == pytest.approx(expected)
+    assert pico.average_share(7, 20, dataclasses.replace(config, average="none")) == 0
+
+
+@pytest.mark.parametrize("average", ["ema", "tail"])
+def test_a_muon_run_with_an_average_resumes_bit_for_bit(
+    tiny_config, tiny_train, data_folder, tmp_path, monkeypatch, average
+):
+    config = dataclasses.replace(
+        tiny_train, optimizer="muon", average=average, average_steps=4, weight_decay_schedule="valley", max_steps=6
+    )
+    expected = pico.train(tiny_config, config, tmp_path / "whole", data_folder)
+    last, original = [], pico.train_step
+
+    def interrupted(*args):
+        last.append(original(*args))
+        if len(last) in (2, 4):
+            os.kill(os.getpid(), signal.SIGINT)
+        return last[-1]
+
+    monkeypatch.setattr(pico, "train_step", interrupted)
+    results = [pico.train(tiny_config, config, tmp_path / "parts", data_folder) for _ in range(3)]
+    assert [result.finished for result in results] == [False, False, True]
+    for name, value in results[-1].model.state_dict().items():
+        assert torch.equal(value, expected.model.state_dict()[name]), name
+    assert [row["train_loss"] for row in results[-1].metrics] == [row["train_loss"] for row in expected.metrics]
+    raw = pico.train(tiny_config, dataclasses.replace(config, average="none"), tmp_path / "raw", data_folder)
+    assert raw.metrics[-1]["train_loss"] == expected.metrics[-1]["train_loss"]
+    assert raw.metrics[-1]["val_loss"] != expected.metrics[-1]["val_loss"], "the average replaces the final weights"
+
+
+def test_unknown_choices_are_refused():
+    for field in ("optimizer", "average", "weight_decay_schedule"):
+        with pytest.raises(PicoError, match=f"Unknown {field} 'x'; choose one of"):
+            pico.TrainConfig(**{field: "x"})
+
+
+# --- bad steps and memory ---------------------------------------------------------------------------------------------
+
+
+class Spoilt(torch.nn.Module):
+    """A model whose loss is what `spoil` makes of it."""
+
+    def __init__(self, model: pico.PicoLLM, spoil) -> None:
+        super().__init__()
+        self.model, self.spoil = model, spoil
+
+    def forward(self, idx: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return self.spoil(self.model(idx, targets))
+
+
+@pytest.mark.parametrize("optimizer_name", ["adamw", "muon"])
+@pytest.mark.parametrize("spoil", [lambda x: x * float("nan"), lambda x: x * float("inf"), lambda x: x + 50])
+def test_a_bad_step_changes_nothing(tiny_config, optimizer_name, spoil):
+    config = pico.TrainConfig(optimizer=optimizer_name, batch_size=4)
+    model = pico.PicoLLM(tiny_config)
+    optimizer = pico.make_optimizer(model, config)
+    guard = pico.LossGuard(50257, CPU)
+
+    def step(number: int, spoil=lambda x: x) -> None:
+        args = (optimizer, no_scaler(), random_batch(4, number), config, number, torch.float32, guard)
+        pico.train_step(Spoilt(model, spoil), *args)
+
+    def snapshot() -> list[torch.Tensor]:
+        state = [v for s in optimizer.state_dict()["state"].values() for v in s.values()]
+        return [v.clone() for v in (*model.parameters(), *state)]
+
+    step(0)
+    before = snapshot()
+    step(1, spoil)
+    after = snapshot()
+    assert len(before) == len(after) and all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    step(2)
+    assert not torch.equal(before[0], snapshot()[0]), "a good step after a bad one is taken"
+    loss, skipped = guard.read()
+    assert skipped == 1 and 10 < loss < 12, "the bad loss is not part of the mean"
+
+
+def test_a_few_nan_steps_are_counted_and_the_run_goes_on(tiny_config, tiny_train, data_folder, tmp_path, monkeypatch):
+    original, calls = pico.PicoLLM.forward, []
+
+    def forward(self, idx, targets=None, **options):
+        out = original(self, idx, targets, **options)
+        if self.training:
+            calls.append(1)
+            out = out * float("nan") if len(calls) in (4, 5) else out
+        return out
+
+    monkeypatch.setattr(pico.PicoLLM, "forward", forward)
+    result = pico.train(tiny_config, tiny_train, tmp_path, data_folder)
+    assert result.finished and [row["skipped_steps"] for row in result.metrics] == [0, 2, 2, 2]
+    assert all(row["train_loss"] < 12 for row in result.metrics) and result.metrics[-1]["val_loss"] < 11
+
+
+@pytest.mark.parametrize("optimizer_name", ["adamw", "muon"])
+def test_an_exploding_run_stops_and_keeps_the_last_good_checkpoint(
+    tiny_config, tiny_train, data_folder, tmp_path, optimizer_name
+):
+    config = dataclasses.replace(
+        tiny_train,
+        optimizer=optimizer_name,
+        learning_rate=1e4,
+        matrix_learning_rate=1e4,
+        warmup_steps=0,
+        max_steps=60,
+        log_interval=1,
+    )
+    with pytest.raises(PicoError, match=r"has exploded: 10 steps in a row were skipped.*lower the learning rate"):
+        pico.train(tiny_config, config, tmp_path, data_folder)
+    kept = pico.load_checkpoint(pico.checkpoint_path(tmp_path, "tiny", partial=True))
+    file = pico.prepare_tokens(pico.choose_corpus(config.corpus), "validation", data_folder)
+    assert pico.evaluate(pico.model_from_checkpoint(kept), file, 32).loss < 14
+    assert not pico.checkpoint_path(tmp_path, "tiny").exists()
+
+
+def test_a_lost_run_stands_still_until_it_is_noticed():
+    guard = pico.LossGuard(50257, CPU)
+    nan, one = torch.tensor(float("nan")), torch.tensor(1.0)
+    verdicts = [float(guard.judge(loss, one)) for loss in [one] + [nan] * guard.patience + [one, one]]
+    assert verdicts == [0.0] + [1.0] * (guard.patience + 2)
+    with pytest.raises(PicoError, match="has exploded"):
+        guard.read()
+
+
+def test_overflowing_fp16_gradients_lower_the_scale_and_skip_the_step(tiny_config):
+    """The scaler works on the CPU as on a GPU: a gradient beyond 65,504 is infinite in fp16."""
+    config = pico.TrainConfig(batch_size=4)
+    model = pico.PicoLLM(tiny_config)
+    optimizer, guard = pico.make_optimizer(model, config), pico.LossGuard(50257, CPU)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1e38)
+    before = [p.clone() for p in model.parameters()]
+    pico.train_step(model, optimizer, scaler, random_batch(4), config, 0, torch.float16, guard)
+    assert scaler.get_scale() == 5e37 or scaler.get_scale() == pytest.approx(5e37)
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    pico.train_step(model, optimizer, scaler, random_batch(4), config, 1, torch.float16, guard)
+    assert not torch.equal(before[0], next(model.parameters()))
+
+
+@pytest.mark.parametrize(
+    ("error", "micro", "advice"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory."), None, "with 12 sequences at a time; set micro_batch_size to 6"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 4, "with 4 .*; set micro_batch_size to 2"),
+        (MemoryError(), 1, "with 1 .*; choose a smaller model"),
+    ],
+)
+def test_out_of_memory_names_the_batch_size_to_try(
+    tiny_config, tiny_train, data_folder, tmp_path, monkeypatch, error, micro, advice
+):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(pico, "train_step", fail)
+    config = dataclasses.replace(tiny_train, batch_size=12, micro_batch_size=micro)
+    with pytest.raises(PicoError, match=f"Out of memory {advice}"):
+        pico.train(tiny_config, config, tmp_path, data_folder)
+
+
+def test_other_errors_pass_through(tiny_config, tiny_train, data_folder, tmp_path, monkeypatch):
+    def fail(*_):
+        raise RuntimeError("a defect")
+
+    monkeypatch.setattr(pico, "train_step", fail)
+    with pytest.raises(RuntimeError, match="a defect"):
+        pico.train(tiny_config, tiny_train, tmp_path, data_folder)
+
+
+def test_a_run_goes_on_with_smaller_micro_batches(tiny_config, tiny_train, data_folder, tmp_path, monkeypatch, capsys):
+    original = pico.train_step
+
+    def limited(*args):
+        if args[5] == 3 and args[4].micro_batch_size is None:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return original(*args)
+
+    monkeypatch.setattr(pico, "train_step", limited)
+    with pytest.raises(PicoError, match="set micro_batch_size to 2"):
+        pico.train(tiny_config, tiny_train, tmp_path, data_folder)
+    config = dataclasses.replace(tiny_train, micro_batch_size=2)
+    assert pico.train(tiny_config, config, tmp_path, data_folder).finished
+    assert "at step 3 of 12" in capsys.readouterr().out
+
+
+# --- loaders ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def stream(corpus_folder, data_folder) -> pico.SequenceStream:
+    file = pico.prepare_tokens(pico.choose_corpus(str(corpus_folder)), "train", data_folder)
+    return pico.SequenceStream(file, 32, 50, seed=3)  # of 50 sequences, so that batches of 8 straddle epochs
+
+
+@pytest.mark.parametrize("kind", pico.LOADERS)
+def test_all_loaders_yield_the_same_batches(stream, kind):
+    steps = range(4, 21)  # as after a resume; over three epochs
+    batches = list(pico.make_loader(kind, stream, 8, steps, CPU))
+    assert len(batches) == len(steps)
+    for step, batch in zip(steps, batches, strict=True):
+        assert batch.dtype == torch.int64 and torch.equal(batch, stream.batch(step * 8, 8))
+    halves = [list(pico.make_loader(kind, stream, 8, range(4, 7), CPU, rank=rank, n_ranks=2)) for rank in (0, 1)]
+    for whole, *parts in zip(batches, *halves, strict=False):
+        assert torch.equal(whole, torch.cat(parts)), "the processes' parts make up the batch"
+
+
+def test_resident_batches_hold_the_highest_tokens(tmp_path):
+    """They do not fit into a signed 16-bit integer."""
+    import numpy as np
+
+    tokens = np.arange(50257 - 200, 50257, dtype=np.uint16)
+    starts = np.array([0, 70, 71, 200])
+    file = pico.TokenFile(tmp_path, "made up", "made up", 1, tokens, starts)
+    stream = pico.SequenceStream(file, 16, None, seed=0)
+    batches = list(pico.make_loader("resident", stream, 4, range(9), CPU))
+    assert torch.cat(batches).min() > 32767
+    for step, batch in enumerate(batches):
+        assert torch.equal(batch, stream.batch(step * 4, 4))
+
+
+def test_loaders_leave_the_global_random_state_alone(stream):
+    before = torch.get_rng_state()
+    for kind in pico.LOADERS:
+        next(pico.make_loader(kind, stream, 4, range(2), CPU))
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_a_large_corpus_is_not_made_resident(stream, monkeypatch):
+    assert pico.choose_loader(stream, CPU) == "naive"
+    size = 2 * stream.n_sequences * 32
+
+    class Properties:
+        total_memory = size * 10
+
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Properties)
+    assert pico.choose_loader(stream, torch.device("cuda")) == "resident"
+    Properties.total_memory = size * 10 - 1
+    assert pico.choose_loader(stream, torch.device("cuda")) == "workers"
+
+
+# --- several processes ------------------------------------------------------------------------------------------------
+
+
+def driver(folder: Path, data_folder: Path, model: pico.ModelConfig, config: pico.TrainConfig, slow: float) -> Path:
+    """A script that trains; each process leaves its number in the file pid-RANK."""
+    path = folder / "driver.py"
+    path.write_text(
+        textwrap.dedent(f"""
+        import os, sys, time
+        from pathlib import Path
+        sys.path.insert(0, {str(ROOT)!r})
+        import pico_helpers as pico
+        folder = Path({str(folder)!r})
+        (folder / f"pid-{{os.environ['RANK']}}").write_text(str(os.getpid()))
+        step = pico.train_step
+        def train_step(*args):
+            time.sleep({slow})
+            return step(*args)
+        pico.train_step = train_step
+        model = pico.ModelConfig(**{dataclasses.asdict(model)!r})
+        config = pico.TrainConfig(**{dataclasses.asdict(config)!r})
+        try:
+            pico.train(model, config, folder / "results", {str(data_folder)!r})
+        except pico.PicoError as error:
+            sys.exit(f"Error: {{error}}")
+    """)
+    )
+    return path
+
+
+def torchrun(script: Path, n: int, **options) -> subprocess.Popen:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={n}", str(script)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PICO_MENU": "1"}
+    return subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT, **options
+    )
+
+
+def read_metrics(folder: Path) -> list[dict]:
+    with open(folder / "results" / "tiny_metrics.csv") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.mark.parametrize("optimizer_name", ["adamw", "muon"])
+def test_two_processes_have_the_losses_of_one(tiny_config, tiny_train, tmp_path, optimizer_name):
+    config = dataclasses.replace(
+        tiny_train, optimizer=optimizer_name, batch_size=8, micro_batch_size=2, log_interval=1, max_steps=8
+    )
+    assert tiny_config.dropout > 0
+    data = tmp_path / "data"  # tokenised by the first of the two
+    with torchrun(driver(tmp_path, data, tiny_config, config, slow=0.0), 2) as process:
+        output = process.communicate()[0]
+    assert process.returncode == 0, output
+    assert output.count("Corpus:") == 1 and "2 processes" in output, "the first process alone prints"
+    expected = pico.train(tiny_config, config, tmp_path / "alone", data)
+    rows = read_metrics(tmp_path)
+    assert [int(row["tokens"]) for row in rows] == [row["tokens"] for row in expected.metrics]
+    for row, other in zip(rows, expected.metrics, strict=True):
+        assert float(row["train_loss"]) == pytest.approx(other["train_loss"], abs=1e-5)
+        if other["val_loss"]:
+            assert float(row["val_loss"]) == pytest.approx(other["val_loss"], abs=1e-5)
+    saved = pico.load_checkpoint(pico.checkpoint_path(tmp_path / "results", "tiny"))
+    assert saved.train_config == config and saved.training_state is None
+
+
+def wait_for_rows(folder: Path, n: int, process: subprocess.Popen) -> None:
+    for _ in range(1200):
+        path = folder / "results" / "tiny_metrics.csv"
+        if path.exists() and len(read_metrics(folder)) >= n:
+            return
+        assert process.poll() is None, process.stdout.read()
+        time.sleep(0.05)
+    raise AssertionError("no metrics in 60 s")
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_killing_one_process_ends_the_run_and_one_process_resumes_it(
+    tiny_config, tiny_train, data_folder, tmp_path, victim, capsys
+):
+    config = dataclasses.replace(tiny_train, log_interval=1, eval_interval=100)
+    with torchrun(driver(tmp_path, data_folder, tiny_config, config, slow=0.3), 2) as process:
+        wait_for_rows(tmp_path, 3, process)
+        os.kill(int((tmp_path / f"pid-{victim}").read_text()), signal.SIGKILL)
+        output = process.communicate(timeout=60)[0]
+    assert process.returncode != 0
+    assert "Error: Another process of this run has ended" in output and "run the same command again" in output
+    resumed = pico.train(tiny_config, config, tmp_path / "results", data_folder)
+    assert resumed.finished and len(resumed.metrics) == 12
+    step = int(capsys.readouterr().out.split("at step ")[1].split()[0])
+    assert 3 <= step < 12
+
+
+def test_an_interrupt_stops_both_processes_at_the_same_step(tiny_config, tiny_train, data_folder, tmp_path):
+    config = dataclasses.replace(tiny_train, checkpoint_seconds=1e9)
+    with torchrun(driver(tmp_path, data_folder, tiny_config, config, slow=0.3), 2, start_new_session=True) as process:
+        wait_for_rows(tmp_path, 0, process)
+        time.sleep(1.0)
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+        output = process.communicate(timeout=60)[0]
+    assert "run it again to go on from there" in output, output
+    kept = pico.load_checkpoint(pico.checkpoint_path(tmp_path / "results", "tiny", partial=True))
+    assert kept.step % config.log_interval == 0 and 0 < kept.step < 12
+
+
+def test_a_batch_must_split_evenly(tiny_config, tiny_train, data_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(pico, "_ranks", lambda: (0, 3))
+    with pytest.raises(PicoError, match="batch_size 4 is not a multiple of 3 processes"):
+        pico._train(tiny_config, tiny_train, tmp_path, data_folder, CPU, None)
+
+
+# --- profile ----------------------------------------------------------------------------------------------------------
+
+
+def test_covered_is_the_length_of_the_union():
+    assert profile.covered([], 0, 10) == 0
+    assert profile.covered([(1, 3), (2, 5), (8, 9)], 0, 10) == 5
+    assert profile.covered([(8, 9), (2, 5), (1, 3), (1, 2), (2, 5)], 0, 10) == 5, "order and copies do not matter"
+    assert profile.covered([(0, 10), (2, 3)], 0, 10) == 10, "an interval inside another one"
+    assert profile.covered([(-5, 1), (9, 20), (30, 40)], 0, 10) == 2, "what lies outside the window does not count"
+
+
+def test_covered_agrees_with_counting_every_unit_of_time():
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(50):
+        begins = torch.randint(-20, 120, (12,), generator=generator).tolist()
+        lengths = torch.randint(0, 30, (12,), generator=generator).tolist()
+        intervals = [(begin, begin + length) for begin, length in zip(begins, lengths, strict=True)]
+        units = {unit for begin, end in intervals for unit in range(begin, end) if 0 <= unit < 100}
+        assert profile.covered(intervals, 0, 100) == len(units)
+
+
+def test_idle_share_of_a_trace_counts_kernels_only():
+    def event(name: str, category: str, start: float, length: float) -> dict:
+        return {"ph": "X", "name": name, "cat": category, "ts": start, "dur": length}
+
+    window = event("window", "user_annotation", 100, 50)
+    kernels = [event("gemm", "kernel", 90, 20), event("norm", "kernel", 105, 10), event("gemm", "kernel", 140, 30)]
+    others = [event("copy", "gpu_memcpy", 120, 10), event("aten::mm", "cpu_op", 100, 50), {"ph": "M", "name": "x"}]
+    assert profile.idle_share({"traceEvents": [window, *kernels, *others]}) == pytest.approx(1 - 25 / 50)
+    assert profile.idle_share({"traceEvents": [window, *others]}) is None, "without kernels there is no GPU"
+
+
+def test_flops_and_peaks():
+    config = pico.ModelConfig()
+    n = pico.PicoLLM(config).count_parameters()[1]
+    assert profile.flops_per_token(config, n) == 6 * n + 12 * 8 * 384 * 448 == pytest.approx(223e6, rel=0.01)
+    assert profile.peak_flops("NVIDIA H100 80GB HBM3") == 989e12
+    assert profile.peak_flops("NVIDIA H100 PCIe") == 756e12
+    assert profile.peak_flops("NVIDIA A10G") == 70e12 and profile.peak_flops("NVIDIA A10") == 125e12
+    assert profile.peak_flops("NVIDIA L40S") == 362e12 and profile.peak_flops("NVIDIA L4") == 121e12
+    assert profile.peak_flops("CPU, 2 threads") is None and profile.peak_flops("Tesla K80") is None
+
+
+@pytest.fixture
+def tiny_preset(tiny_config, tiny_train, monkeypatch, tmp_path, data_folder):
+    """Options that make `main` run the tiny model."""
+    monkeypatch.setitem(pico.PRESETS, "quick", pico.Preset(tiny_config, tiny_train, "tiny"))
+    common = ["--preset", "quick", "--corpus", tiny_train.corpus, "--out", str(tmp_path), "--data", str(data_folder)]
+    return [*common, "--steps", "2", "--warmup", "1"]
+
+
+def read_rows(path: Path) -> list[dict]:
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_comparison_writes_table_and_chart(tiny_preset, tmp_path, capsys):
+    assert profile.main([*tiny_preset, "--compare", "--peer"]) == 0
+    rows = {row["name"]: row for row in read_rows(tmp_path / "profile.csv")}
+    assert list(rows) == ["plain loop", "naive", "workers", "resident"]
+    speeds = {name: float(row["tokens_per_second"]) for name, row in rows.items()}
+    for name, row in rows.items():
+        assert float(row["ratio_to_naive"]) == pytest.approx(speeds[name] / speeds["naive"], abs=1e-3)
+        assert float(row["ratio_to_plain_loop"]) == pytest.approx(speeds[name] / speeds["plain loop"], abs=1e-3)
+        assert float(row["slowest"]) <= speeds[name] <= float(row["fastest"])
+        assert (row["windows"], row["mfu"], row["gpu_idle_share"]) == ("5", "", ""), "no number that was not measured"
+    output = capsys.readouterr().out
+    assert output.count("no GPU") == 4 and output.count("peak unknown") == 4
+    assert (tmp_path / "profile.png").stat().st_size > 1000 and (tmp_path / "profile.svg").exists()
+
+
+def test_all_contestants_learn_the_same(tiny_config, tiny_train, stream):
+    """The plain loop differs in speed only: with equal data and no dropout its weights move alike."""
+    preset = pico.Preset(dataclasses.replace(tiny_config, dropout=0.0), tiny_train, "tiny")
+    models = []
+    for kind in (profile.Contestant, profile.PlainLoop):
+        contestant = kind("x", "naive", preset, stream, CPU, 0)
+        contestant.measure(1, 3)
+        assert contestant.n_steps == 4 and len(contestant.windows) == 1
+        models.append(contestant.model.token_embedding.weight.detach()[:50257])
+    start = pico.PicoLLM(preset.model, tiny_train.seed).token_embedding.weight.detach()[:50257]
+    moved = [(model - start).flatten() for model in models]
+    assert torch.cosine_similarity(*moved, dim=0) > 0.99
+
+
+def test_chrome_trace_names_the_ranges(tiny_preset, tmp_path):
+    assert profile.main([*tiny_preset, "--torch-profiler", "--loader", "resident"]) == 0
+    trace = json.loads((tmp_path / "profile_resident.trace.json").read_text())
+    names = [event["name"] for event in trace["traceEvents"] if event.get("cat") == "user_annotation"]
+    for name in ("data", "host-to-device", "forward", "backward", "optimizer"):
+        assert names.count(name) == 2, name
+
+
+def test_bad_options_end_with_one_line(tiny_preset, capsys):
+    assert profile.main([*tiny_preset, "--corpus", "nowhere"]) == 1
+    assert capsys.readouterr().err.strip().splitlines()[-1].startswith("Error: Unknown corpus 'nowhere'")
+
+
+def test_the_documented_command_runs_without_a_gpu(tmp_path, data_folder):
+    command = [sys.executable, "profile_training.py", "--out", str(tmp_path), "--data", str(data_folder)]
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr
+    assert "tokens/s" in run.stdout and "no GPU" in run.stdout
+    assert [row["name"] for row in read_rows(tmp_path / "profile.csv")] == ["naive"]
+
+
+# --- recipes ----------------------------------------------------------------------------------------------------------
+
+
+class MadeUp(profile.RecipeTable):
+    """Recipes whose loss is known: a bowl around learning rate 0.002 and weight decay 0.4, and Muon better by 0.5."""
+
+    def run(self, stage, recipe, seed, changes):
+        config = dataclasses.replace(self.preset.train, **changes)
+        self.rows.append({"stage": stage, "recipe": recipe, "seed": seed, **changes})
+        loss = abs(config.learning_rate - 0.002) * 100 + abs(config.weight_decay - 0.4)
+        return loss - 0.5 * (config.optimizer == "muon")
+
+
+def test_tuning_finds_the_best_of_each_setting_and_both_get_as_many_runs(tiny_config, tiny_train, tmp_path):
+    preset = pico.Preset(tiny_config, tiny_train, "tiny")
+    table = MadeUp(preset, "made up", tmp_path / "recipes.csv", tmp_path, CPU)
+    profile.compare_recipes(table, seeds=(1, 2))
+    tuning = [row["recipe"] for row in table.rows if row["stage"] == "tuning"]
+    assert tuning.count("adamw") == tuning.count("muon") == 7
+    final = [row for row in table.rows if row["stage"] == "final"]
+    adamw = next(row for row in final if row["recipe"] == "adamw")
+    assert adamw["learning_rate"] == tiny_train.learning_rate * 2 and adamw["weight_decay"] == 0.4
+    assert {row["seed"] for row in final} == {1, 2}
+    half = next(row for row in final if row["recipe"].endswith("half the tokens"))
+    assert half["max_steps"] == tiny_train.max_steps // 2
+
+
+def test_recipes_are_kept_and_not_repeated(tiny_config, tiny_train, tmp_path, data_folder, monkeypatch):
+    path = tmp_path / "benchmarks" / "recipes.csv"
+
+    def table(scale: str = "tiny") -> profile.RecipeTable:
+        return profile.RecipeTable(pico.Preset(tiny_config, tiny_train, "tiny"), scale, path, data_folder, CPU)
+
+    losses = [table().run("final", name, 1, {"optimizer": name, "max_steps": 2}) for name in ("adamw", "muon")]
+    losses.append(table().run("final", "wild", 1, {"learning_rate": 1e4, "warmup_steps": 0, "max_steps": 40}))
+    rows = read_rows(path)
+    assert [row["recipe"] for row in rows] == ["adamw", "muon", "wild"]
+    assert [float(row["val_loss"]) for row in rows] == [round(loss, 4) for loss in losses]
+    assert losses[2] == float("inf"), "a run that explodes is a row as well"
+    monkeypatch.setattr(pico, "train", None)
+    assert table().run("final", "adamw", 1, {"optimizer": "adamw", "max_steps": 2}) == round(losses[0], 4)
+    with pytest.raises(TypeError):
+        table("another scale").run("final", "adamw", 1, {"optimizer": "adamw", "max_steps": 2})
