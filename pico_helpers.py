@@ -202,7 +202,7 @@ PRESETS: dict[str, Preset] = {
         "a small model that learns visibly in 2-3 minutes on two CPU cores",
     ),
     "tiny": Preset(
-        ModelConfig(d_model=32, n_layer=2, n_head=2, d_ff=64, context_length=64, max_positions=128, dropout=0.0),
+        ModelConfig(d_model=32, n_layer=2, n_head=2, d_ff=64, context_length=64, max_positions=512, dropout=0.0),
         TrainConfig(
             name="tiny",
             max_sequences=None,

@@ -31,7 +31,7 @@ def test_notebook_runs_end_to_end(tmp_path):
         "attention_report.html",
         "attention_explorer.html",
         "inference_benchmark.csv",
-        "training_profile.csv",
+        "profile.csv",
         "huggingface/model.safetensors",
     ):
         assert (results / name).stat().st_size > 0, name
