@@ -3549,8 +3549,8 @@ def _score_statements(study: HeadStudy) -> Iterator[dict]:
         verdict = "supported" if found else "undecided" if own["mean"] >= tau else "not supported"
         evidence = (
             f"The strongest, layer {best['layer']} head {best['head']}, scores {text['trained']}; chance is 0, the "
-            f"ideal 1, the threshold {tau:.2f}. Strongest in untrained models: {text['untrained']}; on shuffled tokens: "
-            f"{text['shuffled']}."
+            f"ideal 1, the threshold {tau:.2f}. Strongest in untrained models: {text['untrained']}; on shuffled "
+            f"tokens: {text['shuffled']}."
         )
         yield _statement("Heads", claim, verdict, evidence.replace("-0.00", "0.00"))
 
