@@ -3355,17 +3355,19 @@ def _wrap(text: str, width: float, size: float, max_lines: int) -> str:
 def _write(sheet: Axes, x: float, y: float, text: str, size: float, **options) -> None:
     """Text in a font that has its characters; never read as a formula."""
     text, fonts = readable_text(text)
+    if len(fonts) > 1:
+        options.pop("weight", None)  # the bold cut of another font may lack the characters
     sheet.text(x, y, text, fontsize=size, fontfamily=fonts, parse_math=False, **options)
 
 
 def readable_text(text: str) -> tuple[str, list[str]]:
-    """(text, font families) such that matplotlib can draw it: characters in no installed font become U+65E5."""
+    """(text, font families) such that matplotlib can draw it: characters in no installed font become [U+65E5]."""
     fonts, characters = ["DejaVu Sans"], []
     for character in text:
         font = "DejaVu Sans" if character == "\n" else _font_for(character)
         if font and font not in fonts:
             fonts.append(font)
-        characters.append(character if font else f"U+{ord(character):04X}")
+        characters.append(character if font else f"[U+{ord(character):04X}]")
     return "".join(characters), fonts
 
 
@@ -3376,12 +3378,12 @@ def _font_for(character: str) -> str | None:
 
     if unicodedata.category(character) in ("Cc", "Cf", "Cs", "Co", "Cn"):
         return None  # control and format characters are invisible or unassigned
-    regular = {}
-    for entry in fontManager.ttflist:
-        if entry.style == "normal" and entry.weight in (400, "normal", "regular"):
-            regular.setdefault(entry.name, entry)
-    for name in sorted(regular, key=lambda name: (name != "DejaVu Sans", "Noto" not in name, name)):
-        if ord(character) in _characters_of(regular[name].fname):
+    fonts: dict[str, str] = {}
+    for entry in sorted(fontManager.ttflist, key=lambda e: (e.style != "normal", e.weight not in (400, "normal"))):
+        if not entry.name.startswith("Last Resort"):  # matplotlib's own, which has a box for every character
+            fonts.setdefault(entry.name, entry.fname)
+    for name in sorted(fonts, key=lambda name: (name != "DejaVu Sans", "Noto" not in name, name)):
+        if ord(character) in _characters_of(fonts[name]):
             return name
     return None
 
@@ -3409,7 +3411,7 @@ def _number_repeats(labels: Sequence[str]) -> list[str]:
 
 
 def _short_labels(labels: Sequence[str], limit: int) -> list[str]:
-    return [label if len(label) <= 14 else f"{label[:12]}…" for label in _number_repeats(labels)[:limit]]
+    return _number_repeats([label if len(label) <= 14 else f"{label[:12]}…" for label in labels[:limit]])
 
 
 def _cut_note(n_tokens: int, limit: int) -> str:
@@ -3480,7 +3482,7 @@ def _place_color_bar(
 def _label_room(labels: Sequence[str], cell: float) -> float:
     """Inches that the longest label needs."""
     size = min(8.0, cell * 72 * 0.8)
-    return 0.12 + max(len(readable_text(label)[0]) for label in labels) * size * 0.62 / 72
+    return 0.12 + max(len(readable_text(label)[0]) for label in labels) * size * 0.66 / 72
 
 
 # -- Pictures of one sentence. `capture` is an AttentionCapture; layers and heads are counted from 0.

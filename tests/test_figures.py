@@ -97,9 +97,28 @@ def test_any_text_is_drawn_without_a_warning(text, tmp_path):
 
 def test_characters_without_a_font_become_their_code():
     text, fonts = pico.readable_text("a\U0010fffd\u200db")
-    assert text == "aU+10FFFDU+200Db"
+    assert text == "a[U+10FFFD][U+200D]b"
     assert fonts == ["DejaVu Sans"]
-    assert pico.readable_text("日")[0] in ("U+65E5", "日")  # whether the machine has a font for it or not
+
+
+def test_other_installed_fonts_help_out(monkeypatch):
+    from matplotlib.font_manager import FontEntry, fontManager
+
+    for function in (pico._font_for, pico._characters_of):
+        function.cache_clear()
+    monkeypatch.setattr(fontManager, "ttflist", [FontEntry(fname="cjk", name="Some CJK", style="normal", weight=400)])
+    monkeypatch.setattr(pico, "_characters_of", lambda path: {ord("日")} if path == "cjk" else set())
+    assert pico.readable_text("日本") == ("日[U+672C]", ["DejaVu Sans", "Some CJK"])
+    pico._font_for.cache_clear()
+
+
+def test_the_font_of_last_resort_is_not_readable():
+    from matplotlib.font_manager import fontManager
+
+    text, fonts = pico.readable_text("日🎉")
+    assert not any("Last Resort" in font for font in fonts)
+    assert set(fonts) <= {entry.name for entry in fontManager.ttflist}
+    assert ("U+65E5" in text) == (len(fonts) == 1)  # drawn if the machine has a font for it, else its code
 
 
 def test_save_figure_writes_png_and_svg_and_leaves_nothing_else(tmp_path):

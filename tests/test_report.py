@@ -212,11 +212,10 @@ def _find(*names):
 
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory):
-    selenium = pytest.importorskip("selenium", reason="browser tests need selenium: pip install selenium")
+    pytest.importorskip("selenium", reason="browser tests need selenium: pip install selenium")
     chromium, driver = _find("chromium", "chromium-browser", "google-chrome"), _find("chromedriver")
     if not (chromium and driver):
         pytest.skip("browser tests need Chromium: apt-get install chromium chromium-driver")
-    del selenium
     from selenium import webdriver
     from selenium.webdriver.chrome.service import Service
 
