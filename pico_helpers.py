@@ -191,7 +191,7 @@ PRESETS: dict[str, Preset] = {
         TrainConfig(
             name="quick",
             max_sequences=None,
-            max_steps=250,
+            max_steps=200,
             batch_size=16,
             learning_rate=3e-3,
             warmup_steps=20,
