@@ -1161,7 +1161,7 @@ class Muon(torch.optim.AdamW):
             update = gradient.lerp(momentum, inertia)  # Nesterov
             pieces = update.unflatten(1, (group["split"], -1)).flatten(0, 1)  # (n x split, rows / split, columns)
             scale = math.sqrt(max(1.0, pieces.shape[1] / pieces.shape[2]))
-            update = orthogonalize(pieces).view_as(update) * (scale * rate)
+            update = orthogonalize(pieces).reshape(update.shape) * (scale * rate)
             torch._foreach_mul_(parameters, 1 - rate * group["weight_decay"])
             torch._foreach_sub_(parameters, list(update))
             for p in parameters:

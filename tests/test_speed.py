@@ -63,7 +63,9 @@ def muon_by_hand(model: pico.PicoLLM, config: pico.TrainConfig, gradients: list[
     return weights
 
 
-def test_muon_steps_each_matrix_by_itself_and_leaves_the_rest_to_adamw(tiny_config):
+@pytest.mark.parametrize("d_ff", [16, 48])
+def test_muon_steps_each_matrix_by_itself_and_leaves_the_rest_to_adamw(tiny_config, d_ff):
+    tiny_config = dataclasses.replace(tiny_config, d_ff=d_ff)  # wide and tall matrices
     config = pico.TrainConfig(optimizer="muon", matrix_learning_rate=0.05, matrix_weight_decay=0.3)
     model = pico.PicoLLM(tiny_config)
     twin = pico.PicoLLM(tiny_config)
