@@ -136,6 +136,8 @@ class TrainConfig:
             raise PicoError(
                 f"batch_size {self.batch_size} is not a multiple of micro_batch_size {self.micro_batch_size}."
             )
+        if self.average_steps < 1:
+            raise PicoError(f"average_steps must be at least 1, not {self.average_steps}.")
         for name, choices in _TRAIN_CHOICES.items():
             if getattr(self, name) not in choices:
                 raise PicoError(f"Unknown {name} {getattr(self, name)!r}; choose one of: {', '.join(choices)}.")

@@ -175,6 +175,8 @@ def test_unknown_choices_are_refused():
     for field in ("optimizer", "average", "weight_decay_schedule"):
         with pytest.raises(PicoError, match=f"Unknown {field} 'x'; choose one of"):
             pico.TrainConfig(**{field: "x"})
+    with pytest.raises(PicoError, match="average_steps must be at least 1"):
+        pico.TrainConfig(average_steps=0)
 
 
 # --- bad steps and memory ---------------------------------------------------------------------------------------------
