@@ -158,6 +158,8 @@ class TrainConfig:
             raise PicoError(
                 f"batch_size {self.batch_size} is not a multiple of micro_batch_size {self.micro_batch_size}."
             )
+        if self.average_steps < 1:
+            raise PicoError(f"average_steps must be at least 1, not {self.average_steps}.")
         for name, choices in _TRAIN_CHOICES.items():
             if getattr(self, name) not in choices:
                 raise PicoError(f"Unknown {name} {getattr(self, name)!r}; choose one of: {', '.join(choices)}.")
@@ -1213,7 +1215,7 @@ class Muon(torch.optim.AdamW):
             update = gradient.lerp(momentum, inertia)  # Nesterov
             pieces = update.unflatten(1, (group["split"], -1)).flatten(0, 1)  # (n x split, rows / split, columns)
             scale = math.sqrt(max(1.0, pieces.shape[1] / pieces.shape[2]))
-            update = orthogonalize(pieces).view_as(update) * (scale * rate)
+            update = orthogonalize(pieces).reshape(update.shape) * (scale * rate)
             torch._foreach_mul_(parameters, 1 - rate * group["weight_decay"])
             torch._foreach_sub_(parameters, list(update))
             for p in parameters:

@@ -448,7 +448,7 @@ def run_recipes(options: argparse.Namespace, preset: Preset, device: torch.devic
     )
     if options.steps:
         train = dataclasses.replace(train, warmup_steps=min(train.warmup_steps, options.steps // 10))
-        train = dataclasses.replace(train, average_steps=min(train.average_steps, options.steps // 5))
+        train = dataclasses.replace(train, average_steps=min(train.average_steps, 1 + options.steps // 5))
     length = f"{options.steps} steps" if options.steps else f"{train.epochs:g} epochs"
     scale = f"{options.preset}, {length} of {train.batch_size} x {preset.model.context_length} tokens, {train.corpus}"
     path = Path(options.out) / "benchmarks" / "recipes.csv"

@@ -63,7 +63,9 @@ def muon_by_hand(model: pico.PicoLLM, config: pico.TrainConfig, gradients: list[
     return weights
 
 
-def test_muon_steps_each_matrix_by_itself_and_leaves_the_rest_to_adamw(tiny_config):
+@pytest.mark.parametrize("d_ff", [16, 48])
+def test_muon_steps_each_matrix_by_itself_and_leaves_the_rest_to_adamw(tiny_config, d_ff):
+    tiny_config = dataclasses.replace(tiny_config, d_ff=d_ff)  # wide and tall matrices
     config = pico.TrainConfig(optimizer="muon", matrix_learning_rate=0.05, matrix_weight_decay=0.3)
     model = pico.PicoLLM(tiny_config)
     twin = pico.PicoLLM(tiny_config)
@@ -173,6 +175,8 @@ def test_unknown_choices_are_refused():
     for field in ("optimizer", "average", "weight_decay_schedule"):
         with pytest.raises(PicoError, match=f"Unknown {field} 'x'; choose one of"):
             pico.TrainConfig(**{field: "x"})
+    with pytest.raises(PicoError, match="average_steps must be at least 1"):
+        pico.TrainConfig(average_steps=0)
 
 
 # --- bad steps and memory ---------------------------------------------------------------------------------------------
