@@ -3743,6 +3743,7 @@ def plot_class_shares(scores: pd.DataFrame, source: str = "windows") -> Figure:
         below += table[name].to_numpy()
     _clean(bars, "By layer", xlabel="layer", ylabel="heads")
     bars.set_xticks(table.index)
+    bars.yaxis.get_major_locator().set_params(integer=True)
     return figure
 
 
@@ -3865,7 +3866,7 @@ def plot_head_similarity(
     top.set(xlim=(-0.5, n - 0.5), ylim=(0, 1.05 * max(max(y) for y in tree["dcoord"])))
     if noise_floor is not None:
         top.axhline(noise_floor, color="#D55E00", linestyle="--", linewidth=1, label=f"noise floor {noise_floor:.2f}")
-        top.legend(frameon=False, fontsize=7.5, loc="upper right")
+        top.legend(frameon=False, fontsize=7.5, loc="lower right", bbox_to_anchor=(1, 1))
     _clean(top, title or "Which heads look alike", ylabel="distance")
     top.tick_params(bottom=False, labelbottom=False)
     scale = {"vmin": 0, "vmax": min(1, max(distances.max(), 2 * (noise_floor or 0), 1e-6)), "cmap": "viridis_r"}
@@ -3976,15 +3977,18 @@ class Picture:
 
 
 def choose_heads(scores: pd.DataFrame, n: int = 4, source: str = "windows") -> list[tuple[int, int, str]]:
-    """Heads worth a picture: the highest of each score in turn, none twice; (layer, head, why it was chosen)."""
+    """Heads worth a picture: the highest of each score in turn, none twice; (layer, head, why it was chosen).
+
+    Scores that no head shows (below 0.1) come last.
+    """
     rest = scores[scores["source"] == source].set_index(["layer", "head"])
+    columns = ["previous", "induction", "local", "broad", "self", "duplicate", "punctuation", "rare"]
     chosen = []
-    for column in ("previous", "induction", "local", "broad", "self", "duplicate", "punctuation", "rare"):
-        if len(chosen) == n or rest.empty or column not in rest:
-            break
-        layer, head = rest[column].fillna(-math.inf).idxmax()
-        chosen.append((int(layer), int(head), f"highest {column} score: {rest.loc[(layer, head), column]:.2f}"))
-        rest = rest.drop((layer, head))
+    for column in sorted(columns, key=lambda column: rest[column].max() < 0.1):
+        if len(chosen) < n and not rest.empty:
+            layer, head = rest[column].fillna(-math.inf).idxmax()
+            chosen.append((int(layer), int(head), f"highest {column} score: {rest.loc[(layer, head), column]:.2f}"))
+            rest = rest.drop((layer, head))
     return chosen
 
 
@@ -6002,8 +6006,9 @@ def export_to_hf(model: PicoLLM, folder: str | Path) -> Path:
 
 
 def setup_notebook() -> None:
-    """In a notebook, shows a PicoError as one red line instead of a stack trace (the cell still fails)."""
+    """In a notebook, shows figures as pictures, and a PicoError as one red line (the cell still fails)."""
     from IPython import get_ipython
+    from IPython.core.pylabtools import select_figure_formats
 
     def show(shell, kind, error, trace, tb_offset=None) -> list[str]:
         lines = [f"\x1b[31m{kind.__name__}: {error}\x1b[0m"]
@@ -6012,6 +6017,7 @@ def setup_notebook() -> None:
 
     if shell := get_ipython():
         shell.set_custom_exc((PicoError,), show)
+        select_figure_formats(shell, {"png"}, bbox_inches=None)
 
 
 def _live_loss_curve() -> Callable[[list[dict]], None] | None:
@@ -6042,11 +6048,13 @@ def run_training(
 ) -> tuple[TrainResult, list[Path]]:
     """Trains a preset's model, with `changes` to its TrainConfig; draws the loss curve and prints sampled text.
 
-    Returns the result and the files written.
+    Returns the result and the files written; under torchrun the first process alone draws and prints.
     """
     chosen = get_preset(preset)
-    print(f"Training: {chosen.about}.")
     config = dataclasses.replace(chosen.train, **changes)
+    if int(os.environ.get("RANK", 0)) > 0:
+        return train(chosen.model, config, results, data_folder), []
+    print(f"Training: {chosen.about}.")
     result = train(chosen.model, config, results, data_folder, on_log=_live_loss_curve())
     files = [result.checkpoint, Path(results) / f"{config.name}_metrics.csv"]
     if result.metrics:
@@ -6261,7 +6269,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             result, files = run_training(options.preset, **folders, **changes)
             if not result.finished:
                 return 130
-            if options.command == "both":
+            if options.command == "both" and files:
                 files += run_analysis(result.checkpoint, **folders)
         elif options.command == "analyze":
             files = run_analysis(options.checkpoint, **folders)

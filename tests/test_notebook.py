@@ -35,11 +35,11 @@ def test_notebook_runs_end_to_end(tmp_path):
         "huggingface/model.safetensors",
     ):
         assert (results / name).stat().st_size > 0, name
-    text = "".join(
-        "".join(output.get("text", ""))
-        for cell in json.loads((tmp_path / "executed.ipynb").read_text())["cells"]
-        for output in cell.get("outputs", [])
-    )
+    cells = json.loads((tmp_path / "executed.ipynb").read_text())["cells"]
+    outputs = [output for cell in cells for output in cell.get("outputs", [])]
+    assert not [output for output in outputs if output["output_type"] == "error"]
+    assert sum("image/png" in output.get("data", {}) for output in outputs) >= 8
+    text = "".join("".join(output.get("text", "")) for output in outputs)
     assert "not WikiText-103, because HF_HUB_OFFLINE is set" in text
     assert "11,942,784 parameters without embeddings" in text
     assert "TensorRT needs an NVIDIA GPU" in text or "Torch-TensorRT" in text
