@@ -79,6 +79,35 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+# fmt: off
+__all__ = [  # noqa: RUF022 (in the order of the sections)
+    "PicoError", "ModelConfig", "TrainConfig", "Preset", "PRESETS", "default_preset", "get_preset",
+    "default_device",
+    "explain_errors",
+    "Tokenizer", "get_tokenizer", "Document", "Corpus", "choose_corpus", "TokenFile", "prepare_tokens",
+    "PackedEpoch", "SequenceStream", "held_out_sequences",
+    "KVCache", "PicoLLM",
+    "Checkpoint", "save_checkpoint", "load_checkpoint", "model_from_checkpoint", "load_model",
+    "newest_checkpoint",
+    "Muon", "Evaluation", "evaluate", "TrainResult", "train",
+    "ALL_TEST_CATEGORIES", "stream_attention", "AttentionCapture", "capture_attention", "ablate_heads",
+    "mean_head_outputs",
+    "ScoreThresholds", "kappa", "token_counts", "score_heads", "untrained_scores", "head_ablation_map",
+    "head_similarity", "HeadStudy", "study_heads",
+    "PairResult", "minimal_pair_accuracy", "PHENOMENA", "make_pairs", "study_language",
+    "save_figure", "plot_loss_curve", "plot_attention_heatmap", "plot_chosen_heads", "plot_all_heads",
+    "plot_category", "plot_attention_flow", "attention_rollout", "plot_rollout", "plot_class_shares",
+    "plot_score_maps", "plot_ablation", "plot_head_similarity", "plot_entropy_distance", "plot_language",
+    "draw_study",
+    "study_findings", "write_findings", "write_report", "explorer_html", "write_explorer",
+    "generate", "stream_text",
+    "Accuracy", "check_accuracy", "export_program", "install_tensorrt", "Engine", "compile_tensorrt",
+    "save_engine", "load_engine", "benchmark", "plot_benchmark", "advanced_tensorrt_optimization_demo",
+    "export_to_hf",
+    "setup_notebook", "run_training", "run_analysis", "main_menu", "print_files", "offer_download", "main",
+]
+# fmt: on
+
 # ======================================================================================================================
 # CONFIGURATION
 # Two frozen dataclasses and a table of presets. Every run is described by them and every checkpoint holds them.
