@@ -1799,7 +1799,7 @@ def make_forward(model: PicoLLM, config: TrainConfig, device: torch.device) -> n
     forward: nn.Module = model
     if _ranks()[1] > 1:
         ids = [device] if device.type == "cuda" else None
-        forward = nn.parallel.DistributedDataParallel(model, ids, broadcast_buffers=False, gradient_as_bucket_view=True)
+        forward = nn.parallel.DistributedDataParallel(model, ids, gradient_as_bucket_view=True)
     is_compiled = device.type == "cuda" if config.compile is None else config.compile
     return torch.compile(forward) if is_compiled else forward
 
@@ -6089,8 +6089,9 @@ def run_training(
     if result.metrics:
         files += save_figure(plot_loss_curve(result.metrics), Path(results) / "loss_curve")
         last = result.metrics[-1]
-        print(f"Loss at step {last['step']:,}: training {last['train_loss']:.3f} nats per token", end="")
-        print(f", held-out text {last['val_loss']:.3f}." if last["val_loss"] else ".")
+        print(f"Loss at step {last['step']:,}: {last['train_loss']:.3f} nats per token.")
+        if last["val_loss"]:
+            print(f"Held-out text: {last['val_loss']:.3f}, word-level perplexity {last['word_perplexity']:,.0f}.")
     if result.finished:
         print(f"A sample: {generate(result.model, 'The history of', 60)!r}")
     return result, files

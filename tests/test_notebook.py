@@ -2,10 +2,15 @@
 
 import json
 import os
+import queue
 import shutil
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
+
+import pytest
+from jupyter_client.manager import start_new_kernel
 
 ROOT = Path(__file__).parent.parent
 
@@ -43,6 +48,96 @@ def test_notebook_runs_end_to_end(tmp_path):
     assert "not WikiText-103, because HF_HUB_OFFLINE is set" in text
     assert "11,942,784 parameters without embeddings" in text
     assert "TensorRT needs an NVIDIA GPU" in text or "Torch-TensorRT" in text
+
+
+@pytest.fixture
+def live(monkeypatch):
+    """Runs code in a kernel where a person types: live(code, answers) -> [(kind, content), ...]."""
+    monkeypatch.delenv("CI", raising=False)
+    monkeypatch.delenv("PICO_MENU", raising=False)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    manager, client = start_new_kernel(cwd=str(ROOT))
+
+    def run(code: str, *answers: str) -> list[tuple[str, dict]]:
+        remaining, outputs = list(answers), []
+        request = client.execute(code, allow_stdin=True)
+        while True:
+            try:
+                client.get_stdin_msg(timeout=0.05)
+                client.input(remaining.pop(0))
+            except queue.Empty:
+                pass
+            try:
+                message = client.get_iopub_msg(timeout=0.1)
+            except queue.Empty:
+                continue
+            kind, content = message["msg_type"], message["content"]
+            if message["parent_header"].get("msg_id") != request:
+                continue
+            if kind == "status" and content["execution_state"] == "idle":
+                assert not remaining, "not every answer was asked for"
+                return outputs
+            outputs.append((kind, content))
+
+    yield run
+    client.stop_channels()
+    manager.shutdown_kernel(now=True)
+
+
+def test_a_person_at_the_notebook_is_asked_and_sees_the_loss_fall(live, tmp_path, data_folder):
+    live("import pico_helpers as pico, torch; pico.setup_notebook()")
+    folders = f"results={str(tmp_path)!r}, data_folder={str(data_folder)!r}"
+    outputs = live(f"files = pico.main_menu('tiny', {folders})", "9", "1")
+    printed = "".join(content["text"] for kind, content in outputs if kind == "stream")
+    assert "'9' is not on the menu" in printed and "100%" in printed and "pico_llm_tiny.pt" in printed
+    assert [kind for kind, content in outputs if "image/png" in content.get("data", {})][:2] == [
+        "display_data",
+        "update_display_data",
+    ]
+    model = "pico.PicoLLM(pico.PRESETS['tiny'].model)"
+    outputs = live(f"pico.plot_all_heads(pico.capture_attention({model}, 'A cat sat.'))")
+    assert any("image/png" in content.get("data", {}) for _, content in outputs), "a figure must show as a picture"
+    (error,) = [content for kind, content in live("pico.get_preset('huge')") if kind == "error"]
+    assert len(error["traceback"]) == 1 and "Unknown preset 'huge'" in error["traceback"][0]
+
+
+def test_colab_without_the_helper_asks_for_it(tmp_path):
+    """The first cell runs in an empty folder with a stand-in for Colab's upload dialogue."""
+    (tmp_path / "google" / "colab").mkdir(parents=True)
+    (tmp_path / "google" / "colab" / "__init__.py").touch()
+    (tmp_path / "google" / "colab" / "files.py").write_text(
+        "import shutil\ndef upload():\n"
+        f"    for name in ('pico_helpers.py', 'requirements.txt'): shutil.copy({str(ROOT)!r} + '/' + name, '.')\n"
+    )
+    cells = [c for c in json.loads((ROOT / "pico_llm.ipynb").read_text())["cells"] if c["cell_type"] == "code"]
+    first = "".join(cells[0]["source"])
+    command = [sys.executable, "-c", "import google.colab\n" + first]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "Please upload pico_helpers.py" in done.stdout and (tmp_path / "pico_helpers.py").exists()
+
+    (tmp_path / "pico_helpers.py").unlink()
+    done = subprocess.run([sys.executable, "-c", first], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode != 0 and "start the notebook in the folder that holds it" in done.stderr
+
+
+def test_set_up_installs_what_is_missing_and_keeps_torch(monkeypatch):
+    versions = {"torch": "2.9.1+cu128"}  # an older one than requirements.txt names; tiktoken is missing
+
+    def version(name: str) -> str:
+        if name == "tiktoken":
+            raise metadata.PackageNotFoundError(name)
+        return versions.get(name, "1.0")
+
+    commands = []
+    monkeypatch.setattr(metadata, "version", version)
+    monkeypatch.setattr(subprocess, "run", lambda command, **options: commands.append(command))
+    monkeypatch.chdir(ROOT)
+    cells = [c for c in json.loads((ROOT / "pico_llm.ipynb").read_text())["cells"] if c["cell_type"] == "code"]
+    exec("".join(cells[1]["source"]), {"subprocess": subprocess, "sys": sys, "Path": Path})
+    (command,) = commands
+    assert command[1:4] == ["-m", "pip", "install"]
+    assert [part for part in command[4:] if not part.startswith("-")] == ["tiktoken>=0.7", "torch==2.9.1+cu128"]
 
 
 def test_notebook_is_stored_without_outputs_and_with_short_cells():
