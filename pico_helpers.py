@@ -2666,7 +2666,7 @@ def study_heads(
     *,
     token_counts: np.ndarray | None = None,
     n_seeds: int = 5,
-    ablation_tokens: int = 1024,
+    ablation_tokens: int = 2048,
     similarity_windows: int = 8,
     n_bootstrap: int = 1000,
     seed: int = 0,
