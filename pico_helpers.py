@@ -58,7 +58,6 @@ import types
 import unicodedata
 import urllib.request
 import warnings
-import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -104,7 +103,8 @@ __all__ = [  # noqa: RUF022 (in the order of the sections)
     "Accuracy", "check_accuracy", "export_program", "install_tensorrt", "Engine", "compile_tensorrt",
     "save_engine", "load_engine", "benchmark", "plot_benchmark", "advanced_tensorrt_optimization_demo",
     "export_to_hf",
-    "setup_notebook", "run_training", "run_analysis", "main_menu", "print_files", "offer_download", "main",
+    "setup_notebook", "run_training", "open_corpus", "run_analysis", "main_menu", "print_files",
+    "offer_download", "main",
 ]
 # fmt: on
 
@@ -133,6 +133,12 @@ class ModelConfig:
     dropout: float = 0.1
 
     def __post_init__(self) -> None:
+        sizes = {name: value for name, value in vars(self).items() if name not in ("rope_theta", "dropout")}
+        for name, value in sizes.items():
+            if not isinstance(value, int) or not 1 <= value <= 2**16:  # token files hold 16 bits
+                raise PicoError(f"{name} must be a whole number from 1 to 65,536, not {value!r}.")
+        if not 0 <= self.dropout < 1 or not self.rope_theta > 0:
+            raise PicoError(f"dropout {self.dropout} must lie in [0, 1) and rope_theta {self.rope_theta} above 0.")
         if self.d_model % self.n_head or (self.d_model // self.n_head) % 2:
             raise PicoError(
                 f"d_model {self.d_model} does not split into {self.n_head} heads of even size; choose a multiple."
@@ -183,6 +189,14 @@ class TrainConfig:
     checkpoint_seconds: float = 60.0
 
     def __post_init__(self) -> None:
+        if not re.fullmatch(r"[\w.-]+", self.name):
+            raise PicoError(f"The name {self.name!r} would not do in a file name; use letters, digits, '-' and '_'.")
+        for name in ("max_sequences", "max_steps", "batch_size", "micro_batch_size", "log_interval", "eval_interval"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise PicoError(f"{name} must be at least 1, not {value}.")
+        for name in ("epochs", "learning_rate", "matrix_learning_rate", "grad_clip"):
+            if not 0 < (value := getattr(self, name)) < math.inf:
+                raise PicoError(f"{name} must be a positive number, not {value}.")
         if self.batch_size % (self.micro_batch_size or self.batch_size):
             raise PicoError(
                 f"batch_size {self.batch_size} is not a multiple of micro_batch_size {self.micro_batch_size}."
@@ -293,6 +307,16 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
+
+
+def check_writable(folder: str | Path) -> None:
+    """Raises PicoError when nothing can be written to the folder: better now than after an hour of work."""
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(bytes(1024))
+    except OSError as error:
+        raise PicoError(f"Cannot write to {folder}: {error.strerror or error}. Choose another folder.") from error
 
 
 def write_text(path: str | Path, text: str) -> Path:
@@ -475,9 +499,12 @@ _TITLE = re.compile(r" = (?!= ).* = \n?")
 def group_rows(rows: Iterable[str]) -> Iterator[Document]:
     """Joins the rows of a WikiText-style corpus (one line a row) to one document an article.
 
-    An article starts at its title, ` = Title = `. A row that does not end in a line break is a document by itself, so
-    that corpora with one document a row work as well. Memory holds one document, at most 1M characters.
+    An article starts at its title, ` = Title = `. Where no such row is among the first thousand, and for a row that is
+    no single line, each row is a document by itself. Memory holds one document, at most 1M characters.
     """
+    rows = iter(rows)
+    first = list(itertools.islice(rows, 1000))
+    has_titles = any(_TITLE.fullmatch(row or "") for row in first)
     lines: list[str] = []
     size = 0
 
@@ -489,9 +516,9 @@ def group_rows(rows: Iterable[str]) -> Iterator[Document]:
         if text.strip():
             yield Document(text, len(text.split()) + n_rows)
 
-    for row in rows:
+    for row in itertools.chain(first, rows):
         row = row or ""
-        if row and not row.endswith("\n"):
+        if row and not (has_titles and row.find("\n") == len(row) - 1):
             yield from finish()
             for start in range(0, len(row), _MAX_DOCUMENT):
                 piece = row[start : start + _MAX_DOCUMENT]
@@ -505,9 +532,9 @@ def group_rows(rows: Iterable[str]) -> Iterator[Document]:
 
 
 def _hold_out(documents: Iterable[Document], split: str) -> Iterator[Document]:
-    """Every 50th document (2 %) is validation, the others are training."""
+    """One document in 50 (2 %), the first one to begin with, is validation; the others are training."""
     for index, document in enumerate(documents):
-        if (index % 50 == 49) == (split == "validation"):
+        if (index % 50 == 0) == (split == "validation"):
             yield document
 
 
@@ -550,6 +577,15 @@ def _wikitext_corpus(fraction: float) -> Corpus:
     )
 
 
+def _fingerprint(path: Path, n: int = 2**16) -> str:
+    """Hash of a file's size, beginning and end; the end of a parquet file describes all of it."""
+    with open(path, "rb") as file:
+        start = file.read(n)
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - n))
+        return hashlib.sha256(start + file.read() + str(size).encode()).hexdigest()
+
+
 def _parquet_corpus(folder: str, fraction: float) -> Corpus:
     import pyarrow
     import pyarrow.parquet
@@ -559,11 +595,15 @@ def _parquet_corpus(folder: str, fraction: float) -> Corpus:
         raise PicoError(f"No parquet files in {folder!r}; name a folder that holds *.parquet with a column 'text'.")
     for path in paths:
         try:
-            columns = pyarrow.parquet.read_schema(path).names
+            schema = pyarrow.parquet.read_schema(path)
         except (OSError, pyarrow.ArrowException) as error:
             raise PicoError(f"Cannot read {path} as parquet ({error}); replace or remove it.") from error
-        if "text" not in columns:
-            raise PicoError(f"{path} has no column 'text' (it has: {', '.join(columns)}); rename the column to 'text'.")
+        if "text" not in schema.names:
+            found = ", ".join(schema.names)
+            raise PicoError(f"{path} has no column 'text' (it has: {found}); rename the column to 'text'.")
+        kind = schema.field("text").type
+        if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
+            raise PicoError(f"The column 'text' of {path} holds {kind}; it must hold strings.")
     validation = [path for path in paths if path.name.startswith("valid")]
     training = [path for path in paths if not path.name.startswith(("valid", "test"))]
 
@@ -584,7 +624,7 @@ def _parquet_corpus(folder: str, fraction: float) -> Corpus:
         read = group_rows(rows(training, round(n_rows * fraction)))
         return read if validation else _hold_out(read, split)
 
-    state = [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in paths]
+    state = [[path.name, _fingerprint(path)] for path in paths]
     held_out = "its validation files" if validation else "every 50th document"
     return Corpus(
         name=re.sub(r"\W+", "-", Path(folder).resolve().name).strip("-") or "folder",
@@ -630,6 +670,8 @@ def choose_corpus(name: str = "auto", fraction: float | None = None, data_folder
     if name == "offline":
         return _offline_corpus("it was asked for")
     if name in ("auto", "wikitext103"):
+        if not math.isclose(100 * (fraction or 0.2), round(100 * (fraction or 0.2))):
+            raise PicoError(f"WikiText-103 is read in whole percent, not {fraction:%}.")
         corpus = _wikitext_corpus(fraction or 0.2)
         if all(_token_folder(corpus, split, data_folder).is_dir() for split in ("train", "validation")):
             return corpus
@@ -709,7 +751,7 @@ def prepare_tokens(corpus: Corpus, split: str, data_folder: str | Path = "data")
             progress(desc=f"tokenise {corpus.name}/{split}", unit="tok", unit_scale=True) as bar,
         ):
             np.zeros(1, np.int64).tofile(starts_file)
-            for batch in _batched(corpus.documents(split)):
+            for batch in _batched(_reading(corpus, split)):
                 ids = tokenizer.encode_batch([document.text for document in batch])
                 lengths = np.array([len(document) + 1 for document in ids], dtype=np.int64)
                 flat = np.concatenate([np.array([*document, Tokenizer.end_of_text], np.uint16) for document in ids])
@@ -729,6 +771,17 @@ def prepare_tokens(corpus: Corpus, split: str, data_folder: str | Path = "data")
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return open_tokens(folder)
+
+
+def _reading(corpus: Corpus, split: str) -> Iterator[Document]:
+    """The documents; whatever goes wrong in their source is one line."""
+    try:
+        yield from corpus.documents(split)
+    except PicoError:
+        raise
+    except Exception as error:  # networks, parquet files and `datasets` raise all kinds
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise PicoError(f"Reading {corpus.about} failed ({reason}). Try again or choose another corpus.") from error
 
 
 def _batched(documents: Iterable[Document], max_characters: int = 2_000_000) -> Iterator[list[Document]]:
@@ -1100,7 +1153,7 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
         raise PicoError(
             f"{path} is not a Pico-LLM checkpoint: it holds more than weights, so it was not opened."
         ) from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+    except Exception as error:  # foreign bytes make the reader fail in all kinds of ways
         raise PicoError(f"{path} cannot be read; it is cut short or not a checkpoint. Use another copy.") from error
     if not isinstance(content, dict) or content.get("format") != "pico-llm":
         raise PicoError(f"{path} is a PyTorch file, but not a Pico-LLM checkpoint; choose a file made by `train`.")
@@ -1110,8 +1163,14 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
         fields = {item.name: content[item.name] for item in dataclasses.fields(Checkpoint)}
         fields["model_config"] = ModelConfig(**fields["model_config"])
         fields["train_config"] = TrainConfig(**fields["train_config"])
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, AttributeError) as error:
         raise PicoError(f"{path} lacks a field or has an unknown one ({error}); it was made by other code.") from error
+    except PicoError as error:
+        raise PicoError(f"{path} has impossible settings: {error}") from error
+    if not isinstance(fields["weights"], dict) or not all(isinstance(w, Tensor) for w in fields["weights"].values()):
+        raise PicoError(f"{path} holds no weights; it was made by other code.")
+    if not all(w.isfinite().all() for w in fields["weights"].values()):
+        raise PicoError(f"{path} holds weights that are not numbers (NaN); the training that made it went wrong.")
     return Checkpoint(**fields)
 
 
@@ -1727,6 +1786,10 @@ def _train(
                 return TrainResult(run.model.eval(), partial, run.rows, finished=False)
 
     if rank == 0:
+        if final.exists():
+            kept = final.with_name(f"{final.stem}.previous.pt")
+            os.replace(final, kept)
+            print(f"The model that was {final.name} is now {kept.name}.")
         try:
             save(final, is_finished=True)
         except PicoError as error:
@@ -1816,6 +1879,8 @@ def _resumable(path: Path, model_config: ModelConfig, config: TrainConfig, corpu
         same = same and dataclasses.replace(found.train_config, **free) == dataclasses.replace(config, **free)
         if same and found.model_config == model_config:
             return found
+        if found.step == 0:  # nothing to lose
+            return None
     except PicoError as error:
         problem = str(error)
     kept = path.with_name(f"{path.name}.{time.strftime('%Y%m%d-%H%M%S')}.old")
@@ -1945,6 +2010,8 @@ def capture_attention(model: PicoLLM, text: str) -> AttentionCapture:
     Raises PicoError for an empty text and for one of more than `max_positions` tokens.
     """
     tokenizer = get_tokenizer()
+    if not isinstance(text, str):
+        raise PicoError(f"A sentence must be a text, not {text!r}.")
     ids = tokenizer.encode(text)
     if not text.strip():
         raise PicoError("The sentence is empty; write at least one word.")
@@ -6075,16 +6142,18 @@ def _live_loss_curve() -> Callable[[list[dict]], None] | None:
 def run_training(
     preset: str | None = None, results: str | Path = "results", data_folder: str | Path = "data", **changes
 ) -> tuple[TrainResult, list[Path]]:
-    """Trains a preset's model, with `changes` to its TrainConfig; draws the loss curve and prints sampled text.
+    """Trains a preset's model, with `changes` to its two configurations; draws the loss curve and prints a sample.
 
     Returns the result and the files written; under torchrun the first process alone draws and prints.
     """
     chosen = get_preset(preset)
+    of_model = {item.name for item in dataclasses.fields(ModelConfig)} & changes.keys()
+    model_config = dataclasses.replace(chosen.model, **{name: changes.pop(name) for name in of_model})
     config = dataclasses.replace(chosen.train, **changes)
     if int(os.environ.get("RANK", 0)) > 0:
-        return train(chosen.model, config, results, data_folder), []
+        return train(model_config, config, results, data_folder), []
     print(f"Training: {chosen.about}.")
-    result = train(chosen.model, config, results, data_folder, on_log=_live_loss_curve())
+    result = train(model_config, config, results, data_folder, on_log=_live_loss_curve())
     files = [result.checkpoint, Path(results) / f"{config.name}_metrics.csv"]
     if result.metrics:
         files += save_figure(plot_loss_curve(result.metrics), Path(results) / "loss_curve")
@@ -6101,7 +6170,7 @@ def capture_sentences(model: PicoLLM, sentences: Mapping[str, Sequence[str]]) ->
     """Attention patterns for each category's sentences. One that cannot be captured is named and left out."""
     captures: dict[str, list[AttentionCapture]] = {}
     for category, texts in sentences.items():
-        for text in texts:
+        for text in [texts] if isinstance(texts, str) else texts:
             try:
                 captures.setdefault(category, []).append(capture_attention(model, text))
             except PicoError as error:
@@ -6111,16 +6180,41 @@ def capture_sentences(model: PicoLLM, sentences: Mapping[str, Sequence[str]]) ->
     return captures
 
 
+def open_corpus(
+    checkpoint: Checkpoint, corpus: str | None = None, data_folder: str | Path = "data"
+) -> tuple[str, TokenFile, TokenFile]:
+    """(description, training tokens, held-out tokens) to study a model on.
+
+    `corpus` as in `choose_corpus`; None is what the model was trained on or, where that is out of reach, whatever this
+    machine has, which one line then says.
+    """
+    config = checkpoint.train_config
+    try:
+        chosen = choose_corpus(corpus or config.corpus, None if corpus else config.corpus_fraction, data_folder)
+    except PicoError as error:
+        if corpus:
+            raise
+        print(error)
+        chosen = choose_corpus("auto", data_folder=data_folder)
+    about = chosen.about
+    if about != checkpoint.corpus:
+        about += ", which is not what the model was trained on"
+        print(f"Held-out text: {about}.")
+    return about, prepare_tokens(chosen, "train", data_folder), prepare_tokens(chosen, "validation", data_folder)
+
+
 def run_analysis(
     checkpoint: str | Path | None = None,
     sentences: Mapping[str, Sequence[str]] | None = None,
     results: str | Path = "results",
     data_folder: str | Path = "data",
+    corpus: str | None = None,
 ) -> list[Path]:
     """The attention study of a checkpoint (default: the newest): scores, tests, figures, both pages.
 
-    `sentences`: category -> texts, default ALL_TEST_CATEGORIES. Returns the files written.
+    `sentences`: category -> texts, default ALL_TEST_CATEGORIES; `corpus` as in `open_corpus`. Returns the files made.
     """
+    check_writable(results)
     path = Path(checkpoint) if checkpoint else newest_checkpoint(results)
     saved = load_checkpoint(path)
     model = model_from_checkpoint(saved).to(default_device())
@@ -6128,31 +6222,32 @@ def run_analysis(
     captures = capture_sentences(model, sentences or ALL_TEST_CATEGORIES)
     texts = [capture.text for members in captures.values() for capture in members]
     config = saved.train_config
-    corpus = choose_corpus(config.corpus, config.corpus_fraction, data_folder)
-    training, validation = (prepare_tokens(corpus, split, data_folder) for split in ("train", "validation"))
+    about_text, training, validation = open_corpus(saved, corpus, data_folder)
     length = min(128, model.config.context_length)
     windows = held_out_sequences(validation, min(16, count_sequences(validation, length)), length)[:, :-1]
 
     study = study_heads(model, texts, windows, token_counts=token_counts(training))
     with progress(total=len(PHENOMENA), desc="language", unit="claim") as bar:
         language = study_language(model, windows=windows, bar=bar)
-    results = Path(results)
-    pictures = draw_study(captures, study, language, results / "attention", saved.metrics)
     about = {
         "Model": f"{path.name}, {model.count_parameters()[0] / 1e6:.2f}M parameters without embeddings, "
         f"{model.config.n_layer} layers of {model.config.n_head} heads",
         "Trained on": saved.corpus,
         "Training": f"{saved.step:,} steps of {config.batch_size} sequences of {model.config.context_length} tokens",
-        "Held-out text": f"{len(windows)} windows of {length} tokens from {corpus.about}",
+        "Held-out text": f"{len(windows)} windows of {length} tokens from {about_text}",
     }
     findings = study_findings(study, language, about)
-    windows_classes = study.scores.query("source == 'windows'")["class"].tolist()
+    results = Path(results)
     files = [
-        write_report(results / "attention_report.html", findings, pictures),
-        write_explorer(results / "attention_explorer.html", captures, windows_classes),
         write_findings(results / "findings.json", findings),
         write_csv(results / "head_scores.csv", study.scores.to_dict("records")),
+        write_explorer(
+            results / "attention_explorer.html", captures, study.scores.query("source == 'windows'")["class"].tolist()
+        ),
     ]
+    shutil.rmtree(results / "attention", ignore_errors=True)  # pictures of an earlier study
+    pictures = draw_study(captures, study, language, results / "attention", saved.metrics)
+    files.append(write_report(results / "attention_report.html", findings, pictures))
     print(*findings["headline"], sep="\n")
     return files + [path for picture in pictures for path in (picture.path, picture.path.with_suffix(".svg"))]
 
@@ -6164,7 +6259,7 @@ def ask_choice(ask: Callable[[str], str] = input) -> str:
     """
     names = {"train": "1", "analyze": "2", "both": "3"}
     if is_unattended():
-        choice = os.environ.get("PICO_MENU", "3").strip().lower()
+        choice = (os.environ.get("PICO_MENU") or "3").strip().lower()
         choice = names.get(choice, choice)
         if choice not in names.values():
             raise PicoError(f"Unknown choice PICO_MENU={choice!r}; use 1 (train), 2 (analyze) or 3 (both).")
@@ -6188,7 +6283,7 @@ def ask_checkpoint(results: str | Path = "results", ask: Callable[[str], str] = 
         default = newest_checkpoint(results)
     while not is_unattended():
         try:
-            answer = ask(f"Path of the model [{default}]: ").strip()
+            answer = ask(f"Path of the model [{default}]: " if default else "Path of the model: ").strip()
         except (EOFError, NotImplementedError):
             break
         try:
@@ -6246,15 +6341,19 @@ def offer_download(results: str | Path = "results") -> Path | None:
 
 
 def _add_config_options(parser: argparse.ArgumentParser) -> None:
-    """One option for each field of TrainConfig, such as --learning-rate."""
-    kinds = {"str": str, "int": int, "float": float}
-    group = parser.add_argument_group("changes to the preset")
-    for item in dataclasses.fields(TrainConfig):
-        option, kind = "--" + item.name.replace("_", "-"), item.type.split(" | ")[0]
-        if kind in kinds:
-            group.add_argument(option, type=kinds[kind], metavar=kind, help=f"wikitext103: {item.default}")
-        elif kind == "bool":
-            group.add_argument(option, action=argparse.BooleanOptionalAction)
+    """One option for each field of ModelConfig and TrainConfig, such as --n-layer and --learning-rate."""
+    kinds = {"str": str, "int": int, "float": float, "tuple[float, float]": float}
+    preset = get_preset()
+    for title, config in (("model", preset.model), ("training", preset.train)):
+        group = parser.add_argument_group(f"changes to the preset's {title}, with the values of {default_preset()!r}")
+        for item in dataclasses.fields(config):
+            option, kind = "--" + item.name.replace("_", "-"), item.type.split(" | ")[0]
+            about = str(getattr(config, item.name)).replace("%", "%%")
+            if kind == "bool":
+                group.add_argument(option, action=argparse.BooleanOptionalAction, help=about)
+            else:
+                n = 2 if kind.startswith("tuple") else None
+                group.add_argument(option, type=kinds[kind], nargs=n, metavar=kinds[kind].__name__, help=about)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -6279,6 +6378,8 @@ def _parser() -> argparse.ArgumentParser:
     ):
         sub = command(name, about)
         sub.add_argument("--checkpoint", help="a .pt file (default: the newest in the results folder)")
+        if name in ("analyze", "optimize"):
+            sub.add_argument("--corpus", help="where held-out text comes from (default: what the model was trained on)")
         if name == "generate":
             sub.add_argument("prompt")
             sub.add_argument("--max-new-tokens", type=int, default=100)
@@ -6289,12 +6390,14 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """`python pico_helpers.py train|analyze|both|optimize|generate|export`. Returns the exit status."""
-    options = _parser().parse_args(arguments)
-    folders = {"results": options.results, "data_folder": options.data_folder}
-    names = [item.name for item in dataclasses.fields(TrainConfig)]
-    changes = {name: value for name in names if (value := getattr(options, name, None)) is not None}
     files: list[Path] = []
     try:
+        options = _parser().parse_args(arguments)
+        folders = {"results": options.results, "data_folder": options.data_folder}
+        names = [item.name for config in (ModelConfig, TrainConfig) for item in dataclasses.fields(config)]
+        changes = {name: value for name in names if (value := getattr(options, name, None)) is not None}
+        if options.command in ("train", "both") and options.betas:
+            changes["betas"] = tuple(options.betas)
         if options.command in ("train", "both"):
             result, files = run_training(options.preset, **folders, **changes)
             if not result.finished:
@@ -6302,10 +6405,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if options.command == "both" and files:
                 files += run_analysis(result.checkpoint, **folders)
         elif options.command == "analyze":
-            files = run_analysis(options.checkpoint, **folders)
+            files = run_analysis(options.checkpoint, **folders, corpus=options.corpus)
         elif options.command == "optimize":
-            model = load_model(options.checkpoint or newest_checkpoint(options.results))
-            advanced_tensorrt_optimization_demo(model, **folders)
+            saved = load_checkpoint(options.checkpoint or newest_checkpoint(options.results))
+            text = open_corpus(saved, options.corpus, options.data_folder)[2]
+            advanced_tensorrt_optimization_demo(model_from_checkpoint(saved), results=options.results, file=text)
         else:
             model = load_model(options.checkpoint or newest_checkpoint(options.results))
             if options.command == "generate":

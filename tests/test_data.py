@@ -78,15 +78,23 @@ def test_rows_are_grouped_to_articles_and_words_counted_the_wikitext_way():
     # (the blank row before the first title belongs to no article)
 
 
-def test_rows_without_line_breaks_are_documents():
-    assert [d.text for d in pico.group_rows(["one text", None, "another\nof two lines"])] == [
-        "one text",
-        "another\nof two lines",
+@pytest.mark.parametrize("end", ["", "\n"])
+def test_without_titles_each_row_is_a_document(end):
+    rows = [f"one text{end}", None, "", f"another\nof two lines{end}", f"a third{end}"]
+    assert [d.text for d in pico.group_rows(rows)] == [row for row in rows if row]
+
+
+def test_a_row_of_several_lines_is_a_document_among_articles():
+    rows = [" = First = \n", " Text . \n", "a whole\ndocument\n", " = Second = \n", " More . \n"]
+    assert [d.text for d in pico.group_rows(rows)] == [
+        " = First = \n Text . \n",
+        "a whole\ndocument\n",
+        " = Second = \n More . \n",
     ]
 
 
 def test_a_document_never_exceeds_a_million_characters():
-    rows = (" word" * 1999 + " \n" for _ in range(400))  # 4M characters without a title
+    rows = [" = Title = \n", *(" word" * 1999 + " \n" for _ in range(400))]  # 4M characters in one article
     documents = list(pico.group_rows(rows))
     assert len(documents) >= 4
     assert max(len(d.text) for d in documents) <= 1_000_000
@@ -173,16 +181,49 @@ def test_bad_corpora_say_what_is_wrong(tmp_path):
     (tmp_path / "train.parquet").write_bytes(b"PAR1 and then nothing")
     with pytest.raises(PicoError, match=r"Cannot read .* as parquet"):
         pico.choose_corpus(str(tmp_path))
+    pq.write_table(pa.table({"text": [1, 2]}), tmp_path / "train.parquet")
+    with pytest.raises(PicoError, match="holds int64; it must hold strings"):
+        pico.choose_corpus(str(tmp_path))
     with pytest.raises(PicoError, match="fraction must lie in"):
         pico.choose_corpus("offline", fraction=1.5)
+    with pytest.raises(PicoError, match="read in whole percent, not 12"):
+        pico.choose_corpus("wikitext103", fraction=0.125)
 
 
 def test_a_folder_is_read_in_part_and_holds_out_without_validation_files(tmp_path):
     pq.write_table(pa.table({"text": [f"document {n}" for n in range(200)]}), tmp_path / "part.parquet")
     corpus = pico.choose_corpus(str(tmp_path), fraction=0.5)
     training, validation = (list(corpus.documents(split)) for split in ("train", "validation"))
-    assert [d.text for d in validation] == ["document 49", "document 99"]
+    assert [d.text for d in validation] == ["document 0", "document 50"]
     assert len(training) == 98
+
+
+def test_a_tiny_corpus_still_has_held_out_text(tmp_path):
+    pq.write_table(pa.table({"text": ["first document", "second document"]}), tmp_path / "part.parquet")
+    corpus = pico.choose_corpus(str(tmp_path))
+    assert [[d.text for d in corpus.documents(split)] for split in ("train", "validation")] == [
+        ["second document"],
+        ["first document"],
+    ]
+
+
+def test_a_folder_is_known_by_its_content(tmp_path):
+    def key(texts: list[str]) -> str:
+        pq.write_table(pa.table({"text": texts}), tmp_path / "part.parquet")
+        return pico.choose_corpus(str(tmp_path)).key
+
+    first = key(["one", "two"])
+    assert key(["one", "two"]) == first != key(["one", "owt"])  # written anew, so with another date
+
+
+def test_a_source_that_fails_half_way_is_named(tmp_path):
+    def documents(split):
+        yield Document("some words", 2)
+        raise ConnectionError("Max retries exceeded")
+
+    corpus = pico.Corpus("far", "key", "a far corpus", "a test", documents)
+    with pytest.raises(PicoError, match=r"Reading a far corpus failed \(Max retries exceeded\)"):
+        pico.prepare_tokens(corpus, "train", tmp_path)
 
 
 # --- token files ------------------------------------------------------------------------------------------------------

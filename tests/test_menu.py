@@ -43,7 +43,7 @@ def test_without_standard_input_the_choice_is_both(attended, error):
     assert pico.ask_choice(ask) == "3"
 
 
-@pytest.mark.parametrize(("value", "expected"), [("1", "1"), ("analyze", "2"), (None, "3")])
+@pytest.mark.parametrize(("value", "expected"), [("1", "1"), ("analyze", "2"), ("", "3"), (None, "3")])
 def test_the_variable_decides_unattended(monkeypatch, value, expected):
     monkeypatch.setenv("CI", "1")
     if value is None:
@@ -79,7 +79,28 @@ def test_bad_sentences_are_left_out_and_named(tiny_model, capsys):
     output = capsys.readouterr().out
     assert output.count("Left out of 'Mine'") == 2 and "Left out of 'Empty'" in output
     with pytest.raises(PicoError, match="None of the sentences"):
-        pico.capture_sentences(tiny_model, {"Mine": [""]})
+        pico.capture_sentences(tiny_model, {"Mine": ["", None]})
+    assert len(pico.capture_sentences(tiny_model, {"Mine": "One text, not a list."})["Mine"]) == 1
+
+
+def test_a_model_whose_corpus_is_gone_is_studied_on_another(monkeypatch, tmp_path, corpus_folder, tiny_model, capsys):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    train = pico.TrainConfig(corpus="/gone/corpus")
+    checkpoint = pico.Checkpoint(tiny_model.config, train, "a corpus of old", 0, [], tiny_model.state_dict())
+    about, training, _ = pico.open_corpus(checkpoint, data_folder=tmp_path)
+    assert about.endswith("not WikiText-103, which is not what the model was trained on") and len(training.tokens) > 1e6
+    assert "Unknown corpus '/gone/corpus'" in capsys.readouterr().out
+    assert str(corpus_folder) in pico.open_corpus(checkpoint, str(corpus_folder), tmp_path)[0]
+    with pytest.raises(PicoError, match="Unknown corpus 'nowhere'"):
+        pico.open_corpus(checkpoint, "nowhere", tmp_path)
+
+
+def test_an_unwritable_folder_is_found_before_the_study(tmp_path, tiny_model, tiny_train, monkeypatch):
+    checkpoint = pico.Checkpoint(tiny_model.config, tiny_train, "made up", 0, [], tiny_model.state_dict())
+    path = pico.save_checkpoint(tmp_path / "model.pt", checkpoint)
+    monkeypatch.setattr(pico, "study_heads", lambda *args, **options: pytest.fail("studied first"))
+    with pytest.raises(PicoError, match="Choose another folder"):
+        pico.run_analysis(path, results=path / "results")
 
 
 def run(*arguments: str, **options) -> subprocess.CompletedProcess:

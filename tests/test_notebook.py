@@ -114,11 +114,11 @@ def test_colab_without_the_helper_asks_for_it(tmp_path):
     command = [sys.executable, "-c", "import google.colab\n" + first]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "Please upload pico_helpers.py" in done.stdout and (tmp_path / "pico_helpers.py").exists()
+    assert "Upload pico_helpers.py" in done.stdout and (tmp_path / "pico_helpers.py").exists()
 
     (tmp_path / "pico_helpers.py").unlink()
     done = subprocess.run([sys.executable, "-c", first], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode != 0 and "start the notebook in the folder that holds it" in done.stderr
+    assert done.returncode != 0 and "start in the folder that holds them" in done.stderr
 
 
 def test_set_up_installs_what_is_missing_and_keeps_torch(monkeypatch):

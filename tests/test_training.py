@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import math
 import os
 import pickle
 import resource
@@ -205,7 +206,7 @@ def test_missing_truncated_and_foreign_files(finished, tmp_path):
     with pytest.raises(PicoError, match="There is no checkpoint"):
         pico.load_model(tmp_path)
     path = tmp_path / "model.pt"
-    for content in (b"", b"not a model", good[: len(good) // 2], good[:-100]):
+    for content in (b"", b"not a model", b"step,loss\n1,2\n", good[: len(good) // 2], good[:-100]):
         path.write_bytes(content)
         with pytest.raises(PicoError, match=r"cannot be read|is not a Pico-LLM checkpoint"):
             pico.load_model(path)
@@ -238,14 +239,45 @@ def test_checkpoints_that_do_not_fit(finished, tmp_path):
     path = tmp_path / "model.pt"
     for changes, message in (
         ({"model_config": as_dict | {"d_model": 64}}, "does not fit its configuration: token_embedding"),
-        ({"model_config": as_dict | {"d_model": 10**7, "n_layer": 10**6}}, "does not fit its configuration"),
+        ({"model_config": as_dict | {"d_model": 2**16, "n_layer": 2**16}}, "does not fit its configuration"),
         ({"model_config": as_dict | {"n_layer": 1}}, "does not fit its configuration: Unexpected key"),
         ({"model_config": as_dict | {"n_expert": 8}}, "unexpected keyword argument 'n_expert'"),
+        ({"model_config": as_dict | {"n_head": 0}}, "impossible settings: n_head must be a whole number"),
+        ({"model_config": as_dict | {"dropout": 5.0}}, "impossible settings: dropout 5.0 must lie in"),
+        ({"train_config": dataclasses.asdict(finished[1]) | {"batch_size": 0}}, "batch_size must be at least 1"),
+        ({"weights": None}, "holds no weights"),
+        ({"weights": {"final_norm.weight": torch.tensor([math.nan])}}, "not numbers"),
         ({"version": 99}, "has format version 99; this code reads 1"),
     ):
         edited(result.checkpoint, path, **changes)
         with pytest.raises(PicoError, match=message):
             pico.load_model(path)
+
+
+def test_a_finished_model_survives_the_next_run(finished, data_folder, tmp_path, capsys):
+    config, train, _ = finished
+    short = dataclasses.replace(train, max_steps=1)
+    first = pico.train(config, short, tmp_path, data_folder)
+    pico.train(config, dataclasses.replace(short, seed=5), tmp_path, data_folder)
+    assert "The model that was pico_llm_tiny.pt is now pico_llm_tiny.previous.pt" in capsys.readouterr().out
+    kept = pico.load_checkpoint(tmp_path / "pico_llm_tiny.previous.pt")
+    assert weights_equal(kept.weights, first.model.state_dict())
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"batch_size": 0},
+        {"log_interval": 0},
+        {"max_steps": 0},
+        {"epochs": 0},
+        {"learning_rate": math.nan},
+        {"name": "../x"},
+    ],
+)
+def test_impossible_settings_are_refused(changes):
+    with pytest.raises(PicoError, match=f"{next(iter(changes))}"):
+        pico.TrainConfig(**changes)
 
 
 def test_newest_checkpoint_prefers_finished_models(tmp_path, monkeypatch):
