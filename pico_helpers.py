@@ -101,7 +101,7 @@ __all__ = [  # noqa: RUF022 (in the order of the sections)
     "study_findings", "write_findings", "write_report", "explorer_html", "write_explorer",
     "generate", "stream_text",
     "Accuracy", "check_accuracy", "export_program", "install_tensorrt", "Engine", "compile_tensorrt",
-    "save_engine", "load_engine", "benchmark", "plot_benchmark", "advanced_tensorrt_optimization_demo",
+    "save_engine", "load_engine", "device_peaks", "benchmark", "plot_benchmark", "advanced_tensorrt_optimization_demo",
     "export_to_hf",
     "setup_notebook", "run_training", "open_corpus", "run_analysis", "main_menu", "print_files",
     "offer_download", "main",
@@ -5736,17 +5736,28 @@ def _variants(model: PicoLLM, precision: str, make_engine: Callable[[str], Engin
 
 # bytes of a weight, column of _PEAKS
 _PRECISIONS = {"fp32": (4, 1), "tf32": (4, 2), "fp16": (2, 3), "bf16": (2, 3), "int8": (1, 4), "fp8": (1, 4)}
-_PEAKS = {  # part of the device's name: GB/s of memory, dense TFLOP/s of fp32, tf32, fp16, 8 bit (vendor's data sheets)
-    "H200": (4800, 67, 494, 989, 1979),
-    "H100 PCIe": (2039, 51, 378, 756, 1513),
-    "H100": (3350, 67, 494, 989, 1979),
-    "A100-SXM4-40GB": (1555, 19.5, 156, 312, 624),
-    "A100": (2039, 19.5, 156, 312, 624),
-    "L40S": (864, 91.6, 183, 362, 733),
-    "L4": (300, 30.3, 60, 121, 242),
-    "T4": (320, 8.1, 8.1, 65, 130),
-    "RTX 4090": (1008, 82.6, 82.6, 165, 330),
+_PEAKS = {  # device's name: GB/s of memory, dense TFLOP/s of fp32, tf32, fp16, 8 bit (the vendor's data sheets)
+    r"B200": (8000, 75, 1125, 2250, 4500),
+    r"H200": (4800, 67, 494, 989, 1979),
+    r"H100 PCIe": (2039, 51, 378, 756, 1513),
+    r"H100 NVL": (3938, 60, 417, 835, 1671),
+    r"H100": (3350, 67, 494, 989, 1979),
+    r"A100-(SXM4|PCIE)-40GB": (1555, 19.5, 156, 312, 624),
+    r"A100": (2039, 19.5, 156, 312, 624),
+    r"L40S": (864, 91.6, 183, 362, 733),
+    r"L4\b": (300, 30.3, 60, 121, 242),
+    r"A10G": (600, 31.5, 35, 70, 140),
+    r"A10\b": (600, 31.2, 62.5, 125, 250),
+    r"V100": (900, 15.7, 15.7, 125, 62),
+    r"T4\b": (320, 8.1, 8.1, 65, 130),
+    r"RTX 4090": (1008, 82.6, 82.6, 165, 330),
+    r"RTX 3090": (936, 35.6, 35.6, 71, 284),
 }
+
+
+def device_peaks(device_name: str) -> tuple[float, ...] | None:
+    """GB/s of memory, dense TFLOP/s of fp32, tf32, fp16 (or bf16) and 8 bit; None for a device not in the table."""
+    return next((values for pattern, values in _PEAKS.items() if re.search(pattern, device_name)), None)
 
 
 def floor_ms(model: PicoLLM, batch: int, length: int, precision: str, device_name: str) -> float:
@@ -5755,7 +5766,7 @@ def floor_ms(model: PicoLLM, batch: int, length: int, precision: str, device_nam
     FLOPs: 2 for each weight and token, and 2 B T^2 D a layer for the causal half of attention. NaN for a device that is
     not in the table.
     """
-    peaks = next((values for part, values in _PEAKS.items() if part in device_name), (math.nan,) * 5)
+    peaks = device_peaks(device_name) or (math.nan,) * 5
     n_parameters, (n_bytes, column) = model.count_parameters()[1], _PRECISIONS[precision]
     flops = 2 * batch * length * (n_parameters + model.config.n_layer * length * model.config.d_model)
     return 1e3 * max(n_parameters * n_bytes / (peaks[0] * 1e9), flops / (peaks[column] * 1e12))

@@ -28,7 +28,6 @@ import csv
 import dataclasses
 import json
 import os
-import re
 import statistics
 import sys
 import tempfile
@@ -44,27 +43,11 @@ from torch import Tensor
 import pico_helpers as pico
 from pico_helpers import ModelConfig, PicoError, Preset, TrainConfig, profiler_range
 
-# dense bf16 (fp16 before Ampere) TFLOP/s of NVIDIA's data sheets; the first pattern found in the device's name counts
-PEAK_TFLOPS = {
-    r"B200": 2250,
-    r"H100 PCIe": 756,
-    r"H100 NVL": 835,
-    r"H100|H200": 989,
-    r"A100": 312,
-    r"L40S": 362,
-    r"L4\b": 121,
-    r"A10G": 70,
-    r"A10\b": 125,
-    r"RTX 4090": 165,
-    r"RTX 3090": 71,
-    r"V100": 125,
-    r"T4\b": 65,
-}
-
 
 def peak_flops(device_name: str) -> float | None:
-    """FLOP/s of dense 16-bit matrix products, None for a device that is not in the table."""
-    return next((1e12 * peak for pattern, peak in PEAK_TFLOPS.items() if re.search(pattern, device_name)), None)
+    """FLOP/s of dense 16-bit matrix products by the data sheet, or None for an unknown device."""
+    peaks = pico.device_peaks(device_name)
+    return peaks and 1e12 * peaks[3]
 
 
 def flops_per_token(config: ModelConfig, n_parameters: int) -> float:
