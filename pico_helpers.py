@@ -6289,21 +6289,20 @@ def ask_choice(ask: Callable[[str], str] = input) -> str:
 
 def ask_checkpoint(results: str | Path = "results", ask: Callable[[str], str] = input) -> Path:
     """Asks for the model to analyze; Enter, or nobody there, takes the newest. A wrong path is asked again."""
-    default = None
+    default = ""
     with contextlib.suppress(PicoError):
-        default = newest_checkpoint(results)
+        default = f" [{newest_checkpoint(results)}]"
     while not is_unattended():
         try:
-            answer = ask(f"Path of the model [{default}]: " if default else "Path of the model: ").strip()
+            answer = ask(f"Path of the model{default}: ").strip()
         except (EOFError, NotImplementedError):
             break
+        path = Path(answer) if answer else newest_checkpoint(results)
         try:
-            load_checkpoint(answer or default or newest_checkpoint(results))
-            return Path(answer or default)
+            load_checkpoint(path)
+            return path
         except PicoError as error:
             print(error)
-            if default is None and not answer:
-                raise
     return newest_checkpoint(results)
 
 
