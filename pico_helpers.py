@@ -191,7 +191,8 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[\w.-]+", self.name):
             raise PicoError(f"The name {self.name!r} would not do in a file name; use letters, digits, '-' and '_'.")
-        for name in ("max_sequences", "max_steps", "batch_size", "micro_batch_size", "log_interval", "eval_interval"):
+        counts = "max_sequences max_steps batch_size micro_batch_size average_steps log_interval eval_interval"
+        for name in counts.split():
             if (value := getattr(self, name)) is not None and value < 1:
                 raise PicoError(f"{name} must be at least 1, not {value}.")
         for name in ("epochs", "learning_rate", "matrix_learning_rate", "grad_clip"):
@@ -201,8 +202,6 @@ class TrainConfig:
             raise PicoError(
                 f"batch_size {self.batch_size} is not a multiple of micro_batch_size {self.micro_batch_size}."
             )
-        if self.average_steps < 1:
-            raise PicoError(f"average_steps must be at least 1, not {self.average_steps}.")
         for name, choices in _TRAIN_CHOICES.items():
             if getattr(self, name) not in choices:
                 raise PicoError(f"Unknown {name} {getattr(self, name)!r}; choose one of: {', '.join(choices)}.")
