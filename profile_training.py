@@ -336,7 +336,8 @@ class RecipeTable:
         return last["val_loss"]
 
     def tune(self, recipe: str, changes: dict, axes: dict[str, list], seed: int = 0) -> dict:
-        """The best changes found when one setting after the other takes each of its values, the first being given."""
+        """The best settings found when one after the other takes each of its values, beginning with the first ones."""
+        changes = changes | {name: values[0] for name, values in axes.items()}
         best_loss = self.run("tuning", recipe, seed, changes)
         for name, values in axes.items():
             here = changes
@@ -353,24 +354,27 @@ def compare_recipes(table: RecipeTable, seeds: Iterable[int] = (1, 2, 3)) -> str
     Each is tuned in 7 runs with seed 0, then the best settings of both run with other seeds; with weight averages, with
     a schedule for the weight decay, and Muon with half the tokens, too.
     """
-    train = table.preset.train
-    rate, steps = train.learning_rate, train.max_steps
+    train, defaults = table.preset.train, TrainConfig()
+    steps = train.max_steps
+    # Muon's presets hold the larger rate that suits the embedding beside it
+    rate = train.learning_rate / (4 if train.optimizer == "muon" else 1)
+    rates = [rate, rate / 3, rate * 2, rate * 4]
     adamw = table.tune(
         "adamw",
         {"optimizer": "adamw"},
         {
-            "learning_rate": [rate, rate / 3, rate * 2, rate * 4],
-            "weight_decay": [train.weight_decay, 0.4, 1.6],
-            "betas": [train.betas, (0.9, 0.99)],
+            "learning_rate": rates,
+            "weight_decay": [defaults.weight_decay, 0.4, 1.6],
+            "betas": [defaults.betas, (0.9, 0.99)],
         },
     )
     muon = table.tune(
         "muon",
         {"optimizer": "muon"},
         {
-            "matrix_learning_rate": [train.matrix_learning_rate, 0.01, 0.04],
+            "matrix_learning_rate": [defaults.matrix_learning_rate, 0.01, 0.04],
             "learning_rate": [rate, rate * 2, rate * 4],
-            "matrix_weight_decay": [train.matrix_weight_decay, 0.02, 0.4],
+            "matrix_weight_decay": [defaults.matrix_weight_decay, 0.02, 0.4],
         },
     )
     half = {"epochs": train.epochs / 2, "max_steps": steps and steps // 2}
