@@ -3035,8 +3035,8 @@ PHENOMENA: dict[str, Phenomenon] = {
         "Determiners and nouns are linked: a noun's number follows its determiner across an adjective.",
         "'What John saw was really a small dog / *dogs' against 'was these really small dogs / *dog'. A causal model "
         "cannot look from a determiner to the noun after it, only back. The distractor is an adverb in its place: the "
-        "test tells a determiner from an adverb, not from every other function word. 'Determiner' are articles, "
-        "demonstratives and number words.",
+        "test tells a determiner from an adverb, not from every other function word. Determiners here are "
+        "articles, demonstratives, number words and quantifiers.",
         _determiner_noun,
     ),
     "subject-verb": Phenomenon(
@@ -3222,6 +3222,10 @@ NULL_ATTENTION = 0.02  # difference of attention weights
 NULL_MARGIN = 0.01  # nats
 
 
+def _number(value: float, digits: int = 2) -> str:
+    return f"{round(float(value), digits) + 0.0:.{digits}f}"  # + 0.0: no minus before a zero
+
+
 def verdict(e: LinguisticEvidence) -> tuple[str, str]:
     """("supported" | "not supported" | "undecided", the reason as one sentence).
 
@@ -3235,14 +3239,16 @@ def verdict(e: LinguisticEvidence) -> tuple[str, str]:
         f"it prefers the right word in {e.accuracy:.0%} of pairs ({e.accuracy_low:.0%} to {e.accuracy_high:.0%}; "
         f"untrained models {e.untrained_accuracy:.0%}, at most {e.untrained_accuracy_highest:.0%})"
     )
+    attention = (e.attention_difference, e.attention_low, e.attention_high, e.untrained_attention_highest)
+    difference, low, high, untrained = (_number(100 * value, 1) for value in attention)
     looks = (
-        f"the heads' attention to the target is {100 * e.attention_difference:.1f} points above that to the distractor "
-        f"({100 * e.attention_low:.1f} to {100 * e.attention_high:.1f}, p = {e.p_value:.2g}; untrained models at most "
-        f"{100 * e.untrained_attention_highest:.1f})"
+        f"the heads' attention to the target is {difference} points above that to the distractor ({low} to {high}, "
+        f"p = {e.p_value:.2g}; untrained models at most {untrained})"
     )
     needs = (
-        f"without them the right word loses {e.margin_drop:.2f} nats of its margin, without random heads "
-        f"{e.random_margin_drop:.2f} (difference {e.margin_excess_low:.2f} to {e.margin_excess_high:.2f})"
+        f"without them the right word loses {_number(e.margin_drop)} nats of its margin, without random heads "
+        f"{_number(e.random_margin_drop)} (difference {_number(e.margin_excess_low)} to "
+        f"{_number(e.margin_excess_high)})"
     )
     attention_floor = max(NULL_ATTENTION, e.untrained_attention_highest)
     links = [  # (what was found, whether it holds, whether it is refuted)
@@ -4010,7 +4016,7 @@ def _draw_baseline(axes: Axes, baselines: pd.DataFrame, source: str, column: str
 def plot_language(language: pd.DataFrame) -> Figure:
     """Minimal pairs by phenomenon: accuracy, attention to the target, and what removing the chosen heads costs.
 
-    Each beside the highest of the untrained models or the cost of random heads, and the band that counts as none.
+    Each beside the highest of the untrained models or the cost of random heads, and the null region of `verdict`.
     """
     n = len(language)
     y = np.arange(n)
@@ -4021,7 +4027,7 @@ def plot_language(language: pd.DataFrame) -> Figure:
     def draw(axes: Axes, name: str, columns: str, none: float, null: float, *titles: str, untrained: str = "") -> None:
         value, low, high = (table[column].to_numpy(float) for column in (name, f"{columns}_low", f"{columns}_high"))
         reach = np.clip([value - low, high - value], 0, None)
-        axes.axvspan(2 * none - null, null, color="#eeeeee", label="counts as none", zorder=0)
+        axes.axvspan(2 * none - null, null, color="#eeeeee", label="null region", zorder=0)
         axes.axvline(none, color="#999999", linestyle=":", linewidth=1)
         axes.errorbar(
             value, y, xerr=reach, fmt="o", color=_MODEL_COLORS["trained"], capsize=2, ms=4, label="this model"
@@ -4058,10 +4064,6 @@ class Picture:
     title: str
     alt: str  # what a reader who cannot see it needs to know
     caption: str
-
-
-def _number(value: float, digits: int = 2) -> str:
-    return f"{round(float(value), digits) + 0.0:.{digits}f}"  # + 0.0: no minus before a zero
 
 
 def choose_heads(scores: pd.DataFrame, n: int = 4, source: str = "windows") -> list[tuple[int, int, str]]:
@@ -4205,8 +4207,10 @@ def _plan_model(study: HeadStudy, language: pd.DataFrame | None, metrics: Sequen
             "Linguistic tests",
             "Accuracy on minimal pairs, attention to the target, and cost of removing the chosen heads. Accuracy: "
             f"{listed}.",
-            "Blue: this model, with 95% intervals. Hollow: the highest of the untrained models. Grey: too little to "
-            "count. The right panel shows the cost beyond that of random heads of the same layers.",
+            "Blue: this model, with 95% intervals. Hollow: the highest of the untrained models. Grey: the null "
+            "region; an interval that does not reach beyond it on the right counts as evidence of no effect, unless an "
+            "accuracy still lies above chance and the untrained models. Right panel: the cost beyond that of random "
+            "heads of the same layers.",
             lambda: plot_language(language),
         )
 
@@ -4520,7 +4524,7 @@ def _ablation_statements(study: HeadStudy) -> Iterator[dict]:
         f"Replaced by its mean output, {matters.sum()} of {n} heads raise the loss by {MIN_LOSS_INCREASE} nats or more "
         f"and beyond {limit:.1f} standard errors ({n_windows} windows, corrected for {n} heads). Largest: layer "
         f"{top['layer']} head {top['head']} ({top['class']}), {top['loss_increase']:+.4f} nats per token, standard "
-        f"error {top['standard_error']:.4f}. The data exclude no increase below {bound:.4f}.",
+        f"error {top['standard_error']:.4f}. At the same confidence no head costs more than {bound:.4f}.",
     )
     for row in study.class_ablation.itertuples(index=False):
         name = row[0]
@@ -4541,7 +4545,9 @@ def _ablation_statements(study: HeadStudy) -> Iterator[dict]:
             )
         else:
             evidence += f"Of {n} heads too few others are left for a set of equal size to compare with."
-        yield _statement("Ablation", f"{name} heads matter for the prediction of held-out text", verdict, evidence)
+        yield _statement(
+            "Ablation", f"{name} heads matter for the prediction, more than as many others", verdict, evidence
+        )
 
 
 def _headline(study: HeadStudy, statements: Sequence[dict]) -> list[str]:

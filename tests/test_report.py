@@ -115,7 +115,10 @@ def test_a_class_matters_if_its_heads_together_cost_more_than_others(changes, ex
     study.ablation["loss_increase"] = 0.0  # each of the heads alone can be spared
     study.class_ablation[list(changes)] = list(changes.values())
     findings = pico.study_findings(study)
-    assert verdicts(findings, "Ablation")["Local Context heads matter for the prediction of held-out text"] == expected
+    assert (
+        verdicts(findings, "Ablation")["Local Context heads matter for the prediction, more than as many others"]
+        == expected
+    )
     evidence = next(row["evidence"] for row in findings["statements"] if row["claim"].startswith("Local Context heads"))
     assert f"{study.class_ablation['high'].iloc[0]:.4f}" in evidence
     assert ("too few others" in evidence) == (changes.get("n_random_sets") == 0)
