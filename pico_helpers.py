@@ -2055,7 +2055,7 @@ _TOKEN_KAPPAS = ("duplicate", "induction", "punctuation", "rare")
 _RATIOS = (*HEAD_SCORES, "rest")  # `rest`: the share of attention that is not on the first token
 _SPECIALISED = HEAD_CLASSES[:3]
 MIN_LOSS_INCREASE = 0.001  # nats per token; an ablation that costs less is of no consequence
-_MAX_PREDICTIONS = 2**16  # of an ablation map in a study: their logits are most of its time
+_MAX_PREDICTIONS = 50_000  # of an ablation map in a study: their logits are most of its time
 _MAX_MAP = 384**2  # weights per head in one forward pass: one window of 384 tokens, nine of 128
 
 # runs token ids (B, T) and hands each layer's pattern to a function, as stream_attention does

@@ -694,6 +694,16 @@ def test_study_of_untrained_model_reports_no_specialised_share(study):
     assert (found["high"] == 0).all()
 
 
+def test_study_bounds_the_predictions_of_its_ablations(monkeypatch):
+    monkeypatch.setattr(ph, "_MAX_PREDICTIONS", 4 * 3 * 10)  # heads, windows, predictions of each
+    model, windows = ph.PicoLLM(TEXT_CONFIG, 3), random_windows(3, 64, vocab_size=50257)
+    short = ph.study_heads(model, SENTENCES, windows, n_seeds=1, n_bootstrap=10)
+    assert short.settings["ablation_predictions"] == 30
+    expected = ph.head_ablation_map(model, windows, n_last=10)
+    pd.testing.assert_frame_equal(short.ablation, expected)
+    assert short.class_ablation.empty  # an untrained model has no head of a specialised class
+
+
 def test_study_moves_the_bar_it_is_given(tmp_path):
     with open(tmp_path / "bar", "w") as stream, ph.tqdm(total=5, initial=5, file=stream) as bar:
         ph.study_heads(ph.PicoLLM(TEXT_CONFIG), SENTENCES, random_windows(2, 64), n_seeds=1, n_bootstrap=10, bar=bar)
