@@ -91,7 +91,7 @@ __all__ = [  # noqa: RUF022 (in the order of the sections)
     "Muon", "Evaluation", "evaluate", "TrainResult", "train",
     "ALL_TEST_CATEGORIES", "stream_attention", "AttentionCapture", "capture_attention", "ablate_heads",
     "mean_head_outputs",
-    "ScoreThresholds", "kappa", "token_counts", "score_heads", "untrained_scores", "head_ablation_map",
+    "ScoreThresholds", "kappa", "token_counts", "score_heads", "head_ablation_map", "class_ablation",
     "head_similarity", "HeadStudy", "study_heads",
     "PairResult", "minimal_pair_accuracy", "PHENOMENA", "make_pairs", "study_language",
     "save_figure", "plot_loss_curve", "plot_attention_heatmap", "plot_chosen_heads", "plot_all_heads",
@@ -2122,6 +2122,9 @@ KAPPAS = ("sink", "self", "previous", "local", "duplicate", "induction", "punctu
 HEAD_SCORES = (*KAPPAS, "broad", "mean_distance", "entropy")
 _TOKEN_KAPPAS = ("duplicate", "induction", "punctuation", "rare")
 _RATIOS = (*HEAD_SCORES, "rest")  # `rest`: the share of attention that is not on the first token
+_SPECIALISED = HEAD_CLASSES[:3]
+MIN_LOSS_INCREASE = 0.001  # nats per token; an ablation that costs less is of no consequence
+_MAX_PREDICTIONS = 50_000  # of an ablation map in a study: their logits are most of its time
 _MAX_MAP = 384**2  # weights per head in one forward pass: one window of 384 tokens, nine of 128
 
 # runs token ids (B, T) and hands each layer's pattern to a function, as stream_attention does
@@ -2412,7 +2415,7 @@ def _model_sums(
     model: PicoLLM | None, sources: Mapping[str, list[Tensor]], repeats: list[Tensor], counts: np.ndarray | None
 ) -> dict[str, HeadSums]:
     """HeadSums of one model on each source; None is a model of one uniform head."""
-    attend, device, vocab_size = _uniform_attention, torch.device("cpu"), Tokenizer.end_of_text + 1
+    attend, device, vocab_size = _attend_uniformly, torch.device("cpu"), Tokenizer.end_of_text + 1
     if model is not None:
         device, vocab_size = model.token_embedding.weight.device, model.config.vocab_size
         attend = functools.partial(stream_attention, model)
@@ -2424,11 +2427,16 @@ def _model_sums(
     return {source: HeadSums(collect(sequences), repeat_sums) for source, sequences in sources.items()}
 
 
-def _uniform_attention(idx: Tensor, reduce: Callable[[int, Tensor], None]) -> None:
+def uniform_attention(n_layer: int, n_tokens: int) -> np.ndarray:
+    """Weights (n_layer, 1, T, T) of heads that look at all tokens up to their own alike."""
+    lower = np.tri(n_tokens)
+    return np.broadcast_to(lower / lower.sum(axis=1, keepdims=True), (n_layer, 1, n_tokens, n_tokens))
+
+
+def _attend_uniformly(idx: Tensor, reduce: Callable[[int, Tensor], None]) -> None:
     """One layer with one head that looks at all keys alike."""
     B, T = idx.shape
-    weights = torch.ones(T, T, device=idx.device).tril()
-    reduce(0, (weights / weights.sum(-1, keepdim=True)).expand(B, 1, T, T))
+    reduce(0, torch.tensor(uniform_attention(1, T), dtype=torch.float32, device=idx.device).expand(B, 1, T, T))
 
 
 def score_heads(
@@ -2457,25 +2465,6 @@ def score_heads(
     stand-in with many ties. Memory is that of one window. Raises PicoError for empty or too long texts.
     """
     return head_sums(model, texts, idx, token_counts=token_counts, seed=seed).table(thresholds)
-
-
-def untrained_scores(
-    config: ModelConfig,
-    n_seeds: int = 5,
-    texts: Sequence[str] | None = None,
-    idx: Tensor | None = None,
-    *,
-    token_counts: np.ndarray | None = None,
-    seed: int = 0,
-) -> pd.DataFrame:
-    """`score_heads` of untrained models of this configuration, with a column `seed`: what chance alone gives."""
-    import pandas as pd
-
-    tables = [
-        score_heads(PicoLLM(config, s), texts, idx, token_counts=token_counts, seed=seed).assign(seed=s)
-        for s in _untrained_seeds(n_seeds)
-    ]
-    return pd.concat(tables, ignore_index=True)
 
 
 def _untrained_seeds(n: int) -> range:
@@ -2515,7 +2504,7 @@ def _estimates(
 def class_shares(
     sums: HeadSums | Sequence[HeadSums], thresholds: ScoreThresholds, n_bootstrap: int = 1000, seed: int = 0
 ) -> pd.DataFrame:
-    """Share of the heads in each class, columns class, share, low, high.
+    """Share of the heads in each class, columns class, share, low, high; "Specialised" is the sum of the first three.
 
     For one model low..high is the 95 % bootstrap interval over texts: each resample is scored and classified anew. For
     a list of models (the untrained seeds) the share is their mean and low..high their range.
@@ -2524,7 +2513,8 @@ def class_shares(
 
     def shares(scores: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         classes = classify_heads(scores, thresholds)
-        return {name: (classes == name).mean((1, 2)) for name in HEAD_CLASSES}
+        each = {name: (classes == name).mean((1, 2)) for name in HEAD_CLASSES}
+        return each | {"Specialised": sum(each[name] for name in _SPECIALISED)}
 
     return pd.DataFrame(_estimates(sums, shares, n_bootstrap, seed), columns=["class", "share", "low", "high"])
 
@@ -2541,16 +2531,27 @@ def _headline_scores(sums: HeadSums | Sequence[HeadSums], n_bootstrap: int, seed
     return pd.DataFrame(rows, columns=["score", "statistic", "mean", "low", "high"])
 
 
-def _window_losses(model: PicoLLM, hidden: Tensor, targets: Tensor) -> Tensor:
-    """Mean loss of each window in nats per token, (B,), of hidden states (B, T, D) and targets (B, T)."""
-    weight = model.token_embedding.weight[: model.config.vocab_size]
-    losses = [
-        F.cross_entropy(F.linear(rows, weight).float(), wanted, reduction="none")
-        for rows, wanted in zip(
-            hidden.flatten(0, 1).split(model.loss_chunk), targets.flatten().split(model.loss_chunk), strict=True
-        )
+def _target_log_probs(model: PicoLLM, hidden: Tensor, targets: Tensor) -> Tensor:
+    """Log-probabilities (N,) in float32 of tokens (N,) after hidden states (N, D); a chunk of logits at a time."""
+    weight, size = model.token_embedding.weight[: model.config.vocab_size], model.loss_chunk
+    chunks = [
+        -F.cross_entropy(F.linear(h, weight).float(), wanted, reduction="none")
+        for h, wanted in zip(hidden.split(size), targets.split(size), strict=True)
     ]
-    return torch.cat(losses).view_as(targets).mean(1)
+    return torch.cat(chunks)
+
+
+def _mean_losses(model: PicoLLM, hidden: Tensor, targets: Tensor) -> Tensor:
+    """Mean loss of each window, (B,), in nats per token: hidden states (B, T, D), targets (B, n) of the last n."""
+    hidden = hidden[:, -targets.shape[1] :]
+    return -_target_log_probs(model, hidden.flatten(0, 1), targets.flatten()).view_as(targets).mean(1)
+
+
+def _window_losses(model: PicoLLM, idx: Tensor, n_last: int = 0) -> Tensor:
+    """The same of token windows (n_windows, T), over their last n_last predictions, 0: all."""
+    with evaluating(model):
+        batches = idx.to(model.token_embedding.weight.device).split(max(1, _MAX_TOKENS // idx.shape[1]))
+        return torch.cat([_mean_losses(model, model.hidden_states(b[:, :-1]), b[:, 1:][:, -n_last:]) for b in batches])
 
 
 def _ablated_losses(
@@ -2572,7 +2573,7 @@ def _ablated_losses(
     with _on_head_outputs(model, [layer], replace):
         for block in model.blocks[layer:]:
             x = block(x, cos, sin)
-    return _window_losses(model, model.final_norm(x), targets.repeat(len(heads), 1)).unflatten(0, (len(heads), -1))
+    return _mean_losses(model, model.final_norm(x), targets.repeat(len(heads), 1)).unflatten(0, (len(heads), -1))
 
 
 def head_ablation_map(
@@ -2581,13 +2582,15 @@ def head_ablation_map(
     heads: Iterable[tuple[int, int]] | None = None,
     mode: str = "mean",
     means: Tensor | None = None,
+    n_last: int = 0,
     bar: tqdm | None = None,
 ) -> pd.DataFrame:
     """Loss on held-out token windows (n_windows, T) with each head ablated in turn, all heads by default.
 
     Columns layer, head, loss and loss_increase in nats per token, and standard_error, that of the increase over
     windows. The means of mean-ablation are taken from `idx` unless given. The layers below an ablated head are run only
-    once. `bar` moves by one a layer. Raises PicoError as `ablate_heads` does.
+    once. With n_last the loss is that of each window's last n_last predictions. `bar` moves by one a layer. Raises
+    PicoError as `ablate_heads` does.
     """
     import pandas as pd
 
@@ -2601,10 +2604,9 @@ def head_ablation_map(
         means = mean_head_outputs(model, idx)
     substitutes = _head_substitutes(config, mode, means)
     batches = idx.to(device).split(max(1, _MAX_TOKENS // (config.n_head * idx.shape[1])))
-    targets = [batch[:, 1:] for batch in batches]
-    losses = []
+    targets = [batch[:, 1:][:, -n_last:] for batch in batches]
+    base, losses = _window_losses(model, idx, n_last), []
     with evaluating(model):
-        base = torch.cat([_window_losses(model, model.hidden_states(b[:, :-1]), b[:, 1:]) for b in batches])
         inputs = [model.token_embedding(batch[:, :-1]) for batch in batches]
         cos, sin = model.rope_cos[: idx.shape[1] - 1], model.rope_sin[: idx.shape[1] - 1]
         for layer, block in enumerate(model.blocks):
@@ -2628,6 +2630,70 @@ def head_ablation_map(
         "standard_error": increase.std(1) / math.sqrt(len(idx)),
     }
     return pd.DataFrame(columns)
+
+
+def _random_heads(heads: Sequence[tuple[int, int]], config: ModelConfig, random: Random) -> list[tuple[int, int]]:
+    """As many other heads of the same layers. Where a layer has too few others, heads of any layer fill up."""
+    drawn: list[tuple[int, int]] = []
+    for layer in sorted({layer for layer, _ in heads}):
+        wanted = sum(chosen == layer for chosen, _ in heads)
+        others = [(layer, head) for head in range(config.n_head) if (layer, head) not in heads]
+        drawn += random.sample(others, min(wanted, len(others)))
+    rest = [(layer, head) for layer in range(config.n_layer) for head in range(config.n_head)]
+    rest = [head for head in rest if head not in heads and head not in drawn]
+    return drawn + random.sample(rest, min(len(heads) - len(drawn), len(rest)))
+
+
+def _t_interval(values: np.ndarray) -> tuple[float, float, float]:
+    """Mean of independent values with its 95 % t interval."""
+    from scipy.stats import t
+
+    mean, reach = values.mean(), t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / math.sqrt(len(values))
+    return float(mean), float(mean - reach), float(mean + reach)
+
+
+def class_ablation(
+    model: PicoLLM,
+    idx: Tensor,
+    scores: pd.DataFrame,
+    means: Tensor | None = None,
+    n_draws: int = 9,
+    n_last: int = 0,
+    seed: int = 0,
+    bar: tqdm | None = None,
+) -> pd.DataFrame:
+    """Loss increase on token windows (n_windows, T) when all heads of a specialised class are mean-ablated together.
+
+    Heads that share a task can each be spared while the group cannot. `scores` has layer, head and class. Columns
+    class, n_heads, loss_increase in nats per token with low and high; n_random_sets and random_loss_increase, the mean
+    over sets of as many other heads (of the same layers where they have enough); excess, excess_low and excess_high:
+    the increase beyond the costliest of these sets, since sets differ more than windows do. Low and high are 95 % t
+    intervals over windows, paired. Of n_draws sets those that differ are run. Where fewer other heads remain than the
+    class has there is no set, and what compares with it is NaN. `n_last` as in `head_ablation_map`; `bar` moves by one
+    a class.
+    """
+    import pandas as pd
+
+    means = mean_head_outputs(model, idx) if means is None else means
+    random, base, rows = Random(seed), _window_losses(model, idx, n_last), []
+
+    def increases(heads: Sequence[tuple[int, int]]) -> np.ndarray:
+        with ablate_heads(model, heads, "mean", means):
+            return (_window_losses(model, idx, n_last) - base).double().cpu().numpy()
+
+    for name in _SPECIALISED:
+        heads = list(scores.loc[scores["class"] == name, ["layer", "head"]].itertuples(index=False, name=None))
+        if heads:
+            own, sets = increases(heads), set()
+            if 2 * len(heads) <= len(scores):
+                sets = {tuple(sorted(_random_heads(heads, model.config, random))) for _ in range(n_draws)}
+            others = [increases(drawn) for drawn in sorted(sets)] or [np.full(len(idx), math.nan)]
+            excess = _t_interval(own - max(others, key=np.mean))
+            rows.append((name, len(heads), *_t_interval(own), len(sets), float(np.mean(others)), *excess))
+        if bar is not None:
+            bar.update()
+    columns = ["class", "n_heads", "loss_increase", "low", "high", "n_random_sets", "random_loss_increase"]
+    return pd.DataFrame(rows, columns=[*columns, "excess", "excess_low", "excess_high"])
 
 
 def _entropy_bits(p: Tensor) -> Tensor:
@@ -2691,6 +2757,7 @@ class HeadStudy:
     shares: pd.DataFrame  # source, model (trained | shuffled | untrained | uniform), class, share, low, high
     baselines: pd.DataFrame  # source, model, score, statistic (mean | max over heads), mean, low, high
     ablation: pd.DataFrame  # `head_ablation_map`, mean-ablation
+    class_ablation: pd.DataFrame  # `class_ablation`, with the classes on windows
     similarity: np.ndarray  # `head_similarity` on windows, (n_heads, n_heads)
     similarity_without_sink: np.ndarray
     noise_floor: float
@@ -2736,6 +2803,7 @@ def study_heads(
     token_counts: np.ndarray | None = None,
     n_seeds: int = 5,
     ablation_tokens: int = 2048,
+    n_draws: int = 9,
     similarity_windows: int = 8,
     n_bootstrap: int = 1000,
     seed: int = 0,
@@ -2747,34 +2815,41 @@ def study_heads(
     sentences alone cannot separate the classes. The baselines are n_seeds untrained models of the same configuration,
     the model itself on texts and windows whose tokens are shuffled, and one uniform head. Low and high are the 95 %
     bootstrap interval over texts, for the untrained models their range. One set of thresholds, from the untrained heads
-    on both sources, serves both. A given `bar` is moved on (its total grows); without one the study shows its own.
+    on both sources, serves both. Ablation reads `ablation_tokens` and predicts the last tokens of each window, all of
+    them unless that makes more than _MAX_PREDICTIONS; `n_draws` as in `class_ablation`. A given `bar` is moved on (its
+    total grows); without one the study shows its own.
     """
     import pandas as pd
 
     sources = {"sentences": _as_sequences(texts, None), "windows": _as_sequences(None, windows)}
-    n_ablation = min(len(windows), max(2, ablation_tokens // windows.shape[1]))
+    ablated = windows[: max(2, ablation_tokens // windows.shape[1])]
+    n_ablations = len(ablated) * model.config.n_layer * model.config.n_head
+    n_predicted = min(windows.shape[1] - 1, max(1, _MAX_PREDICTIONS // n_ablations))
     compared_windows = windows[:similarity_windows]
     with progress(total=0, desc="heads", unit="step") if bar is None else contextlib.nullcontext(bar) as bar:
-        bar.total = (bar.total or 0) + 3 + n_seeds + model.config.n_layer
+        bar.total = (bar.total or 0) + 3 + n_seeds + model.config.n_layer + len(_SPECIALISED)
         compared = _study_sums(model, sources, token_counts, n_seeds, seed, bar)
-        ablation = head_ablation_map(model, windows[:n_ablation], means=mean_head_outputs(model, windows), bar=bar)
+        untrained = [pd.concat(sums.table() for sums in compared[source, "untrained"]) for source in sources]
+        thresholds = score_thresholds(*untrained)
+        tables = {source: compared[source, "trained"].table(thresholds).assign(source=source) for source in sources}
+        means = mean_head_outputs(model, windows)
+        ablation = head_ablation_map(model, ablated, means=means, n_last=n_predicted, bar=bar)
+        by_class = class_ablation(model, ablated, tables["windows"], means, n_draws, n_predicted, seed, bar)
         similarity, noise_floor = head_similarity(model, idx=compared_windows)
         without_sink, floor_without_sink = head_similarity(model, idx=compared_windows, drop_sink=True)
         bar.update()
-    untrained = [pd.concat(sums.table() for sums in compared[source, "untrained"]) for source in sources]
-    thresholds = score_thresholds(*untrained)
-    tables = [compared[source, "trained"].table(thresholds).assign(source=source) for source in sources]
 
     def for_all(summarise: Callable[[HeadSums | list[HeadSums]], pd.DataFrame]) -> pd.DataFrame:
         rows = pd.concat({key: summarise(sums) for key, sums in compared.items()}, names=["source", "model"])
         return rows.reset_index(["source", "model"]).reset_index(drop=True)
 
     return HeadStudy(
-        scores=pd.concat(tables, ignore_index=True),
+        scores=pd.concat(tables.values(), ignore_index=True),
         thresholds=thresholds,
         shares=for_all(lambda sums: class_shares(sums, thresholds, n_bootstrap, seed)),
         baselines=for_all(lambda sums: _headline_scores(sums, n_bootstrap, seed)),
         ablation=ablation,
+        class_ablation=by_class,
         similarity=similarity,
         similarity_without_sink=without_sink,
         noise_floor=noise_floor,
@@ -2783,8 +2858,10 @@ def study_heads(
             "n_texts": len(texts),
             "n_windows": len(windows),
             "window_length": windows.shape[1],
-            "ablation_windows": n_ablation,
+            "ablation_windows": len(ablated),
             "ablation_mode": "mean",
+            "ablation_predictions": len(ablated) * n_predicted,
+            "ablation_draws": n_draws,
             "similarity_windows": len(compared_windows),
             "untrained_seeds": list(_untrained_seeds(n_seeds)),
             "n_bootstrap": n_bootstrap,
@@ -2799,16 +2876,6 @@ def study_heads(
 # What a model knows about language, asked as minimal pairs: which of two words does it prefer where only one fits?
 # A claim needs three links: it prefers the right word, some heads look at the word that decides, and it needs them.
 # ======================================================================================================================
-
-
-def _target_log_probs(model: PicoLLM, hidden: Tensor, targets: Tensor) -> Tensor:
-    """Log-probabilities (N,) in float32 of tokens (N,) after hidden states (N, D); a chunk of logits at a time."""
-    weight, vocab_size, size = model.token_embedding.weight, model.config.vocab_size, model.loss_chunk
-    chunks = []
-    for h, t in zip(hidden.split(size), targets.split(size), strict=True):
-        logits = F.linear(h, weight)[:, :vocab_size].float()
-        chunks.append(logits.gather(1, t[:, None])[:, 0] - logits.logsumexp(dim=-1))
-    return torch.cat(chunks)
 
 
 def sequence_log_probs(model: PicoLLM, sequences: Sequence[Sequence[int]], batch_tokens: int = 16_384) -> Tensor:
@@ -2931,7 +2998,7 @@ def _pick(random: Random, words: str) -> str:
     return random.choice(words.split())
 
 
-def _article_noun(random: Random, flip: bool) -> list[_Frame]:
+def _determiner_noun(random: Random, flip: bool) -> list[_Frame]:
     name, adjective = _pick(random, f"{_MEN} {_WOMEN}"), _pick(random, _ADJECTIVE)
     verb = _pick(random, "saw found wanted bought described remembered liked")
     adverb = _pick(random, "really truly clearly actually certainly")
@@ -3033,12 +3100,13 @@ class Phenomenon:
 
 
 PHENOMENA: dict[str, Phenomenon] = {
-    "article-noun": Phenomenon(
-        "Articles and nouns are linked: a noun's number follows its article across an adjective.",
+    "determiner-noun": Phenomenon(
+        "Determiners and nouns are linked: a noun's number follows its determiner across an adjective.",
         "'What John saw was really a small dog / *dogs' against 'was these really small dogs / *dog'. A causal model "
-        "cannot look from an article to the noun after it, only back. The distractor is an adverb in the article's "
-        "place: the test tells a determiner from an adverb, not an article from every other function word.",
-        _article_noun,
+        "cannot look from a determiner to the noun after it, only back. The distractor is an adverb in its place: the "
+        "test tells a determiner from an adverb, not from every other function word. Determiners here are "
+        "articles, demonstratives, number words and quantifiers.",
+        _determiner_noun,
     ),
     "subject-verb": Phenomenon(
         "Verbs look at their subjects: a verb agrees with its subject, not with another noun before it.",
@@ -3188,25 +3256,6 @@ def _choose_and_test(differences: Tensor, n_heads: int) -> tuple[list[tuple[int,
     return sorted(divmod(index, differences.shape[2]) for index in best.tolist()), values.double().numpy()
 
 
-def _random_heads(heads: Sequence[tuple[int, int]], config: ModelConfig, random: Random) -> list[tuple[int, int]]:
-    """As many other heads of the same layers. Where a layer has too few others, heads of any layer fill up."""
-    drawn: list[tuple[int, int]] = []
-    for layer in sorted({layer for layer, _ in heads}):
-        wanted = sum(chosen == layer for chosen, _ in heads)
-        others = [(layer, head) for head in range(config.n_head) if (layer, head) not in heads]
-        drawn += random.sample(others, min(wanted, len(others)))
-    rest = [(layer, head) for layer in range(config.n_layer) for head in range(config.n_head)]
-    rest = [head for head in rest if head not in heads and head not in drawn]
-    return drawn + random.sample(rest, min(len(heads) - len(drawn), len(rest)))
-
-
-def _window_loss(model: PicoLLM, windows: Tensor) -> float:
-    """Mean loss of token windows (N, T) in nats."""
-    with evaluating(model):
-        idx = windows.to(model.token_embedding.weight.device)
-        return _window_losses(model, model.hidden_states(idx[:, :-1]), idx[:, 1:]).mean().item()
-
-
 @dataclass(frozen=True)
 class LinguisticEvidence:
     """What was measured for one phenomenon. Attention is a difference of weights, margins and losses are in nats."""
@@ -3220,6 +3269,8 @@ class LinguisticEvidence:
     accuracy_high: float
     untrained_accuracy: float  # mean over the untrained models
     untrained_accuracy_highest: float
+    n_heads: int  # as many as were chosen
+    n_draws: int  # sets of random heads
     heads: str  # chosen on one half of the items; all that follows is measured on the other half
     attention_difference: float  # attention to the target minus attention to the distractor, mean of the heads
     attention_low: float
@@ -3240,27 +3291,33 @@ NULL_ATTENTION = 0.02  # difference of attention weights
 NULL_MARGIN = 0.01  # nats
 
 
+def _number(value: float, digits: int = 2) -> str:
+    return f"{round(float(value), digits) + 0.0:.{digits}f}"  # + 0.0: no minus before a zero
+
+
 def verdict(e: LinguisticEvidence) -> tuple[str, str]:
     """("supported" | "not supported" | "undecided", the reason as one sentence).
 
     A claim rests on three links. Each must hold for "supported": the accuracy's interval lies above 0.5 and above every
     untrained model; the attention difference has p < SIGNIFICANCE and its interval lies above NULL_ATTENTION and above
     every untrained model; ablating the heads lowers the margin more than random heads do, by an interval above
-    NULL_MARGIN. "Not supported" needs a link whose interval lies wholly below its NULL_ threshold. All else is
-    "undecided".
+    NULL_MARGIN. "Not supported" needs a link that fails and whose interval lies wholly below its NULL_ threshold. All
+    else is "undecided".
     """
     prefers = (
         f"it prefers the right word in {e.accuracy:.0%} of pairs ({e.accuracy_low:.0%} to {e.accuracy_high:.0%}; "
         f"untrained models {e.untrained_accuracy:.0%}, at most {e.untrained_accuracy_highest:.0%})"
     )
+    attention = (e.attention_difference, e.attention_low, e.attention_high, e.untrained_attention_highest)
+    difference, low, high, untrained = (_number(100 * value, 1) for value in attention)
     looks = (
-        f"the heads' attention to the target is {100 * e.attention_difference:.1f} points above that to the distractor "
-        f"({100 * e.attention_low:.1f} to {100 * e.attention_high:.1f}, p = {e.p_value:.2g}; untrained models at most "
-        f"{100 * e.untrained_attention_highest:.1f})"
+        f"the heads' attention to the target is {difference} points above that to the distractor ({low} to {high}, "
+        f"p = {e.p_value:.2g}; untrained models at most {untrained})"
     )
     needs = (
-        f"without them the right word loses {e.margin_drop:.2f} nats of its margin, without random heads "
-        f"{e.random_margin_drop:.2f} (difference {e.margin_excess_low:.2f} to {e.margin_excess_high:.2f})"
+        f"without them the right word loses {_number(e.margin_drop)} nats of its margin, without random heads "
+        f"{_number(e.random_margin_drop)} (difference {_number(e.margin_excess_low)} to "
+        f"{_number(e.margin_excess_high)})"
     )
     attention_floor = max(NULL_ATTENTION, e.untrained_attention_highest)
     links = [  # (what was found, whether it holds, whether it is refuted)
@@ -3268,7 +3325,7 @@ def verdict(e: LinguisticEvidence) -> tuple[str, str]:
         (looks, e.p_value < SIGNIFICANCE and e.attention_low > attention_floor, e.attention_high < NULL_ATTENTION),
         (needs, e.margin_excess_low > NULL_MARGIN, e.margin_excess_high < NULL_MARGIN),
     ]
-    against = [found for found, _, refuted in links if refuted]
+    against = [found for found, holds, refuted in links if refuted and not holds]
     missing = [found for found, holds, _ in links if not holds]
     if against:
         return "not supported", f"The evidence is against it: {'; '.join(against)}."
@@ -3317,7 +3374,7 @@ def study_language(
     p_values = _holm([_sign_flip_p(values, seed) for _, values in looks.values()])
     means, random = mean_head_outputs(model, windows), Random(seed)
     windows = windows[:4, :129]  # the loss needs logits, which cost more than the rest of the study
-    loss = _window_loss(model, windows)
+    loss = _window_losses(model, windows).mean().item()
     rows = []
     for (name, group), p_value in zip(groups.items(), p_values, strict=True):
         margins, (heads, attention) = measured[name][0], looks[name]
@@ -3325,7 +3382,7 @@ def study_language(
         for ablated in [heads, *(_random_heads(heads, model.config, random) for _ in range(n_draws))]:
             with ablate_heads(model, ablated, "mean", means):
                 after, _ = _measure_pairs(model, [pair for pair in group if pair.item in tests], attention=False)
-                increases.append(_window_loss(model, windows) - loss)
+                increases.append(_window_losses(model, windows).mean().item() - loss)
             drops.append((_by_item(margins, n_items)[tests] - _by_item(after, len(tests))).double().numpy())
         correct = _correct(margins).reshape(n_items, -1).mean(axis=1)
         untrained_accuracies = [_correct(baseline[name][0]).mean() for baseline in baselines]
@@ -3343,6 +3400,8 @@ def study_language(
             accuracy_high=accuracy_high,
             untrained_accuracy=float(np.mean(untrained_accuracies)),
             untrained_accuracy_highest=float(max(untrained_accuracies)),
+            n_heads=len(heads),
+            n_draws=n_draws,
             heads=", ".join(f"L{layer}H{head}" for layer, head in heads),
             attention_difference=float(attention.mean()),
             attention_low=attention_low,
@@ -3756,12 +3815,6 @@ def attention_rollout(weights: np.ndarray) -> np.ndarray:
     return functools.reduce(lambda below, layer: (layer + identity) / 2 @ below, layers, identity)
 
 
-def uniform_attention(n_layer: int, n_tokens: int) -> np.ndarray:
-    """Weights (n_layer, 1, T, T) of heads that look at all tokens up to their own alike."""
-    lower = np.tri(n_tokens)
-    return np.broadcast_to(lower / lower.sum(axis=1, keepdims=True), (n_layer, 1, n_tokens, n_tokens))
-
-
 def plot_rollout(capture: AttentionCapture) -> Figure:
     """Attention rollout minus that of uniform heads: blue where more, red where less of an input arrives."""
     weights = np.asarray(capture.weights)
@@ -3902,8 +3955,8 @@ def plot_score_maps(scores: pd.DataFrame, source: str = "windows") -> Figure:
     return figure
 
 
-def heads_that_matter(ablation: pd.DataFrame, n_windows: int, min_increase: float = 0.001) -> tuple[pd.Series, float]:
-    """Which heads' ablation raises the loss by `min_increase` nats and beyond noise, and the limit in standard errors.
+def heads_that_matter(ablation: pd.DataFrame, n_windows: int) -> tuple[pd.Series, float]:
+    """Which heads' ablation raises the loss by MIN_LOSS_INCREASE and beyond noise, and the limit in standard errors.
 
     A t-test over windows at 5%, two-sided, corrected for the number of heads (Bonferroni).
     """
@@ -3911,7 +3964,7 @@ def heads_that_matter(ablation: pd.DataFrame, n_windows: int, min_increase: floa
 
     limit = float(t.ppf(1 - 0.025 / len(ablation), n_windows - 1))
     increase = ablation["loss_increase"]
-    return (increase >= min_increase) & (increase > limit * ablation["standard_error"]), limit
+    return (increase >= MIN_LOSS_INCREASE) & (increase > limit * ablation["standard_error"]), limit
 
 
 def plot_ablation(ablation: pd.DataFrame, n_windows: int) -> Figure:
@@ -3929,7 +3982,7 @@ def plot_ablation(ablation: pd.DataFrame, n_windows: int) -> Figure:
     for (layer, head), value in np.ndenumerate(grid):
         style = {"weight": "bold"} if matters[layer, head] else {}
         color = "white" if abs(value) > 0.6 * limit else "black"
-        text = f"{value:.1f}" if abs(value) < 10 else f"{value:.0f}"
+        text = _number(value, 1 if abs(value) < 10 else 0)
         axes.text(head, layer, text, fontsize=7, color=color, ha="center", va="center", **style)
     axes.set_xticks(range(n_head))
     axes.set_yticks(range(n_layer))
@@ -3945,8 +3998,7 @@ def plot_head_similarity(
 ) -> Figure:
     """Distances between all heads (layer-major), ordered by an average-linkage dendrogram drawn on top.
 
-    Labels `3.2` are layer 3, head 2, coloured by class; the dashed line is the distance of a head to itself between
-    two halves of the texts: branches below it are noise.
+    Labels `3.2` are layer 3, head 2, coloured by class; the dashed line is the noise floor of `head_similarity`.
     """
     from matplotlib.collections import LineCollection
     from scipy.cluster.hierarchy import dendrogram, linkage
@@ -3963,7 +4015,9 @@ def plot_head_similarity(
     top.add_collection(LineCollection(branches, colors="#333333", linewidths=0.8))
     top.set(xlim=(-0.5, n - 0.5), ylim=(0, 1.05 * max(max(y) for y in tree["dcoord"])))
     if noise_floor is not None:
-        top.axhline(noise_floor, color="#D55E00", linestyle="--", linewidth=1, label=f"noise floor {noise_floor:.2f}")
+        top.axhline(
+            noise_floor, color="#D55E00", linestyle="--", linewidth=1, label=f"same head, other text: {noise_floor:.2f}"
+        )
         top.legend(frameon=False, fontsize=7.5, loc="lower right", bbox_to_anchor=(1, 1))
     _clean(top, title or "Which heads look alike", ylabel="distance")
     top.tick_params(bottom=False, labelbottom=False)
@@ -4029,34 +4083,41 @@ def _draw_baseline(axes: Axes, baselines: pd.DataFrame, source: str, column: str
 
 
 def plot_language(language: pd.DataFrame) -> Figure:
-    """Minimal pairs by phenomenon: accuracy, attention to the target, and what removing the chosen heads costs."""
+    """Minimal pairs by phenomenon: accuracy, attention to the target, and what removing the chosen heads costs.
+
+    Each beside the highest of the untrained models or the cost of random heads, and the null region of `verdict`.
+    """
     n = len(language)
     y = np.arange(n)
-    figure = _figure(11, 1.5 + 0.42 * n, layout="constrained")
+    figure = _figure(11, 1.7 + 0.42 * n, layout="constrained")
     left, middle, right = figure.subplots(1, 3, sharey=True)
-    blue, grey = _MODEL_COLORS["trained"], _MODEL_COLORS["untrained"]
-    columns = {name: language[name].to_numpy(float) for name in language if language[name].dtype.kind in "fi"}
+    table = language.assign(margin_excess=language["margin_drop"] - language["random_margin_drop"])
 
-    def draw_interval(axes: Axes, middle: str, low: str, high: str) -> None:
-        reach = np.clip([columns[middle] - columns[low], columns[high] - columns[middle]], 0, None)
-        axes.errorbar(columns[middle], y, xerr=reach, fmt="o", color=blue, capsize=2, markersize=4, label="this model")
+    def draw(axes: Axes, name: str, columns: str, none: float, null: float, *titles: str, untrained: str = "") -> None:
+        value, low, high = (table[column].to_numpy(float) for column in (name, f"{columns}_low", f"{columns}_high"))
+        reach = np.clip([value - low, high - value], 0, None)
+        axes.axvspan(2 * none - null, null, color="#eeeeee", label="null region", zorder=0)
+        axes.axvline(none, color="#999999", linestyle=":", linewidth=1)
+        axes.errorbar(
+            value, y, xerr=reach, fmt="o", color=_MODEL_COLORS["trained"], capsize=2, ms=4, label="this model"
+        )
+        if untrained:
+            grey = {"facecolors": "none", "edgecolors": _MODEL_COLORS["untrained"], "s": 22, "zorder": 3}
+            axes.scatter(table[untrained], y, label="highest of the untrained models", **grey)
+        start, stop = axes.get_xlim()
+        _clean(axes, titles[0], xlabel=titles[1], xlim=(min(start, none - 0.06), max(stop, none + 0.12)))
+        axes.locator_params(axis="x", nbins=4)
 
-    draw_interval(left, "accuracy", "accuracy_low", "accuracy_high")
-    left.scatter(columns["untrained_accuracy"], y, facecolors="none", edgecolors=grey, s=22, label="untrained")
-    left.axvline(0.5, color="#999999", linestyle=":", linewidth=1, label="chance")
-    _clean(left, "Prefers the good sentence", xlabel="accuracy", xlim=(0, 1.02))
-    draw_interval(middle, "attention_difference", "attention_low", "attention_high")
-    middle.axvline(0, color="#999999", linestyle=":", linewidth=1)
-    _clean(middle, "Looks at the right word", xlabel="attention to target minus distractor")
-    middle.locator_params(axis="x", nbins=5)
-    right.barh(y - 0.17, columns["margin_drop"], 0.32, color=blue, label="chosen heads")
-    right.barh(y + 0.17, columns["random_margin_drop"], 0.32, color="#BBBBBB", label="random heads")
-    right.axvline(0, color="#999999", linewidth=1)
-    _clean(right, "Needs those heads", xlabel="drop of the log-probability margin (nats)")
+    highest = "untrained_accuracy_highest"
+    draw(left, "accuracy", "accuracy", 0.5, NULL_ACCURACY, "Prefers the good sentence", "accuracy", untrained=highest)
+    left.set_xlim(0, 1.02)
+    words, highest = ("Looks at the right word", "attention to target minus distractor"), "untrained_attention_highest"
+    draw(middle, "attention_difference", "attention", 0, NULL_ATTENTION, *words, untrained=highest)
+    words = "Needs those heads", "margin lost beyond random heads (nats)"
+    draw(right, "margin_excess", "margin_excess", 0, NULL_MARGIN, *words)
     left.set_yticks(y, language["phenomenon"], fontsize=8, parse_math=False)
     left.set_ylim(n - 0.5, -0.5)
-    for axes in (left, right):
-        axes.legend(frameon=False, fontsize=7.5, loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=3)
+    figure.legend(*left.get_legend_handles_labels(), frameon=False, fontsize=8, loc="outside lower center", ncols=3)
     return figure
 
 
@@ -4085,7 +4146,9 @@ def choose_heads(scores: pd.DataFrame, n: int = 4, source: str = "windows") -> l
     for column in sorted(columns, key=lambda column: rest[column].max() < 0.1):
         if len(chosen) < n and not rest.empty:
             layer, head = rest[column].fillna(-math.inf).idxmax()
-            chosen.append((int(layer), int(head), f"highest {column} score: {rest.loc[(layer, head), column]:.2f}"))
+            chosen.append(
+                (int(layer), int(head), f"highest {column} score: {_number(rest.loc[(layer, head), column])}")
+            )
             rest = rest.drop((layer, head))
     return chosen
 
@@ -4141,7 +4204,7 @@ def _plan_model(study: HeadStudy, language: pd.DataFrame | None, metrics: Sequen
             continue
         shares = heads["class"].value_counts(normalize=True)
         listed = ", ".join(f"{name} {share:.1%}" for name, share in shares.items())
-        strongest = "; ".join(f"{name} {heads[name].max():.2f}" for name in _SCORE_NAMES if name in heads)
+        strongest = "; ".join(f"{name} {_number(heads[name].max())}" for name in _SCORE_NAMES if name in heads)
         yield (
             f"class_baselines_{source}",
             f"Head classes and their baselines on {where}",
@@ -4199,9 +4262,9 @@ def _plan_model(study: HeadStudy, language: pd.DataFrame | None, metrics: Sequen
             name,
             f"Which heads look alike{suffix}",
             f"Heatmap of the distance between every two heads with a dendrogram{suffix}; distances run from "
-            f"{pairs.min():.2f} to {pairs.max():.2f}, the noise floor is {floor:.2f}.",
-            "Mean square root of the Jensen-Shannon divergence between the rows of two heads. Labels: layer.head, in "
-            "the colours of the classes.",
+            f"{pairs.min():.2f} to {pairs.max():.2f}, the same head on another text is {floor:.2f} away.",
+            "Mean square root of the Jensen-Shannon divergence between the rows of two heads on the same text. Dashed: "
+            "how far one head is from itself on other texts. Labels: layer.head, in the colours of the classes.",
             lambda distances=distances, suffix=suffix, floor=floor: plot_head_similarity(
                 distances, n_head, classes, floor, f"Which heads look alike{suffix}"
             ),
@@ -4213,7 +4276,10 @@ def _plan_model(study: HeadStudy, language: pd.DataFrame | None, metrics: Sequen
             "Linguistic tests",
             "Accuracy on minimal pairs, attention to the target, and cost of removing the chosen heads. Accuracy: "
             f"{listed}.",
-            "Blue: this model, with 95% intervals. Hollow: an untrained model. Grey: random heads of the same layers.",
+            "Blue: this model, with 95% intervals. Hollow: the highest of the untrained models. Grey: the null "
+            "region; an interval that does not reach beyond it on the right counts as evidence of no effect, unless an "
+            "accuracy still lies above chance and the untrained models. Right panel: the cost beyond that of random "
+            "heads of the same layers.",
             lambda: plot_language(language),
         )
 
@@ -4360,8 +4426,14 @@ def _drawing(jobs: list[tuple]) -> Iterator[Callable[[tqdm], None]]:
 # ======================================================================================================================
 
 _VERDICTS = ("supported", "not supported", "undecided")
-_SPECIALISED = ("Diagonal/Self", "Local Context", "Token-Specific")
 _ORIGINAL_BROAD = 0.857  # the original study: "85.7% broad, 14.3% specialised"
+_CLAIM_THRESHOLDS = {
+    "min_loss_increase": MIN_LOSS_INCREASE,
+    "significance": SIGNIFICANCE,
+    "null_accuracy": NULL_ACCURACY,
+    "null_attention": NULL_ATTENTION,
+    "null_margin": NULL_MARGIN,
+}
 _HEAD_CLAIMS = {
     "sink": "A head parks its attention on the first token",
     "self": "A head looks at the token itself",
@@ -4381,8 +4453,10 @@ def study_findings(
 
     `about` says what was run (model, checkpoint, corpus, training), shown as it is. Each of the `statements` has topic,
     claim, verdict (supported | not supported | undecided) and evidence. A verdict follows from the numbers by rule: a
-    share or score must lie beyond the range of untrained models, a score beyond its threshold as well, and a head
-    matters if ablation raises the loss by 0.001 nats and beyond noise, corrected for the number of heads.
+    share or score must lie beyond the range of untrained models, a score beyond its threshold as well. A head matters
+    if ablation raises the loss by MIN_LOSS_INCREASE and beyond noise, corrected for the number of heads; a class, if
+    ablating all its heads costs more than any set of as many others, beyond noise. "Not supported" needs an interval
+    that excludes MIN_LOSS_INCREASE.
     """
     statements = [*_class_statements(study), *_score_statements(study), *_ablation_statements(study)]
     for row in language.itertuples() if language is not None else ():
@@ -4394,14 +4468,15 @@ def study_findings(
     return _plain(
         {
             "about": dict(about or {}),
-            "settings": study.settings,
-            "thresholds": study.thresholds,
+            "settings": study.settings | _language_settings(language),
+            "thresholds": vars(study.thresholds) | _CLAIM_THRESHOLDS,
             "headline": _headline(study, statements),
             "statements": statements,
             "class_shares": study.shares,
             "score_baselines": study.baselines,
             "head_scores": study.scores,
             "ablation": study.ablation,
+            "class_ablation": study.class_ablation,
             "similarity": {
                 "noise_floor": study.noise_floor,
                 "noise_floor_without_sink": study.noise_floor_without_sink,
@@ -4411,6 +4486,11 @@ def study_findings(
             "language": language if language is not None else [],
         }
     )
+
+
+def _language_settings(language: pd.DataFrame | None) -> dict:
+    names = () if language is None or language.empty else ("n_items", "n_heads", "n_draws")
+    return {f"language_{name}": language[name].iloc[0] for name in names}
 
 
 def _statement(topic: str, claim: str, verdict: str, evidence: str) -> dict:
@@ -4437,7 +4517,7 @@ def _found_classes(study: HeadStudy) -> list[str]:
 
 
 def _class_statements(study: HeadStudy) -> Iterator[dict]:
-    shares = {name: _shares_of(study, name) for name in (*_SPECIALISED, "Global/Broad")}
+    shares = {name: _shares_of(study, name) for name in ("Specialised", *_SPECIALISED, "Global/Broad")}
     found = _found_classes(study)
 
     def describe(name: str) -> str:
@@ -4447,9 +4527,10 @@ def _class_statements(study: HeadStudy) -> Iterator[dict]:
             f"uniform head {text['uniform']}."
         )
 
-    more = sum(shares[name]["trained"]["share"] - shares[name]["untrained"]["high"] for name in _SPECIALISED)
-    verdict = "supported" if found else "undecided" if more > 0 else "not supported"
-    evidence = "\n".join(describe(name) for name in _SPECIALISED)
+    special = shares["Specialised"]
+    more = special["trained"]["share"] > special["untrained"]["high"]
+    verdict = "supported" if _beyond_untrained(special) else "undecided" if more else "not supported"
+    evidence = "\n".join(describe(name) for name in ("Specialised", *_SPECIALISED))
     yield _statement("Classes", "Some heads are specialised, more than in untrained models", verdict, evidence)
     if found:
         differs = [
@@ -4458,9 +4539,14 @@ def _class_statements(study: HeadStudy) -> Iterator[dict]:
             if shares[name]["trained"]["low"] > shares[name]["shuffled"]["high"]
             or shares[name]["trained"]["high"] < shares[name]["shuffled"]["low"]
         ]
-        evidence = "\n".join(describe(name) for name in differs or found)
+        evidence = "\n".join(["Tested by the shares of the classes only.", *map(describe, differs or found)])
         verdict = "supported" if differs else "undecided"
-        yield _statement("Classes", "What heads do depends on the order of the words", verdict, evidence)
+        yield _statement(
+            "Classes",
+            "Which classes the heads fall into depends on the order of the words",
+            verdict,
+            evidence,
+        )
     broad = shares["Global/Broad"]
     agrees = broad["trained"]["low"] <= _ORIGINAL_BROAD <= broad["trained"]["high"]
     apart = broad["trained"]["high"] < broad["untrained"]["low"] or broad["trained"]["low"] > broad["untrained"]["high"]
@@ -4478,7 +4564,10 @@ def _score_statements(study: HeadStudy) -> Iterator[dict]:
     heads = study.scores[study.scores["source"] == "windows"]
     for score, claim in _HEAD_CLAIMS.items():
         rows = {row["model"]: row for _, row in table[table["score"] == score].iterrows()}
-        text = {model: f"{r['mean']:.2f} ({r['low']:.2f} to {r['high']:.2f})" for model, r in rows.items()}
+        text = {
+            model: "{} ({} to {})".format(*(_number(row[key]) for key in ("mean", "low", "high")))
+            for model, row in rows.items()
+        }
         own, tau = rows["trained"], study.thresholds.tau[score]
         best = heads.loc[heads[score].idxmax()]
         found = own["low"] >= tau and own["low"] > rows["untrained"]["high"]
@@ -4488,32 +4577,45 @@ def _score_statements(study: HeadStudy) -> Iterator[dict]:
             f"ideal 1, the threshold {tau:.2f}. Strongest in untrained models: {text['untrained']}; on shuffled "
             f"tokens: {text['shuffled']}."
         )
-        yield _statement("Heads", claim, verdict, evidence.replace("-0.00", "0.00"))
+        yield _statement("Heads", claim, verdict, evidence)
 
 
 def _ablation_statements(study: HeadStudy) -> Iterator[dict]:
     table = study.ablation.merge(study.scores[study.scores["source"] == "windows"][["layer", "head", "class"]])
     n, n_windows = len(table), study.settings["ablation_windows"]
     matters, limit = heads_that_matter(table, n_windows)
-    increase = table["loss_increase"]
-    top = table.loc[increase.idxmax()]
+    top = table.loc[table["loss_increase"].idxmax()]
+    bound = (table["loss_increase"] + limit * table["standard_error"]).max()
     yield _statement(
         "Ablation",
         "Single heads matter for the prediction of held-out text",
-        "supported" if matters.any() else "not supported",
-        f"Replaced by its mean output, {matters.sum()} of {n} heads raise the loss by 0.001 nats or more "
+        "supported" if matters.any() else "not supported" if bound < MIN_LOSS_INCREASE else "undecided",
+        f"Replaced by its mean output, {matters.sum()} of {n} heads raise the loss by {MIN_LOSS_INCREASE} nats or more "
         f"and beyond {limit:.1f} standard errors ({n_windows} windows, corrected for {n} heads). Largest: layer "
         f"{top['layer']} head {top['head']} ({top['class']}), {top['loss_increase']:+.4f} nats per token, standard "
-        f"error {top['standard_error']:.4f}.",
+        f"error {top['standard_error']:.4f}. At the same confidence no head costs more than {bound:.4f}.",
     )
-    for name in _found_classes(study):
-        own = table["class"] == name
+    for row in study.class_ablation.itertuples(index=False):
+        name = row[0]
+        if name not in _found_classes(study):
+            continue
+        exceeds = row.loss_increase >= MIN_LOSS_INCREASE and row.excess_low > 0
+        verdict = "not supported" if row.high < MIN_LOSS_INCREASE else "supported" if exceeds else "undecided"
+        evidence = (
+            f"Ablated together, the {row.n_heads} {name} heads raise the loss by {row.loss_increase:.4f} nats per "
+            f"token ({row.low:.4f} to {row.high:.4f}, {n_windows} windows); single heads can be spared when others do "
+            "the same. "
+        )
+        if row.n_random_sets:
+            evidence += (
+                f"As many other heads, of the same layers where they have enough, cost {row.random_loss_increase:.4f} "
+                f"on average of {row.n_random_sets} sets; beyond the costliest set the class costs {row.excess:+.4f} "
+                f"({row.excess_low:+.4f} to {row.excess_high:+.4f})."
+            )
+        else:
+            evidence += f"Of {n} heads too few others are left for a set of equal size to compare with."
         yield _statement(
-            "Ablation",
-            f"{name} heads matter for the prediction of held-out text",
-            "supported" if (own & matters).any() else "not supported",
-            f"{(own & matters).sum()} of {own.sum()} {name} heads raise the loss beyond noise; their mean increase is "
-            f"{increase[own].mean():+.4f} nats, that of all heads {increase.mean():+.4f}.",
+            "Ablation", f"{name} heads matter for the prediction, more than as many others", verdict, evidence
         )
 
 
@@ -4521,11 +4623,12 @@ def _headline(study: HeadStudy, statements: Sequence[dict]) -> list[str]:
     """Two or three sentences that open the report."""
     heads = study.scores[study.scores["source"] == "windows"]
     n_special, n = int(heads["class"].isin(_SPECIALISED).sum()), len(heads)
-    others = {model: sum(_shares_of(study, name)[model]["share"] for name in _SPECIALISED) for model in MODEL_NAMES}
+    rows = _shares_of(study, "Specialised")
+    text = {model: _percent(*row[["share", "low", "high"]]) for model, row in rows.items()}
     shares = (
-        f"{n_special} of {n} heads ({n_special / n:.1%}) are specialised on held-out text; on shuffled tokens it is "
-        f"{others['shuffled']:.1%}, in untrained models {others['untrained']:.1%}, for a uniform head "
-        f"{others['uniform']:.1%}."
+        f"{n_special} of {n} heads, {text['trained']}, are specialised on held-out text; on shuffled tokens it is "
+        f"{text['shuffled']}, in untrained models {text['untrained']}, for a uniform head {text['uniform']}. "
+        "Intervals: 95% over texts; range of the untrained models."
     )
     tally = {name: [s["claim"] for s in statements if s["verdict"] == name] for name in _VERDICTS}
     if not tally["supported"]:
@@ -4603,6 +4706,11 @@ def _table(rows: Sequence[dict], columns: Mapping[str, str], caption: str) -> _H
     return _fill(_TABLE_HTML, caption=caption, head=head, body=body)
 
 
+def _full_table(rows: Sequence[dict], caption: str, *left_out: str) -> _Html:
+    """A table with a column for each key of the rows."""
+    return _table(rows, {key: key.replace("_", " ") for row in rows[:1] for key in row if key not in left_out}, caption)
+
+
 def _share_table(shares: Sequence[dict]) -> _Html:
     """Share of each class on held-out text, a column a model."""
     rows: dict[str, dict] = {}
@@ -4651,19 +4759,6 @@ def write_report(path: str | Path, findings: dict, pictures: Sequence[Picture]) 
     limits |= {f"tau, {name}": value for name, value in findings["thresholds"].get("tau", {}).items()}
     settings = [{"name": name, "value": value} for name, value in (limits | findings["settings"]).items()]
     two = {"name": "what", "value": "value"}
-    share_columns = {
-        "source": "text",
-        "model": "model",
-        "class": "class",
-        "share": "share",
-        "low": "low",
-        "high": "high",
-    }
-    base_columns = {"source": "text", "model": "model", "score": "score", "statistic": "over heads"}
-    base_columns |= {"mean": "value", "low": "low", "high": "high"}
-    score_columns = {key: key.replace("_", " ") for key in (findings["head_scores"] or [{}])[0]}
-    ablation_columns = {key: key.replace("_", " ") for key in (findings["ablation"] or [{}])[0]}
-    language_columns = {key: key.replace("_", " ") for key in (findings["language"] or [{}])[0] if key != "claim"}
     language = findings["language"]
     body = _fill(
         _REPORT_HTML,
@@ -4676,19 +4771,22 @@ def write_report(path: str | Path, findings: dict, pictures: Sequence[Picture]) 
         class_pictures=show(
             "class_baselines_windows", "class_shares_windows", "class_baselines_sentences", "class_shares_sentences"
         ),
-        class_table=_table(findings["class_shares"], share_columns, "Share of heads in each class"),
+        class_table=_full_table(findings["class_shares"], "Share of heads in each class"),
         score_verdicts=verdicts("Heads"),
         score_pictures=show("score_maps_windows", "score_maps_sentences"),
-        score_table=_table(findings["head_scores"], score_columns, "Scores of every head"),
-        baseline_table=_table(findings["score_baselines"], base_columns, "Scores beside their baselines"),
+        score_table=_full_table(findings["head_scores"], "Scores of every head"),
+        baseline_table=_full_table(findings["score_baselines"], "Scores beside their baselines"),
         ablation_verdicts=verdicts("Ablation"),
         ablation_pictures=show("ablation"),
-        ablation_table=_table(findings["ablation"], ablation_columns, "Loss without each head, nats per token"),
+        class_ablation_table=_full_table(
+            findings["class_ablation"], "Loss without all heads of a class, nats per token"
+        ),
+        ablation_table=_full_table(findings["ablation"], "Loss without each head, nats per token"),
         spread_pictures=show("entropy_distance_windows", "entropy_distance_sentences"),
         similarity_pictures=show("similarity", "similarity_without_sink"),
         language_verdicts=verdicts("Language") if language else _Html("<p>No linguistic tests were run.</p>"),
         language_pictures=show("language"),
-        language_table=_table(language, language_columns, "Linguistic tests") if language else _Html(""),
+        language_table=_full_table(language, "Linguistic tests", "claim") if language else _Html(""),
         sentences=sentences,
         settings=_table(settings, two, "Thresholds and settings"),
     )
@@ -4865,10 +4963,11 @@ own: that is not attending broadly.</p>
 
 <h2 id="ablation">Which heads matter</h2>
 <p>A pattern is no proof of use. Here each head's output is replaced by its mean, and the loss on held-out text is
-measured again.</p>
+measured again; then the same for all heads of a class at once, beside as many other heads.</p>
 {{ablation_verdicts}}
 {{ablation_pictures}}
-<details><summary>Table of ablations</summary>
+<details><summary>Tables of ablations</summary>
+{{class_ablation_table}}
 {{ablation_table}}
 </details>
 
@@ -4877,13 +4976,14 @@ measured again.</p>
 {{spread_pictures}}
 
 <h2 id="similarity">Which heads look alike</h2>
-<p>Heads that share a branch low in the tree look at the same places. Branches below the dashed noise floor differ
-less than one head does from itself on other texts. The second picture leaves the first token out, since sinks make
-heads look alike.</p>
+<p>Heads that share a branch low in the tree look at the same places of the same text. The dashed line is a yardstick,
+not a limit of error: how far one head is from itself when the text changes. Two heads whose branch lies below it
+differ less than that. The second picture leaves the first token out, since sinks make heads look alike.</p>
 {{similarity_pictures}}
 
 <h2 id="language">Language</h2>
-<p>Each claim is tested with pairs of sentences, one good and one bad, that differ in little else. The model should
+<p>Each claim is tested with pairs of sentences, one good and one wrong (for negation and fixed phrases: unusual rather
+than wrong), that differ in little else. The model should
 find the good one more likely; heads that look at the right word are chosen on one half of the pairs and tested on
 the other; then they are removed, and must be missed more than random heads of the same layers.</p>
 {{language_verdicts}}
@@ -4906,7 +5006,7 @@ attention through all layers. The same maps are in the explorer, where you can p
 <dt>Kappa</dt><dd>Attention on a set of tokens beyond what a uniform head puts there, divided by the most that is
 possible beyond it, in the manner of Cohen's kappa.</dd>
 <dt>Ablation</dt><dd>Replacing a head's output by its mean to see what is lost.</dd>
-<dt>Minimal pair</dt><dd>Two sentences that differ in one point, one of them wrong.</dd>
+<dt>Minimal pair</dt><dd>Two sentences that differ in one point, one of them wrong or at least unusual.</dd>
 <dt>Rollout</dt><dd>Attention multiplied through the layers (Abnar &amp; Zuidema 2020), here minus that of uniform
 heads.</dd>
 <dt>Nat</dt><dd>The unit of loss: 0.69 nats are one bit.</dd>
@@ -5917,12 +6017,10 @@ def _ms(milliseconds: float) -> str:
 
 def plot_benchmark(frame: pd.DataFrame) -> Figure:
     """Latency of each row of `benchmark`, a panel for each shape: bars to the median, lines to p99, dots: the floor."""
-    from matplotlib.figure import Figure
-
     shapes, names = frame[["batch", "length"]].drop_duplicates().values.tolist(), frame.variant.unique().tolist()
     n_columns = min(3, len(shapes))
     n_rows = math.ceil(len(shapes) / n_columns)
-    figure = Figure(figsize=(3 + 3.4 * n_columns, 1 + n_rows * (0.8 + 0.3 * len(names))), layout="constrained")
+    figure = _figure(3 + 3.4 * n_columns, 1 + n_rows * (0.8 + 0.3 * len(names)), layout="constrained")
     panels = figure.subplots(n_rows, n_columns, sharey=True, squeeze=False).flatten()
     colors = ["#c44e52" if name.startswith("TensorRT") else "#4c72b0" for name in names]
     for axes, (batch, length) in zip(panels, shapes, strict=False):
@@ -5934,8 +6032,7 @@ def plot_benchmark(frame: pd.DataFrame) -> Figure:
             text = "left out" if math.isnan(p50) else f"{_ms(p50)}, {speedup:.2g}×"
             axes.text(0 if math.isnan(p50) else p99, y, f" {text}", va="center", fontsize=8)
         limit = 1.7 * (rows.p99_ms.fillna(0).max() or 1)
-        axes.set(title=f"batch {batch}, {length} tokens", xlabel="latency (ms)", xlim=(0, limit))
-        axes.spines[["top", "right"]].set_visible(False)
+        _clean(axes, f"batch {batch}, {length} tokens", xlabel="latency (ms)", xlim=(0, limit))
     panels[0].invert_yaxis()  # the axis is shared
     for axes in panels[len(shapes) :]:
         axes.remove()

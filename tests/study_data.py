@@ -60,8 +60,8 @@ def make_study(n_layer: int = 2, n_head: int = 2, trained: bool = True, seed: in
     for source in ("sentences", "windows"):
         own = scores[scores["source"] == source]
         for model in pico.MODEL_NAMES:
-            for name in CLASSES:
-                share = float((own["class"] == name).mean())
+            for name in (*CLASSES, "Specialised"):
+                share = float((own["class"].isin(CLASSES[:3] if name == "Specialised" else [name])).mean())
                 if model in ("untrained", "uniform"):
                     share = float(name == "Global/Broad")
                 reach = 0.0 if model == "uniform" else 0.03
@@ -82,6 +82,10 @@ def make_study(n_layer: int = 2, n_head: int = 2, trained: bool = True, seed: in
     ablation["loss_increase"] = rng.normal(0.02 if trained else 0.0, 0.01 if trained else 1e-5, len(ablation))
     ablation["loss"] = 4.0 + ablation["loss_increase"]
     ablation["standard_error"] = 0.001 if trained else 1e-4
+    kinds = scores[scores["source"] == "windows"]["class"].value_counts()
+    by_class = pd.DataFrame({"class": CLASSES[:3], "n_heads": [int(kinds.get(name, 0)) for name in CLASSES[:3]]})
+    by_class = by_class[by_class["n_heads"] > 0].assign(loss_increase=0.3, low=0.2, high=0.4, n_random_sets=9)
+    by_class = by_class.assign(random_loss_increase=0.01, excess=0.25, excess_low=0.15, excess_high=0.35)
     n = n_layer * n_head
     points = rng.normal(0, 1, (n, 3)) + 3 * (np.arange(n) % 3)[:, None]
     distances = np.linalg.norm(points[:, None] - points[None], axis=-1)
@@ -92,6 +96,7 @@ def make_study(n_layer: int = 2, n_head: int = 2, trained: bool = True, seed: in
         shares=pd.DataFrame(shares),
         baselines=pd.DataFrame(baselines),
         ablation=ablation.reset_index(drop=True),
+        class_ablation=by_class.reset_index(drop=True),
         similarity=distances,
         similarity_without_sink=distances**2,
         noise_floor=0.05,
@@ -111,18 +116,25 @@ def make_language(trained: bool = True) -> pd.DataFrame:
             {
                 "phenomenon": phenomenon,
                 "claim": f"The model handles {phenomenon.lower()}",
-                "n_pairs": 40,
+                "n_items": 40,
+                "n_pairs": 160,
                 "accuracy": accuracy,
                 "accuracy_low": accuracy - 0.08,
                 "accuracy_high": accuracy + 0.08,
                 "untrained_accuracy": 0.49,
-                "heads": "1.0, 1.1",
+                "untrained_accuracy_highest": 0.52,
+                "n_heads": 2,
+                "n_draws": 4,
+                "heads": "L1H0, L1H1",
                 "attention_difference": effect,
                 "attention_low": effect - 0.05,
                 "attention_high": effect + 0.05,
+                "untrained_attention_highest": 0.03,
                 "p_value": 0.001 if effect > 0.1 else 0.4,
                 "margin_drop": 2 * effect,
                 "random_margin_drop": 0.02,
+                "margin_excess_low": 2 * effect - 0.12,
+                "margin_excess_high": 2 * effect + 0.08,
                 "loss_increase": effect / 10,
                 "random_loss_increase": 0.001,
                 "verdict": "supported" if effect > 0.1 else "undecided" if trained else "not supported",

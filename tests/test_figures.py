@@ -185,6 +185,26 @@ def test_ablation_map_is_centred_on_zero():
     np.testing.assert_allclose(image.get_array(), [[30, -10], [0, 0], [0, 0]])
 
 
+def test_language_picture_shows_every_baseline_on_a_scale_that_keeps_noise_small():
+    language = make_language(trained=False)
+    panels = pico.plot_language(language).axes
+    for axes, name in zip(panels, ("untrained_accuracy_highest", "untrained_attention_highest"), strict=False):
+        hollow = next(c for c in axes.collections if c.get_label() == "highest of the untrained models")
+        np.testing.assert_allclose(hollow.get_offsets()[:, 0], language[name])
+    ends = [segment[:, 0] for segment in panels[2].containers[0].lines[2][0].get_segments()]
+    np.testing.assert_allclose(ends, language[["margin_excess_low", "margin_excess_high"]])
+    tiny = language.assign(attention_difference=0.001, attention_low=0.0005, attention_high=0.0015)
+    low, high = pico.plot_language(tiny.assign(untrained_attention_highest=0.0)).axes[1].get_xlim()
+    assert low <= -pico.NULL_ATTENTION and high >= 0.1
+
+
+def test_no_number_is_minus_zero():
+    assert [pico._number(value) for value in (-0.001, 0.0, -0.006, 0.125)] == ["0.00", "0.00", "-0.01", "0.12"]
+    scores = make_study(2, 2, trained=False).scores
+    scores["previous"] = -1e-4
+    assert "highest previous score: 0.00" in [why for *_, why in pico.choose_heads(scores, 8)]
+
+
 def test_similar_heads_stand_together():
     kinds = np.array([0, 1, 0, 1, 1, 0])
     rng = np.random.default_rng(0)

@@ -8,6 +8,7 @@ import sys
 import numpy as np
 import pandas as pd
 import pytest
+import scipy.stats
 import torch
 
 import pico_helpers as ph
@@ -365,7 +366,8 @@ def test_shares_interval_comes_from_resampling_texts():
 
     def diagonal(some_sums):
         shares = ph.class_shares(some_sums, ph.ScoreThresholds(), n_bootstrap=400).set_index("class")
-        assert shares["share"].sum() == pytest.approx(1)
+        assert shares["share"].drop("Specialised").sum() == pytest.approx(1)
+        assert shares.loc["Specialised"].tolist() == shares.loc["Diagonal/Self"].tolist()
         return shares.loc["Diagonal/Self"].tolist()
 
     assert diagonal(sums(8)) == [1, 1, 1]
@@ -467,6 +469,44 @@ def test_ablation_map_does_not_depend_on_batches(monkeypatch):
     some = ph.head_ablation_map(model, idx, heads=[(1, 1), (0, 0)])
     expected = whole[whole["layer"] == whole["head"]].reset_index(drop=True)
     pd.testing.assert_frame_equal(some, expected, atol=1e-5)
+
+
+def test_ablation_of_the_last_predictions():
+    model, idx = strong_model(), random_windows(5, 24)
+    means = ph.mean_head_outputs(model, idx)
+    row = ph.head_ablation_map(model, idx, [(0, 1)], means=means, n_last=7).iloc[0]
+    with torch.no_grad(), ph.ablate_heads(model.eval(), [(0, 1)], "mean", means):
+        logits = model(idx[:, :-1])[:, -7:]
+    assert row["loss"] == pytest.approx(torch.nn.functional.cross_entropy(logits.mT, idx[:, -7:]).item(), abs=1e-4)
+
+
+def test_class_ablation_equals_plain_passes():
+    """The row of a class is what the plain passes without its heads, and without the others, say."""
+    model, idx = strong_model(), random_windows(12, 24)
+    means = ph.mean_head_outputs(model, idx)
+    rows = [(layer, head, "Local Context" if layer == 0 else "Mixed") for layer in range(2) for head in range(2)]
+    scores = pd.DataFrame(rows, columns=["layer", "head", "class"])
+    row = ph.class_ablation(model, idx, scores, means).iloc[0]
+    losses = []
+    for heads in ([], [(0, 0), (0, 1)], [(1, 0), (1, 1)]):
+        with torch.no_grad(), ph.ablate_heads(model.eval(), heads, "mean", means):
+            losses.append([model(window[None, :-1], window[None, 1:]).item() for window in idx])
+    base, own, others = np.array(losses)
+    assert (row["class"], row["n_heads"], row["n_random_sets"]) == ("Local Context", 2, 1)  # one set of others exists
+    assert row["loss_increase"] == pytest.approx((own - base).mean(), abs=1e-4)
+    assert row["random_loss_increase"] == pytest.approx((others - base).mean(), abs=1e-4)
+    p = scipy.stats.ttest_rel(own, others).pvalue
+    assert row["excess"] == pytest.approx((own - others).mean(), abs=1e-4)
+    assert (row["excess_low"] > 0 or row["excess_high"] < 0) == (p < 0.05)
+    assert row["low"] < row["loss_increase"] < row["high"]
+
+
+def test_a_class_that_leaves_too_few_others_has_no_random_set():
+    model, idx = strong_model(), random_windows(4, 24)
+    scores = pd.DataFrame({"layer": [0, 0, 1, 1], "head": [0, 1, 0, 1], "class": ["Token-Specific"] * 3 + ["Mixed"]})
+    table = ph.class_ablation(model, idx, scores)
+    assert table["n_random_sets"].tolist() == [0] and table[["excess", "random_loss_increase"]].isna().all(axis=None)
+    assert table["loss_increase"].notna().all()
 
 
 def test_a_head_that_writes_nothing_does_not_matter():
@@ -613,7 +653,7 @@ def test_study_holds_every_source_and_baseline(study):
         for source in ("sentences", "windows")
         for model in ("trained", "shuffled", "untrained", "uniform")
     }
-    assert np.allclose(groups["share"].sum(), 1)
+    assert np.allclose(groups["share"].sum() - groups["share"].last(), 1)  # the last row sums up three of the classes
     assert (study.shares["low"] <= study.shares["high"]).all()
     assert study.shares.columns.tolist() == ["source", "model", "class", "share", "low", "high"]
     assert study.baselines.columns.tolist() == ["source", "model", "score", "statistic", "mean", "low", "high"]
@@ -654,14 +694,17 @@ def test_study_of_untrained_model_reports_no_specialised_share(study):
     assert (found["high"] == 0).all()
 
 
+def test_study_bounds_the_predictions_of_its_ablations(monkeypatch):
+    monkeypatch.setattr(ph, "_MAX_PREDICTIONS", 4 * 3 * 10)  # heads, windows, predictions of each
+    model, windows = ph.PicoLLM(TEXT_CONFIG, 3), random_windows(3, 64, vocab_size=50257)
+    short = ph.study_heads(model, SENTENCES, windows, n_seeds=1, n_bootstrap=10)
+    assert short.settings["ablation_predictions"] == 30
+    expected = ph.head_ablation_map(model, windows, n_last=10)
+    pd.testing.assert_frame_equal(short.ablation, expected)
+    assert short.class_ablation.empty  # an untrained model has no head of a specialised class
+
+
 def test_study_moves_the_bar_it_is_given(tmp_path):
     with open(tmp_path / "bar", "w") as stream, ph.tqdm(total=5, initial=5, file=stream) as bar:
         ph.study_heads(ph.PicoLLM(TEXT_CONFIG), SENTENCES, random_windows(2, 64), n_seeds=1, n_bootstrap=10, bar=bar)
         assert bar.n == bar.total > 5
-
-
-def test_untrained_scores_are_one_table_a_seed():
-    table = ph.untrained_scores(CONFIG, n_seeds=2, idx=random_windows(2, 64))
-    assert len(table) == 2 * 4 and table["seed"].nunique() == 2
-    one, other = (part.drop(columns="seed").reset_index(drop=True) for _, part in table.groupby("seed"))
-    assert not one.equals(other)

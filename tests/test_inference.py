@@ -475,7 +475,7 @@ def test_plot_shows_every_row_of_every_shape(scripted_variants, model, file):
     table = pico.benchmark(model, file, (1, 2), (8, 16), n_runs=2)
     for frame in (table, table.assign(p50_ms=math.nan, p99_ms=math.nan, speedup=math.nan)):  # also when all failed
         figure = pico.plot_benchmark(frame)
-        assert [axes.get_title() for axes in figure.axes] == [
+        assert [axes.get_title("left") for axes in figure.axes] == [
             f"batch {batch}, {length} tokens" for length in (8, 16) for batch in (1, 2)
         ]
         assert [text.get_text() for text in figure.axes[0].get_yticklabels()] == table.variant.unique().tolist()

@@ -175,7 +175,7 @@ def test_the_target_is_the_word_that_decides(pairs):
             continue
         target, distractor, right = word_at(pair, pair.target), word_at(pair, pair.distractor), pair.good.split()[-1]
         match pair.phenomenon:
-            case "article-noun":
+            case "determiner-noun":
                 assert (target in ("a", "an")) == (right in pico._THING.split())
                 follower = word_at(pair, pair.target + 1)
                 assert target != "a" or follower[0] not in "aeio"
@@ -332,6 +332,7 @@ def test_bootstrap_interval_covers_the_truth():
 GOOD = pico.LinguisticEvidence(
     phenomenon="question", claim="", n_items=40, n_pairs=160,
     accuracy=0.85, accuracy_low=0.78, accuracy_high=0.91, untrained_accuracy=0.5, untrained_accuracy_highest=0.55,
+    n_heads=1, n_draws=4,
     heads="L1H0", attention_difference=0.2, attention_low=0.15, attention_high=0.25, untrained_attention_highest=0.01,
     p_value=0.001, margin_drop=1.0, random_margin_drop=0.1, margin_excess_low=0.5, margin_excess_high=1.2,
     loss_increase=0.1, random_loss_increase=0.1,
@@ -349,6 +350,8 @@ GOOD = pico.LinguisticEvidence(
         ({"untrained_attention_highest": 0.16}, "undecided", "attention"),
         ({"margin_excess_low": 0.009}, "undecided", "without them"),
         ({"accuracy_low": 0.45, "accuracy_high": 0.59}, "not supported", "prefers"),
+        ({"accuracy_low": 0.53, "accuracy_high": 0.59, "untrained_accuracy_highest": 0.51}, "supported", "three"),
+        ({"accuracy_low": 0.53, "accuracy_high": 0.59, "untrained_accuracy_highest": 0.55}, "not supported", "prefers"),
         ({"attention_low": -0.01, "attention_high": 0.019}, "not supported", "attention"),
         ({"margin_excess_low": -0.5, "margin_excess_high": -0.1}, "not supported", "without them"),
     ],

@@ -46,7 +46,7 @@ def test_verdicts_of_a_study_with_known_truth():
     assert list(verdicts(findings, "Classes").values()) == ["supported", "undecided", "not supported"]
     assert set(verdicts(findings, "Ablation").values()) == {"supported"}
     assert verdicts(findings, "Language")["The model handles subject and verb"] == "supported"
-    assert findings["headline"][0].startswith("6 of 12 heads (50.0%) are specialised")
+    assert findings["headline"][0].startswith("6 of 12 heads, 50.0% (47.0% to 53.0%), are specialised")
     assert findings["about"] == {"Model": "made up"}
 
 
@@ -68,11 +68,11 @@ def test_nothing_is_found_in_a_real_untrained_model():
 def test_a_share_within_the_untrained_range_is_no_finding():
     study = make_study(3, 4)
     untrained = study.shares["model"] == "untrained"
-    special = study.shares["class"].isin(["Diagonal/Self", "Local Context", "Token-Specific"])
-    study.shares.loc[untrained & special, "high"] = 1 / 6 - 0.01  # this model: 1/6, interval down to 1/6 - 0.03
+    special = study.shares["class"].isin(["Diagonal/Self", "Local Context", "Token-Specific", "Specialised"])
+    study.shares.loc[untrained & special, "high"] = 1 / 2 - 0.01  # this model: 1/2, interval down to 1/2 - 0.03
     findings = pico.study_findings(study)
     assert next(iter(verdicts(findings, "Classes").values())) == "undecided"
-    study.shares.loc[untrained & special, "high"] = 0.5
+    study.shares.loc[untrained & special, "high"] = 0.6
     assert next(iter(verdicts(pico.study_findings(study), "Classes").values())) == "not supported"
     assert len(verdicts(findings, "Ablation")) == 1  # no claim about a class that was not found
 
@@ -80,19 +80,49 @@ def test_a_share_within_the_untrained_range_is_no_finding():
 def test_classes_that_shuffling_changes_depend_on_word_order():
     study = make_study(3, 4)
     study.shares.loc[study.shares["model"] == "shuffled", ["share", "low", "high"]] = 0.0
-    assert (
-        verdicts(pico.study_findings(study), "Classes")["What heads do depends on the order of the words"]
-        == "supported"
-    )
+    classes = verdicts(pico.study_findings(study), "Classes")
+    assert classes["Which classes the heads fall into depends on the order of the words"] == "supported"
 
 
-def test_an_ablation_within_noise_is_no_finding():
+def single_heads(study):
+    return verdicts(pico.study_findings(study), "Ablation")["Single heads matter for the prediction of held-out text"]
+
+
+def test_single_heads_are_unimportant_only_where_the_data_exclude_it():
     study = make_study(3, 4)
+    assert single_heads(study) == "supported"
     study.ablation["standard_error"] = 0.05
-    assert set(verdicts(pico.study_findings(study), "Ablation").values()) == {"not supported"}
-    study.ablation["standard_error"] = 1e-9
+    assert single_heads(study) == "undecided"  # none stands out, any may matter
     study.ablation["loss_increase"] = 0.0005  # certain, but of no consequence
-    assert set(verdicts(pico.study_findings(study), "Ablation").values()) == {"not supported"}
+    study.ablation["standard_error"] = 1e-5
+    assert single_heads(study) == "not supported"
+    study.ablation.loc[0, "standard_error"] = 1e-3  # one head that was not measured well
+    assert single_heads(study) == "undecided"
+
+
+@pytest.mark.parametrize(
+    "changes, expected",
+    [
+        ({}, "supported"),
+        ({"excess_low": -0.01}, "undecided"),  # other heads may matter as much
+        ({"loss_increase": 1e-4, "low": -1e-3, "high": 1e-3 - 1e-6, "excess_low": 1e-5}, "not supported"),
+        ({"loss_increase": 1e-4, "low": -1e-2, "high": 1e-2, "excess_low": -1e-2}, "undecided"),
+        ({"n_random_sets": 0, "excess": np.nan, "excess_low": np.nan}, "undecided"),
+    ],
+)
+def test_a_class_matters_if_its_heads_together_cost_more_than_others(changes, expected):
+    study = make_study(3, 4)
+    study.ablation["loss_increase"] = 0.0  # each of the heads alone can be spared
+    study.class_ablation[list(changes)] = list(changes.values())
+    findings = pico.study_findings(study)
+    assert (
+        verdicts(findings, "Ablation")["Local Context heads matter for the prediction, more than as many others"]
+        == expected
+    )
+    evidence = next(row["evidence"] for row in findings["statements"] if row["claim"].startswith("Local Context heads"))
+    assert f"{study.class_ablation['high'].iloc[0]:.4f}" in evidence
+    assert ("too few others" in evidence) == (changes.get("n_random_sets") == 0)
+    assert findings["class_ablation"][0]["n_heads"] == 2
 
 
 def test_findings_are_strict_json_with_every_number(tmp_path):
@@ -108,7 +138,8 @@ def test_findings_are_strict_json_with_every_number(tmp_path):
     assert read == findings
     assert read["head_scores"][0]["induction"] is None
     assert read["head_scores"][1]["previous"] == pytest.approx(study.scores.loc[1, "previous"])
-    assert read["thresholds"]["tau"]["sink"] == 0.3
+    assert read["thresholds"]["tau"]["sink"] == 0.3 and read["thresholds"]["null_attention"] == pico.NULL_ATTENTION
+    assert [read["settings"][f"language_{name}"] for name in ("n_items", "n_heads", "n_draws")] == [40, 2, 4]
     assert len(read["class_shares"]) == len(study.shares) and len(read["language"]) == 5
 
 
@@ -158,7 +189,8 @@ def test_report_is_one_page_with_every_picture_described(report):
     for row in findings["statements"]:
         assert " ".join(row["claim"].split()) in words and " ".join(row["evidence"].split()) in words
     assert all(line in words for line in findings["headline"])
-    for term in ("85.7%", "tau, previous", "uniform head", "untrained models", "Kappa"):
+    limits = "tau, previous", "significance", "null_accuracy", "null_attention", "null_margin", "min_loss_increase"
+    for term in (*limits, "language_n_items", "85.7%", "uniform head", "untrained models", "Kappa"):
         assert term in words
 
 
