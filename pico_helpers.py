@@ -5486,7 +5486,7 @@ def check_accuracy(
     for name, bound in vars(bounds).items():
         value = getattr(accuracy, name)
         if not (value >= bound if name == "top1_agreement" else abs(value) <= bound):  # true for NaN
-            problems.append(f"{name} {value:.2g} (bound {bound:g})")
+            problems.append(f"{name} {value:.4g} (bound {bound:g})")
     if problems:
         raise PicoError(f"Refused by the accuracy gate: {', '.join(problems)}.")
     return accuracy
