@@ -672,9 +672,10 @@ def choose_corpus(name: str = "auto", fraction: float | None = None, data_folder
     if name == "offline":
         return _offline_corpus("it was asked for")
     if name in ("auto", "wikitext103"):
-        if not math.isclose(100 * (fraction or 0.2), round(100 * (fraction or 0.2))):
-            raise PicoError(f"WikiText-103 is read in whole percent, not {fraction:%}.")
-        corpus = _wikitext_corpus(fraction or 0.2)
+        share = fraction or 0.2
+        if not math.isclose(100 * share, round(100 * share)):
+            raise PicoError(f"WikiText-103 is read in whole percent, not {share:%}.")
+        corpus = _wikitext_corpus(share)
         if all(_token_folder(corpus, split, data_folder).is_dir() for split in ("train", "validation")):
             return corpus
         problem = _hub_problem()
@@ -741,11 +742,8 @@ def prepare_tokens(corpus: Corpus, split: str, data_folder: str | Path = "data")
         return open_tokens(folder)
     tokenizer = get_tokenizer()
     n_tokens, n_words = 0, 0
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    except OSError as error:
-        raise PicoError(f"Cannot write to {data_folder}: {error.strerror}. Choose another data folder.") from error
+    check_writable(data_folder)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
         with (
             open(temporary / "tokens.bin", "wb") as tokens_file,
@@ -2632,6 +2630,18 @@ def head_ablation_map(
     return pd.DataFrame(columns)
 
 
+def heads_that_matter(ablation: pd.DataFrame, n_windows: int) -> tuple[pd.Series, float]:
+    """Which heads' ablation raises the loss by MIN_LOSS_INCREASE and beyond noise, and the limit in standard errors.
+
+    A t-test over windows at 5%, two-sided, corrected for the number of heads (Bonferroni).
+    """
+    from scipy.stats import t
+
+    limit = float(t.ppf(1 - 0.025 / len(ablation), n_windows - 1))
+    increase = ablation["loss_increase"]
+    return (increase >= MIN_LOSS_INCREASE) & (increase > limit * ablation["standard_error"]), limit
+
+
 def _random_heads(heads: Sequence[tuple[int, int]], config: ModelConfig, random: Random) -> list[tuple[int, int]]:
     """As many other heads of the same layers. Where a layer has too few others, heads of any layer fill up."""
     drawn: list[tuple[int, int]] = []
@@ -3750,6 +3760,11 @@ def attention_graph(
     return graph
 
 
+def _flow_layers(n_layer: int) -> list[int]:
+    """First, middle and last."""
+    return sorted({0, n_layer // 2, n_layer - 1})
+
+
 def plot_attention_flow(capture: AttentionCapture, layers: Sequence[int] | None = None) -> Figure:
     """Arcs from each token up to the earlier tokens that it looks at, mean over heads, one panel a layer.
 
@@ -3758,7 +3773,7 @@ def plot_attention_flow(capture: AttentionCapture, layers: Sequence[int] | None 
     """
     weights = np.asarray(capture.weights).mean(axis=1)  # (n_layer, T, T)
     n_layer = len(weights)
-    layers = sorted({0, n_layer // 2, n_layer - 1}) if layers is None else list(layers)
+    layers = _flow_layers(n_layer) if layers is None else list(layers)
     n = min(len(capture.labels), _MAX_NODES)
     room = _label_room(_short_labels(capture.labels, n), 0.2)
     panel, spacing = room + 2.1, 0.22
@@ -3815,10 +3830,15 @@ def attention_rollout(weights: np.ndarray) -> np.ndarray:
     return functools.reduce(lambda below, layer: (layer + identity) / 2 @ below, layers, identity)
 
 
+def _rollout_difference(weights: np.ndarray) -> np.ndarray:
+    """Rollout of (n_layer, H, T, T) minus that of uniform heads, (T, T)."""
+    n_layer, _, n_tokens, _ = weights.shape
+    return attention_rollout(weights) - attention_rollout(uniform_attention(n_layer, n_tokens))
+
+
 def plot_rollout(capture: AttentionCapture) -> Figure:
     """Attention rollout minus that of uniform heads: blue where more, red where less of an input arrives."""
-    weights = np.asarray(capture.weights)
-    difference = attention_rollout(weights) - attention_rollout(uniform_attention(len(weights), len(capture.labels)))
+    difference = _rollout_difference(np.asarray(capture.weights))
     labels = _short_labels(capture.labels, _MAX_LABELS)
     n = len(labels)
     difference = difference[:n, :n]
@@ -3953,18 +3973,6 @@ def plot_score_maps(scores: pd.DataFrame, source: str = "windows") -> Figure:
     where = _SOURCE_NAMES[source]
     figure.suptitle(f"Scores of every head on {where}", x=0.01, ha="left", fontsize=11, weight="bold")
     return figure
-
-
-def heads_that_matter(ablation: pd.DataFrame, n_windows: int) -> tuple[pd.Series, float]:
-    """Which heads' ablation raises the loss by MIN_LOSS_INCREASE and beyond noise, and the limit in standard errors.
-
-    A t-test over windows at 5%, two-sided, corrected for the number of heads (Bonferroni).
-    """
-    from scipy.stats import t
-
-    limit = float(t.ppf(1 - 0.025 / len(ablation), n_windows - 1))
-    increase = ablation["loss_increase"]
-    return (increase >= MIN_LOSS_INCREASE) & (increase > limit * ablation["standard_error"]), limit
 
 
 def plot_ablation(ablation: pd.DataFrame, n_windows: int) -> Figure:
@@ -4168,20 +4176,19 @@ def draw_study(
     folder = Path(folder)
     heads = choose_heads(study.scores)
     model_plan = list(_plan_model(study, language, metrics))
-    jobs, pictures = [], []
+    jobs, pictures, of_model = [], [], []
     for number, (category, members) in enumerate(captures.items(), start=1):
         place = folder / f"{number:02d}_{re.sub(r'[^a-z0-9]+', '_', category.lower()).strip('_')}"
         for picture, job in _plan_category(category, members, heads, place):
             pictures.append(picture)
             jobs.append(job)
     with progress(total=len(model_plan) + len(jobs), desc="Drawing", unit="picture") as bar, _drawing(jobs) as draw_all:
-        for name, title, alt, caption, draw in reversed(model_plan):
-            stem = folder / "model" / name
-            save_figure(draw(), stem)
-            pictures.insert(0, Picture(stem.with_suffix(".png"), "Model", title, alt, caption))
+        for name, title, alt, caption, draw in model_plan:
+            png, _ = save_figure(draw(), folder / "model" / name)
+            of_model.append(Picture(png, "Model", title, alt, caption))
             bar.update()
         draw_all(bar)
-    return pictures
+    return of_model + pictures
 
 
 def _plan_model(study: HeadStudy, language: pd.DataFrame | None, metrics: Sequence[dict]) -> Iterator[tuple]:
@@ -4333,11 +4340,12 @@ def _plan_category(
             f"Rows look.{cut}",
             heads,
         )
-        shown = sorted({0, len(means) // 2, len(means) - 1})
-        looks = "; ".join(f"layer {layer}: {_strongest_look(means[layer], names)}" for layer in shown)
+        looks = "; ".join(
+            f"layer {layer}: {_strongest_look(means[layer], names)}" for layer in _flow_layers(len(means))
+        )
         cut = _cut_note(len(labels), _MAX_NODES)
         yield plan("flow", stem, one, f"Flow: {text}", f"Arcs between tokens. {looks}.", f"Wider is stronger.{cut}")
-        change = attention_rollout(weights) - attention_rollout(uniform_attention(len(weights), len(labels)))
+        change = _rollout_difference(weights)
         row, key = np.unravel_index(np.abs(change).argmax(), change.shape)
         cut = _cut_note(len(labels), _MAX_LABELS)
         yield plan(
@@ -4595,9 +4603,10 @@ def _ablation_statements(study: HeadStudy) -> Iterator[dict]:
         f"{top['layer']} head {top['head']} ({top['class']}), {top['loss_increase']:+.4f} nats per token, standard "
         f"error {top['standard_error']:.4f}. At the same confidence no head costs more than {bound:.4f}.",
     )
+    found = _found_classes(study)
     for row in study.class_ablation.itertuples(index=False):
         name = row[0]
-        if name not in _found_classes(study):
+        if name not in found:
             continue
         exceeds = row.loss_increase >= MIN_LOSS_INCREASE and row.excess_low > 0
         verdict = "not supported" if row.high < MIN_LOSS_INCREASE else "supported" if exceeds else "undecided"
@@ -5473,7 +5482,7 @@ def check_accuracy(
     with evaluating(reference):
         for row in tokens.to(reference.rope_cos.device).split(1):
             idx, targets = row[:, :-1].contiguous(), row[0, 1:]
-            with _float32_matmul("highest"):
+            with float32_matmul("highest"):
                 expected = reference(idx)[0].float()
             actual = candidate(idx)[0].to(expected)
             difference, p, q = (actual - expected).abs(), expected.log_softmax(-1), actual.log_softmax(-1)
@@ -5493,7 +5502,7 @@ def check_accuracy(
 
 
 @contextlib.contextmanager
-def _float32_matmul(precision: str, run: Callable | None = None) -> Iterator[Callable | None]:
+def float32_matmul(precision: str, run: Callable | None = None) -> Iterator[Callable | None]:
     """float32 products in full ("highest") or with TF32 ("high") inside; the setting is restored."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(precision)
@@ -5809,7 +5818,7 @@ def _variants(model: PicoLLM, precision: str, make_engine: Callable[[str], Engin
     def compiled(m: PicoLLM, mode: str = "default") -> Callable[[Tensor], Tensor]:
         return torch.compile(m, mode=mode, dynamic=False, fullgraph=True)  # fullgraph: no silent fallback to eager
 
-    tf32_off, tf32_on = (functools.partial(_float32_matmul, level) for level in ("highest", "high"))
+    tf32_off, tf32_on = (functools.partial(float32_matmul, level) for level in ("highest", "high"))
     trt = _Variant("TensorRT FP16", "fp16", lambda: make_engine("fp16"))
     if not model.rope_cos.is_cuda:
         bf16 = _Variant("PyTorch BF16", "bf16", lambda: copy.deepcopy(model).bfloat16())

@@ -165,20 +165,18 @@ class PlainLoop(Contestant):
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=plain.learning_rate)
 
     def update(self, batch: Tensor) -> None:
-        before = torch.get_float32_matmul_precision()
-        torch.set_float32_matmul_precision("high")
         micro_batches = batch.split(self.config.micro_batch_size or len(batch))
-        for micro_batch in micro_batches:
-            with profiler_range("forward"):
-                logits = self.model(micro_batch[:, :-1])
-                loss = F.cross_entropy(logits.flatten(0, 1), micro_batch[:, 1:].flatten()) / len(micro_batches)
-            with profiler_range("backward"):
-                loss.backward()
+        with pico.float32_matmul("high"):
+            for micro_batch in micro_batches:
+                with profiler_range("forward"):
+                    logits = self.model(micro_batch[:, :-1])
+                    loss = F.cross_entropy(logits.flatten(0, 1), micro_batch[:, 1:].flatten()) / len(micro_batches)
+                with profiler_range("backward"):
+                    loss.backward()
         with profiler_range("optimizer"):
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip)
             self.optimizer.step()
             self.optimizer.zero_grad()
-        torch.set_float32_matmul_precision(before)
 
 
 # -- Measuring and reporting
