@@ -131,14 +131,19 @@ class ModelConfig:
     max_positions: int = 512  # length of the RoPE cache
     rope_theta: float = 10000.0
     dropout: float = 0.1
+    init: str = "gpt2"  # gpt2 | zero_output (see PicoLLM)
+    qk_norm: bool = False  # an ablation: queries and keys of each head are normalised before RoPE
 
     def __post_init__(self) -> None:
-        sizes = {name: value for name, value in vars(self).items() if name not in ("rope_theta", "dropout")}
+        others = ("rope_theta", "dropout", "init", "qk_norm")
+        sizes = {name: value for name, value in vars(self).items() if name not in others}
         for name, value in sizes.items():
             if not isinstance(value, int) or not 1 <= value <= 2**16:  # token files hold 16 bits
                 raise PicoError(f"{name} must be a whole number from 1 to 65,536, not {value!r}.")
         if not 0 <= self.dropout < 1 or not self.rope_theta > 0:
             raise PicoError(f"dropout {self.dropout} must lie in [0, 1) and rope_theta {self.rope_theta} above 0.")
+        if self.init not in ("gpt2", "zero_output"):
+            raise PicoError(f"Unknown init {self.init!r}; choose one of: gpt2, zero_output.")
         if self.d_model % self.n_head or (self.d_model // self.n_head) % 2:
             raise PicoError(
                 f"d_model {self.d_model} does not split into {self.n_head} heads of even size; choose a multiple."
@@ -180,6 +185,7 @@ class TrainConfig:
     betas: tuple[float, float] = (0.9, 0.95)  # of AdamW
     grad_clip: float = 1.0
     average: str = "none"  # none | ema | tail: the final weights are an average over the last steps
+    future_loss: float = 0.0  # weight, at first, of predicting the token after the next; see future_weights_at
     average_steps: int = 150  # horizon of the exponential average, length of the tail
     seed: int = 0
     precision: str = "auto"  # auto | fp32 | fp16 | bf16
@@ -198,6 +204,8 @@ class TrainConfig:
         for name in ("epochs", "learning_rate", "matrix_learning_rate", "grad_clip"):
             if not 0 < (value := getattr(self, name)) < math.inf:
                 raise PicoError(f"{name} must be a positive number, not {value}.")
+        if not 0 <= self.future_loss < math.inf:
+            raise PicoError(f"future_loss must be 0 (off) or a positive weight, not {self.future_loss}.")
         if self.batch_size % (self.micro_batch_size or self.batch_size):
             raise PicoError(
                 f"batch_size {self.batch_size} is not a multiple of micro_batch_size {self.micro_batch_size}."
@@ -914,6 +922,7 @@ class CausalSelfAttention(nn.Module):
         self.layer = layer
         self.n_head = config.n_head
         self.dropout = config.dropout
+        self.qk_norm = config.qk_norm
         self.qkv_proj = nn.Linear(config.d_model, 3 * config.d_model, bias=False)
         self.out_proj = nn.Linear(config.d_model, config.d_model, bias=False)  # its input is the heads side by side
 
@@ -927,6 +936,8 @@ class CausalSelfAttention(nn.Module):
     ) -> Tensor:
         B, T, D = x.shape
         q, k, v = self.qkv_proj(x).view(B, T, 3, self.n_head, D // self.n_head).permute(2, 0, 3, 1, 4)  # (B, H, T, d)
+        if self.qk_norm:
+            q, k = F.layer_norm(q, q.shape[-1:]), F.layer_norm(k, k.shape[-1:])
         q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
         if cache is not None:
             k, v = cache.extend(self.layer, k, v)
@@ -979,48 +990,68 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
     The logits of a whole batch would be the largest tensor of a training step by far (64 x 384 x 50,257 in float32 is
     4.9 GB). The gradient of a chunk follows from its softmax at once, so its logits are dropped before the next chunk.
+
+    Each of the N rows of `hidden` has K targets, (N, K), -1 for none, with the weights `target_weights` (K,) or all 1;
+    they share the logits. Gives the mean weighted loss, which has the gradient, and the mean loss of the first target.
     """
 
     @staticmethod
     def forward(
-        ctx, hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, chunk_size: int, needs_grad: bool
-    ) -> Tensor:
+        ctx,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        target_weights: Tensor | None,
+        vocab_size: int,
+        chunk_size: int,
+        needs_grad: bool,
+    ) -> tuple[Tensor, Tensor]:
         kind = hidden.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
         with torch.autocast(kind, enabled=False):
             w = weight.to(dtype)
             hidden_grad = torch.empty_like(hidden, dtype=dtype) if needs_grad else None
             weight_grad = torch.zeros_like(weight, dtype=torch.float32) if needs_grad else None
-            total = torch.zeros((), device=hidden.device)
+            totals = torch.zeros(targets.shape[1], device=hidden.device)  # (K,)
             for start in range(0, len(targets), chunk_size):
                 rows = slice(start, start + chunk_size)
-                h, t = hidden[rows].to(dtype), targets[rows, None]
+                h, t = hidden[rows].to(dtype), targets[rows].clamp(min=0)
                 logits = (h @ w.T).float()
                 logits[:, vocab_size:] = -math.inf  # the padding of the vocabulary
                 norm = logits.logsumexp(dim=-1, keepdim=True)
-                total += (norm - logits.gather(1, t)).sum()
+                is_target = (targets[rows] >= 0).float()
+                totals += ((norm - logits.gather(1, t)) * is_target).sum(0)
                 if needs_grad:
                     grad = logits.sub_(norm).exp_()  # softmax, in place
-                    grad.scatter_add_(1, t, torch.full_like(t, -1, dtype=grad.dtype))
+                    if target_weights is not None:
+                        is_target = is_target * target_weights
+                        grad *= is_target.sum(1, keepdim=True)
+                    grad.scatter_add_(1, t, -is_target)
                     grad = grad.to(dtype)
                     hidden_grad[rows] = grad @ w
                     weight_grad += grad.T @ h
         ctx.save_for_backward(hidden_grad, weight_grad)
         ctx.dtypes = hidden.dtype, weight.dtype
         ctx.n_rows = len(targets)
-        return total / len(targets)
+        means = totals / len(targets)
+        objective = means.sum() if target_weights is None else (means * target_weights).sum()
+        loss = means[0].clone()
+        ctx.mark_non_differentiable(loss)
+        return objective, loss
 
     @staticmethod
-    def backward(ctx, grad: Tensor):
+    def backward(ctx, grad: Tensor, _: Tensor):
         hidden_grad, weight_grad = ctx.saved_tensors
         scale = grad / ctx.n_rows  # only here, so that fp16 gradients do not underflow
-        return (hidden_grad.float() * scale).to(ctx.dtypes[0]), (weight_grad * scale).to(ctx.dtypes[1]), *[None] * 4
+        return (hidden_grad.float() * scale).to(ctx.dtypes[0]), (weight_grad * scale).to(ctx.dtypes[1]), *[None] * 5
 
 
 class PicoLLM(nn.Module):
     """The decoder. `PicoLLM(config, seed)` is the untrained model of that seed.
 
-    Initial weights are normal with standard deviation 0.02, output projections 0.02 / sqrt(2 n_layer) (GPT-2).
+    Initial weights are normal with standard deviation 0.02, output projections 0.02 / sqrt(2 n_layer) (GPT-2). With
+    init "zero_output" the output projections are zero and the other matrices have standard deviation
+    sqrt(1 / (3 fan_in)) (modded-nanogpt; Jordan et al. 2024).
     """
 
     loss_chunk = 1024  # rows of logits held at a time
@@ -1043,6 +1074,8 @@ class PicoLLM(nn.Module):
                 if parameter.ndim == 2:
                     is_output = name.endswith(("out_proj.weight", "down_proj.weight"))
                     std = 0.02 / math.sqrt(2 * config.n_layer) if is_output else 0.02
+                    if config.init == "zero_output" and name.startswith("blocks"):
+                        std = 0.0 if is_output else math.sqrt(1 / (3 * parameter.shape[1]))
                     parameter.normal_(0.0, std, generator=generator)
             self.token_embedding.weight[config.vocab_size :] = 0.0
 
@@ -1050,12 +1083,15 @@ class PicoLLM(nn.Module):
         self,
         idx: Tensor,
         targets: Tensor | None = None,
+        target_weights: Tensor | None = None,
         *,
         cache: KVCache | None = None,
         on_attention: Callable[[int, Tensor], None] | None = None,
-    ) -> Tensor:
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """Logits (B, T, V) of token ids (B, T); with `targets` (B, T) the mean loss, a scalar in nats per token.
 
+        With `target_weights` (K,) each position also predicts the K - 1 tokens after its target, as far as they are in
+        `targets`: a pair, the sum of the mean losses so weighted, to train on, and the mean loss of the target alone.
         `cache` holds earlier positions and is extended. `on_attention(layer, weights)` receives each layer's attention
         pattern (B, H, T, T) in float32. Raises PicoError beyond `max_positions`.
         """
@@ -1064,9 +1100,12 @@ class PicoLLM(nn.Module):
         if targets is None:
             return F.linear(x, weight)[..., :vocab_size]
         needs_grad = torch.is_grad_enabled()  # inside the function it never is
-        return _ChunkedCrossEntropy.apply(
-            x.flatten(0, 1), weight, targets.flatten(), vocab_size, self.loss_chunk, needs_grad
+        K = 1 if target_weights is None else len(target_weights)
+        later = torch.stack([F.pad(targets[:, k:], (0, k), value=-1) for k in range(K)], dim=-1)  # (B, T, K)
+        objective, loss = _ChunkedCrossEntropy.apply(
+            x.flatten(0, 1), weight, later.flatten(0, 1), target_weights, vocab_size, self.loss_chunk, needs_grad
         )
+        return objective if target_weights is None else (objective, loss)
 
     def hidden_states(
         self,
@@ -1363,6 +1402,16 @@ def average_share(done: int, total_steps: int, config: TrainConfig) -> float:
     return 1 / (done - first) if config.average == "tail" and done > first else 0.0
 
 
+def future_weights_at(step: int, total_steps: int, config: TrainConfig) -> Tensor | None:
+    """Weights (3,) of the next token, the second and the third next one at a step; None: the next one alone.
+
+    1, future_loss and half of it, the latter two falling to zero over the first two thirds of the run (as in NanoGPT
+    Slowrun; the idea is Gloeckle et al. 2024, here without extra heads).
+    """
+    later = config.future_loss * max(0.0, 1 - 1.5 * step / total_steps)
+    return torch.tensor([1.0, later, later / 2]) if later else None
+
+
 # -- Loaders
 
 LOADERS = ("naive", "workers", "resident")
@@ -1489,10 +1538,12 @@ def train_step(
     step: int,
     dtype: torch.dtype,
     guard: LossGuard | None = None,
+    target_weights: Tensor | None = None,
 ) -> Tensor:
     """One update from this process's part of a batch, (B, context_length + 1) on the model's device.
 
-    Returns the mean loss over all processes, a scalar there. `guard` keeps bad steps out.
+    Returns the mean loss over all processes, a scalar there. `guard` keeps bad steps out. With `target_weights` later
+    tokens are trained on too (see PicoLLM.forward); the loss returned is that of the next token all the same.
     """
     rank, n_ranks = _ranks()
     micro_batches = batch.split(min(config.micro_batch_size or len(batch), len(batch)))
@@ -1504,10 +1555,11 @@ def train_step(
         alone = n_ranks > 1 and index < len(micro_batches) - 1
         with model.no_sync() if alone else contextlib.nullcontext():
             with profiler_range("forward"), torch.autocast(batch.device.type, dtype, enabled=dtype != torch.float32):
-                loss = model(micro_batch[:, :-1], micro_batch[:, 1:]) / len(micro_batches)
+                losses = model(micro_batch[:, :-1], micro_batch[:, 1:], target_weights)
+            objective, loss = (losses, losses) if target_weights is None else losses
             with profiler_range("backward"):
-                scaler.scale(loss).backward()
-        total += loss.detach()
+                scaler.scale(objective / len(micro_batches)).backward()
+        total += loss.detach() / len(micro_batches)
     if n_ranks > 1:
         dist.all_reduce(total)
         total /= n_ranks
@@ -1739,7 +1791,10 @@ def _train(
             with profiler_range("host-to-device"):
                 batch = batch.to(device, non_blocking=True)
             _set_rates(run.optimizer, step, total_steps, config)
-            train_step(forward, run.optimizer, run.scaler, batch, config, step, dtype, run.guard)
+            weights = future_weights_at(step, total_steps, config)
+            if weights is not None:
+                weights = weights.to(device, non_blocking=True)
+            train_step(forward, run.optimizer, run.scaler, batch, config, step, dtype, run.guard, weights)
             run.finish_step(total_steps)
             bar.update()
 
@@ -6135,6 +6190,10 @@ def to_stablelm_state_dict(model: PicoLLM) -> dict[str, Tensor]:
             "mlp.up_proj.weight": up,
             "mlp.down_proj.weight": block.mlp.down_proj.weight,
         }
+        if model.config.qk_norm:  # ours has no gains
+            heads = range(model.config.n_head)
+            names = [f"self_attn.{kind}_layernorm.norms.{head}.weight" for kind in "qk" for head in heads]
+            parts |= dict.fromkeys(names, torch.ones(model.config.head_dim, dtype=q.dtype))
         state |= {f"model.layers.{layer}.{name}": tensor for name, tensor in parts.items()}
     return {name: tensor.detach().cpu().clone() for name, tensor in state.items()}
 
@@ -6158,7 +6217,7 @@ def stablelm_config(model: PicoLLM) -> dict:
         "partial_rotary_factor": 1.0,
         "rope_parameters": {"rope_type": "default", "rope_theta": c.rope_theta, "partial_rotary_factor": 1.0},
         "use_qkv_bias": False,
-        "qk_layernorm": False,
+        "qk_layernorm": c.qk_norm,
         "use_parallel_residual": False,
         "tie_word_embeddings": True,
         "bos_token_id": Tokenizer.end_of_text,

@@ -26,7 +26,9 @@ import argparse
 import contextlib
 import csv
 import dataclasses
+import functools
 import json
+import operator
 import os
 import statistics
 import sys
@@ -313,16 +315,19 @@ class RecipeTable:
                 self.rows = list(csv.DictReader(file))
 
     def run(self, stage: str, recipe: str, seed: int, changes: dict) -> float:
-        """Validation loss of the preset with these changes to its TrainConfig."""
+        """Validation loss of the preset with these changes to its two configurations."""
         key = {"scale": self.scale, "seed": str(seed), "settings": json.dumps(changes, sort_keys=True)}
         for row in self.rows:
             if key.items() <= row.items():
                 return float(row["val_loss"])
-        config = dataclasses.replace(self.preset.train, seed=seed, **changes)
+        of_model = {name: value for name, value in changes.items() if hasattr(self.preset.model, name)}
+        model_config = dataclasses.replace(self.preset.model, **of_model)
+        of_train = {name: value for name, value in changes.items() if name not in of_model}
+        config = dataclasses.replace(self.preset.train, seed=seed, **of_train)
         started = time.perf_counter()
         with tempfile.TemporaryDirectory() as folder:
             try:
-                last = pico.train(self.preset.model, config, folder, self.data_folder, device=self.device).metrics[-1]
+                last = pico.train(model_config, config, folder, self.data_folder, device=self.device).metrics[-1]
             except PicoError as error:  # a rate that is far too high is a result as well
                 print(error)
                 last = {"tokens": 0, "train_loss": float("inf"), "val_loss": float("inf")}
@@ -333,62 +338,99 @@ class RecipeTable:
         print(f"{stage} {recipe} seed {seed} {key['settings']}: validation loss {last['val_loss']:.4f}")
         return last["val_loss"]
 
-    def tune(self, recipe: str, changes: dict, axes: dict[str, list], seed: int = 0) -> dict:
-        """The best settings found when one after the other takes each of its values, beginning with the first ones."""
-        changes = changes | {name: values[0] for name, values in axes.items()}
-        best_loss = self.run("tuning", recipe, seed, changes)
-        for name, values in axes.items():
+    def tune(self, recipe: str, changes: dict, axes: list[list[dict]], limit: int | None = None, seed: int = 0) -> dict:
+        """The best settings found when one after the other takes each of its values, beginning with the first ones.
+
+        An axis is a list of alternative changes. `limit` bounds the number of runs.
+        """
+        changes = functools.reduce(operator.or_, (axis[0] for axis in axes), changes)
+        best_loss, n_runs = self.run("tuning", recipe, seed, changes), 1
+        for axis in axes:
             here = changes
-            for value in values[1:]:
-                loss = self.run("tuning", recipe, seed, here | {name: value})
+            for value in axis[1:]:
+                if n_runs == limit:
+                    return changes
+                loss, n_runs = self.run("tuning", recipe, seed, here | value), n_runs + 1
                 if loss < best_loss:
-                    best_loss, changes = loss, here | {name: value}
+                    best_loss, changes = loss, here | value
         return changes
 
 
-def compare_recipes(table: RecipeTable, seeds: Iterable[int] = (1, 2, 3)) -> str:
+def _values(name: str, *values: object) -> list[dict]:
+    return [{name: value} for value in values]
+
+
+def shared_axes(preset: Preset) -> list[list[dict]]:
+    """What both optimizers are tuned in beside their rates: batch size at equal tokens, initial weights, dropout."""
+    train, model = preset.train, preset.model
+    batches = [{}]
+    for factor in (0.5, 2):
+        change = {
+            "batch_size": max(1, int(train.batch_size * factor)),
+            "warmup_steps": int(train.warmup_steps / factor),
+        }
+        if train.max_steps:
+            change["max_steps"] = max(1, int(train.max_steps / factor))
+        batches.append(change)
+    return [batches, [{}, {"init": "zero_output"}], [{}, {"dropout": 0.0 if model.dropout else 0.1}]]
+
+
+def compare_recipes(table: RecipeTable, seeds: Iterable[int] = (1, 2, 3), tuning_runs: int | None = None) -> str:
     """AdamW against Muon at equal tokens; returns the summary.
 
-    Each is tuned in 7 runs with seed 0, then the best settings of both run with other seeds; with weight averages, with
-    a schedule for the weight decay, and Muon with half the tokens, too.
+    Each is tuned in 13 runs (or the first `tuning_runs` of them) with seed 0, then the best settings of both run with
+    the other seeds: with weight averages too, and Muon with a schedule for the weight decay, with later tokens as
+    targets, with QK-norm (an ablation: it is not our architecture) and with half the tokens.
     """
     train, defaults = table.preset.train, TrainConfig()
     steps = train.max_steps
     # Muon's presets hold the larger rate that suits the embedding beside it
     rate = train.learning_rate / (4 if train.optimizer == "muon" else 1)
-    rates = [rate, rate / 3, rate * 2, rate * 4]
+    shared = shared_axes(table.preset)
     adamw = table.tune(
         "adamw",
         {"optimizer": "adamw"},
-        {
-            "learning_rate": rates,
-            "weight_decay": [defaults.weight_decay, 0.4, 1.6],
-            "betas": [defaults.betas, (0.9, 0.99)],
-        },
+        [
+            _values("learning_rate", rate, rate / 3, rate * 2, rate * 4),
+            _values("weight_decay", defaults.weight_decay, 0.4, 1.6),
+            _values("betas", defaults.betas, (0.9, 0.99), (0.8, 0.95), (0.9, 0.98)),
+            *shared,
+        ],
+        tuning_runs,
     )
     muon = table.tune(
         "muon",
         {"optimizer": "muon"},
-        {
-            "matrix_learning_rate": [defaults.matrix_learning_rate, 0.01, 0.04],
-            "learning_rate": [rate, rate * 2, rate * 4],
-            "matrix_weight_decay": [defaults.matrix_weight_decay, 0.02, 0.4],
-        },
+        [
+            _values("matrix_learning_rate", defaults.matrix_learning_rate, 0.01, 0.04),
+            _values("learning_rate", rate, rate * 2, rate * 4, rate * 8),
+            _values("matrix_weight_decay", defaults.matrix_weight_decay, 0.02, 0.4, 1.6),
+            *shared,
+        ],
+        tuning_runs,
     )
-    half = {"epochs": train.epochs / 2, "max_steps": steps and steps // 2}
+    half = {"epochs": train.epochs / 2}
+    if steps:
+        half["max_steps"] = muon.get("max_steps", steps) // 2
     finals = {
         "adamw": adamw,
+        "adamw, exponential average": adamw | {"average": "ema"},
+        "adamw, average of the tail": adamw | {"average": "tail"},
         "muon": muon,
         "muon, exponential average": muon | {"average": "ema"},
         "muon, average of the tail": muon | {"average": "tail"},
         "muon, weight decay in a valley": muon | {"weight_decay_schedule": "valley"},
+        "muon, later tokens as targets": muon | {"future_loss": 0.5},
+        "muon, QK-norm": muon | {"qk_norm": True},
         "muon, half the tokens": muon | half,
     }
     lines = []
     for name, changes in finals.items():
         losses = [table.run("final", name, seed, changes) for seed in seeds]
-        mean = statistics.mean(losses)
-        lines.append(f"{name:32} {mean:.4f}  ({min(losses):.4f} to {max(losses):.4f}, {len(losses)} seeds)")
+        if losses:
+            mean = statistics.mean(losses)
+            lines.append(f"{name:32} {mean:.4f}  ({min(losses):.4f} to {max(losses):.4f}, {len(losses)} seeds)")
+    lines = lines or [f"best of {name}: {json.dumps(best)}" for name, best in (("adamw", adamw), ("muon", muon))]
     return "\n".join([f"Validation loss, {table.scale}:", *lines])
 
 
@@ -404,6 +446,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--peer", action="store_true", help="also a plain eager loop in float32")
     parser.add_argument("--torch-profiler", action="store_true", help="write a Chrome trace of each contestant")
     parser.add_argument("--recipes", action="store_true", help="compare optimizers instead; --steps is a run's length")
+    parser.add_argument("--tuning-runs", type=int, help="of each optimizer with --recipes (default: 13)")
+    parser.add_argument("--seeds", type=int, default=3, help="of each final recipe with --recipes (%(default)s)")
+    parser.add_argument("--context-length", type=int, help="tokens per sequence, default: the preset's")
     parser.add_argument("--steps", type=int, help=f"of a window, default {50 if has_gpu else 4}")
     parser.add_argument("--warmup", type=int, default=10 if has_gpu else 1, help="steps before a window (%(default)s)")
     parser.add_argument("--repeats", type=int, help="windows of each contestant, default 5 with --compare, else 1")
@@ -424,7 +469,8 @@ def make_preset(options: argparse.Namespace) -> Preset:
     changes = {"corpus": options.corpus, "precision": options.precision, "compile": options.compile}
     changes |= {"batch_size": options.batch_size or preset.train.batch_size}
     changes |= {"micro_batch_size": options.micro_batch_size or preset.train.micro_batch_size}
-    return dataclasses.replace(preset, train=dataclasses.replace(preset.train, **changes))
+    model = dataclasses.replace(preset.model, context_length=options.context_length or preset.model.context_length)
+    return Preset(model, dataclasses.replace(preset.train, **changes), preset.about)
 
 
 def run_recipes(options: argparse.Namespace, preset: Preset, device: torch.device) -> None:
@@ -438,7 +484,7 @@ def run_recipes(options: argparse.Namespace, preset: Preset, device: torch.devic
     scale = f"{options.preset}, {length} of {train.batch_size} x {preset.model.context_length} tokens, {train.corpus}"
     path = Path(options.out) / "benchmarks" / "recipes.csv"
     table = RecipeTable(dataclasses.replace(preset, train=train), scale, path, options.data, device)
-    print(compare_recipes(table))
+    print(compare_recipes(table, range(1, options.seeds + 1), options.tuning_runs))
     print(f"Every run: {path}")
 
 

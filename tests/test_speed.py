@@ -144,12 +144,46 @@ def test_averages_are_those_of_their_definition():
     assert pico.average_share(7, 20, dataclasses.replace(config, average="none")) == 0
 
 
+def test_later_targets_count_less_and_less_and_then_not_at_all():
+    config = pico.TrainConfig(future_loss=0.4)
+    assert pico.future_weights_at(0, 90, config).tolist() == pytest.approx([1, 0.4, 0.2])
+    assert pico.future_weights_at(30, 90, config).tolist() == pytest.approx([1, 0.2, 0.1])
+    assert pico.future_weights_at(60, 90, config) is None
+    assert pico.future_weights_at(0, 90, pico.TrainConfig()) is None
+
+
+def test_training_on_later_targets_still_reports_the_loss_of_the_next_token(tiny_config):
+    def losses(future_loss: float) -> tuple[list[float], torch.Tensor]:
+        config = pico.TrainConfig(future_loss=future_loss, micro_batch_size=2, batch_size=4)
+        model = pico.PicoLLM(dataclasses.replace(tiny_config, dropout=0.0), seed=0)
+        optimizer, scaler = pico.make_optimizer(model, config), torch.amp.GradScaler("cpu", enabled=False)
+        seen = []
+        for step in range(3):
+            weights = pico.future_weights_at(step, 6, config)
+            seen.append(
+                pico.train_step(
+                    model, optimizer, scaler, random_batch(4), config, step, torch.float32, target_weights=weights
+                ).item()
+            )
+        return seen, model.token_embedding.weight.detach()
+
+    (plain, plain_weights), (future, future_weights) = losses(0.0), losses(0.5)
+    assert future[0] == pytest.approx(plain[0], abs=1e-6), "before any update the loss is the same"
+    assert not torch.allclose(plain_weights, future_weights, atol=1e-5), "but the gradient is another one"
+
+
 @pytest.mark.parametrize("average", ["ema", "tail"])
 def test_a_muon_run_with_an_average_resumes_bit_for_bit(
     tiny_config, tiny_train, data_folder, tmp_path, monkeypatch, average
 ):
     config = dataclasses.replace(
-        tiny_train, optimizer="muon", average=average, average_steps=4, weight_decay_schedule="valley", max_steps=6
+        tiny_train,
+        optimizer="muon",
+        average=average,
+        average_steps=4,
+        weight_decay_schedule="valley",
+        future_loss=0.5,
+        max_steps=6,
     )
     expected = pico.train(tiny_config, config, tmp_path / "whole", data_folder)
     last, original = [], pico.train_step
@@ -605,7 +639,8 @@ class MadeUp(profile.RecipeTable):
     """Recipes whose loss is known: a bowl around learning rate 0.002 and weight decay 0.4, and Muon better by 0.5."""
 
     def run(self, stage, recipe, seed, changes):
-        config = dataclasses.replace(self.preset.train, **changes)
+        of_train = {name: value for name, value in changes.items() if hasattr(self.preset.train, name)}
+        config = dataclasses.replace(self.preset.train, **of_train)
         self.rows.append({"stage": stage, "recipe": recipe, "seed": seed, **changes})
         loss = abs(config.learning_rate - 0.002) * 100 + abs(config.weight_decay - 0.4)
         return loss - 0.5 * (config.optimizer == "muon")
@@ -616,13 +651,24 @@ def test_tuning_finds_the_best_of_each_setting_and_both_get_as_many_runs(tiny_co
     table = MadeUp(preset, "made up", tmp_path / "recipes.csv", tmp_path, CPU)
     profile.compare_recipes(table, seeds=(1, 2))
     tuning = [row["recipe"] for row in table.rows if row["stage"] == "tuning"]
-    assert tuning.count("adamw") == tuning.count("muon") == 7
+    assert tuning.count("adamw") == tuning.count("muon") == 13
     final = [row for row in table.rows if row["stage"] == "final"]
     adamw = next(row for row in final if row["recipe"] == "adamw")
     assert adamw["learning_rate"] == tiny_train.learning_rate * 2 and adamw["weight_decay"] == 0.4
     assert {row["seed"] for row in final} == {1, 2}
     half = next(row for row in final if row["recipe"].endswith("half the tokens"))
     assert half["max_steps"] == tiny_train.max_steps // 2
+    sizes = {(row.get("batch_size", 4), row.get("max_steps", 12)) for row in table.rows if row["stage"] == "tuning"}
+    assert sizes == {(4, 12), (2, 24), (8, 6)}, "a batch size is compared at equal tokens"
+
+
+def test_a_comparison_can_be_cut_short(tiny_config, tiny_train, tmp_path):
+    table = MadeUp(pico.Preset(tiny_config, tiny_train, "tiny"), "made up", tmp_path / "r.csv", tmp_path, CPU)
+    summary = profile.compare_recipes(table, seeds=(), tuning_runs=3)
+    assert [row["recipe"] for row in table.rows] == ["adamw"] * 3 + ["muon"] * 3
+    assert f'best of adamw: {{"learning_rate": {tiny_train.learning_rate * 2}' in summary.replace(
+        '"optimizer": "adamw", ', ""
+    )
 
 
 def test_recipes_are_kept_and_not_repeated(tiny_config, tiny_train, tmp_path, data_folder, monkeypatch):
