@@ -1707,7 +1707,7 @@ def _train(
         f"sequences of {model_config.context_length}. Held out: {len(validation.tokens):,} tokens."
     )
 
-    run = _Run(model_config, config, about, device, dtype)
+    run = TrainingRun(model_config, config, about, device, dtype)
     resumed = _from_first(lambda: _resumable(partial, model_config, config, corpus_key))
     if resumed:
         run.restore(resumed)
@@ -1799,7 +1799,7 @@ def _train(
     return TrainResult(run.model.eval(), final, run.rows, finished=True)
 
 
-class _Run:
+class TrainingRun:
     """What changes from step to step, and how a checkpoint keeps it."""
 
     def __init__(

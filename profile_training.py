@@ -85,19 +85,17 @@ def idle_share(trace: dict) -> float | None:
 class Contestant:
     """One way to train with its own model, optimizer and loader, warmed up when first measured."""
 
+    n_steps = 1_000_000  # more than any measurement takes
+
     def __init__(
         self, name: str, loader: str, preset: Preset, stream: pico.SequenceStream, device: torch.device, workers: int
     ) -> None:
         self.name, self.loader, self.config, self.device = name, loader, preset.train, device
         self.dtype = pico.choose_precision(self.config.precision, device)
-        self.model = pico.PicoLLM(preset.model, self.config.seed).to(device).train()
-        self.forward = pico.make_forward(self.model, self.config, device)
-        self.optimizer = pico.make_optimizer(self.model, self.config)
-        self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
-        self.guard = pico.LossGuard(preset.model.vocab_size, device)
-        self.n_steps = 0
+        self.run = pico.TrainingRun(preset.model, self.config, "", device, self.dtype)
+        self.forward = pico.make_forward(self.run.model, self.config, device)
         self.batches = pico.make_loader(
-            loader, stream, self.config.batch_size, range(1_000_000), device, workers=workers
+            loader, stream, self.config.batch_size, range(self.n_steps), device, workers=workers
         )
         self.windows: list[tuple[float, float]] = []  # (tokens per second, ms per step waiting for data)
         self.idle: float | None = None
@@ -111,12 +109,12 @@ class Contestant:
         with profiler_range("host-to-device"):
             batch = batch.to(self.device, non_blocking=self.loader != "naive")
         self.update(batch)
-        self.n_steps += 1
+        self.run.finish_step(self.n_steps)
         return waited
 
     def update(self, batch: Tensor) -> None:
-        args = self.forward, self.optimizer, self.scaler, batch, self.config, self.n_steps, self.dtype, self.guard
-        pico.train_step(*args)
+        run = self.run
+        pico.train_step(self.forward, run.optimizer, run.scaler, batch, self.config, run.step, self.dtype, run.guard)
 
     def measure(self, warmup: int, steps: int) -> None:
         """Times a window of steps. The warm-up before it also uses up the batches that workers made meanwhile."""
@@ -127,7 +125,7 @@ class Contestant:
         waited = sum(self.step() for _ in range(steps))
         self.wait()
         seconds = time.perf_counter() - started
-        tokens = steps * self.config.batch_size * self.model.config.context_length
+        tokens = steps * self.config.batch_size * self.run.model.config.context_length
         self.windows.append((tokens / seconds, 1e3 * waited / steps))
 
     def trace(self, steps: int, path: Path) -> None:
@@ -162,21 +160,21 @@ class PlainLoop(Contestant):
     ) -> None:
         plain = dataclasses.replace(preset.train, precision="fp32", compile=False)
         super().__init__(name, loader, dataclasses.replace(preset, train=plain), stream, device, workers)
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=plain.learning_rate)
+        self.run.optimizer = torch.optim.AdamW(self.run.model.parameters(), lr=plain.learning_rate)
 
     def update(self, batch: Tensor) -> None:
         micro_batches = batch.split(self.config.micro_batch_size or len(batch))
         with pico.float32_matmul("high"):
             for micro_batch in micro_batches:
                 with profiler_range("forward"):
-                    logits = self.model(micro_batch[:, :-1])
+                    logits = self.run.model(micro_batch[:, :-1])
                     loss = F.cross_entropy(logits.flatten(0, 1), micro_batch[:, 1:].flatten()) / len(micro_batches)
                 with profiler_range("backward"):
                     loss.backward()
         with profiler_range("optimizer"):
-            torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip)
-            self.optimizer.step()
-            self.optimizer.zero_grad()
+            torch.nn.utils.clip_grad_norm_(self.run.model.parameters(), self.config.grad_clip)
+            self.run.optimizer.step()
+            self.run.optimizer.zero_grad()
 
 
 # -- Measuring and reporting
@@ -214,7 +212,7 @@ def describe(contestants: list[Contestant], steps: int) -> list[dict]:
     speeds = {contestant.name: contestant.tokens_per_second for contestant in contestants}
     rows = []
     for contestant in contestants:
-        flops = flops_per_token(contestant.model.config, contestant.model.count_parameters()[1])
+        flops = flops_per_token(contestant.run.model.config, contestant.run.model.count_parameters()[1])
         speed = contestant.tokens_per_second
         rows.append(
             {
@@ -230,9 +228,9 @@ def describe(contestants: list[Contestant], steps: int) -> list[dict]:
                 "flops_per_token": flops,
                 "device": name,
                 "precision": str(contestant.dtype)[6:],
-                "compiled": contestant.forward is not contestant.model,
+                "compiled": contestant.forward is not contestant.run.model,
                 "batch_size": contestant.config.batch_size,
-                "context_length": contestant.model.config.context_length,
+                "context_length": contestant.run.model.config.context_length,
                 "steps": steps,
                 "windows": len(contestant.windows),
                 "torch": torch.__version__,

@@ -569,8 +569,8 @@ def test_all_contestants_learn_the_same(tiny_config, tiny_train, stream):
     for kind in (profile.Contestant, profile.PlainLoop):
         contestant = kind("x", "naive", preset, stream, CPU, 0)
         contestant.measure(1, 3)
-        assert contestant.n_steps == 4 and len(contestant.windows) == 1
-        models.append(contestant.model.token_embedding.weight.detach()[:50257])
+        assert contestant.run.step == 4 and len(contestant.windows) == 1
+        models.append(contestant.run.model.token_embedding.weight.detach()[:50257])
     start = pico.PicoLLM(preset.model, tiny_train.seed).token_embedding.weight.detach()[:50257]
     moved = [(model - start).flatten() for model in models]
     assert torch.cosine_similarity(*moved, dim=0) > 0.99
