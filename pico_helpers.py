@@ -5566,15 +5566,26 @@ def _version(*packages: str) -> str | None:
     return None
 
 
+def measured_on(device: torch.device) -> dict[str, str | None]:
+    """What identifies a measurement, as columns: device, driver (of an NVIDIA GPU), torch, date (ISO)."""
+    name, driver = f"CPU, {torch.get_num_threads()} threads", None
+    if device.type == "cuda":
+        name, command = torch.cuda.get_device_name(device), ["nvidia-smi", "--query-gpu=driver_version"]
+        with contextlib.suppress(OSError, subprocess.SubprocessError):  # nvidia-smi may be missing or refuse
+            answer = subprocess.run([*command, "--format=csv,noheader"], capture_output=True, timeout=20, check=True)
+            driver = answer.stdout.decode().split("\n")[0].strip()  # all GPUs of a machine share it
+    today = datetime.date.today().isoformat()
+    return {"device": name, "driver": driver, "torch": torch.__version__, "date": today}
+
+
 def _environment() -> dict[str, str | None]:
     """What an engine depends on."""
     on_gpu = torch.cuda.is_available()
     return {
         "gpu_architecture": "sm_{}{}".format(*torch.cuda.get_device_capability()) if on_gpu else None,
-        "gpu": torch.cuda.get_device_name() if on_gpu else None,
         "tensorrt": _version("tensorrt", "tensorrt_cu13", "tensorrt_cu12", "tensorrt_rtx"),
         "torch_tensorrt": _version("torch_tensorrt", "torch_tensorrt_rtx"),
-        "torch": torch.__version__,
+        **measured_on(default_device()),
     }
 
 
@@ -5603,7 +5614,7 @@ def install_tensorrt() -> str:
                 raise
             reason = str(error)
         else:
-            return "Torch-TensorRT {torch_tensorrt} with TensorRT {tensorrt} on {gpu}".format(**_environment())
+            return "Torch-TensorRT {torch_tensorrt} with TensorRT {tensorrt} on {device}".format(**_environment())
     raise PicoError(f"TensorRT cannot be installed for PyTorch {torch.__version__}: {reason}")
 
 
@@ -5883,7 +5894,7 @@ def floor_ms(model: PicoLLM, batch: int, length: int, precision: str, device_nam
     return 1e3 * max(n_parameters * n_bytes / (peaks[0] * 1e9), flops / (peaks[column] * 1e12))
 
 
-def _time_calls(run: Callable[[Tensor], Tensor], batches: Sequence[Tensor], n: int) -> list[float]:
+def time_calls(run: Callable[[Tensor], Tensor], batches: Sequence[Tensor], n: int) -> list[float]:
     """Latencies of n calls in ms, after untimed ones: CUDA events on a GPU, the clock on a CPU."""
     times, n_untimed = [], 3 if batches[0].is_cuda else 1
     for i in range(-n_untimed, n):
@@ -5943,8 +5954,8 @@ def benchmark(
 
     Columns: variant, precision, batch, length, status ("ok" or the reason), note, p50_ms, p90_ms, p99_ms, tokens_per_s,
     speedup (over FP32 PyTorch without TF32), vs_best_pytorch (over the fastest PyTorch row), floor_ms, vs_floor,
-    memory_mb (weights and what calls take; GPU only), size_mb (weights or engine), build_s (build and first call), and
-    the fields of `Accuracy`.
+    memory_mb (weights and what calls take; GPU only), size_mb (weights or engine), build_s (build and first call), the
+    fields of `Accuracy`, and those of `measured_on`.
     """
     import pandas as pd
 
@@ -5976,9 +5987,9 @@ def benchmark(
 
     def take_turn(variant: _Variant, batches: Sequence[Tensor], n: int) -> list[float]:
         with variant.scope(variant.run) as run:
-            return _time_calls(run, batches, n)
+            return time_calls(run, batches, n)
 
-    rows: list[dict] = []
+    rows, here = [], measured_on(device)
     # each shape compiles anew, more often than torch.compile's limit allows
     with evaluating(model), torch._dynamo.config.patch(recompile_limit=64):
         variants = _variants(model, precision, make_engine)
@@ -5999,11 +6010,11 @@ def benchmark(
                     times = [milliseconds for turn in turns for milliseconds in turn[i]]
                     p50, p90, p99 = np.percentile(times, (50, 90, 99))
                     size = getattr(v.run, "size", 0) or model.count_parameters()[1] * _PRECISIONS[v.precision][0]
-                    floor = floor_ms(model, batch, length, v.precision, _environment()["gpu"] or "CPU")
+                    floor = floor_ms(model, batch, length, v.precision, here["device"])
                     row |= {"p50_ms": p50, "p90_ms": p90, "p99_ms": p99, "tokens_per_s": batch * length / p50 * 1e3}
                     row |= {"floor_ms": floor, "vs_floor": p50 / floor, "memory_mb": (size + first[i][1]) / 1e6}
                     row |= {"size_mb": size / 1e6, "build_s": v.build_seconds + first[i][0], **vars(v.accuracy)}
-                rows.append(row)
+                rows.append(row | here)
     frame = pd.DataFrame(rows)
     return _add_ratios(frame) if "p50_ms" in frame else frame
 

@@ -190,7 +190,13 @@ def test_unusable_files_are_explained(model, tmp_path):
 
 @pytest.mark.parametrize("key", ["gpu_architecture", "tensorrt", "torch_tensorrt"])
 def test_an_engine_of_another_machine_is_refused_before_it_is_read(tmp_path, monkeypatch, key):
-    here = {"gpu_architecture": "sm_75", "tensorrt": "10.12", "torch_tensorrt": "2.9.0", "gpu": "T4", "torch": "2.9.0"}
+    here = {
+        "gpu_architecture": "sm_75",
+        "tensorrt": "10.12",
+        "torch_tensorrt": "2.9.0",
+        "device": "T4",
+        "torch": "2.9.0",
+    }
     monkeypatch.setattr(pico, "_environment", lambda: here)
     (tmp_path / "engine.ts").write_bytes(b"1234")
     (tmp_path / "engine.json").write_text(json.dumps({**here, "kind": "tensorrt", "bytes": 4, key: "other"}))
@@ -370,7 +376,7 @@ def test_floor_follows_weights_and_flops():
 def test_timing_counts_calls_and_milliseconds():
     calls = []
     batches = [torch.zeros(1, 1), torch.ones(1, 1)]
-    times = pico._time_calls(lambda idx: (calls.append(idx.item()), time.sleep(0.004)), batches, 6)
+    times = pico.time_calls(lambda idx: (calls.append(idx.item()), time.sleep(0.004)), batches, 6)
     assert len(times) == 6 and len(calls) == 7  # one untimed
     assert set(calls) == {0.0, 1.0}  # different inputs take turns
     assert 4 <= min(times) < 40
@@ -422,6 +428,8 @@ def test_benchmark_table_is_complete_and_its_ratios_right(scripted_variants, mod
         assert trt.tokens_per_s == pytest.approx(1e3 * shape[0] * shape[1] / trt.p50_ms)
         assert trt.note == "slower than fast" and fast.note == base.note == ""
     assert (good.kl_divergence == 0).all() and (good.size_mb == model.count_parameters()[1] * 4e-6).all()
+    here = table[["device", "torch", "date"]].drop_duplicates()
+    assert len(here) == 1 and here.iloc[0].device.startswith("CPU"), "also of rows that failed"
     failed = table[table.status != "ok"].groupby("variant").status.agg(["size", "first"])
     assert failed.loc["inaccurate", "size"] == failed.loc["unbuilt", "size"] == 6
     assert "accuracy gate: max_difference 1" in failed.loc["inaccurate", "first"]
