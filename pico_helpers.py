@@ -6356,17 +6356,23 @@ def run_analysis(
     length = min(128, model.config.context_length)
     windows = held_out_sequences(validation, min(16, count_sequences(validation, length)), length)[:, :-1]
 
+    started, here = time.perf_counter(), measured_on(default_device())
     study = study_heads(model, texts, windows, token_counts=token_counts(training))
+    studied = time.perf_counter()
     with progress(total=len(PHENOMENA), desc="language", unit="claim") as bar:
         language = study_language(model, windows=windows, bar=bar)
+    seconds = {"heads": round(studied - started, 2), "language": round(time.perf_counter() - studied, 2)}
+    took = f"{sum(seconds.values()):.0f} seconds on {here['device']}"
+    print(f"The study took {took}, pictures aside.")
     about = {
         "Model": f"{path.name}, {model.count_parameters()[0] / 1e6:.2f}M parameters without embeddings, "
         f"{model.config.n_layer} layers of {model.config.n_head} heads",
         "Trained on": saved.corpus,
         "Training": f"{saved.step:,} steps of {config.batch_size} sequences of {model.config.context_length} tokens",
         "Held-out text": f"{len(windows)} windows of {length} tokens from {about_text}",
+        "Time": f"{took} (heads {seconds['heads']:.1f}, language {seconds['language']:.1f}), pictures aside",
     }
-    findings = study_findings(study, language, about)
+    findings = study_findings(study, language, about) | {"measured": here | {"seconds": seconds}}
     results = Path(results)
     files = [
         write_findings(results / "findings.json", findings),

@@ -5,6 +5,7 @@ import dataclasses
 import datetime
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from study_data import make_language, make_study
 
 import pico_helpers as pico
 import profile_training as profile
@@ -696,6 +698,23 @@ def test_the_documented_command_runs_without_a_gpu(tmp_path, data_folder):
     assert run.returncode == 0, run.stderr
     assert "tokens/s" in run.stdout and "no GPU" in run.stdout
     assert [row["name"] for row in read_rows(tmp_path / "profile.csv")] == ["naive"]
+
+
+def test_a_study_says_how_long_it_took(tiny_model, tiny_train, data_folder, tmp_path, monkeypatch, capsys):
+    def slow(result, seconds: float):
+        return lambda *_, **__: (time.sleep(seconds), result)[1]
+
+    saved = pico.Checkpoint(tiny_model.config, tiny_train, "made up", 0, [], tiny_model.state_dict())
+    pico.save_checkpoint(tmp_path / "pico_llm_a.pt", saved)
+    monkeypatch.setattr(pico, "study_heads", slow(make_study(), 0.6))
+    monkeypatch.setattr(pico, "study_language", slow(make_language(), 0.3))
+    monkeypatch.setattr(pico, "draw_study", slow([], 0.9))
+    pico.run_analysis(None, {"Mine": "A short sentence."}, tmp_path, data_folder)
+    findings = json.loads((tmp_path / "findings.json").read_text())
+    seconds, device = findings["measured"]["seconds"], findings["measured"]["device"]
+    assert 0.6 <= seconds["heads"] < 1.5 and 0.3 <= seconds["language"] < 1.2 and device.startswith("CPU")
+    assert re.search(rf"The study took [12] seconds on {device}, pictures aside\.", capsys.readouterr().out)
+    assert f" seconds on {device}" in (tmp_path / "attention_report.html").read_text(encoding="utf-8")
 
 
 # --- recipes ----------------------------------------------------------------------------------------------------------
