@@ -302,6 +302,34 @@ def test_build_errors_and_partial_engines_are_refused(monkeypatch, model):
         pico.compile_tensorrt(model, "int8")
 
 
+@pytest.mark.parametrize("precision", ["int8", "fp8"])
+def test_quantised_are_the_linear_layers_and_nothing_else(tokens, precision):
+    pytest.importorskip("modelopt.torch.quantization", reason="nvidia-modelopt is not installed")
+    config = ModelConfig(vocab_size=500, d_model=32, n_layer=2, n_head=2, d_ff=32, context_length=32, max_positions=64)
+    model = PicoLLM(config, seed=1).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                parameter.mul_(3)
+    with pico._quantised(copy.deepcopy(model), precision, tokens[:, :-1]) as quantised:
+        parts = {name: part for name, part in quantised.named_modules() if "quantizer" in name.rsplit(".", 1)[-1]}
+        linear = {name for name, part in quantised.named_modules() if isinstance(part, nn.Linear)}
+        used = {name for name, part in parts.items() if getattr(part, "is_enabled", False)}
+        assert used == {f"{name}.{kind}_quantizer" for name in linear for kind in ("input", "weight")}
+        assert len(linear) == 8
+        found = check_accuracy(model, quantised, tokens, pico.EIGHT_BIT_BOUNDS)
+        assert found.max_difference > 1e-3, "something is quantised"
+        if precision == "int8" and not torch.cuda.is_available():
+            return  # modelopt's INT8 reads values on a CPU, which no export can follow
+        program = pico.export_program(quantised, 8, explicit_attention=True)
+        operators = [str(node.target) for node in program.graph.nodes]
+        assert operators.count("tensorrt.quantize_op.default") == 16, "what Torch-TensorRT converts"
+        for batch, length in ((1, 1), (3, 17), (8, 32)):
+            idx = tokens.flatten()[: batch * length].repeat(3)[: batch * length].view(batch, length)
+            with torch.no_grad():
+                torch.testing.assert_close(program.module()(idx), quantised(idx), atol=1e-4, rtol=0)
+
+
 FAKE_GPU = """
 import types, torch
 torch.cuda.get_device_capability = lambda *a, **k: (8, 9)
