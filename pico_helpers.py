@@ -998,11 +998,11 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 logits = (h @ w.T).float()
                 logits[:, vocab_size:] = -math.inf  # the padding of the vocabulary
                 norm = logits.logsumexp(dim=-1, keepdim=True)
-                total += (norm - logits.gather(1, t)).sum()
+                log_p = logits.gather(1, t) - norm
+                total -= log_p.sum()
                 if needs_grad:
-                    grad = logits.sub_(norm).exp_()  # softmax, in place
-                    grad.scatter_add_(1, t, torch.full_like(t, -1, dtype=grad.dtype))
-                    grad = grad.to(dtype)
+                    grad = logits.sub_(norm).exp_().to(dtype)  # softmax, in place
+                    grad.scatter_(1, t, log_p.expm1().to(dtype))  # minus 1 at the target
                     hidden_grad[rows] = grad @ w
                     weight_grad += grad.T @ h
         ctx.save_for_backward(hidden_grad, weight_grad)
@@ -1842,7 +1842,8 @@ class TrainingRun:
         state = checkpoint.training_state
         self.model.load_state_dict(checkpoint.weights)
         self.optimizer.load_state_dict(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
+        if state["scaler"]:  # empty from a machine that trains in bf16
+            self.scaler.load_state_dict(state["scaler"])
         self.guard.state.copy_(state["guard"])
         for value, saved in zip(self.average, state["average"], strict=True):
             value.copy_(saved)

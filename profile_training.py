@@ -30,6 +30,7 @@ import argparse
 import contextlib
 import csv
 import dataclasses
+import gc
 import json
 import os
 import re
@@ -134,12 +135,20 @@ class Contestant:
     n_steps = 1_000_000  # more than any measurement takes
 
     def __init__(
-        self, kind: str, loader: str, preset: Preset, stream: pico.SequenceStream, device: torch.device, workers: int
+        self,
+        kind: str,
+        loader: str,
+        preset: Preset,
+        stream: pico.SequenceStream,
+        device: torch.device,
+        workers: int,
+        loss_chunk: int | None = None,
     ) -> None:
         self.kind, self.loader, self.config, self.device = kind, loader, preset.train, device
         self.held_before = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0  # by the others
         self.dtype = pico.choose_precision(self.config.precision, device)
         self.run = pico.TrainingRun(preset.model, self.config, "", device, self.dtype)
+        self.run.model.loss_chunk = loss_chunk or self.run.model.loss_chunk
         self.forward = pico.make_forward(self.run.model, self.config, device)
         self.batches = pico.make_loader(
             loader, stream, self.config.batch_size, range(self.n_steps), device, workers=workers
@@ -213,11 +222,9 @@ class Contestant:
 class PlainLoop(Contestant):
     """The loop that people start from: eager, float32 (TF32 on a GPU), all logits at once, AdamW as it comes."""
 
-    def __init__(
-        self, kind: str, loader: str, preset: Preset, stream: pico.SequenceStream, device: torch.device, workers: int
-    ) -> None:
+    def __init__(self, kind: str, loader: str, preset: Preset, *more) -> None:
         plain = dataclasses.replace(preset.train, precision="fp32", compile=False)
-        super().__init__(kind, loader, dataclasses.replace(preset, train=plain), stream, device, workers)
+        super().__init__(kind, loader, dataclasses.replace(preset, train=plain), *more)
         self.run.optimizer = torch.optim.AdamW(self.run.model.parameters(), lr=plain.learning_rate)
 
     def update(self, batch: Tensor) -> None:
@@ -312,6 +319,7 @@ def describe(contestants: list[Contestant], steps: int, measured_rate: float | N
                 "precision": str(contestant.dtype)[6:],
                 "compiled": contestant.forward is not model,
                 "batch_size": batch_size,
+                "loss_chunk": model.loss_chunk if contestant.kind != "plain loop" else None,
                 "context_length": model.config.context_length,
                 "steps": steps,
                 "windows": len(contestant.windows),
@@ -533,6 +541,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, help="windows of each contestant, default 5, with a single one 1")
     parser.add_argument("--batch-sizes", type=int, nargs="+", help="sequences per step, default: the preset's")
     parser.add_argument("--micro-batch-size", type=int, help="sequences per forward pass, default: all of them")
+    parser.add_argument("--loss-chunk", type=int, help="rows of logits held at a time, default: the model's")
     parser.add_argument("--workers", type=int, default=2, help="processes of the loader `workers` (%(default)s)")
     parser.add_argument("--precision", choices=("auto", "fp32", "fp16", "bf16"), default="auto")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="default: on a GPU")
@@ -577,7 +586,9 @@ def run_profile(options: argparse.Namespace, preset: Preset, device: torch.devic
     for size in options.batch_sizes or [preset.train.batch_size]:
         sized = dataclasses.replace(preset, train=dataclasses.replace(preset.train, batch_size=size))
         for kind, name, loader in kinds:
-            contestants.append(start(kind, (name, loader, sized, stream, device, options.workers), options.warmup))
+            shared = stream, device, options.workers, options.loss_chunk
+            contestants.append(start(kind, (name, loader, sized, *shared), options.warmup))
+            gc.collect()  # one that ran out of memory is gone for good
             if device.type == "cuda":
                 torch.cuda.empty_cache()
     contestants = [contestant for contestant in contestants if contestant]

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from study_data import make_language, make_study
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import pico_helpers as pico
 import profile_training as profile
@@ -221,6 +222,42 @@ def test_a_bad_step_changes_nothing(tiny_config, optimizer_name, spoil):
     assert not torch.equal(before[0], snapshot()[0]), "a good step after a bad one is taken"
     loss, skipped = guard.read()
     assert skipped == 1 and 10 < loss < 12, "the bad loss is not part of the mean"
+
+
+def test_a_run_begun_in_bf16_goes_on_in_fp16(tiny_config):
+    """As when Colab gives an A100 one day and a T4 the next."""
+    config = pico.TrainConfig(batch_size=4)
+    begun = pico.TrainingRun(tiny_config, config, "", CPU, torch.bfloat16)
+    resumed = pico.TrainingRun(tiny_config, config, "", CPU, torch.float16)
+    resumed.restore(begun.checkpoint("key"))
+    before = resumed.model.token_embedding.weight.detach().clone()
+    args = resumed.optimizer, resumed.scaler, random_batch(4), config, 0, torch.float16, resumed.guard
+    loss = pico.train_step(resumed.model, *args)
+    assert 10 < loss < 12 and resumed.scaler.get_scale() > 1
+    assert not torch.equal(before, resumed.model.token_embedding.weight), "the step was taken"
+    again = pico.TrainingRun(tiny_config, config, "", CPU, torch.float16)
+    resumed.scaler.update(128.0)
+    again.restore(resumed.checkpoint("key"))
+    assert again.scaler.state_dict()["scale"] == 128.0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_training_step_is_one_graph_for_all_models_of_a_shape(tiny_config, dtype):
+    """What `torch.compile` gets: no break, the loss in chunks of which the last is shorter, and eager's gradients."""
+    counter = CompileCounterWithBackend("aot_eager")
+    config = dataclasses.replace(tiny_config, dropout=0.0)
+    batch = random_batch(5)
+    for seed in (0, 1):
+        model = pico.PicoLLM(config, seed).train()
+        model.loss_chunk = 64
+        gradients = []
+        for forward in (model, torch.compile(model, backend=counter, fullgraph=True)):
+            with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+                forward(batch[:, :-1], batch[:, 1:]).backward()
+            gradients.append([p.grad for p in model.parameters()])
+            model.zero_grad(set_to_none=True)
+        assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+    assert counter.frame_count == 1, "the profiler's contestants share what is compiled"
 
 
 def test_a_few_nan_steps_are_counted_and_the_run_goes_on(tiny_config, tiny_train, data_folder, tmp_path, monkeypatch):
@@ -629,7 +666,7 @@ def test_batch_sizes_share_a_table_and_lack_of_memory_costs_a_row(tiny_preset, t
         return original(forward, optimizer, scaler, batch, *rest)
 
     monkeypatch.setattr(pico, "train_step", limited)
-    options = [*tiny_preset, "--loader", "naive", "--repeats", "1", "--measure-peak", "--peer"]
+    options = [*tiny_preset, "--loader", "naive", "--repeats", "1", "--measure-peak", "--peer", "--loss-chunk", "7"]
     monkeypatch.setattr(profile, "matrix_rate", lambda *_: 1e12)
     assert profile.main([*options, "--batch-sizes", "2", "4", "8"]) == 0
     rows = {row["name"]: row for row in read_rows(tmp_path / "profile.csv")}
@@ -640,6 +677,7 @@ def test_batch_sizes_share_a_table_and_lack_of_memory_costs_a_row(tiny_preset, t
         speed = float(row["tokens_per_second"])
         plain = float(rows[f"plain loop, batch {row['batch_size']}"]["tokens_per_second"])
         assert name.endswith(row["batch_size"]) and row["measured_tflops"] == "1.0"
+        assert row["loss_chunk"] == ("" if name.startswith("plain") else "7")
         assert float(row["ratio_to_plain_loop"]) == pytest.approx(speed / plain, abs=1e-3), "of the same batch size"
         expected = speed * float(row["flops_per_token"]) / 1e12
         assert float(row["mfu_of_measured_rate"]) == pytest.approx(expected, abs=1e-4)
