@@ -275,8 +275,9 @@ def test_a_run_begun_in_bf16_goes_on_in_fp16(tiny_config):
     assert again.scaler.state_dict()["scale"] == 128.0
 
 
+@pytest.mark.parametrize("target_weights", [None, torch.tensor([1.0, 0.5])], ids=["next", "later"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_training_step_is_one_graph_for_all_models_of_a_shape(tiny_config, dtype):
+def test_a_training_step_is_one_graph_for_all_models_of_a_shape(tiny_config, dtype, target_weights):
     """What `torch.compile` gets: no break, the loss in chunks of which the last is shorter, and eager's gradients."""
     counter = CompileCounterWithBackend("aot_eager")
     config = dataclasses.replace(tiny_config, dropout=0.0)
@@ -287,7 +288,8 @@ def test_a_training_step_is_one_graph_for_all_models_of_a_shape(tiny_config, dty
         gradients = []
         for forward in (model, torch.compile(model, backend=counter, fullgraph=True)):
             with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-                forward(batch[:, :-1], batch[:, 1:]).backward()
+                loss = forward(batch[:, :-1], batch[:, 1:], target_weights)
+            (loss if target_weights is None else loss[0]).backward()
             gradients.append([p.grad for p in model.parameters()])
             model.zero_grad(set_to_none=True)
         assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
