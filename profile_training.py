@@ -511,8 +511,7 @@ def compare_recipes(table: RecipeTable, seeds: Iterable[int] = (1, 2, 3), tuning
     """
     train, defaults = table.preset.train, TrainConfig()
     steps = train.max_steps
-    # Muon's presets hold the larger rate that suits the embedding beside it
-    rate = train.learning_rate / (4 if train.optimizer == "muon" else 1)
+    rate = 0.384 / table.preset.model.d_model  # wide models want smaller ones (Yang et al. 2022)
     shared = shared_axes(table.preset)
     adamw = table.tune(
         "adamw",

@@ -795,13 +795,13 @@ def test_a_study_says_how_long_it_took(tiny_model, tiny_train, data_folder, tmp_
 
 
 class MadeUp(profile.RecipeTable):
-    """Recipes whose loss is known: a bowl around learning rate 0.002 and weight decay 0.4, and Muon better by 0.5."""
+    """Recipes whose loss is known: a bowl around learning rate 0.024 and weight decay 0.4, and Muon better by 0.5."""
 
     def run(self, stage, recipe, seed, changes):
         of_train = {name: value for name, value in changes.items() if hasattr(self.preset.train, name)}
         config = dataclasses.replace(self.preset.train, **of_train)
         self.rows.append({"stage": stage, "recipe": recipe, "seed": seed, **changes})
-        loss = abs(config.learning_rate - 0.002) * 100 + abs(config.weight_decay - 0.4)
+        loss = abs(config.learning_rate - 0.024) * 100 + abs(config.weight_decay - 0.4)
         return loss - 0.5 * (config.optimizer == "muon")
 
 
@@ -813,7 +813,7 @@ def test_tuning_finds_the_best_of_each_setting_and_both_get_as_many_runs(tiny_co
     assert tuning.count("adamw") == tuning.count("muon") == 13
     final = [row for row in table.rows if row["stage"] == "final"]
     adamw = next(row for row in final if row["recipe"] == "adamw")
-    assert adamw["learning_rate"] == tiny_train.learning_rate * 2 and adamw["weight_decay"] == 0.4
+    assert adamw["learning_rate"] == 2 * 0.384 / tiny_config.d_model and adamw["weight_decay"] == 0.4
     assert {row["seed"] for row in final} == {1, 2}
     half = next(row for row in final if row["recipe"].endswith("half the tokens"))
     assert half["max_steps"] == tiny_train.max_steps // 2
@@ -825,7 +825,7 @@ def test_a_comparison_can_be_cut_short(tiny_config, tiny_train, tmp_path):
     table = MadeUp(pico.Preset(tiny_config, tiny_train, "tiny"), "made up", tmp_path / "r.csv", tmp_path, CPU)
     summary = profile.compare_recipes(table, seeds=(), tuning_runs=3)
     assert [row["recipe"] for row in table.rows] == ["adamw"] * 3 + ["muon"] * 3
-    assert f'best of adamw: {{"learning_rate": {tiny_train.learning_rate * 2}' in summary.replace(
+    assert f'best of adamw: {{"learning_rate": {2 * 0.384 / tiny_config.d_model}' in summary.replace(
         '"optimizer": "adamw", ', ""
     )
 
