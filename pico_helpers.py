@@ -1127,6 +1127,7 @@ class Checkpoint:
     weights: dict[str, Tensor]
     training_state: dict | None = None  # optimizer and scaler of an unfinished run
     tokenizer: str = Tokenizer.name
+    environment: dict[str, str] = field(default_factory=dict)  # device, torch, date; none in older files
 
 
 def save_checkpoint(path: str | Path, checkpoint: Checkpoint) -> Path:
@@ -1160,6 +1161,7 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
     if content.get("version") != _CHECKPOINT_VERSION:
         raise PicoError(f"{path} has format version {content.get('version')}; this code reads {_CHECKPOINT_VERSION}.")
     try:
+        content = {"environment": {}} | content
         fields = {item.name: content[item.name] for item in dataclasses.fields(Checkpoint)}
         fields["model_config"] = ModelConfig(**fields["model_config"])
         fields["train_config"] = TrainConfig(**fields["train_config"])
@@ -1205,6 +1207,11 @@ def checkpoint_path(results: str | Path, name: str, partial: bool = False) -> Pa
     return Path(results) / f"pico_llm_{name}{'.partial' if partial else ''}.pt"
 
 
+def shipped_checkpoint() -> Path:
+    """Where the trained model that comes with the project lies, if it came along."""
+    return Path(__file__).resolve().parent / "results" / "pretrained" / "pico_llm.pt"
+
+
 def newest_checkpoint(results: str | Path = "results") -> Path:
     """The newest finished model in `results`, else the newest unfinished one, else the shipped one.
 
@@ -1212,11 +1219,14 @@ def newest_checkpoint(results: str | Path = "results") -> Path:
     """
     own = sorted(Path(results).glob("pico_llm_*.pt"), key=lambda path: path.stat().st_mtime)
     finished = [path for path in own if not path.name.endswith(".partial.pt")]
-    shipped = sorted((Path(__file__).parent / "results" / "pretrained").glob("pico_llm_*.pt"))
-    for paths in (finished, own, shipped):
+    shipped = shipped_checkpoint()
+    for paths in (finished, own, [shipped] if shipped.is_file() else []):
         if paths:
             return paths[-1]
-    raise PicoError(f"There is no model in {results}; train one first (menu choice 1 or 3).")
+    raise PicoError(
+        f"There is no model in {results}, and the trained one of the project is not at {shipped}: train one first "
+        "(menu choice 1 or 3; `train` on the command line), or put pico_llm.pt there."
+    )
 
 
 # ======================================================================================================================
@@ -1556,6 +1566,70 @@ def evaluate(model: nn.Module, file: TokenFile, context_length: int, batch_size:
     return Evaluation(float(total) / targets, targets, file.n_words)
 
 
+# -- Speed
+
+_PEAKS = {  # device's name: GB/s of memory, dense TFLOP/s of fp32, tf32, fp16, 8 bit (the vendor's data sheets)
+    r"B200": (8000, 75, 1125, 2250, 4500),
+    r"H200": (4800, 67, 494, 989, 1979),
+    r"H100 PCIe": (2039, 51, 378, 756, 1513),
+    r"H100 NVL": (3938, 60, 417, 835, 1671),
+    r"H100": (3350, 67, 494, 989, 1979),
+    r"A100-(SXM4|PCIE)-40GB": (1555, 19.5, 156, 312, 624),
+    r"A100": (2039, 19.5, 156, 312, 624),
+    r"L40S": (864, 91.6, 183, 362, 733),
+    r"L4\b": (300, 30.3, 60, 121, 242),
+    r"A10G": (600, 31.5, 35, 70, 140),
+    r"A10\b": (600, 31.2, 62.5, 125, 250),
+    r"V100": (900, 15.7, 15.7, 125, 62),
+    r"T4\b": (320, 8.1, 8.1, 65, 130),
+    r"RTX 4090": (1008, 82.6, 82.6, 165, 330),
+    r"RTX 3090": (936, 35.6, 35.6, 71, 284),
+}
+
+
+def device_peaks(device_name: str) -> tuple[float, ...] | None:
+    """GB/s of memory, dense TFLOP/s of fp32, tf32, fp16 (or bf16) and 8 bit; None for a device not in the table."""
+    return next((values for pattern, values in _PEAKS.items() if re.search(pattern, device_name)), None)
+
+
+def peak_flops(device_name: str) -> float | None:
+    """FLOP/s of dense 16-bit matrix products by the data sheet, or None for an unknown device."""
+    peaks = device_peaks(device_name)
+    return peaks and 1e12 * peaks[3]
+
+
+def flops_per_token(config: ModelConfig, n_parameters: int) -> float:
+    """FLOPs of forward and backward pass per token, output projection included: 6 N + 12 L T D."""
+    return 6 * n_parameters + 12 * config.n_layer * config.context_length * config.d_model
+
+
+def describe_device(device: torch.device) -> str:
+    """The GPU's name, or the number of threads of a CPU."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+
+
+class _Stopwatch:
+    """Seconds of training, from those of an earlier part of the run on. It stands still during a pause."""
+
+    def __init__(self, device: torch.device, seconds: float = 0.0) -> None:
+        self.device, self.started = device, time.perf_counter() - seconds
+
+    def read(self) -> float:
+        return time.perf_counter() - self.started
+
+    @contextlib.contextmanager
+    def pause(self) -> Iterator[None]:
+        self._wait()  # what the device has yet to do is training
+        paused = time.perf_counter()
+        yield
+        self._wait()
+        self.started += time.perf_counter() - paused
+
+    def _wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+
 # -- The run
 
 
@@ -1663,13 +1737,21 @@ def train(
     *,
     device: torch.device | str | None = None,
     on_log: Callable[[list[dict]], None] | None = None,
+    on_snapshot: Callable[[PicoLLM, int], None] | None = None,
+    corpus: Corpus | None = None,
 ) -> TrainResult:
     """Trains a model and writes its checkpoint and metrics CSV to `results`.
 
     An unfinished run with the same settings is resumed; on a CPU its weights end up bit-for-bit equal to those of an
     uninterrupted run. Ctrl-C saves and returns. `on_log(rows)` is called after each line of metrics. A row holds step,
     tokens, epoch, train_loss and val_loss (nats per token; val_loss where it was measured), word_perplexity,
-    learning_rate (AdamW's), tokens_per_second and skipped_steps (so far, see LossGuard).
+    learning_rate (AdamW's), tokens_per_second, mfu (share of the device's 16-bit peak that the model's FLOPs make up,
+    output projection included; None for a device of unknown peak), seconds (of training so far, over all parts of a
+    resumed run, compilation included), peak_memory_mb (that PyTorch held on the GPU since this part began; None on a
+    CPU) and skipped_steps (so far, see LossGuard). Evaluation and snapshots count in none of the times.
+
+    `on_snapshot(model, step)` is called at `snapshot_steps`, by the first process, in evaluation mode and without
+    gradients; the run is the same with and without it. `corpus` is given when it was chosen already.
 
     Under torchrun the processes share each batch (DistributedDataParallel); the first one alone prints and writes. The
     losses are those of one process up to rounding; with dropout only if `micro_batch_size` is set, since its random
@@ -1677,7 +1759,7 @@ def train(
     loss is NaN or explodes for several steps in a row; the last good checkpoint then stays.
     """
     with _process_group(torch.device(device or default_device())) as device, readable_errors(config):
-        return _train(model_config, config, results, data_folder, device, on_log)
+        return _train(model_config, config, results, data_folder, device, on_log, on_snapshot, corpus)
 
 
 def _train(
@@ -1687,6 +1769,8 @@ def _train(
     data_folder: str | Path,
     device: torch.device,
     on_log: Callable[[list[dict]], None] | None,
+    on_snapshot: Callable[[PicoLLM, int], None] | None,
+    corpus: Corpus | None,
 ) -> TrainResult:
     rank, n_ranks = _ranks()
     say = print if rank == 0 else lambda text: None
@@ -1698,7 +1782,7 @@ def _train(
     dtype = choose_precision(config.precision, device)
     final, partial = checkpoint_path(results, config.name), checkpoint_path(results, config.name, partial=True)
 
-    about, corpus_key, training, validation = _from_first(lambda: _open_corpus(config, data_folder))
+    about, corpus_key, training, validation = _from_first(lambda: _open_corpus(config, data_folder, corpus))
     stream = SequenceStream(training, model_config.context_length, config.max_sequences, config.seed)
     total_steps = int(config.epochs * stream.n_sequences / config.batch_size)
     total_steps = max(1, min(total_steps, config.max_steps or total_steps))
@@ -1730,9 +1814,23 @@ def _train(
     loader = choose_loader(stream, device)
     batches = make_loader(loader, stream, config.batch_size, steps, device, rank=rank, n_ranks=n_ranks)
     tokens_per_step = config.batch_size * model_config.context_length
-    logged_step, logged_at, saved_at = run.step, time.perf_counter(), time.monotonic()
+    snapshots = snapshot_steps(total_steps) if on_snapshot and rank == 0 else []
+    # FLOP/s at peak over FLOPs of a token
+    peak_speed = (peak_flops(describe_device(device)) or math.nan) * n_ranks / flops_per_token(model_config, everything)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+    def take_snapshot() -> None:
+        if run.step in snapshots:
+            with clock.pause(), evaluating(run.model):
+                on_snapshot(run.model, run.step)
+
+    logged_step, logged_seconds, saved_at = run.step, run.seconds, time.monotonic()
+    clock = _Stopwatch(device, run.seconds)
     bar = progress(total=total_steps, initial=run.step, desc=f"train {config.name}", unit="step", disable=rank > 0)
     with bar, _stop_requests() as stop, torch.random.fork_rng([device] if device.type == "cuda" else []):
+        if run.step == 0:
+            take_snapshot()
         for step in steps:
             with profiler_range("data"):
                 batch = next(batches)
@@ -1748,32 +1846,39 @@ def _train(
             is_logged = is_evaluated or run.step % config.log_interval == 0
             if is_logged:
                 loss, skipped = run.guard.read()  # the only wait for the device
-                speed = (run.step - logged_step) * tokens_per_step / (time.perf_counter() - logged_at)
+                run.seconds = clock.read()
+                speed = (run.step - logged_step) * tokens_per_step / (run.seconds - logged_seconds)
+                logged_step, logged_seconds = run.step, run.seconds
                 bar.set_postfix_str(f"loss {loss:.3f}, {speed:,.0f} tokens/s")
-                evaluation = None
-                if is_evaluated and rank == 0:
-                    evaluation = evaluate(run.model, validation, model_config.context_length)
-                row = {
-                    "step": run.step,
-                    "tokens": run.step * tokens_per_step,
-                    "epoch": round(run.step * config.batch_size / stream.n_sequences, 4),
-                    "train_loss": loss,
-                    "val_loss": evaluation and evaluation.loss,
-                    "word_perplexity": evaluation and evaluation.word_perplexity,
-                    "learning_rate": learning_rate_at(step, total_steps, config),
-                    "tokens_per_second": round(speed, 1),
-                    "skipped_steps": skipped,
-                }
-                run.rows.append(row)
-                if on_log and rank == 0:
-                    on_log(run.rows)
-                logged_step, logged_at = run.step, time.perf_counter()
+                with clock.pause():
+                    evaluation = None
+                    if is_evaluated and rank == 0:
+                        evaluation = evaluate(run.model, validation, model_config.context_length)
+                    row = {
+                        "step": run.step,
+                        "tokens": run.step * tokens_per_step,
+                        "epoch": round(run.step * config.batch_size / stream.n_sequences, 4),
+                        "train_loss": loss,
+                        "val_loss": evaluation and evaluation.loss,
+                        "word_perplexity": evaluation and evaluation.word_perplexity,
+                        "learning_rate": learning_rate_at(step, total_steps, config),
+                        "tokens_per_second": round(speed, 1),
+                        "mfu": round(speed / peak_speed, 4) if peak_speed > 0 else None,
+                        "seconds": round(run.seconds, 2),
+                        "peak_memory_mb": _peak_memory_mb(device),
+                        "skipped_steps": skipped,
+                    }
+                    run.rows.append(row)
+                    if on_log and rank == 0:
+                        on_log(run.rows)
+            take_snapshot()
             if is_last:
                 break
             # several processes can only stop together; they agree on it with the metrics
             is_stopped = (n_ranks == 1 or is_logged) and _any_process(stop.is_set(), device)
             is_due = is_stopped or time.monotonic() - saved_at > config.checkpoint_seconds
             if rank == 0 and is_due and run.is_sound(batch):
+                run.seconds = clock.read()
                 try:
                     save(partial)
                 except PicoError as error:
@@ -1799,6 +1904,16 @@ def _train(
     return TrainResult(run.model.eval(), final, run.rows, finished=True)
 
 
+def snapshot_steps(total_steps: int, n: int = 12) -> list[int]:
+    """0, then about n steps that grow geometrically from total_steps / 500 to total_steps."""
+    first = max(1.0, total_steps / 500)
+    return sorted({0, *(round(first * (total_steps / first) ** (k / (n - 1))) for k in range(n))})
+
+
+def _peak_memory_mb(device: torch.device) -> float | None:
+    return round(torch.cuda.max_memory_allocated(device) / 1e6, 1) if device.type == "cuda" else None
+
+
 class _Run:
     """What changes from step to step, and how a checkpoint keeps it."""
 
@@ -1814,6 +1929,15 @@ class _Run:
         self.average = [] if config.average == "none" else [p.clone() for p in self.parameters]
         self.rows: list[dict] = []
         self.step = 0  # steps done
+        self.seconds = 0.0  # of training
+        n_ranks = _ranks()[1]
+        name = describe_device(device)
+        self.environment = {
+            "device": f"{n_ranks} x {name}" if n_ranks > 1 else name,
+            "precision": str(dtype)[6:],
+            "torch": str(torch.__version__),  # else its own class, which a checkpoint cannot hold
+            "date": datetime.date.today().isoformat(),
+        }
 
     def finish_step(self, total_steps: int) -> None:
         """Counts the step and takes its weights into their average, which replaces them at the end."""
@@ -1833,9 +1957,16 @@ class _Run:
         """With `corpus_key` a checkpoint to resume from."""
         weights = {name: value.detach().cpu() for name, value in self.model.state_dict().items()}
         state = {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(), "corpus": corpus_key}
-        state |= {"guard": self.guard.state, "average": self.average}
+        state |= {"guard": self.guard.state, "average": self.average, "seconds": self.seconds}
         return Checkpoint(
-            self.model_config, self.config, self.corpus, self.step, self.rows, weights, state if corpus_key else None
+            self.model_config,
+            self.config,
+            self.corpus,
+            self.step,
+            self.rows,
+            weights,
+            state if corpus_key else None,
+            environment=self.environment,
         )
 
     def restore(self, checkpoint: Checkpoint) -> None:
@@ -1846,12 +1977,14 @@ class _Run:
         self.guard.state.copy_(state["guard"])
         for value, saved in zip(self.average, state["average"], strict=True):
             value.copy_(saved)
-        self.step, self.rows = checkpoint.step, checkpoint.metrics
+        self.step, self.rows, self.seconds = checkpoint.step, checkpoint.metrics, state.get("seconds", 0.0)
 
 
-def _open_corpus(config: TrainConfig, data_folder: str | Path) -> tuple[str, str, TokenFile, TokenFile]:
+def _open_corpus(
+    config: TrainConfig, data_folder: str | Path, corpus: Corpus | None
+) -> tuple[str, str, TokenFile, TokenFile]:
     """(description, key, training tokens, validation tokens)."""
-    corpus = choose_corpus(config.corpus, config.corpus_fraction, data_folder)
+    corpus = corpus or choose_corpus(config.corpus, config.corpus_fraction, data_folder)
     print(f"Corpus: {corpus.about}, because {corpus.reason}.")
     training, validation = (prepare_tokens(corpus, split, data_folder) for split in ("train", "validation"))
     return corpus.about, corpus.key, training, validation
@@ -5847,28 +5980,6 @@ def _variants(model: PicoLLM, precision: str, make_engine: Callable[[str], Engin
 
 # bytes of a weight, column of _PEAKS
 _PRECISIONS = {"fp32": (4, 1), "tf32": (4, 2), "fp16": (2, 3), "bf16": (2, 3), "int8": (1, 4), "fp8": (1, 4)}
-_PEAKS = {  # device's name: GB/s of memory, dense TFLOP/s of fp32, tf32, fp16, 8 bit (the vendor's data sheets)
-    r"B200": (8000, 75, 1125, 2250, 4500),
-    r"H200": (4800, 67, 494, 989, 1979),
-    r"H100 PCIe": (2039, 51, 378, 756, 1513),
-    r"H100 NVL": (3938, 60, 417, 835, 1671),
-    r"H100": (3350, 67, 494, 989, 1979),
-    r"A100-(SXM4|PCIE)-40GB": (1555, 19.5, 156, 312, 624),
-    r"A100": (2039, 19.5, 156, 312, 624),
-    r"L40S": (864, 91.6, 183, 362, 733),
-    r"L4\b": (300, 30.3, 60, 121, 242),
-    r"A10G": (600, 31.5, 35, 70, 140),
-    r"A10\b": (600, 31.2, 62.5, 125, 250),
-    r"V100": (900, 15.7, 15.7, 125, 62),
-    r"T4\b": (320, 8.1, 8.1, 65, 130),
-    r"RTX 4090": (1008, 82.6, 82.6, 165, 330),
-    r"RTX 3090": (936, 35.6, 35.6, 71, 284),
-}
-
-
-def device_peaks(device_name: str) -> tuple[float, ...] | None:
-    """GB/s of memory, dense TFLOP/s of fp32, tf32, fp16 (or bf16) and 8 bit; None for a device not in the table."""
-    return next((values for pattern, values in _PEAKS.items() if re.search(pattern, device_name)), None)
 
 
 def floor_ms(model: PicoLLM, batch: int, length: int, precision: str, device_name: str) -> float:

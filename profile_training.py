@@ -41,19 +41,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import pico_helpers as pico
-from pico_helpers import ModelConfig, PicoError, Preset, TrainConfig, profiler_range
-
-
-def peak_flops(device_name: str) -> float | None:
-    """FLOP/s of dense 16-bit matrix products by the data sheet, or None for an unknown device."""
-    peaks = pico.device_peaks(device_name)
-    return peaks and 1e12 * peaks[3]
-
-
-def flops_per_token(config: ModelConfig, n_parameters: int) -> float:
-    """FLOPs of forward and backward pass per token, output projection included: 6 N + 12 L T D."""
-    return 6 * n_parameters + 12 * config.n_layer * config.context_length * config.d_model
-
+from pico_helpers import PicoError, Preset, TrainConfig, flops_per_token, peak_flops, profiler_range
 
 # -- Idle time from a trace
 
@@ -209,7 +197,7 @@ def measure_all(contestants: list[Contestant], warmup: int, steps: int, repeats:
 def describe(contestants: list[Contestant], steps: int) -> list[dict]:
     """One row for each contestant, as in the CSV."""
     device = contestants[0].device
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    name = pico.describe_device(device)
     peak = peak_flops(name)
     speeds = {contestant.name: contestant.tokens_per_second for contestant in contestants}
     rows = []
