@@ -6815,7 +6815,7 @@ def _train_command(config: ModelConfig, train: TrainConfig) -> str:
             else:
                 values = value if isinstance(value, tuple) else [value]
                 command += [f"--{option}", *(shlex.quote(str(value)) for value in values)]
-    return " ".join(command + (["  # in Python, with", *python_only] if python_only else []))
+    return " ".join(command + ([" # in Python, with", *python_only] if python_only else []))
 
 
 def ask_choice(ask: Callable[[str], str] = input) -> str:
