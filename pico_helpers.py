@@ -17,7 +17,7 @@ only those above it; search for a section's name to land in it:
     GENERATION              sampling with a KV cache
     INFERENCE               FP16, CUDA graphs, torch.compile, TensorRT
     EXPORT                  a Hugging Face folder of the model
-    COMMAND LINE AND MENU   train | analyze | both
+    COMMAND LINE AND MENU   train | analyze | both | publish
 
 Sources: the decoder follows GPT-2 (Radford et al. 2019) with rotary positions (Su et al. 2021), SwiGLU (Shazeer 2020)
 and pre-LayerNorm (Xiong et al. 2020); the order of the file follows nanoGPT (Karpathy 2022).
@@ -6665,6 +6665,8 @@ def publish(
     path, folder = Path(checkpoint), Path(folder)
     check_writable(folder)
     saved = load_checkpoint(path)
+    if saved.training_state:
+        raise PicoError(f"{path} is an unfinished run; run the training command again to finish it first.")
     text, head_rows = open_corpus(saved, corpus, data_folder), _head_history(path, saved)
     weights = {name: value.half() for name, value in saved.weights.items()}
     if not all(value.isfinite().all() for value in weights.values()):
@@ -6748,6 +6750,7 @@ def _model_card(
     config, train, (body, everything) = model.config, saved.train_config, model.count_parameters()
     defaults = TrainConfig()
     changes = {name: value for name, value in vars(train).items() if value != getattr(defaults, name)}
+    changes = {"dropout": config.dropout} | changes
     recipe = ", ".join(f"{name} {value}" for name, value in changes.items() if name not in ("name", "corpus"))
     lines = list(findings["headline"])
     if head_rows:
@@ -6765,7 +6768,7 @@ def _model_card(
         f"{config.vocab_size:,}. `pico_llm.pt` holds its weights in FP16.",
         corpus=saved.corpus,
         note=note,
-        recipe=f"Settings that differ from the defaults of `TrainConfig`: {recipe or 'none'}.",
+        recipe=f"{recipe}; all else as in the defaults of `TrainConfig`.",
         table="\n".join(f"| {name} | {value} |" for name, value in table.items()),
         findings="\n".join(f"- {line}" for line in lines),
         place=folder.name if folder.is_absolute() else folder.as_posix(),

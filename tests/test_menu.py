@@ -253,7 +253,7 @@ def test_the_model_card_says_what_checkpoint_and_study_say(published, trained, c
         "0.01M parameters without embeddings, 1.62M with them: 2 layers of 2 heads, width 32, feed-forward 32, context",
         f"Trained on the parquet folder {corpus_folder.name} (100% of its training rows",
         NOTE,
-        "max_steps 20, batch_size 4",
+        "dropout 0.0, max_sequences None, max_steps 20, batch_size 4, learning_rate 0.002",
         "| steps | 20 of 4 sequences |",
         "| tokens | 2,560 (",
         f"| training loss | {last['train_loss']:.4f} nats per token |",
@@ -326,6 +326,13 @@ def test_without_any_model_the_menu_says_what_to_do(monkeypatch, tmp_path, atten
     monkeypatch.setattr(pico, "__file__", str(tmp_path / "pico_helpers.py"))
     assert pico.main_menu(results=tmp_path, ask=answers("2", "")) == []
     assert "train one first (menu choice 1 or 3" in capsys.readouterr().out
+
+
+def test_an_unfinished_run_is_not_published(trained, tmp_path, data_folder):
+    saved = pico.load_checkpoint(trained.checkpoint)
+    path = pico.save_checkpoint(tmp_path / "a.pt", dataclasses.replace(saved, training_state={"optimizer": {}}))
+    with pytest.raises(PicoError, match="is an unfinished run"):
+        pico.publish(path, tmp_path / "out", data_folder)
 
 
 def test_weights_beyond_half_precision_are_refused(trained, tmp_path, data_folder):
