@@ -17,7 +17,7 @@ only those above it; search for a section's name to land in it:
     GENERATION              sampling with a KV cache
     INFERENCE               FP16, CUDA graphs, torch.compile, TensorRT
     EXPORT                  a Hugging Face folder of the model
-    COMMAND LINE AND MENU   train | analyze | both
+    COMMAND LINE AND MENU   train | analyze | both | publish
 
 Sources: the decoder follows GPT-2 (Radford et al. 2019) with rotary positions (Su et al. 2021), SwiGLU (Shazeer 2020)
 and pre-LayerNorm (Xiong et al. 2020); the order of the file follows nanoGPT (Karpathy 2022).
@@ -46,6 +46,7 @@ import math
 import os
 import pickle
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -96,14 +97,14 @@ __all__ = [  # noqa: RUF022 (in the order of the sections)
     "PairResult", "minimal_pair_accuracy", "PHENOMENA", "make_pairs", "study_language",
     "save_figure", "plot_loss_curve", "plot_attention_heatmap", "plot_chosen_heads", "plot_all_heads",
     "plot_category", "plot_attention_flow", "attention_rollout", "plot_rollout", "plot_class_shares",
-    "plot_score_maps", "plot_ablation", "plot_head_similarity", "plot_entropy_distance", "plot_language",
-    "draw_study",
+    "plot_head_emergence", "plot_score_maps", "plot_ablation", "plot_head_similarity", "plot_entropy_distance",
+    "plot_language", "draw_study",
     "study_findings", "write_findings", "write_report", "explorer_html", "write_explorer",
     "generate", "stream_text",
     "Accuracy", "check_accuracy", "export_program", "install_tensorrt", "Engine", "compile_tensorrt",
     "save_engine", "load_engine", "device_peaks", "benchmark", "plot_benchmark", "advanced_tensorrt_optimization_demo",
     "export_to_hf",
-    "setup_notebook", "run_training", "open_corpus", "run_analysis", "main_menu", "print_files",
+    "setup_notebook", "run_training", "open_corpus", "run_analysis", "publish", "main_menu", "print_files",
     "offer_download", "main",
 ]
 # fmt: on
@@ -636,10 +637,11 @@ def _parquet_corpus(folder: str, fraction: float) -> Corpus:
 
     state = [[path.name, _fingerprint(path)] for path in paths]
     held_out = "its validation files" if validation else "every 50th document"
+    title = Path(folder).resolve().name
     return Corpus(
-        name=re.sub(r"\W+", "-", Path(folder).resolve().name).strip("-") or "folder",
+        name=re.sub(r"\W+", "-", title).strip("-") or "folder",
         key=json.dumps([fraction, state]),
-        about=f"the parquet folder {folder} ({fraction:.0%} of its training rows; validation: {held_out})",
+        about=f"the parquet folder {title} ({fraction:.0%} of its training rows; validation: {held_out})",
         reason="it was asked for",
         documents=documents,
     )
@@ -1168,6 +1170,7 @@ class Checkpoint:
     weights: dict[str, Tensor]
     training_state: dict | None = None  # optimizer and scaler of an unfinished run
     tokenizer: str = Tokenizer.name
+    environment: dict[str, str | None] = field(default_factory=dict)  # see `measured_on`; none in older files
 
 
 def save_checkpoint(path: str | Path, checkpoint: Checkpoint) -> Path:
@@ -1201,6 +1204,7 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
     if content.get("version") != _CHECKPOINT_VERSION:
         raise PicoError(f"{path} has format version {content.get('version')}; this code reads {_CHECKPOINT_VERSION}.")
     try:
+        content = {"environment": {}} | content
         fields = {item.name: content[item.name] for item in dataclasses.fields(Checkpoint)}
         fields["model_config"] = ModelConfig(**fields["model_config"])
         fields["train_config"] = TrainConfig(**fields["train_config"])
@@ -1246,6 +1250,11 @@ def checkpoint_path(results: str | Path, name: str, partial: bool = False) -> Pa
     return Path(results) / f"pico_llm_{name}{'.partial' if partial else ''}.pt"
 
 
+def shipped_checkpoint() -> Path:
+    """Where the trained model that comes with the project lies, if it came along."""
+    return Path(__file__).resolve().parent / "results" / "pretrained" / "pico_llm.pt"
+
+
 def newest_checkpoint(results: str | Path = "results") -> Path:
     """The newest finished model in `results`, else the newest unfinished one, else the shipped one.
 
@@ -1253,11 +1262,14 @@ def newest_checkpoint(results: str | Path = "results") -> Path:
     """
     own = sorted(Path(results).glob("pico_llm_*.pt"), key=lambda path: path.stat().st_mtime)
     finished = [path for path in own if not path.name.endswith(".partial.pt")]
-    shipped = sorted((Path(__file__).parent / "results" / "pretrained").glob("pico_llm_*.pt"))
-    for paths in (finished, own, shipped):
+    shipped = shipped_checkpoint()
+    for paths in (finished, own, [shipped] if shipped.is_file() else []):
         if paths:
             return paths[-1]
-    raise PicoError(f"There is no model in {results}; train one first (menu choice 1 or 3).")
+    raise PicoError(
+        f"There is no model in {results}, and the trained one of the project is not at {shipped}: train one first "
+        "(menu choice 1 or 3; `train` on the command line), or put pico_llm.pt there."
+    )
 
 
 # ======================================================================================================================
@@ -1610,6 +1622,82 @@ def evaluate(model: nn.Module, file: TokenFile, context_length: int, batch_size:
     return Evaluation(float(total) / targets, targets, file.n_words)
 
 
+# -- Speed
+
+_PEAKS = {  # device's name: GB/s of memory, dense TFLOP/s of fp32, tf32, fp16, 8 bit (the vendor's data sheets)
+    r"B200": (8000, 75, 1125, 2250, 4500),
+    r"H200": (4800, 67, 494, 989, 1979),
+    r"H100 PCIe": (2039, 51, 378, 756, 1513),
+    r"H100 NVL": (3938, 60, 417, 835, 1671),
+    r"H100": (3350, 67, 494, 989, 1979),
+    r"A100-(SXM4|PCIE)-40GB": (1555, 19.5, 156, 312, 624),
+    r"A100": (2039, 19.5, 156, 312, 624),
+    r"L40S": (864, 91.6, 183, 362, 733),
+    r"L4\b": (300, 30.3, 60, 121, 242),
+    r"A10G": (600, 31.5, 35, 70, 140),
+    r"A10\b": (600, 31.2, 62.5, 125, 250),
+    r"V100": (900, 15.7, 15.7, 125, 62),
+    r"T4\b": (320, 8.1, 8.1, 65, 130),
+    r"RTX 4090": (1008, 82.6, 82.6, 165, 330),
+    r"RTX 3090": (936, 35.6, 35.6, 71, 284),
+}
+
+
+def device_peaks(device_name: str) -> tuple[float, ...] | None:
+    """GB/s of memory, dense TFLOP/s of fp32, tf32, fp16 (or bf16) and 8 bit; None for a device not in the table."""
+    return next((values for pattern, values in _PEAKS.items() if re.search(pattern, device_name)), None)
+
+
+def peak_flops(device_name: str) -> float | None:
+    """FLOP/s of dense 16-bit matrix products by the data sheet, or None for an unknown device."""
+    peaks = device_peaks(device_name)
+    return peaks and 1e12 * peaks[3]
+
+
+def flops_per_token(config: ModelConfig, n_parameters: int) -> float:
+    """FLOPs of forward and backward pass per token, output projection included: 6 N + 12 L T D."""
+    return 6 * n_parameters + 12 * config.n_layer * config.context_length * config.d_model
+
+
+def measured_on(device: torch.device) -> dict[str, str | None]:
+    """What identifies a measurement, as columns: device, driver (of an NVIDIA GPU), torch, date (ISO)."""
+    name, driver = f"CPU, {torch.get_num_threads()} threads", None
+    if device.type == "cuda":
+        name, command = torch.cuda.get_device_name(device), ["nvidia-smi", "--query-gpu=driver_version"]
+        with contextlib.suppress(OSError, subprocess.SubprocessError):  # nvidia-smi may be missing or refuse
+            answer = subprocess.run([*command, "--format=csv,noheader"], capture_output=True, timeout=20, check=True)
+            driver = answer.stdout.decode().split("\n")[0].strip()  # all GPUs of a machine share it
+    today = datetime.date.today().isoformat()
+    return {
+        "device": name,
+        "driver": driver,
+        "torch": str(torch.__version__),
+        "date": today,
+    }  # a checkpoint holds plain strings
+
+
+class _Stopwatch:
+    """Seconds of training, from those of an earlier part of the run on. It stands still during a pause."""
+
+    def __init__(self, device: torch.device, seconds: float = 0.0) -> None:
+        self.device, self.started = device, time.perf_counter() - seconds
+
+    def read(self) -> float:
+        return time.perf_counter() - self.started
+
+    @contextlib.contextmanager
+    def pause(self) -> Iterator[None]:
+        self._wait()  # what the device has yet to do is training
+        paused = time.perf_counter()
+        yield
+        self._wait()
+        self.started += time.perf_counter() - paused
+
+    def _wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+
 # -- The run
 
 
@@ -1717,13 +1805,21 @@ def train(
     *,
     device: torch.device | str | None = None,
     on_log: Callable[[list[dict]], None] | None = None,
+    on_snapshot: Callable[[PicoLLM, int], None] | None = None,
+    corpus: Corpus | None = None,
 ) -> TrainResult:
     """Trains a model and writes its checkpoint and metrics CSV to `results`.
 
     An unfinished run with the same settings is resumed; on a CPU its weights end up bit-for-bit equal to those of an
     uninterrupted run. Ctrl-C saves and returns. `on_log(rows)` is called after each line of metrics. A row holds step,
     tokens, epoch, train_loss and val_loss (nats per token; val_loss where it was measured), word_perplexity,
-    learning_rate (AdamW's), tokens_per_second and skipped_steps (so far, see LossGuard).
+    learning_rate (AdamW's), tokens_per_second, mfu (share of the device's 16-bit peak that the model's FLOPs make up,
+    output projection included; None for a device of unknown peak), seconds (of training so far, over all parts of a
+    resumed run, compilation included), peak_memory_mb (that PyTorch held on the GPU since this part began; None on a
+    CPU) and skipped_steps (so far, see LossGuard). Evaluation and snapshots count in none of the times.
+
+    `on_snapshot(model, step)` is called at `snapshot_steps`, by the first process, in evaluation mode and without
+    gradients; the run is the same with and without it. `corpus` is given when it was chosen already.
 
     Under torchrun the processes share each batch (DistributedDataParallel); the first one alone prints and writes. The
     losses are those of one process up to rounding; with dropout only if `micro_batch_size` is set, since its random
@@ -1731,7 +1827,7 @@ def train(
     loss is NaN or explodes for several steps in a row; the last good checkpoint then stays.
     """
     with _process_group(torch.device(device or default_device())) as device, readable_errors(config):
-        return _train(model_config, config, results, data_folder, device, on_log)
+        return _train(model_config, config, results, data_folder, device, on_log, on_snapshot, corpus)
 
 
 def _train(
@@ -1741,6 +1837,8 @@ def _train(
     data_folder: str | Path,
     device: torch.device,
     on_log: Callable[[list[dict]], None] | None,
+    on_snapshot: Callable[[PicoLLM, int], None] | None = None,
+    corpus: Corpus | None = None,
 ) -> TrainResult:
     rank, n_ranks = _ranks()
     say = print if rank == 0 else lambda text: None
@@ -1752,7 +1850,7 @@ def _train(
     dtype = choose_precision(config.precision, device)
     final, partial = checkpoint_path(results, config.name), checkpoint_path(results, config.name, partial=True)
 
-    about, corpus_key, training, validation = _from_first(lambda: _open_corpus(config, data_folder))
+    about, corpus_key, training, validation = _from_first(lambda: _open_corpus(config, data_folder, corpus))
     stream = SequenceStream(training, model_config.context_length, config.max_sequences, config.seed)
     total_steps = int(config.epochs * stream.n_sequences / config.batch_size)
     total_steps = max(1, min(total_steps, config.max_steps or total_steps))
@@ -1784,9 +1882,25 @@ def _train(
     loader = choose_loader(stream, device)
     batches = make_loader(loader, stream, config.batch_size, steps, device, rank=rank, n_ranks=n_ranks)
     tokens_per_step = config.batch_size * model_config.context_length
-    logged_step, logged_at, saved_at = run.step, time.perf_counter(), time.monotonic()
+    snapshots = snapshot_steps(total_steps) if on_snapshot and rank == 0 else []
+    # FLOP/s at peak over FLOPs of a token
+    peak_speed = (
+        (peak_flops(run.environment["device"]) or math.nan) * n_ranks / flops_per_token(model_config, everything)
+    )
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+    def take_snapshot() -> None:
+        if run.step in snapshots:
+            with clock.pause(), evaluating(run.model):
+                on_snapshot(run.model, run.step)
+
+    logged_step, logged_seconds, saved_at = run.step, run.seconds, time.monotonic()
+    clock = _Stopwatch(device, run.seconds)
     bar = progress(total=total_steps, initial=run.step, desc=f"train {config.name}", unit="step", disable=rank > 0)
     with bar, _stop_requests() as stop, torch.random.fork_rng([device] if device.type == "cuda" else []):
+        if run.step == 0:
+            take_snapshot()
         for step in steps:
             with profiler_range("data"):
                 batch = next(batches)
@@ -1805,32 +1919,39 @@ def _train(
             is_logged = is_evaluated or run.step % config.log_interval == 0
             if is_logged:
                 loss, skipped = run.guard.read()  # the only wait for the device
-                speed = (run.step - logged_step) * tokens_per_step / (time.perf_counter() - logged_at)
+                run.seconds = clock.read()
+                speed = (run.step - logged_step) * tokens_per_step / (run.seconds - logged_seconds)
+                logged_step, logged_seconds = run.step, run.seconds
                 bar.set_postfix_str(f"loss {loss:.3f}, {speed:,.0f} tokens/s")
-                evaluation = None
-                if is_evaluated and rank == 0:
-                    evaluation = evaluate(run.model, validation, model_config.context_length)
-                row = {
-                    "step": run.step,
-                    "tokens": run.step * tokens_per_step,
-                    "epoch": round(run.step * config.batch_size / stream.n_sequences, 4),
-                    "train_loss": loss,
-                    "val_loss": evaluation and evaluation.loss,
-                    "word_perplexity": evaluation and evaluation.word_perplexity,
-                    "learning_rate": learning_rate_at(step, total_steps, config),
-                    "tokens_per_second": round(speed, 1),
-                    "skipped_steps": skipped,
-                }
-                run.rows.append(row)
-                if on_log and rank == 0:
-                    on_log(run.rows)
-                logged_step, logged_at = run.step, time.perf_counter()
+                with clock.pause():
+                    evaluation = None
+                    if is_evaluated and rank == 0:
+                        evaluation = evaluate(run.model, validation, model_config.context_length)
+                    row = {
+                        "step": run.step,
+                        "tokens": run.step * tokens_per_step,
+                        "epoch": round(run.step * config.batch_size / stream.n_sequences, 4),
+                        "train_loss": loss,
+                        "val_loss": evaluation and evaluation.loss,
+                        "word_perplexity": evaluation and evaluation.word_perplexity,
+                        "learning_rate": learning_rate_at(step, total_steps, config),
+                        "tokens_per_second": round(speed, 1),
+                        "mfu": round(speed / peak_speed, 4) if peak_speed > 0 else None,
+                        "seconds": round(run.seconds, 2),
+                        "peak_memory_mb": _peak_memory_mb(device),
+                        "skipped_steps": skipped,
+                    }
+                    run.rows.append(row)
+                    if on_log and rank == 0:
+                        on_log(run.rows)
+            take_snapshot()
             if is_last:
                 break
             # several processes can only stop together; they agree on it with the metrics
             is_stopped = (n_ranks == 1 or is_logged) and _any_process(stop.is_set(), device)
             is_due = is_stopped or time.monotonic() - saved_at > config.checkpoint_seconds
             if rank == 0 and is_due and run.is_sound(batch):
+                run.seconds = clock.read()
                 try:
                     save(partial)
                 except PicoError as error:
@@ -1856,6 +1977,16 @@ def _train(
     return TrainResult(run.model.eval(), final, run.rows, finished=True)
 
 
+def snapshot_steps(total_steps: int, n: int = 12) -> list[int]:
+    """0, then about n steps that grow geometrically from total_steps / 500 to total_steps."""
+    first = max(1.0, total_steps / 500)
+    return sorted({0, *(round(first * (total_steps / first) ** (k / (n - 1))) for k in range(n))})
+
+
+def _peak_memory_mb(device: torch.device) -> float | None:
+    return round(torch.cuda.max_memory_allocated(device) / 1e6, 1) if device.type == "cuda" else None
+
+
 class TrainingRun:
     """What changes from step to step, and how a checkpoint keeps it."""
 
@@ -1871,6 +2002,11 @@ class TrainingRun:
         self.average = [] if config.average == "none" else [p.clone() for p in self.parameters]
         self.rows: list[dict] = []
         self.step = 0  # steps done
+        self.seconds = 0.0  # of training
+        n_ranks = _ranks()[1]
+        self.environment = measured_on(device) | {"precision": str(dtype)[6:]}
+        if n_ranks > 1:
+            self.environment["device"] = f"{n_ranks} x {self.environment['device']}"
 
     def finish_step(self, total_steps: int) -> None:
         """Counts the step and takes its weights into their average, which replaces them at the end."""
@@ -1890,9 +2026,16 @@ class TrainingRun:
         """With `corpus_key` a checkpoint to resume from."""
         weights = {name: value.detach().cpu() for name, value in self.model.state_dict().items()}
         state = {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(), "corpus": corpus_key}
-        state |= {"guard": self.guard.state, "average": self.average}
+        state |= {"guard": self.guard.state, "average": self.average, "seconds": self.seconds}
         return Checkpoint(
-            self.model_config, self.config, self.corpus, self.step, self.rows, weights, state if corpus_key else None
+            self.model_config,
+            self.config,
+            self.corpus,
+            self.step,
+            self.rows,
+            weights,
+            state if corpus_key else None,
+            environment=self.environment,
         )
 
     def restore(self, checkpoint: Checkpoint) -> None:
@@ -1904,12 +2047,14 @@ class TrainingRun:
         self.guard.state.copy_(state["guard"])
         for value, saved in zip(self.average, state["average"], strict=True):
             value.copy_(saved)
-        self.step, self.rows = checkpoint.step, checkpoint.metrics
+        self.step, self.rows, self.seconds = checkpoint.step, checkpoint.metrics, state.get("seconds", 0.0)
 
 
-def _open_corpus(config: TrainConfig, data_folder: str | Path) -> tuple[str, str, TokenFile, TokenFile]:
+def _open_corpus(
+    config: TrainConfig, data_folder: str | Path, corpus: Corpus | None
+) -> tuple[str, str, TokenFile, TokenFile]:
     """(description, key, training tokens, validation tokens)."""
-    corpus = choose_corpus(config.corpus, config.corpus_fraction, data_folder)
+    corpus = corpus or choose_corpus(config.corpus, config.corpus_fraction, data_folder)
     print(f"Corpus: {corpus.about}, because {corpus.reason}.")
     training, validation = (prepare_tokens(corpus, split, data_folder) for split in ("train", "validation"))
     return corpus.about, corpus.key, training, validation
@@ -2521,6 +2666,32 @@ def score_heads(
     stand-in with many ties. Memory is that of one window. Raises PicoError for empty or too long texts.
     """
     return head_sums(model, texts, idx, token_counts=token_counts, seed=seed).table(thresholds)
+
+
+def first_snapshots(history: pd.DataFrame, thresholds: ScoreThresholds) -> dict[str, int | None]:
+    """For each kappa the first step of a run at which some head reaches its tau, None if none does.
+
+    `history` has the columns of `score_heads` and step.
+    """
+    best = history.groupby("step")[list(KAPPAS)].max()
+    reached = {name: best.index[best[name] >= thresholds.tau[name]] for name in KAPPAS}
+    return {name: int(steps[0]) if len(steps) else None for name, steps in reached.items()}
+
+
+def describe_emergence(history: pd.DataFrame, thresholds: ScoreThresholds) -> str:
+    """One sentence on when previous-token and induction heads appear."""
+    best, parts = history.groupby("step")[list(KAPPAS)].max(), []
+    for score, kind in (("previous", "previous-token"), ("induction", "induction")):
+        step, tau = first_snapshots(history, thresholds)[score], thresholds.tau[score]
+        before = best.index[best.index < step].max() if step else None
+        if step is None:
+            parts.append(f"no {kind} head appears (highest score {best[score].max():.2f}, threshold {tau:.2f})")
+        elif step == best.index[0]:
+            parts.append(f"one head looks like a {kind} head from step {step:,} on, the first one scored")
+        else:
+            parts.append(f"the first {kind} head appears between steps {before:,} and {step:,} (threshold {tau:.2f})")
+    text = "; ".join(parts)
+    return f"{text[0].upper()}{text[1:]}."
 
 
 def _untrained_seeds(n: int) -> range:
@@ -3523,6 +3694,13 @@ _SCORE_NAMES = {  # columns of HeadStudy.scores that are drawn as maps
     "rare": "Rare: least frequent token",
     "broad": "Broad: evenly spread",
 }
+_EMERGENCE_COLORS = {
+    "previous": "#0072B2",
+    "induction": "#D55E00",
+    "sink": "#555555",
+    "duplicate": "#009E73",
+    "self": "#CC79A7",
+}
 _NO_KEY = "#d5d5d5"  # the upper triangle: tokens that come later cannot be looked at
 _MAX_LABELS = 40  # on a heatmap
 _MAX_NODES = 20  # in a flow graph
@@ -3924,20 +4102,66 @@ def plot_loss_curve(rows: Sequence[dict], title: str = "Training", uniform_loss:
     """
     figure = _figure(7, 4, layout="constrained")
     axes = figure.subplots()
-    for key, name, style in (
-        ("train_loss", "training", {"color": "#56B4E9", "linewidth": 1.2}),
-        ("val_loss", "held-out text", {"color": "#0072B2", "linewidth": 1.8, "marker": "o", "markersize": 3.5}),
-    ):
-        points = [(row["step"], float(row[key])) for row in rows if row.get(key) not in (None, "")]
-        points = [point for point in points if math.isfinite(point[1])]
-        if points:
-            name += f" (last {points[-1][1]:.2f})"
-            axes.plot(*zip(*points, strict=True), label=name, **style)
+    _draw_losses(axes, rows)
     axes.axhline(uniform_loss, color="#999999", linestyle=":", linewidth=1, label=f"guessing ({uniform_loss:.2f})")
     axes.set(xlabel="step", ylabel="loss (nats per token)", xlim=(0, None))
     axes.set_title(title, loc="left", fontsize=11, weight="bold", parse_math=False)
     axes.grid(alpha=0.25)
     axes.legend(frameon=False, fontsize=8)
+    return figure
+
+
+def _draw_losses(axes: Axes, rows: Sequence[dict], per_step: float = 1) -> None:
+    """Training and validation loss by step, or by step x `per_step`."""
+    for key, name, style in (
+        ("train_loss", "training", {"color": "#56B4E9", "linewidth": 1.2}),
+        ("val_loss", "held-out text", {"color": "#0072B2", "linewidth": 1.8, "marker": "o", "markersize": 3.5}),
+    ):
+        points = [(row["step"] * per_step, float(row[key])) for row in rows if row.get(key) not in (None, "")]
+        points = [point for point in points if math.isfinite(point[1])]
+        if points:
+            name += f" (last {points[-1][1]:.2f})"
+            axes.plot(*zip(*points, strict=True), label=name, **style)
+
+
+def plot_head_emergence(
+    head_rows: Sequence[dict] | pd.DataFrame, metrics: Sequence[dict], thresholds: ScoreThresholds | None = None
+) -> Figure:
+    """Loss (top) and scores of heads (bottom) by tokens of training, on a log scale.
+
+    `head_rows`: what `run_training` keeps in `{name}_heads.csv`; `metrics`: the rows of training, without which the
+    unit is the step. Thick lines are the highest head of each kind, thin ones the mean of all heads, dotted ones the
+    highest head of the untrained model; a circle is the first head beyond the threshold.
+    """
+    import pandas as pd
+
+    heads = pd.DataFrame(head_rows)
+    per_step = next((row["tokens"] / row["step"] for row in metrics if row.get("tokens")), None)
+    figure = _figure(7.5, 6, layout="constrained")
+    top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(1, 1.5))
+    _draw_losses(top, metrics, per_step or 1)
+    _clean(top, "Loss during training", ylabel="loss (nats per token)")
+    by_step = heads.groupby("step")
+    first = first_snapshots(heads, thresholds or ScoreThresholds())
+    for score, color in _EMERGENCE_COLORS.items():
+        best, mean = by_step[score].max(), by_step[score].mean()
+        if best.index[0] == 0:
+            bottom.axhline(best[0], color=color, linestyle=":", linewidth=1)
+        best, mean = best[best.index > 0], mean[mean.index > 0]
+        x = best.index * (per_step or 1)
+        bottom.plot(x, best, color=color, linewidth=1.8, marker=".", label=_SCORE_NAMES[score])
+        bottom.plot(x, mean, color=color, linewidth=0.8)
+        if first[score]:
+            style = {"markersize": 9, "markerfacecolor": "none", "markeredgewidth": 1.6}
+            bottom.plot(first[score] * (per_step or 1), best[first[score]], "o", color=color, **style)
+    bottom.set_xscale("log")
+    _clean(bottom, "Highest score of a head (0: chance, 1: ideal)", ylim=(min(-0.05, bottom.get_ylim()[0]), 1))
+    signs = "thin: mean of all heads; dotted: highest before training; circle: first beyond the threshold"
+    bottom.set(xlabel=f"{'tokens of training' if per_step else 'step'}\n({signs})", ylabel="score")
+    for axes, place in ((top, "lower left"), (bottom, "upper left")):
+        axes.grid(alpha=0.25)
+        if axes.get_legend_handles_labels()[1]:
+            axes.legend(frameon=False, fontsize=8, loc=place)
     return figure
 
 
@@ -4225,15 +4449,16 @@ def draw_study(
     language: pd.DataFrame | None,
     folder: str | Path,
     metrics: Sequence[dict] = (),
+    head_rows: Sequence[dict] = (),
 ) -> list[Picture]:
     """Draws every picture of the study into `folder` as PNG and SVG, with a progress bar; pictures of the model first.
 
-    `captures` maps each category to its sentences, `metrics` are the rows of training. The pictures of sentences are
-    drawn by as many processes as there are cores, at most four.
+    `captures` maps each category to its sentences, `metrics` are the rows of training, `head_rows` the scores of heads
+    on the way. The pictures of sentences are drawn by as many processes as there are cores, at most four.
     """
     folder = Path(folder)
     heads = choose_heads(study.scores)
-    model_plan = list(_plan_model(study, language, metrics))
+    model_plan = list(_plan_model(study, language, metrics, head_rows))
     jobs, pictures, of_model = [], [], []
     for number, (category, members) in enumerate(captures.items(), start=1):
         place = folder / f"{number:02d}_{re.sub(r'[^a-z0-9]+', '_', category.lower()).strip('_')}"
@@ -4249,8 +4474,12 @@ def draw_study(
     return of_model + pictures
 
 
-def _plan_model(study: HeadStudy, language: pd.DataFrame | None, metrics: Sequence[dict]) -> Iterator[tuple]:
+def _plan_model(
+    study: HeadStudy, language: pd.DataFrame | None, metrics: Sequence[dict], head_rows: Sequence[dict]
+) -> Iterator[tuple]:
     """(file name, title, alt text, caption, function that draws it) of every picture of the model."""
+    import pandas as pd
+
     scores, ablation = study.scores, study.ablation
     n_head = scores["head"].nunique()
     if metrics:
@@ -4262,6 +4491,18 @@ def _plan_model(study: HeadStudy, language: pd.DataFrame | None, metrics: Sequen
             f"Line chart of the loss by training step.{ending}",
             "How wrong the next-token guesses were during training; lower is better.",
             lambda: plot_loss_curve(metrics),
+        )
+    if len(head_rows):
+        history = pd.DataFrame(head_rows)
+        best = history.groupby("step")[list(_EMERGENCE_COLORS)].max()
+        listed = "; ".join(f"{name} {_number(best[name].iloc[0])} to {_number(best[name].iloc[-1])}" for name in best)
+        yield (
+            "head_emergence",
+            "Heads over training",
+            "Line chart of the loss and of the highest score of a head by tokens of training. From the first to the "
+            f"last snapshot: {listed}.",
+            describe_emergence(history, study.thresholds),
+            lambda: plot_head_emergence(history, metrics, study.thresholds),
         )
     for source, where in _SOURCE_NAMES.items():
         heads = scores[scores["source"] == source]
@@ -4840,7 +5081,7 @@ def write_report(path: str | Path, findings: dict, pictures: Sequence[Picture]) 
         ),
         class_table=_full_table(findings["class_shares"], "Share of heads in each class"),
         score_verdicts=verdicts("Heads"),
-        score_pictures=show("score_maps_windows", "score_maps_sentences"),
+        score_pictures=show("head_emergence", "score_maps_windows", "score_maps_sentences"),
         score_table=_full_table(findings["head_scores"], "Scores of every head"),
         baseline_table=_full_table(findings["score_baselines"], "Scores beside their baselines"),
         ablation_verdicts=verdicts("Ablation"),
@@ -5629,18 +5870,6 @@ def _version(*packages: str) -> str | None:
     return None
 
 
-def measured_on(device: torch.device) -> dict[str, str | None]:
-    """What identifies a measurement, as columns: device, driver (of an NVIDIA GPU), torch, date (ISO)."""
-    name, driver = f"CPU, {torch.get_num_threads()} threads", None
-    if device.type == "cuda":
-        name, command = torch.cuda.get_device_name(device), ["nvidia-smi", "--query-gpu=driver_version"]
-        with contextlib.suppress(OSError, subprocess.SubprocessError):  # nvidia-smi may be missing or refuse
-            answer = subprocess.run([*command, "--format=csv,noheader"], capture_output=True, timeout=20, check=True)
-            driver = answer.stdout.decode().split("\n")[0].strip()  # all GPUs of a machine share it
-    today = datetime.date.today().isoformat()
-    return {"device": name, "driver": driver, "torch": torch.__version__, "date": today}
-
-
 def _environment() -> dict[str, str | None]:
     """What an engine depends on."""
     on_gpu = torch.cuda.is_available()
@@ -5928,28 +6157,6 @@ def _variants(model: PicoLLM, precision: str, make_engine: Callable[[str], Engin
 
 # bytes of a weight, column of _PEAKS
 _PRECISIONS = {"fp32": (4, 1), "tf32": (4, 2), "fp16": (2, 3), "bf16": (2, 3), "int8": (1, 4), "fp8": (1, 4)}
-_PEAKS = {  # device's name: GB/s of memory, dense TFLOP/s of fp32, tf32, fp16, 8 bit (the vendor's data sheets)
-    r"B200": (8000, 75, 1125, 2250, 4500),
-    r"H200": (4800, 67, 494, 989, 1979),
-    r"H100 PCIe": (2039, 51, 378, 756, 1513),
-    r"H100 NVL": (3938, 60, 417, 835, 1671),
-    r"H100": (3350, 67, 494, 989, 1979),
-    r"A100-(SXM4|PCIE)-40GB": (1555, 19.5, 156, 312, 624),
-    r"A100": (2039, 19.5, 156, 312, 624),
-    r"L40S": (864, 91.6, 183, 362, 733),
-    r"L4\b": (300, 30.3, 60, 121, 242),
-    r"A10G": (600, 31.5, 35, 70, 140),
-    r"A10\b": (600, 31.2, 62.5, 125, 250),
-    r"V100": (900, 15.7, 15.7, 125, 62),
-    r"T4\b": (320, 8.1, 8.1, 65, 130),
-    r"RTX 4090": (1008, 82.6, 82.6, 165, 330),
-    r"RTX 3090": (936, 35.6, 35.6, 71, 284),
-}
-
-
-def device_peaks(device_name: str) -> tuple[float, ...] | None:
-    """GB/s of memory, dense TFLOP/s of fp32, tf32, fp16 (or bf16) and 8 bit; None for a device not in the table."""
-    return next((values for pattern, values in _PEAKS.items() if re.search(pattern, device_name)), None)
 
 
 def floor_ms(model: PicoLLM, batch: int, length: int, precision: str, device_name: str) -> float:
@@ -6345,12 +6552,52 @@ def _live_loss_curve() -> Callable[[list[dict]], None] | None:
     return update
 
 
+def _study_windows(validation: TokenFile, config: ModelConfig, n: int = 16) -> Tensor:
+    """Held-out text to score heads on: at most n windows of at most 128 tokens, (n, T) int64."""
+    length = min(128, config.context_length)
+    return held_out_sequences(validation, min(n, count_sequences(validation, length)), length)[:, :-1]
+
+
+def read_head_rows(path: str | Path, last_step: int | None = None) -> list[dict]:
+    """The rows of a `{name}_heads.csv`, up to a step; none where the file is missing or another one."""
+    import pandas as pd
+
+    try:
+        table = pd.read_csv(path)
+        rows = table[table["step"] <= (table["step"].max() if last_step is None else last_step)]
+        return rows.to_dict("records") if {"layer", "head", *KAPPAS} <= set(table) else []
+    except (OSError, KeyError, ValueError, TypeError):
+        return []
+
+
+def _head_recorder(path: Path, corpus: Corpus, data_folder: str | Path) -> Callable[[PicoLLM, int], None]:
+    """For `train`: scores every head as the study does and keeps the rows in a CSV, those of earlier steps before them.
+
+    So step 0 begins the file anew, and a resumed run goes on with it.
+    """
+
+    @functools.cache
+    def texts(config: ModelConfig) -> tuple[Tensor, np.ndarray]:
+        training, validation = (prepare_tokens(corpus, split, data_folder) for split in ("train", "validation"))
+        return _study_windows(validation, config), token_counts(training)
+
+    def record(model: PicoLLM, step: int) -> None:
+        windows, counts = texts(model.config)
+        scores = score_heads(model, idx=windows, token_counts=counts).round(4)
+        scores.insert(0, "step", step)
+        with explain_errors():  # a full disk costs the rows, not the run
+            write_csv(path, [*read_head_rows(path, step - 1), *scores.to_dict("records")])
+
+    return record
+
+
 def run_training(
     preset: str | None = None, results: str | Path = "results", data_folder: str | Path = "data", **changes
 ) -> tuple[TrainResult, list[Path]]:
     """Trains a preset's model, with `changes` to its two configurations; draws the loss curve and prints a sample.
 
-    Returns the result and the files written; under torchrun the first process alone draws and prints.
+    On the way the heads are scored (`snapshot_steps`) and kept in `{name}_heads.csv`. Returns the result and the files
+    written; under torchrun the first process alone scores, draws and prints.
     """
     chosen = get_preset(preset)
     of_model = {item.name for item in dataclasses.fields(ModelConfig)} & changes.keys()
@@ -6359,10 +6606,15 @@ def run_training(
     if int(os.environ.get("RANK", 0)) > 0:
         return train(model_config, config, results, data_folder), []
     print(f"Training: {chosen.about}.")
-    result = train(model_config, config, results, data_folder, on_log=_live_loss_curve())
-    files = [result.checkpoint, Path(results) / f"{config.name}_metrics.csv"]
+    corpus = choose_corpus(config.corpus, config.corpus_fraction, data_folder)
+    results, path = Path(results), Path(results) / f"{config.name}_heads.csv"
+    options = {"on_log": _live_loss_curve(), "on_snapshot": _head_recorder(path, corpus, data_folder), "corpus": corpus}
+    result = train(model_config, config, results, data_folder, **options)
+    files = [result.checkpoint, results / f"{config.name}_metrics.csv"]
     if result.metrics:
-        files += save_figure(plot_loss_curve(result.metrics), Path(results) / "loss_curve")
+        files += save_figure(plot_loss_curve(result.metrics), results / "loss_curve")
+        if head_rows := read_head_rows(path):
+            files += [path, *save_figure(plot_head_emergence(head_rows, result.metrics), results / "head_emergence")]
         last = result.metrics[-1]
         print(f"Loss at step {last['step']:,}: {last['train_loss']:.3f} nats per token.")
         if last["val_loss"]:
@@ -6400,7 +6652,7 @@ def open_corpus(
     except PicoError as error:
         if corpus:
             raise
-        print(error)
+        print(f"The model's own corpus is out of reach. {error}")
         chosen = choose_corpus("auto", data_folder=data_folder)
     about = chosen.about
     if about != checkpoint.corpus:
@@ -6423,14 +6675,34 @@ def run_analysis(
     check_writable(results)
     path = Path(checkpoint) if checkpoint else newest_checkpoint(results)
     saved = load_checkpoint(path)
+    shipped = ", the model that comes with the project" if path.resolve() == shipped_checkpoint() else ""
+    print(f"Analyzing {path}{shipped}, trained for {saved.step:,} steps on {saved.corpus}.")
+    files = _study_checkpoint(path, saved, open_corpus(saved, corpus, data_folder), Path(results), sentences)[1]
+    return files
+
+
+def _head_history(path: Path, saved: Checkpoint) -> list[dict]:
+    """The scores of heads on the way to this checkpoint, if they lie beside it."""
+    rows = read_head_rows(path.with_name(f"{saved.train_config.name}_heads.csv"), saved.step)
+    # a newer run of that name may have taken the file over
+    is_other = ".previous" in path.name or (not saved.training_state and rows and rows[-1]["step"] != saved.step)
+    return [] if is_other else rows
+
+
+def _study_checkpoint(
+    path: Path,
+    saved: Checkpoint,
+    text: tuple[str, TokenFile, TokenFile],
+    results: Path,
+    sentences: Mapping[str, Sequence[str]] | None = None,
+) -> tuple[dict, list[Path]]:
+    """The findings and the files of the study; `text` as of `open_corpus`."""
     model = model_from_checkpoint(saved).to(default_device())
-    print(f"Analyzing {path}, trained for {saved.step:,} steps on {saved.corpus}.")
     captures = capture_sentences(model, sentences or ALL_TEST_CATEGORIES)
     texts = [capture.text for members in captures.values() for capture in members]
     config = saved.train_config
-    about_text, training, validation = open_corpus(saved, corpus, data_folder)
-    length = min(128, model.config.context_length)
-    windows = held_out_sequences(validation, min(16, count_sequences(validation, length)), length)[:, :-1]
+    about_text, training, validation = text
+    windows = _study_windows(validation, model.config)
 
     started, here = time.perf_counter(), measured_on(default_device())
     study = study_heads(model, texts, windows, token_counts=token_counts(training))
@@ -6445,11 +6717,10 @@ def run_analysis(
         f"{model.config.n_layer} layers of {model.config.n_head} heads",
         "Trained on": saved.corpus,
         "Training": f"{saved.step:,} steps of {config.batch_size} sequences of {model.config.context_length} tokens",
-        "Held-out text": f"{len(windows)} windows of {length} tokens from {about_text}",
+        "Held-out text": f"{len(windows)} windows of {windows.shape[1]} tokens from {about_text}",
         "Time": f"{took} (heads {seconds['heads']:.1f}, language {seconds['language']:.1f}), pictures aside",
     }
     findings = study_findings(study, language, about) | {"measured": here | {"seconds": seconds}}
-    results = Path(results)
     files = [
         write_findings(results / "findings.json", findings),
         write_csv(results / "head_scores.csv", study.scores.to_dict("records")),
@@ -6458,10 +6729,187 @@ def run_analysis(
         ),
     ]
     shutil.rmtree(results / "attention", ignore_errors=True)  # pictures of an earlier study
-    pictures = draw_study(captures, study, language, results / "attention", saved.metrics)
+    history = _head_history(path, saved)
+    pictures = draw_study(captures, study, language, results / "attention", saved.metrics, history)
     files.append(write_report(results / "attention_report.html", findings, pictures))
     print(*findings["headline"], sep="\n")
-    return files + [path for picture in pictures for path in (picture.path, picture.path.with_suffix(".svg"))]
+    files += [path for picture in pictures for path in (picture.path, picture.path.with_suffix(".svg"))]
+    return findings, files
+
+
+# -- A model for others
+
+
+def publish(
+    checkpoint: str | Path,
+    folder: str | Path = "results/pretrained",
+    data_folder: str | Path = "data",
+    corpus: str | None = None,
+    data_note: str = "",
+) -> list[Path]:
+    """Writes all that a reader of a trained model needs to `folder`; returns the files.
+
+    pico_llm.pt (weights in FP16, nothing else of the run's state), the run's metrics and scores of heads, the attention
+    study of these weights, and README.md, a model card of what checkpoint and study say. `data_note` tells of the
+    data what the checkpoint cannot know: source and licence. `corpus` as in `open_corpus`.
+    """
+    path, folder = Path(checkpoint), Path(folder)
+    check_writable(folder)
+    saved = load_checkpoint(path)
+    if saved.training_state:
+        raise PicoError(f"{path} is an unfinished run; run the training command again to finish it first.")
+    text, head_rows = open_corpus(saved, corpus, data_folder), _head_history(path, saved)
+    weights = {name: value.half() for name, value in saved.weights.items()}
+    if not all(value.isfinite().all() for value in weights.values()):
+        raise PicoError(f"{path} has weights beyond the range of FP16; train again with a lower learning rate.")
+    name = saved.train_config.name
+    # the corpus folder's name, not where it lies on this machine
+    config = dataclasses.replace(saved.train_config, corpus=Path(saved.train_config.corpus).resolve().name)
+    shipped = dataclasses.replace(saved, train_config=config, weights=weights, training_state=None)
+    files = [save_checkpoint(folder / "pico_llm.pt", shipped), write_csv(folder / f"{name}_metrics.csv", saved.metrics)]
+    if head_rows:
+        files.append(write_csv(folder / f"{name}_heads.csv", head_rows))
+    model = model_from_checkpoint(shipped).to(default_device())
+    print(f"{files[0]}: {files[0].stat().st_size / 1e6:.1f} MB. Measuring its loss on all of the held-out text.")
+    evaluation = evaluate(model, text[2], model.config.context_length)
+    findings, studied = _study_checkpoint(files[0], shipped, text, folder)
+    note = data_note or _DATA_NOTES.get(config.corpus, "The checkpoint does not say where that text is from.")
+    card = _model_card(model, shipped, findings, evaluation, text[0], head_rows, folder, note)
+    return [write_text(folder / "README.md", card), *files, *studied]
+
+
+_DATA_NOTES = dict.fromkeys(
+    ("auto", "wikitext103", "offline"), "The text is by the contributors of English Wikipedia, under CC BY-SA."
+)
+_MODEL_CARD = """# {title}
+
+{what}
+
+## Data
+
+Trained on {corpus}. {note} The weights are derived from that text.
+
+## Training
+
+{recipe}
+
+| | |
+| --- | --- |
+{table}
+
+## What its attention heads do
+
+{findings}
+
+The evidence, with all baselines, is in `attention_report.html` and `findings.json`.
+
+## Limits
+
+A small model that has read little: its sentences imitate its data and often make no sense. It follows no instructions,
+knows next to nothing, and may repeat what is wrong, biased or offensive in its data. It is made for studying attention.
+
+## Use
+
+```python
+import pico_helpers as pico
+model = pico.load_model("{place}/pico_llm.pt")
+print(pico.generate(model, "The city was founded in"))
+```
+
+## How it was made
+
+```bash
+{train_command}
+python pico_helpers.py publish --checkpoint results/pico_llm_{name}.pt --out {place}
+```
+"""
+
+
+def _model_card(
+    model: PicoLLM,
+    saved: Checkpoint,
+    findings: dict,
+    evaluation: Evaluation,
+    about_text: str,
+    head_rows: Sequence[dict],
+    folder: Path,
+    note: str,
+) -> str:
+    """The card of `publish`, as Markdown; a number that nobody measured is left out."""
+    import pandas as pd
+
+    config, train, (body, everything) = model.config, saved.train_config, model.count_parameters()
+    defaults = TrainConfig()
+    changes = {name: value for name, value in vars(train).items() if value != getattr(defaults, name)}
+    changes = {"dropout": config.dropout} | changes
+    recipe = ", ".join(f"{name} {value}" for name, value in changes.items() if name not in ("name", "corpus"))
+    lines = list(findings["headline"])
+    if head_rows:
+        thresholds = ScoreThresholds(tau=findings["thresholds"]["tau"])
+        lines.append(describe_emergence(pd.DataFrame(head_rows), thresholds))
+    table = _card_numbers(saved) | {
+        "FP16 weights": f"loss {evaluation.loss:.4f}, word perplexity {evaluation.word_perplexity:.2f}, measured at "
+        f"publishing on {evaluation.n_tokens:,} tokens of {about_text}"
+    }
+    return _MODEL_CARD.format(
+        title=f"Pico-LLM, {body / 1e6:.2f}M parameters",
+        what=f"A decoder-only transformer of {body / 1e6:.2f}M parameters without embeddings, {everything / 1e6:.2f}M "
+        f"with them: {config.n_layer} layers of {config.n_head} heads, width {config.d_model}, feed-forward "
+        f"{config.d_ff}, context {config.context_length} tokens, {saved.tokenizer} vocabulary of "
+        f"{config.vocab_size:,}. `pico_llm.pt` holds its weights in FP16.",
+        corpus=saved.corpus,
+        note=note,
+        recipe=f"{recipe}; all else as in the defaults of `TrainConfig`.",
+        table="\n".join(f"| {name} | {value} |" for name, value in table.items()),
+        findings="\n".join(f"- {line}" for line in lines),
+        place=folder.name if folder.is_absolute() else folder.as_posix(),
+        train_command=_train_command(config, train),
+        name=train.name,
+    )
+
+
+def _card_numbers(saved: Checkpoint) -> dict[str, str]:
+    """What the run's metrics say of it."""
+
+    def known(key: str) -> list[float]:
+        return [row[key] for row in saved.metrics if row.get(key) is not None]
+
+    numbers = {"steps": f"{saved.step:,} of {saved.train_config.batch_size} sequences"}
+    if saved.metrics:
+        last = saved.metrics[-1]
+        numbers["tokens"] = f"{last['tokens']:,} ({last['epoch']:.2f} epochs)"
+        numbers["training loss"] = f"{last['train_loss']:.4f} nats per token"
+    if losses := known("val_loss"):
+        numbers["held-out loss"] = (
+            f"{losses[-1]:.4f} nats per token, word perplexity {known('word_perplexity')[-1]:.2f}"
+        )
+    for key, name, form in (("tokens_per_second", "speed", "{:,.0f} tokens/s"), ("mfu", "MFU", "{:.1%}")):
+        if values := known(key):
+            numbers[name] = f"{form.format(np.median(values))} (median over the lines of metrics)"
+    if seconds := known("seconds"):
+        numbers["training time"] = f"{seconds[-1]:,.0f} s without evaluation"
+    if memory := known("peak_memory_mb"):
+        numbers["peak GPU memory"] = f"{max(memory):,.0f} MB"
+    return numbers | {name: value for name, value in saved.environment.items() if value}
+
+
+def _train_command(config: ModelConfig, train: TrainConfig) -> str:
+    """The command that trains with these settings."""
+    preset = train.name if train.name in PRESETS else "wikitext103"
+    command, python_only = ["python pico_helpers.py train --preset", preset], []
+    for mine, base in ((config, PRESETS[preset].model), (train, PRESETS[preset].train)):
+        for name, value in vars(mine).items():
+            option = name.replace("_", "-")
+            if value == getattr(base, name):
+                continue
+            if value is None:  # only Python can say this
+                python_only.append(f"{name}=None")
+            elif isinstance(value, bool):
+                command.append(f"--{'' if value else 'no-'}{option}")
+            else:
+                values = value if isinstance(value, tuple) else [value]
+                command += [f"--{option}", *(shlex.quote(str(value)) for value in values)]
+    return " ".join(command + ([" # in Python, with", *python_only] if python_only else []))
 
 
 def ask_choice(ask: Callable[[str], str] = input) -> str:
@@ -6517,8 +6965,13 @@ def main_menu(
     """The notebook's menu: 1 train, 2 analyze an existing model, 3 both. Prints and returns the files produced."""
     choice = ask_choice(ask)
     files: list[Path] = []
-    checkpoint = ask_checkpoint(results, ask) if choice == "2" else None
-    finished = True
+    checkpoint, finished = None, True
+    if choice == "2":
+        try:
+            checkpoint = ask_checkpoint(results, ask)
+        except PicoError as error:  # nothing to analyze: the line says how to get a model, and the notebook goes on
+            print(error)
+            return []
     if choice in "13":
         result, files = run_training(preset, results, data_folder)
         checkpoint, finished = result.checkpoint, result.finished
@@ -6568,12 +7021,12 @@ def _add_config_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description="Pico-LLM: train, analyze, generate, optimize, export.")
+    parser = argparse.ArgumentParser(description="Pico-LLM: train, analyze, generate, optimize, export, publish.")
     commands = parser.add_subparsers(dest="command", required=True)
 
-    def command(name: str, about: str) -> argparse.ArgumentParser:
+    def command(name: str, about: str, results: str = "results") -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=about, description=about)
-        sub.add_argument("--results", "--out", default="results", help="folder for the files (default: results)")
+        sub.add_argument("--results", "--out", default=results, help="folder for the files (default: %(default)s)")
         sub.add_argument("--data-folder", default="data", help="folder for token files (default: data)")
         return sub
 
@@ -6596,11 +7049,15 @@ def _parser() -> argparse.ArgumentParser:
             sub.add_argument("--max-new-tokens", type=int, default=100)
             sub.add_argument("--temperature", type=float, default=0.8)
             sub.add_argument("--seed", type=int, default=0)
+    sub = command("publish", "Write a model, its study and its model card for others.", "results/pretrained")
+    sub.add_argument("--checkpoint", required=True, help="a .pt file")
+    sub.add_argument("--corpus", help="where held-out text comes from (default: what the model was trained on)")
+    sub.add_argument("--data-note", default="", help="a sentence on source and licence of the data, for the card")
     return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """`python pico_helpers.py train|analyze|both|optimize|generate|export`. Returns the exit status."""
+    """`python pico_helpers.py train|analyze|both|optimize|generate|export|publish`. Returns the exit status."""
     files: list[Path] = []
     try:
         options = _parser().parse_args(arguments)
@@ -6617,6 +7074,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 files += run_analysis(result.checkpoint, **folders)
         elif options.command == "analyze":
             files = run_analysis(options.checkpoint, **folders, corpus=options.corpus)
+        elif options.command == "publish":
+            folders = options.results, options.data_folder
+            files = publish(options.checkpoint, *folders, options.corpus, options.data_note)
         elif options.command == "optimize":
             saved = load_checkpoint(options.checkpoint or newest_checkpoint(options.results))
             text = open_corpus(saved, options.corpus, options.data_folder)[2]

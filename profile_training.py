@@ -50,21 +50,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import pico_helpers as pico
-from pico_helpers import ModelConfig, PicoError, Preset, TrainConfig, profiler_range
+from pico_helpers import PicoError, Preset, TrainConfig, flops_per_token, peak_flops, profiler_range
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-
-def peak_flops(device_name: str) -> float | None:
-    """FLOP/s of dense 16-bit matrix products by the data sheet, or None for an unknown device."""
-    peaks = pico.device_peaks(device_name)
-    return peaks and 1e12 * peaks[3]
-
-
-def flops_per_token(config: ModelConfig, n_parameters: int) -> float:
-    """FLOPs of forward and backward pass per token, output projection included: 6 N + 12 L T D."""
-    return 6 * n_parameters + 12 * config.n_layer * config.context_length * config.d_model
 
 
 # -- Idle time from a trace

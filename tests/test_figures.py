@@ -7,6 +7,7 @@ import xml.etree.ElementTree as ElementTree
 
 import matplotlib
 import numpy as np
+import pandas as pd
 import pytest
 from PIL import Image
 from study_data import make_capture, make_language, make_study
@@ -269,3 +270,64 @@ def test_a_capture_of_a_real_model_is_drawn(tmp_path):
     figure = pico.plot_chosen_heads(dataclasses.replace(capture), [(0, 0, "why"), (1, 1, "why not")])
     assert len(images_of(figure)) == 3  # two maps and the colour bar
     assert "Layer 1, head 1" in texts_of(figure)
+
+
+# --- heads over training ----------------------------------------------------------------------------------------------
+
+
+def history_of(**best: list[float]) -> list[dict]:
+    """Scores of two heads at steps 0, 10, 100, 1000: the first has the given ones, the second half of them."""
+    return [
+        {"step": step, "layer": 0, "head": head}
+        | {name: best.get(name, [0.0] * 4)[k] / (1 + head) for name in pico.KAPPAS}
+        for k, step in enumerate((0, 10, 100, 1000))
+        for head in range(2)
+    ]
+
+
+def test_emergence_shows_best_mean_and_untrained_by_tokens():
+    rows = history_of(previous=[0.02, 0.1, 0.5, 0.9], induction=[0.01, 0.0, 0.1, 0.2])
+    metrics = [{"step": step, "tokens": 64 * step, "train_loss": 9.0, "val_loss": None} for step in (20, 1000)]
+    figure = pico.plot_head_emergence(rows, metrics)
+    top, bottom = figure.axes
+    assert bottom.get_xscale() == "log" and "tokens" in bottom.get_xlabel()
+    lines = [line for line in bottom.lines if line.get_color() == pico._EMERGENCE_COLORS["previous"]]
+    untrained, best, mean, circle = (np.array(line.get_xydata(), float) for line in lines)
+    np.testing.assert_allclose(untrained[:, 1], 0.02)
+    np.testing.assert_allclose(best, [[640, 0.1], [6400, 0.5], [64000, 0.9]])
+    np.testing.assert_allclose(mean[:, 1], [0.075, 0.375, 0.675])
+    np.testing.assert_allclose(circle, [[6400, 0.5]])
+    np.testing.assert_allclose(top.lines[0].get_xdata(), [1280, 64000])
+    induction = [line for line in bottom.lines if line.get_color() == pico._EMERGENCE_COLORS["induction"]]
+    assert len(induction) == 3, "it reaches no threshold, so there is no circle"
+    assert pico.plot_head_emergence(rows, []).axes[1].get_xlabel().startswith("step")
+
+
+def test_emergence_in_words():
+    thresholds = pico.ScoreThresholds()
+    rows = pd.DataFrame(history_of(previous=[0.02, 0.1, 0.5, 0.9], induction=[0.01, 0.0, 0.1, 0.2]))
+    assert pico.describe_emergence(rows, thresholds) == (
+        "The first previous-token head appears between steps 10 and 100 (threshold 0.30); no induction head appears "
+        "(highest score 0.20, threshold 0.30)."
+    )
+    higher = dataclasses.replace(thresholds, tau=thresholds.tau | {"previous": 0.6})
+    assert "between steps 100 and 1,000 (threshold 0.60)" in pico.describe_emergence(rows, higher)
+    there = pd.DataFrame(history_of(previous=[0.4] * 4, induction=[0.0, 0.3, 0.1, 0.1]))
+    text = pico.describe_emergence(there, thresholds)
+    assert "from step 0 on, the first one scored" in text and "induction head appears between steps 0 and 10" in text
+    assert (
+        pico.first_snapshots(there, thresholds)["induction"] == 10
+        and not pico.first_snapshots(rows, thresholds)["sink"]
+    )
+
+
+def test_the_study_holds_the_picture_when_the_scores_are_there(tmp_path):
+    rows = history_of(previous=[0.02, 0.1, 0.5, 0.9])
+    study, captures = make_study(), {"Simple": [make_capture(SENTENCE)]}
+    pictures = {p.path.stem: p for p in pico.draw_study(captures, study, None, tmp_path / "with", head_rows=rows)}
+    picture = pictures["head_emergence"]
+    assert picture.path.exists() and picture.caption == pico.describe_emergence(pd.DataFrame(rows), study.thresholds)
+    assert "previous 0.02 to 0.90" in picture.alt
+    findings = pico.study_findings(study)
+    report = pico.write_report(tmp_path / "report.html", findings, list(pictures.values())).read_text()
+    assert picture.caption in report

@@ -479,7 +479,8 @@ def driver(folder: Path, data_folder: Path, model: pico.ModelConfig, config: pic
         model = pico.ModelConfig(**{dataclasses.asdict(model)!r})
         config = pico.TrainConfig(**{dataclasses.asdict(config)!r})
         try:
-            pico.train(model, config, folder / "results", {str(data_folder)!r})
+            snapshot = lambda model, step: print("snapshot", step, flush=True)
+            pico.train(model, config, folder / "results", {str(data_folder)!r}, on_snapshot=snapshot)
         except pico.PicoError as error:
             sys.exit(f"Error: {{error}}")
     """)
@@ -511,6 +512,7 @@ def test_two_processes_have_the_losses_of_one(tiny_config, tiny_train, tmp_path,
         output = process.communicate()[0]
     assert process.returncode == 0, output
     assert output.count("Corpus:") == 1 and "2 processes" in output, "the first process alone prints"
+    assert re.findall(r"snapshot (\d+)", output) == [str(step) for step in pico.snapshot_steps(8)], "and only it calls"
     expected = pico.train(tiny_config, config, tmp_path / "alone", data)
     rows = read_metrics(tmp_path)
     assert [int(row["tokens"]) for row in rows] == [row["tokens"] for row in expected.metrics]

@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import itertools
 import math
 import os
 import pickle
@@ -188,6 +189,139 @@ def test_precision_follows_the_device():
         pico.TrainConfig(precision="fp8")
 
 
+# --- snapshots and numbers of a run -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("total", [1, 2, 7, 20, 200, 7087, 10**6])
+def test_snapshots_are_spaced_geometrically_from_the_untrained_to_the_trained_model(total):
+    steps = pico.snapshot_steps(total)
+    assert steps[0] == 0 and steps[-1] == total and steps == sorted(set(steps)) == pico.snapshot_steps(total)
+    assert len(steps) >= 8 or total < 20
+    ratios = [b / a for a, b in itertools.pairwise(steps) if a >= 10]
+    assert not ratios or max(ratios) < 1.25 * min(ratios)
+
+
+def test_snapshots_leave_the_run_as_it_is(finished, data_folder, tmp_path):
+    config, train, expected = finished
+    seen = []
+
+    def snapshot(model, step):
+        assert not model.training and not torch.is_grad_enabled()
+        seen.append((step, model.token_embedding.weight.clone()))
+        torch.rand(5)  # draws from the global generator
+        time.sleep(0.3)
+
+    before = torch.random.get_rng_state()
+    result = pico.train(config, train, tmp_path, data_folder, on_snapshot=snapshot)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert weights_equal(result.model.state_dict(), expected.model.state_dict())
+    assert [row["train_loss"] for row in result.metrics] == [row["train_loss"] for row in expected.metrics]
+    assert [step for step, _ in seen] == pico.snapshot_steps(12)
+    assert torch.equal(seen[0][1], pico.PicoLLM(config, train.seed).token_embedding.weight)
+    assert torch.equal(seen[-1][1], result.model.token_embedding.weight)
+
+
+def test_snapshots_and_evaluation_count_in_no_time(finished, data_folder, tmp_path, monkeypatch):
+    """A clock that stands still but for the sleepers shows which of them are timed."""
+    config, train, _ = finished
+    now, step = [0.0], pico.train_step
+    monkeypatch.setattr(pico.time, "perf_counter", lambda: now[0])
+
+    def slow(function, seconds):
+        def call(*args, **options):
+            now[0] += seconds
+            return function(*args, **options)
+
+        return call
+
+    monkeypatch.setattr(pico, "train_step", slow(step, 2.0))
+    monkeypatch.setattr(pico, "evaluate", slow(pico.evaluate, 100.0))
+    options = {"on_snapshot": slow(lambda *_: None, 1000.0), "on_log": slow(lambda rows: None, 50.0)}
+    rows = pico.train(config, train, tmp_path, data_folder, **options).metrics
+    assert [row["seconds"] for row in rows] == [6, 12, 18, 24]
+    assert {row["tokens_per_second"] for row in rows} == {4 * 32 / 2}
+    assert {row["mfu"] for row in rows} == {row["peak_memory_mb"] for row in rows} == {None}, "no GPU"
+
+
+def test_a_resumed_run_goes_on_with_its_clock_and_its_snapshots(finished, data_folder, tmp_path, monkeypatch):
+    config, train, _ = finished
+    now, original, seen = [0.0], pico.train_step, []
+    monkeypatch.setattr(pico.time, "perf_counter", lambda: now[0])
+
+    def step(*args):
+        now[0] += 2.0
+        if now[0] == 2.0 * 7:
+            os.kill(os.getpid(), signal.SIGINT)
+        return original(*args)
+
+    def snapshot(model, step):
+        seen.append(step)
+
+    monkeypatch.setattr(pico, "train_step", step)
+    assert not pico.train(config, train, tmp_path, data_folder, on_snapshot=snapshot).finished
+    state = pico.load_checkpoint(pico.checkpoint_path(tmp_path, "tiny", partial=True)).training_state
+    assert state["seconds"] == 14.0, "7 steps, though the last line of metrics was after 6"
+    now[0] += 1e6
+    resumed = pico.train(config, train, tmp_path, data_folder, on_snapshot=snapshot)
+    assert [row["seconds"] for row in resumed.metrics] == [6, 12, 18, 24]
+    assert seen == pico.snapshot_steps(12)
+
+
+def test_mfu_is_the_share_of_the_peak_of_all_devices(finished, data_folder, tmp_path, monkeypatch):
+    config, train, _ = finished
+    now, step = [0.0], pico.train_step
+    monkeypatch.setattr(pico.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(pico, "measured_on", lambda device: {"device": "NVIDIA H100 80GB HBM3"})
+
+    def slow(*args):
+        now[0] += 1e-6
+        return step(*args)
+
+    monkeypatch.setattr(pico, "train_step", slow)
+    row = pico.train(config, train, tmp_path, data_folder).metrics[-1]
+    n = pico.PicoLLM(config).count_parameters()[1]
+    assert row["mfu"] == pytest.approx(4 * 32 / 1e-6 * (6 * n + 12 * 2 * 32 * 32) / 989e12, rel=1e-3)
+
+
+def test_a_checkpoint_knows_its_device_and_older_ones_still_load(finished, data_folder, tmp_path):
+    environment = pico.load_checkpoint(finished[2].checkpoint).environment
+    assert environment["torch"] == torch.__version__ and environment["device"].startswith("CPU, ")
+    content = torch.load(finished[2].checkpoint, weights_only=True)
+    del content["environment"]
+    for row in content["metrics"]:
+        for name in ("mfu", "seconds", "peak_memory_mb"):
+            del row[name]
+    torch.save(content, tmp_path / "old.pt")
+    old = pico.load_checkpoint(tmp_path / "old.pt")
+    assert old.environment == {} and "seconds" not in old.metrics[0]
+
+
+def test_an_older_unfinished_run_is_resumed(finished, data_folder, tmp_path, monkeypatch):
+    config, train, expected = finished
+    original = pico.train_step
+
+    def interrupted(*args):
+        os.kill(os.getpid(), signal.SIGINT)
+        return original(*args)
+
+    monkeypatch.setattr(pico, "train_step", interrupted)
+    path = pico.train(config, train, tmp_path, data_folder).checkpoint
+    monkeypatch.setattr(pico, "train_step", original)
+    content = torch.load(path, weights_only=True)
+    del content["environment"], content["training_state"]["seconds"]
+    torch.save(content, path)
+    resumed = pico.train(config, train, tmp_path, data_folder)
+    assert weights_equal(resumed.model.state_dict(), expected.model.state_dict())
+
+
+def test_half_precision_weights_give_a_float32_model(finished, tmp_path):
+    saved = pico.load_checkpoint(finished[2].checkpoint)
+    half = {name: value.half() for name, value in saved.weights.items()}
+    path = pico.save_checkpoint(tmp_path / "half.pt", dataclasses.replace(saved, weights=half))
+    state = pico.load_model(path, "cpu").state_dict()
+    assert all(value.dtype == torch.float32 and torch.equal(value, half[name].float()) for name, value in state.items())
+
+
 # --- checkpoint files -------------------------------------------------------------------------------------------------
 
 
@@ -285,6 +419,10 @@ def test_newest_checkpoint_prefers_finished_models(tmp_path, monkeypatch):
     monkeypatch.setattr(pico, "__file__", str(tmp_path / "elsewhere.py"))
     with pytest.raises(PicoError, match="train one first"):
         pico.newest_checkpoint(tmp_path)
+    (tmp_path / "results" / "pretrained").mkdir(parents=True)
+    shipped = tmp_path / "results" / "pretrained" / "pico_llm.pt"
+    shipped.touch()
+    assert pico.newest_checkpoint(tmp_path) == pico.newest_checkpoint(tmp_path / "results") == shipped
     for age, name in enumerate(["pico_llm_c.partial.pt", "pico_llm_a.pt", "pico_llm_b.pt", "engine.pt"]):
         (tmp_path / name).touch()
         os.utime(tmp_path / name, (0, 1000 - age))
