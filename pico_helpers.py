@@ -6768,7 +6768,7 @@ def _model_card(
         f"{config.vocab_size:,}. `pico_llm.pt` holds its weights in FP16.",
         corpus=saved.corpus,
         note=note,
-        recipe=f"{recipe}; all else as in the defaults of `TrainConfig`.",
+        recipe=f"Settings: {recipe}; all else as in the defaults of `TrainConfig`.",
         table="\n".join(f"| {name} | {value} |" for name, value in table.items()),
         findings="\n".join(f"- {line}" for line in lines),
         place=folder.name if folder.is_absolute() else folder.as_posix(),
@@ -6796,7 +6796,7 @@ def _card_numbers(saved: Checkpoint) -> dict[str, str]:
         if values := known(key):
             numbers[name] = f"{form.format(np.median(values))} (median over the lines of metrics)"
     if seconds := known("seconds"):
-        numbers["training time"] = f"{seconds[-1]:,.0f} s without evaluation"
+        numbers["training time"] = f"{seconds[-1]:,.0f} s without evaluation and snapshots"
     if memory := known("peak_memory_mb"):
         numbers["peak GPU memory"] = f"{max(memory):,.0f} MB"
     return numbers | {name: str(value) for name, value in saved.environment.items()}
