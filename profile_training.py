@@ -2,7 +2,9 @@
 
     python profile_training.py                        one loader, a window of steps after the warm-up
     python profile_training.py --compare --peer       all loaders and a plain loop, interleaved, medians of 5 windows
-    python profile_training.py --torch-profiler       also a Chrome trace (chrome://tracing, ui.perfetto.dev)
+    python profile_training.py --batch-sizes 32 64 128 256  the same at several batch sizes
+    python profile_training.py --torch-profiler       also a Chrome trace (chrome://tracing, ui.perfetto.dev) and its
+                                                      picture, results/profile_timeline.png and .svg
     python profile_training.py --recipes --steps 100  optimizers compared at equal tokens (see `compare_recipes`)
     nsys profile -t cuda,nvtx,osrt -o optimized_profile --force-overwrite true python profile_training.py
 
@@ -18,6 +20,8 @@ What the columns mean:
     MFU          FLOPs the model needs / (seconds x peak): (6 N + 12 L T D) per token with N parameters (the output
                  projection counted, the embedding look-up not), L layers, context T, width D (PaLM, Chowdhery et al.
                  2022); the peak is the data sheet's for dense 16-bit matrices, also for a loop that computes in TF32
+    of measured  the same with the rate that products of large matrices reach here (--measure-peak) as the peak
+    memory       the most that PyTorch's tensors took on the GPU in a step, without those of the other contestants
 """
 
 from __future__ import annotations
@@ -26,8 +30,12 @@ import argparse
 import contextlib
 import csv
 import dataclasses
+import functools
+import gc
 import json
+import operator
 import os
+import re
 import statistics
 import sys
 import tempfile
@@ -35,6 +43,7 @@ import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -43,28 +52,69 @@ from torch import Tensor
 import pico_helpers as pico
 from pico_helpers import PicoError, Preset, TrainConfig, flops_per_token, peak_flops, profiler_range
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
 # -- Idle time from a trace
 
 
-def covered(intervals: Iterable[tuple[float, float]], start: float, stop: float) -> float:
-    """Length of the union of the intervals (begin, end), as far as it lies in start .. stop."""
-    total, reached = 0.0, start
+def union(intervals: Iterable[tuple[float, float]], start: float, stop: float) -> list[tuple[float, float]]:
+    """The union of the intervals (begin, end), as far as it lies in start .. stop, in order and without overlaps."""
+    result: list[tuple[float, float]] = []
     for begin, end in sorted(intervals):
-        begin, end = max(begin, reached), min(end, stop)
-        if end > begin:
-            total += end - begin
-            reached = end
-    return total
+        begin, end = max(begin, start), min(end, stop)
+        if result and begin <= result[-1][1]:
+            result[-1] = result[-1][0], max(end, result[-1][1])
+        elif end > begin:
+            result.append((begin, end))
+    return result
 
 
-def idle_share(trace: dict) -> float | None:
-    """Share of the range `window` of a Chrome trace in which no kernel ran; None without any kernel (no GPU)."""
+@dataclass(frozen=True)
+class Trace:
+    """What a Chrome trace of the range `window` tells, in ms from the window's start."""
+
+    length: float
+    ranges: list[tuple[float, float, str]]  # (begin, end, name) of the ranges in RANGES, on the host
+    kernels: list[tuple[float, float]]  # when any kernel ran, in whatever stream; empty without a GPU
+
+    @property
+    def idle(self) -> float | None:
+        """Share of the window in which no kernel ran; None without a GPU."""
+        return 1 - sum(end - begin for begin, end in self.kernels) / self.length if self.kernels else None
+
+    def steps(self, n: int) -> Trace:
+        """A piece as long as n steps take on average, from the start of a step in the middle."""
+        starts = [begin for begin, _, name in self.ranges if name == "data"]
+        length = self.length * min(1.0, n / len(starts))
+        start = min(starts[max(0, len(starts) - n) // 2], self.length - length)
+        inside = [(max(b, start) - start, min(e, start + length) - start, name) for b, e, name in self.ranges]
+        kernels = [(begin - start, end - start) for begin, end in union(self.kernels, start, start + length)]
+        return Trace(length, [piece for piece in inside if piece[1] > piece[0]], kernels)
+
+
+RANGES = {  # of a step, with their colours in the picture
+    "data": "#E69F00",
+    "host-to-device": "#56B4E9",
+    "forward": "#0072B2",
+    "backward": "#009E73",
+    "optimizer": "#CC79A7",
+}
+
+
+def read_trace(trace: dict) -> Trace:
+    """Reads a Chrome trace as the PyTorch profiler writes it (microseconds)."""
     events = [event for event in trace["traceEvents"] if event.get("ph") == "X"]
-    kernels = [(event["ts"], event["ts"] + event["dur"]) for event in events if event.get("cat") == "kernel"]
     window = next(e for e in events if e["name"] == "window" and e.get("cat") == "user_annotation")
-    if not kernels:
-        return None
-    return 1 - covered(kernels, window["ts"], window["ts"] + window["dur"]) / window["dur"]
+    zero, length = window["ts"], window["dur"] / 1e3
+
+    def place(event: dict) -> tuple[float, float]:
+        return (event["ts"] - zero) / 1e3, (event["ts"] + event["dur"] - zero) / 1e3
+
+    named = [e for e in events if e["name"] in RANGES and e.get("cat") == "user_annotation"]
+    kernels = union((place(e) for e in events if e.get("cat") == "kernel"), 0, length)
+    return Trace(length, sorted((*place(e), e["name"]) for e in named), kernels)
 
 
 # -- Contestants
@@ -73,22 +123,30 @@ def idle_share(trace: dict) -> float | None:
 class Contestant:
     """One way to train with its own model, optimizer and loader, warmed up when first measured."""
 
+    n_steps = 1_000_000  # more than any measurement takes
+
     def __init__(
-        self, name: str, loader: str, preset: Preset, stream: pico.SequenceStream, device: torch.device, workers: int
+        self,
+        kind: str,
+        loader: str,
+        preset: Preset,
+        stream: pico.SequenceStream,
+        device: torch.device,
+        workers: int,
+        loss_chunk: int | None = None,
     ) -> None:
-        self.name, self.loader, self.config, self.device = name, loader, preset.train, device
+        self.kind, self.loader, self.config, self.device = kind, loader, preset.train, device
+        self.held_before = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0  # by the others
         self.dtype = pico.choose_precision(self.config.precision, device)
-        self.model = pico.PicoLLM(preset.model, self.config.seed).to(device).train()
-        self.forward = pico.make_forward(self.model, self.config, device)
-        self.optimizer = pico.make_optimizer(self.model, self.config)
-        self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
-        self.guard = pico.LossGuard(preset.model.vocab_size, device)
-        self.n_steps = 0
+        self.run = pico.TrainingRun(preset.model, self.config, "", device, self.dtype)
+        self.run.model.loss_chunk = loss_chunk or self.run.model.loss_chunk
+        self.forward = pico.make_forward(self.run.model, self.config, device)
         self.batches = pico.make_loader(
-            loader, stream, self.config.batch_size, range(1_000_000), device, workers=workers
+            loader, stream, self.config.batch_size, range(self.n_steps), device, workers=workers
         )
         self.windows: list[tuple[float, float]] = []  # (tokens per second, ms per step waiting for data)
-        self.idle: float | None = None
+        self.peak_memory: int | None = None  # bytes
+        self.trace: Trace | None = None
 
     def step(self) -> float:
         """One training step; returns the seconds spent waiting for data."""
@@ -99,12 +157,22 @@ class Contestant:
         with profiler_range("host-to-device"):
             batch = batch.to(self.device, non_blocking=self.loader != "naive")
         self.update(batch)
-        self.n_steps += 1
+        self.run.finish_step(self.n_steps)
         return waited
 
     def update(self, batch: Tensor) -> None:
-        args = self.forward, self.optimizer, self.scaler, batch, self.config, self.n_steps, self.dtype, self.guard
-        pico.train_step(*args)
+        run = self.run
+        pico.train_step(self.forward, run.optimizer, run.scaler, batch, self.config, run.step, self.dtype, run.guard)
+
+    def warm_up(self, steps: int) -> None:
+        """The first step compiles and allocates, so the peak of memory is that of the later ones."""
+        for number in range(steps):
+            if self.device.type == "cuda" and number < 2:
+                torch.cuda.reset_peak_memory_stats(self.device)
+            self.step()
+        self.wait()
+        if self.device.type == "cuda":
+            self.peak_memory = torch.cuda.max_memory_allocated(self.device) - self.held_before
 
     def measure(self, warmup: int, steps: int) -> None:
         """Times a window of steps. The warm-up before it also uses up the batches that workers made meanwhile."""
@@ -115,11 +183,11 @@ class Contestant:
         waited = sum(self.step() for _ in range(steps))
         self.wait()
         seconds = time.perf_counter() - started
-        tokens = steps * self.config.batch_size * self.model.config.context_length
+        tokens = steps * self.config.batch_size * self.run.model.config.context_length
         self.windows.append((tokens / seconds, 1e3 * waited / steps))
 
-    def trace(self, steps: int, path: Path) -> None:
-        """Writes a Chrome trace of a window of steps and takes the idle share from it."""
+    def record(self, steps: int, path: Path) -> None:
+        """Writes a Chrome trace of a window of steps and reads it."""
         activities = [torch.profiler.ProfilerActivity.CPU]
         if self.device.type == "cuda":
             activities.append(torch.profiler.ProfilerActivity.CUDA)
@@ -131,7 +199,7 @@ class Contestant:
             self.wait()
         with pico.atomic_write(path) as temporary:
             profiler.export_chrome_trace(str(temporary))
-        self.idle = idle_share(json.loads(path.read_text(encoding="utf-8")))
+        self.trace = read_trace(json.loads(path.read_text(encoding="utf-8")))
 
     def wait(self) -> None:
         if self.device.type == "cuda":
@@ -145,29 +213,34 @@ class Contestant:
 class PlainLoop(Contestant):
     """The loop that people start from: eager, float32 (TF32 on a GPU), all logits at once, AdamW as it comes."""
 
-    def __init__(
-        self, name: str, loader: str, preset: Preset, stream: pico.SequenceStream, device: torch.device, workers: int
-    ) -> None:
+    def __init__(self, kind: str, loader: str, preset: Preset, *more) -> None:
         plain = dataclasses.replace(preset.train, precision="fp32", compile=False)
-        super().__init__(name, loader, dataclasses.replace(preset, train=plain), stream, device, workers)
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=plain.learning_rate)
+        super().__init__(kind, loader, dataclasses.replace(preset, train=plain), *more)
+        self.run.optimizer = torch.optim.AdamW(self.run.model.parameters(), lr=plain.learning_rate)
 
     def update(self, batch: Tensor) -> None:
         micro_batches = batch.split(self.config.micro_batch_size or len(batch))
         with pico.float32_matmul("high"):
             for micro_batch in micro_batches:
                 with profiler_range("forward"):
-                    logits = self.model(micro_batch[:, :-1])
+                    logits = self.run.model(micro_batch[:, :-1])
                     loss = F.cross_entropy(logits.flatten(0, 1), micro_batch[:, 1:].flatten()) / len(micro_batches)
                 with profiler_range("backward"):
                     loss.backward()
         with profiler_range("optimizer"):
-            torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip)
-            self.optimizer.step()
-            self.optimizer.zero_grad()
+            torch.nn.utils.clip_grad_norm_(self.run.model.parameters(), self.config.grad_clip)
+            self.run.optimizer.step()
+            self.run.optimizer.zero_grad()
 
 
 # -- Measuring and reporting
+
+
+def matrix_rate(device: torch.device, dtype: torch.dtype, n: int = 8192, repeats: int = 20) -> float:
+    """FLOP/s of the product of two n x n matrices of random numbers (zeros are faster), median of the repeats."""
+    generator = torch.Generator(device).manual_seed(0)
+    a, b = (torch.randn(n, n, device=device, generator=generator).to(dtype) for _ in range(2))
+    return 2 * n**3 / (1e-3 * statistics.median(pico.time_calls(lambda matrix: matrix @ b, [a], repeats)))
 
 
 @contextlib.contextmanager
@@ -180,50 +253,68 @@ def captured(device: torch.device) -> Iterator[None]:
         torch.cuda.profiler.stop()
 
 
+def start(kind: type[Contestant], arguments: tuple, warmup: int) -> Contestant | None:
+    """A contestant after its warm-up, or None with a line printed when memory does not suffice."""
+    name, _, preset, *_ = arguments
+    try:
+        with pico.readable_errors(preset.train):
+            contestant = kind(*arguments)
+            contestant.warm_up(warmup)
+            return contestant
+    except PicoError as error:
+        print(f"{name}, batch {preset.train.batch_size}: left out. {error}")
+    return None
+
+
 def measure_all(contestants: list[Contestant], warmup: int, steps: int, repeats: int) -> None:
     """Windows of all contestants in turn, each turn led by another one, so that a drift of the machine hits all."""
-    device = contestants[0].device
-    for contestant in contestants:  # compiles
-        for _ in range(warmup):
-            contestant.step()
-        contestant.wait()
-    with captured(device):
+    with captured(contestants[0].device):
         for repeat in range(repeats):
             first = repeat % len(contestants)
             for contestant in contestants[first:] + contestants[:first]:
                 contestant.measure(warmup if repeats > 1 else 0, steps)
 
 
-def describe(contestants: list[Contestant], steps: int) -> list[dict]:
-    """One row for each contestant, as in the CSV."""
-    device = contestants[0].device
-    name = pico.describe_device(device)
-    peak = peak_flops(name)
-    speeds = {contestant.name: contestant.tokens_per_second for contestant in contestants}
+def names(contestants: list[Contestant]) -> list[str]:
+    """The kind of each, with the batch size where that differs."""
+    several = len({contestant.config.batch_size for contestant in contestants}) > 1
+    return [c.kind + (f", batch {c.config.batch_size}" if several else "") for c in contestants]
+
+
+def describe(contestants: list[Contestant], steps: int, measured_rate: float | None = None) -> list[dict]:
+    """One row for each contestant, as in the CSV. Ratios are to the contestant of the same batch size."""
+    here = pico.measured_on(contestants[0].device)
+    peak = peak_flops(here["device"])
+    speeds = {(c.kind, c.config.batch_size): c.tokens_per_second for c in contestants}
     rows = []
-    for contestant in contestants:
-        flops = flops_per_token(contestant.model.config, contestant.model.count_parameters()[1])
+    for name, contestant in zip(names(contestants), contestants, strict=True):
+        model, batch_size, memory = contestant.run.model, contestant.config.batch_size, contestant.peak_memory
+        flops = flops_per_token(model.config, model.count_parameters()[1])
         speed = contestant.tokens_per_second
+        naive, plain = (speeds.get((kind, batch_size)) for kind in ("naive", "plain loop"))
         rows.append(
             {
-                "name": contestant.name,
+                "name": name,
                 "tokens_per_second": round(speed, 1),
                 "slowest": round(min(speed for speed, _ in contestant.windows), 1),
                 "fastest": round(max(speed for speed, _ in contestant.windows), 1),
-                "ratio_to_naive": round(speed / speeds["naive"], 3) if "naive" in speeds else None,
-                "ratio_to_plain_loop": round(speed / speeds["plain loop"], 3) if "plain loop" in speeds else None,
-                "gpu_idle_share": contestant.idle,
+                "ratio_to_naive": naive and round(speed / naive, 3),
+                "ratio_to_plain_loop": plain and round(speed / plain, 3),
+                "gpu_idle_share": contestant.trace and contestant.trace.idle,
                 "data_wait_ms": round(statistics.median(wait for _, wait in contestant.windows), 3),
-                "mfu": round(speed * flops / peak, 4) if peak else None,
+                "mfu": peak and round(speed * flops / peak, 4),
+                "mfu_of_measured_rate": measured_rate and round(speed * flops / measured_rate, 4),
+                "measured_tflops": measured_rate and round(measured_rate / 1e12, 3),
+                "peak_memory_mb": memory and round(memory / 1e6, 1),
                 "flops_per_token": flops,
-                "device": name,
                 "precision": str(contestant.dtype)[6:],
-                "compiled": contestant.forward is not contestant.model,
-                "batch_size": contestant.config.batch_size,
-                "context_length": contestant.model.config.context_length,
+                "compiled": contestant.forward is not model,
+                "batch_size": batch_size,
+                "loss_chunk": model.loss_chunk if contestant.kind != "plain loop" else None,
+                "context_length": model.config.context_length,
                 "steps": steps,
                 "windows": len(contestant.windows),
-                "torch": torch.__version__,
+                **here,
             }
         )
     return rows
@@ -235,19 +326,24 @@ def format_table(rows: list[dict]) -> str:
 
     def shown(row: dict) -> dict[str, str]:
         ratio, plain, idle = row["ratio_to_naive"], row["ratio_to_plain_loop"], row["gpu_idle_share"]
+        measured, memory = row["mfu_of_measured_rate"], row["peak_memory_mb"]
         cells = {
             "": row["name"],
             "tokens/s": f"{row['tokens_per_second']:,.0f}",
             "to naive": "-" if ratio is None else f"{ratio:.2f}x",
-            "to plain loop": "-" if plain is None else f"{plain:.2f}x",
+            "to plain loop": plain and f"{plain:.2f}x",
             "GPU idle": f"{idle:.1%}" if idle is not None else "not traced" if has_gpu else "no GPU",
             "data wait": f"{row['data_wait_ms']:.2f} ms",
             "MFU": f"{row['mfu']:.1%}" if row["mfu"] is not None else "peak unknown",
+            "of measured": measured and f"{measured:.1%}",
+            "memory": memory and f"{memory / 1e3:.1f} GB",
         }
-        return {name: cell for name, cell in cells.items() if name != "to plain loop" or plain is not None}
+        return {name: cell or "-" for name, cell in cells.items()}
 
     table = [shown(row) for row in rows]
-    widths = {name: max(len(name), *(len(line[name]) for line in table)) for name in table[0]}
+    optional = ("to plain loop", "of measured", "memory")  # left out where no row has it
+    kept = [name for name in table[0] if name not in optional or any(line[name] != "-" for line in table)]
+    widths = {name: max(len(name), *(len(line[name]) for line in table)) for name in kept}
     lines = ["  ".join(name.rjust(width) for name, width in widths.items())]
     lines += ["  ".join(line[name].rjust(width) for name, width in widths.items()) for line in table]
     windows, steps = rows[0]["windows"], rows[0]["steps"]
@@ -255,7 +351,7 @@ def format_table(rows: list[dict]) -> str:
     return "\n".join([f"{rows[0]['device']}; {about}", *lines])
 
 
-def draw_chart(rows: list[dict]):
+def draw_chart(rows: list[dict]) -> Figure:
     """Bars of tokens per second with the range over the windows; a line at the loop that the ratios refer to."""
     from matplotlib.figure import Figure
 
@@ -268,16 +364,49 @@ def draw_chart(rows: list[dict]):
     ]
     axes.barh([row["name"] for row in rows], speeds, xerr=spread, color="#0072B2", ecolor="#333333", capsize=3)
     axes.invert_yaxis()
-    axes.margins(x=0.2)
-    key = "ratio_to_plain_loop" if rows[0]["ratio_to_plain_loop"] is not None else "ratio_to_naive"
-    base = next((row["tokens_per_second"] for row in rows if row[key] == 1), None)
+    axes.margins(x=0.25)
+    key = "ratio_to_plain_loop" if any(row["ratio_to_plain_loop"] for row in rows) else "ratio_to_naive"
+    bases = [row["tokens_per_second"] for row in rows if row[key] == 1]
     for index, row in enumerate(rows):
         label = f"{row['tokens_per_second']:,.0f}" + ("" if row[key] is None else f" ({row[key]:.2f}x)")
         axes.annotate(label, (row["fastest"], index), (6, 0), textcoords="offset points", va="center", fontsize=8)
-    if base:
-        axes.axvline(base, color="#D55E00", linestyle="--", linewidth=1)
+    if len(bases) == 1:
+        axes.axvline(bases[0], color="#D55E00", linestyle="--", linewidth=1)
     axes.set_xlabel("training tokens per second")
-    axes.set_title(f"{rows[0]['device']}, {rows[0]['batch_size']} x {rows[0]['context_length']} tokens a step", size=9)
+    sizes = "/".join(str(size) for size in sorted({row["batch_size"] for row in rows}))
+    axes.set_title(f"{rows[0]['device']}, {sizes} x {rows[0]['context_length']} tokens a step", size=9)
+    return figure
+
+
+def draw_timeline(traces: dict[str, Trace], about: str, n_steps: int = 2) -> Figure:
+    """n steps of each trace on one time scale: a row for the host's ranges, one for the time in which kernels run."""
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
+
+    has_gpu = any(trace.kernels for trace in traces.values())
+    rows: list[str] = []
+    figure = Figure(figsize=(10, 1.4 + (0.8 if has_gpu else 0.45) * len(traces)), layout="constrained")
+    axes = figure.add_subplot()
+    for name, trace in traces.items():
+        piece = trace.steps(n_steps)
+        for begin, end, kind in piece.ranges:
+            axes.barh(len(rows), end - begin, 0.8, begin, color=RANGES[kind], linewidth=0)
+        rows.append(f"{name}, host")
+        if piece.kernels:
+            bars = [(begin, end - begin) for begin, end in piece.kernels]
+            axes.broken_barh(bars, (len(rows) - 0.4, 0.8), color="#333333", linewidth=0, rasterized=len(bars) > 500)
+            axes.text(piece.length, len(rows), f"  idle {trace.idle:.1%}", va="center", fontsize=8)
+            rows.append("GPU")
+        axes.axhline(len(rows) - 0.5, color="#cccccc", linewidth=0.8)
+    axes.set_yticks(range(len(rows)), rows)
+    axes.invert_yaxis()
+    axes.set_xlim(0, 1.12 * max(trace.steps(n_steps).length for trace in traces.values()))
+    axes.set_xlabel("milliseconds under the profiler")
+    axes.set_title(f"{n_steps} training steps, {about}{'' if has_gpu else '; no GPU'}", size=10)
+    axes.spines[["top", "right"]].set_visible(False)
+    patches = [Patch(color=color, label=name) for name, color in RANGES.items()]
+    patches += [Patch(color="#333333", label="any kernel")] if has_gpu else []
+    figure.legend(handles=patches, loc="outside lower center", ncols=len(patches), fontsize=8, frameon=False)
     return figure
 
 
@@ -301,82 +430,122 @@ class RecipeTable:
                 self.rows = list(csv.DictReader(file))
 
     def run(self, stage: str, recipe: str, seed: int, changes: dict) -> float:
-        """Validation loss of the preset with these changes to its TrainConfig."""
+        """Validation loss of the preset with these changes to its two configurations."""
         key = {"scale": self.scale, "seed": str(seed), "settings": json.dumps(changes, sort_keys=True)}
         for row in self.rows:
             if key.items() <= row.items():
                 return float(row["val_loss"])
-        config = dataclasses.replace(self.preset.train, seed=seed, **changes)
+        of_model = {name: value for name, value in changes.items() if hasattr(self.preset.model, name)}
+        model_config = dataclasses.replace(self.preset.model, **of_model)
+        of_train = {name: value for name, value in changes.items() if name not in of_model}
+        config = dataclasses.replace(self.preset.train, seed=seed, **of_train)
         started = time.perf_counter()
         with tempfile.TemporaryDirectory() as folder:
             try:
-                last = pico.train(self.preset.model, config, folder, self.data_folder, device=self.device).metrics[-1]
+                last = pico.train(model_config, config, folder, self.data_folder, device=self.device).metrics[-1]
             except PicoError as error:  # a rate that is far too high is a result as well
                 print(error)
                 last = {"tokens": 0, "train_loss": float("inf"), "val_loss": float("inf")}
         row = {"stage": stage, "recipe": recipe, **key, "tokens": last["tokens"]}
         row |= {name: f"{last[name]:.4f}" for name in ("val_loss", "train_loss")}
-        self.rows.append(row | {"seconds": f"{time.perf_counter() - started:.1f}", "device": self.device.type})
+        row["seconds"] = f"{time.perf_counter() - started:.1f}"
+        self.rows.append(row | pico.measured_on(self.device))
         pico.write_csv(self.path, self.rows)
         print(f"{stage} {recipe} seed {seed} {key['settings']}: validation loss {last['val_loss']:.4f}")
         return last["val_loss"]
 
-    def tune(self, recipe: str, changes: dict, axes: dict[str, list], seed: int = 0) -> dict:
-        """The best settings found when one after the other takes each of its values, beginning with the first ones."""
-        changes = changes | {name: values[0] for name, values in axes.items()}
-        best_loss = self.run("tuning", recipe, seed, changes)
-        for name, values in axes.items():
+    def tune(self, recipe: str, changes: dict, axes: list[list[dict]], limit: int | None = None, seed: int = 0) -> dict:
+        """The best settings found when one after the other takes each of its values, beginning with the first ones.
+
+        An axis is a list of alternative changes. `limit` bounds the number of runs.
+        """
+        changes = functools.reduce(operator.or_, (axis[0] for axis in axes), changes)
+        best_loss, n_runs = self.run("tuning", recipe, seed, changes), 1
+        for axis in axes:
             here = changes
-            for value in values[1:]:
-                loss = self.run("tuning", recipe, seed, here | {name: value})
+            for value in axis[1:]:
+                if n_runs == limit:
+                    return changes
+                loss, n_runs = self.run("tuning", recipe, seed, here | value), n_runs + 1
                 if loss < best_loss:
-                    best_loss, changes = loss, here | {name: value}
+                    best_loss, changes = loss, here | value
         return changes
 
 
-def compare_recipes(table: RecipeTable, seeds: Iterable[int] = (1, 2, 3)) -> str:
+def _values(name: str, *values: object) -> list[dict]:
+    return [{name: value} for value in values]
+
+
+def shared_axes(preset: Preset) -> list[list[dict]]:
+    """What both optimizers are tuned in beside their rates: batch size at equal tokens, initial weights, dropout."""
+    train, model = preset.train, preset.model
+    batches = [{}]
+    for factor in (0.5, 2):
+        change = {
+            "batch_size": max(1, int(train.batch_size * factor)),
+            "warmup_steps": int(train.warmup_steps / factor),
+        }
+        if train.max_steps:
+            change["max_steps"] = max(1, int(train.max_steps / factor))
+        batches.append(change)
+    return [batches, [{}, {"init": "zero_output"}], [{}, {"dropout": 0.0 if model.dropout else 0.1}]]
+
+
+def compare_recipes(table: RecipeTable, seeds: Iterable[int] = (1, 2, 3), tuning_runs: int | None = None) -> str:
     """AdamW against Muon at equal tokens; returns the summary.
 
-    Each is tuned in 7 runs with seed 0, then the best settings of both run with other seeds; with weight averages, with
-    a schedule for the weight decay, and Muon with half the tokens, too.
+    Each is tuned in 13 runs (or the first `tuning_runs` of them) with seed 0, then the best settings of both run with
+    the other seeds: with weight averages too, and Muon with a schedule for the weight decay, with later tokens as
+    targets, with QK-norm (an ablation: it is not our architecture) and with half the tokens.
     """
     train, defaults = table.preset.train, TrainConfig()
     steps = train.max_steps
-    # Muon's presets hold the larger rate that suits the embedding beside it
-    rate = train.learning_rate / (4 if train.optimizer == "muon" else 1)
-    rates = [rate, rate / 3, rate * 2, rate * 4]
+    rate = 0.384 / table.preset.model.d_model  # wide models want smaller ones (Yang et al. 2022)
+    shared = shared_axes(table.preset)
     adamw = table.tune(
         "adamw",
         {"optimizer": "adamw"},
-        {
-            "learning_rate": rates,
-            "weight_decay": [defaults.weight_decay, 0.4, 1.6],
-            "betas": [defaults.betas, (0.9, 0.99)],
-        },
+        [
+            _values("learning_rate", rate, rate / 3, rate * 2, rate * 4),
+            _values("weight_decay", defaults.weight_decay, 0.4, 1.6),
+            _values("betas", defaults.betas, (0.9, 0.99), (0.8, 0.95), (0.9, 0.98)),
+            *shared,
+        ],
+        tuning_runs,
     )
     muon = table.tune(
         "muon",
         {"optimizer": "muon"},
-        {
-            "matrix_learning_rate": [defaults.matrix_learning_rate, 0.01, 0.04],
-            "learning_rate": [rate, rate * 2, rate * 4],
-            "matrix_weight_decay": [defaults.matrix_weight_decay, 0.02, 0.4],
-        },
+        [
+            _values("matrix_learning_rate", defaults.matrix_learning_rate, 0.01, 0.04),
+            _values("learning_rate", rate, rate * 2, rate * 4, rate * 8),
+            _values("matrix_weight_decay", defaults.matrix_weight_decay, 0.02, 0.4, 1.6),
+            *shared,
+        ],
+        tuning_runs,
     )
-    half = {"epochs": train.epochs / 2, "max_steps": steps and steps // 2}
+    half = {"epochs": train.epochs / 2}
+    if steps:
+        half["max_steps"] = muon.get("max_steps", steps) // 2
     finals = {
         "adamw": adamw,
+        "adamw, exponential average": adamw | {"average": "ema"},
+        "adamw, average of the tail": adamw | {"average": "tail"},
         "muon": muon,
         "muon, exponential average": muon | {"average": "ema"},
         "muon, average of the tail": muon | {"average": "tail"},
         "muon, weight decay in a valley": muon | {"weight_decay_schedule": "valley"},
+        "muon, later tokens as targets": muon | {"future_loss": 0.5},
+        "muon, QK-norm": muon | {"qk_norm": True},
         "muon, half the tokens": muon | half,
     }
     lines = []
     for name, changes in finals.items():
         losses = [table.run("final", name, seed, changes) for seed in seeds]
-        mean = statistics.mean(losses)
-        lines.append(f"{name:32} {mean:.4f}  ({min(losses):.4f} to {max(losses):.4f}, {len(losses)} seeds)")
+        if losses:
+            mean = statistics.mean(losses)
+            lines.append(f"{name:32} {mean:.4f}  ({min(losses):.4f} to {max(losses):.4f}, {len(losses)} seeds)")
+    lines = lines or [f"best of {name}: {json.dumps(best)}" for name, best in (("adamw", adamw), ("muon", muon))]
     return "\n".join([f"Validation loss, {table.scale}:", *lines])
 
 
@@ -390,13 +559,22 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--loader", choices=pico.LOADERS, help="default: what `train` would choose")
     parser.add_argument("--compare", action="store_true", help="all loaders, interleaved")
     parser.add_argument("--peer", action="store_true", help="also a plain eager loop in float32")
-    parser.add_argument("--torch-profiler", action="store_true", help="write a Chrome trace of each contestant")
+    parser.add_argument(
+        "--torch-profiler", action="store_true", help="write a Chrome trace of each contestant, draw them"
+    )
+    parser.add_argument(
+        "--measure-peak", action=argparse.BooleanOptionalAction, default=has_gpu, help="default: on a GPU"
+    )
     parser.add_argument("--recipes", action="store_true", help="compare optimizers instead; --steps is a run's length")
+    parser.add_argument("--tuning-runs", type=int, help="of each optimizer with --recipes (default: 13)")
+    parser.add_argument("--seeds", type=int, default=3, help="of each final recipe with --recipes (%(default)s)")
+    parser.add_argument("--context-length", type=int, help="tokens per sequence, default: the preset's")
     parser.add_argument("--steps", type=int, help=f"of a window, default {50 if has_gpu else 4}")
     parser.add_argument("--warmup", type=int, default=10 if has_gpu else 1, help="steps before a window (%(default)s)")
-    parser.add_argument("--repeats", type=int, help="windows of each contestant, default 5 with --compare, else 1")
-    parser.add_argument("--batch-size", type=int, help="sequences per step, default: the preset's")
+    parser.add_argument("--repeats", type=int, help="windows of each contestant, default 5, with a single one 1")
+    parser.add_argument("--batch-sizes", type=int, nargs="+", help="sequences per step, default: the preset's")
     parser.add_argument("--micro-batch-size", type=int, help="sequences per forward pass, default: all of them")
+    parser.add_argument("--loss-chunk", type=int, help="rows of logits held at a time, default: the model's")
     parser.add_argument("--workers", type=int, default=2, help="processes of the loader `workers` (%(default)s)")
     parser.add_argument("--precision", choices=("auto", "fp32", "fp16", "bf16"), default="auto")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="default: on a GPU")
@@ -410,9 +588,10 @@ def make_preset(options: argparse.Namespace) -> Preset:
     """The preset with the options applied."""
     preset = pico.get_preset(options.preset)
     changes = {"corpus": options.corpus, "precision": options.precision, "compile": options.compile}
-    changes |= {"batch_size": options.batch_size or preset.train.batch_size}
+    changes |= {"batch_size": (options.batch_sizes or [preset.train.batch_size])[0]}
     changes |= {"micro_batch_size": options.micro_batch_size or preset.train.micro_batch_size}
-    return dataclasses.replace(preset, train=dataclasses.replace(preset.train, **changes))
+    model = dataclasses.replace(preset.model, context_length=options.context_length or preset.model.context_length)
+    return Preset(model, dataclasses.replace(preset.train, **changes), preset.about)
 
 
 def run_recipes(options: argparse.Namespace, preset: Preset, device: torch.device) -> None:
@@ -426,7 +605,7 @@ def run_recipes(options: argparse.Namespace, preset: Preset, device: torch.devic
     scale = f"{options.preset}, {length} of {train.batch_size} x {preset.model.context_length} tokens, {train.corpus}"
     path = Path(options.out) / "benchmarks" / "recipes.csv"
     table = RecipeTable(dataclasses.replace(preset, train=train), scale, path, options.data, device)
-    print(compare_recipes(table))
+    print(compare_recipes(table, range(1, options.seeds + 1), options.tuning_runs))
     print(f"Every run: {path}")
 
 
@@ -434,27 +613,45 @@ def run_profile(options: argparse.Namespace, preset: Preset, device: torch.devic
     corpus = pico.choose_corpus(preset.train.corpus, preset.train.corpus_fraction, options.data)
     file = pico.prepare_tokens(corpus, "train", options.data)
     stream = pico.SequenceStream(file, preset.model.context_length, preset.train.max_sequences, preset.train.seed)
-    shared = preset, stream, device, options.workers
     loaders = pico.LOADERS if options.compare else [options.loader or pico.choose_loader(stream, device)]
-    contestants = [Contestant(loader, loader, *shared) for loader in loaders]
-    if options.peer:
-        contestants.insert(0, PlainLoop("plain loop", "naive", *shared))
+    kinds = [(PlainLoop, "plain loop", "naive")] if options.peer else []
+    kinds += [(Contestant, loader, loader) for loader in loaders]
+    contestants = []
+    for size in options.batch_sizes or [preset.train.batch_size]:
+        sized = dataclasses.replace(preset, train=dataclasses.replace(preset.train, batch_size=size))
+        for kind, name, loader in kinds:
+            shared = stream, device, options.workers, options.loss_chunk
+            contestants.append(start(kind, (name, loader, sized, *shared), options.warmup))
+            gc.collect()  # one that ran out of memory is gone for good
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+    contestants = [contestant for contestant in contestants if contestant]
+    if not contestants:
+        raise PicoError("Nothing could be measured; the lines above say why.")
     steps = options.steps or (50 if device.type == "cuda" else 4)
-    measure_all(contestants, options.warmup, steps, options.repeats or (5 if options.compare else 1))
+    measure_all(contestants, options.warmup, steps, options.repeats or (5 if len(contestants) > 1 else 1))
 
     out = Path(options.out)
     under_nsys = "NSYS_PROFILING_SESSION_ID" in os.environ  # only one profiler can listen to the GPU
-    for contestant in contestants:
-        path = out / f"profile_{contestant.name.replace(' ', '_')}.trace.json"
+    traces = {}
+    for name, contestant in zip(names(contestants), contestants, strict=True):
+        path = out / f"profile_{re.sub('[, ]+', '_', name)}.trace.json"
         if options.torch_profiler:
-            contestant.trace(min(steps, 10), path)
+            contestant.record(min(steps, 10), path)
             print(f"Chrome trace: {path}")
+            traces[name] = contestant.trace
         elif device.type == "cuda" and not under_nsys:
             with tempfile.TemporaryDirectory() as folder:
-                contestant.trace(min(steps, 10), Path(folder) / path.name)
-    rows = describe(contestants, steps)
+                contestant.record(min(steps, 10), Path(folder) / path.name)
+    rate = None
+    if options.measure_peak:
+        on_gpu = device.type == "cuda"
+        rate = matrix_rate(device, pico.choose_precision("auto", device), 8192 if on_gpu else 1024)
+    rows = describe(contestants, steps, rate)
     print(format_table(rows))
     written = [pico.write_csv(out / "profile.csv", rows), *pico.save_figure(draw_chart(rows), out / "profile")]
+    if traces:
+        written += pico.save_figure(draw_timeline(traces, rows[0]["device"]), out / "profile_timeline")
     print("Written:", ", ".join(str(path) for path in written))
     return rows
 

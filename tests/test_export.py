@@ -1,5 +1,6 @@
 """The exported folder is loaded by transformers, which knows nothing of this project."""
 
+import dataclasses
 import json
 import sys
 
@@ -44,6 +45,19 @@ def test_transformers_gives_identical_logits(model, folder):
     assert theirs.shape == (2, 64, 50257)  # the padding rows of the vocabulary are gone
     assert ours.std() > 0.3
     torch.testing.assert_close(theirs, ours, atol=1e-5, rtol=0)
+
+
+def test_qk_norm_travels_too(model, tmp_path):
+    twin = PicoLLM(dataclasses.replace(model.config, qk_norm=True)).eval()
+    twin.load_state_dict(model.state_dict())
+    loaded, report = transformers.AutoModelForCausalLM.from_pretrained(
+        export_to_hf(twin, tmp_path / "hf"), output_loading_info=True
+    )
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+    idx = torch.randint(50257, (1, 32), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        assert (twin(idx) - model(idx)).abs().max() > 0.01
+        torch.testing.assert_close(loaded.eval()(idx).logits, twin(idx), atol=1e-5, rtol=0)
 
 
 def test_tied_weights_are_stored_once_and_stay_tied(model, folder):

@@ -190,7 +190,13 @@ def test_unusable_files_are_explained(model, tmp_path):
 
 @pytest.mark.parametrize("key", ["gpu_architecture", "tensorrt", "torch_tensorrt"])
 def test_an_engine_of_another_machine_is_refused_before_it_is_read(tmp_path, monkeypatch, key):
-    here = {"gpu_architecture": "sm_75", "tensorrt": "10.12", "torch_tensorrt": "2.9.0", "gpu": "T4", "torch": "2.9.0"}
+    here = {
+        "gpu_architecture": "sm_75",
+        "tensorrt": "10.12",
+        "torch_tensorrt": "2.9.0",
+        "device": "T4",
+        "torch": "2.9.0",
+    }
     monkeypatch.setattr(pico, "_environment", lambda: here)
     (tmp_path / "engine.ts").write_bytes(b"1234")
     (tmp_path / "engine.json").write_text(json.dumps({**here, "kind": "tensorrt", "bytes": 4, key: "other"}))
@@ -296,6 +302,34 @@ def test_build_errors_and_partial_engines_are_refused(monkeypatch, model):
         pico.compile_tensorrt(model, "int8")
 
 
+@pytest.mark.parametrize("precision", ["int8", "fp8"])
+def test_quantised_are_the_linear_layers_and_nothing_else(tokens, precision):
+    pytest.importorskip("modelopt.torch.quantization", reason="nvidia-modelopt is not installed")
+    config = ModelConfig(vocab_size=500, d_model=32, n_layer=2, n_head=2, d_ff=32, context_length=32, max_positions=64)
+    model = PicoLLM(config, seed=1).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                parameter.mul_(3)
+    with pico._quantised(copy.deepcopy(model), precision, tokens[:, :-1]) as quantised:
+        parts = {name: part for name, part in quantised.named_modules() if "quantizer" in name.rsplit(".", 1)[-1]}
+        linear = {name for name, part in quantised.named_modules() if isinstance(part, nn.Linear)}
+        used = {name for name, part in parts.items() if getattr(part, "is_enabled", False)}
+        assert used == {f"{name}.{kind}_quantizer" for name in linear for kind in ("input", "weight")}
+        assert len(linear) == 8
+        found = check_accuracy(model, quantised, tokens, pico.EIGHT_BIT_BOUNDS)
+        assert found.max_difference > 1e-3, "something is quantised"
+        if precision == "int8" and not torch.cuda.is_available():
+            return  # modelopt's INT8 reads values on a CPU, which no export can follow
+        program = pico.export_program(quantised, 8, explicit_attention=True)
+        operators = [str(node.target) for node in program.graph.nodes]
+        assert operators.count("tensorrt.quantize_op.default") == 16, "what Torch-TensorRT converts"
+        for batch, length in ((1, 1), (3, 17), (8, 32)):
+            idx = tokens.flatten()[: batch * length].repeat(3)[: batch * length].view(batch, length)
+            with torch.no_grad():
+                torch.testing.assert_close(program.module()(idx), quantised(idx), atol=1e-4, rtol=0)
+
+
 FAKE_GPU = """
 import types, torch
 torch.cuda.get_device_capability = lambda *a, **k: (8, 9)
@@ -370,7 +404,7 @@ def test_floor_follows_weights_and_flops():
 def test_timing_counts_calls_and_milliseconds():
     calls = []
     batches = [torch.zeros(1, 1), torch.ones(1, 1)]
-    times = pico._time_calls(lambda idx: (calls.append(idx.item()), time.sleep(0.004)), batches, 6)
+    times = pico.time_calls(lambda idx: (calls.append(idx.item()), time.sleep(0.004)), batches, 6)
     assert len(times) == 6 and len(calls) == 7  # one untimed
     assert set(calls) == {0.0, 1.0}  # different inputs take turns
     assert 4 <= min(times) < 40
@@ -422,6 +456,8 @@ def test_benchmark_table_is_complete_and_its_ratios_right(scripted_variants, mod
         assert trt.tokens_per_s == pytest.approx(1e3 * shape[0] * shape[1] / trt.p50_ms)
         assert trt.note == "slower than fast" and fast.note == base.note == ""
     assert (good.kl_divergence == 0).all() and (good.size_mb == model.count_parameters()[1] * 4e-6).all()
+    here = table[["device", "torch", "date"]].drop_duplicates()
+    assert len(here) == 1 and here.iloc[0].device.startswith("CPU"), "also of rows that failed"
     failed = table[table.status != "ok"].groupby("variant").status.agg(["size", "first"])
     assert failed.loc["inaccurate", "size"] == failed.loc["unbuilt", "size"] == 6
     assert "accuracy gate: max_difference 1" in failed.loc["inaccurate", "first"]

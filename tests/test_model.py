@@ -1,5 +1,6 @@
 """The decoder: an independent implementation agrees, and the properties that define it hold."""
 
+import dataclasses
 import math
 
 import pytest
@@ -109,6 +110,52 @@ def test_loss_equals_cross_entropy_of_the_logits_with_its_gradients(tiny_model):
         torch.testing.assert_close(p.grad, gradients[name], atol=1e-6, rtol=1e-4)
     padding = tiny_model.token_embedding.weight.grad[50257:]
     assert len(padding) == 47 and torch.count_nonzero(padding) == 0
+
+
+def test_later_targets_share_the_logits_and_weigh_as_asked(tiny_model):
+    tiny_model.loss_chunk = 7
+    idx, targets, weights = random_ids(3, 10), random_ids(3, 10, seed=1), torch.tensor([1.0, 0.5, 0.25])
+    logits = tiny_model(idx)
+    parts = [F.cross_entropy(logits[:, : 10 - k].flatten(0, 1), targets[:, k:].flatten()) for k in range(3)]
+    present = torch.tensor([10, 9, 8]) / 10  # the mean is over all positions; the last ones have fewer targets
+    expected = (torch.stack(parts) * present * weights).sum()
+    expected.backward()
+    gradients = {name: p.grad.clone() for name, p in tiny_model.named_parameters()}
+    tiny_model.zero_grad()
+    objective, loss = tiny_model(idx, targets, weights)
+    objective.backward()
+    assert objective.item() == pytest.approx(expected.item(), abs=1e-4)
+    assert loss.item() == pytest.approx(parts[0].item(), abs=1e-5) and not loss.requires_grad
+    for name, p in tiny_model.named_parameters():
+        torch.testing.assert_close(p.grad, gradients[name], atol=1e-6, rtol=1e-4)
+
+
+def test_initial_weights_of_both_kinds(tiny_config):
+    config = dataclasses.replace(tiny_config, d_model=64, d_ff=96)
+    idx = random_ids(1, 8)
+    plain, zero = (pico.PicoLLM(dataclasses.replace(config, init=kind)).eval() for kind in ("gpt2", "zero_output"))
+    for name, p in zero.blocks.named_parameters():
+        if p.ndim == 2:
+            std = 0.0 if name.endswith(("out_proj.weight", "down_proj.weight")) else (1 / (3 * p.shape[1])) ** 0.5
+            assert p.std().item() == pytest.approx(std, rel=0.05)
+    assert plain.blocks[0].mlp.gate_up_proj.weight.std().item() == pytest.approx(0.02, rel=0.05)
+    with torch.no_grad():
+        embedded = zero.final_norm(zero.token_embedding(idx))
+        torch.testing.assert_close(zero.hidden_states(idx), embedded)  # every block starts as the identity
+        assert (plain.hidden_states(idx) - plain.final_norm(plain.token_embedding(idx))).abs().max() > 1e-3
+
+
+def test_qk_norm_makes_attention_blind_to_the_size_of_queries_and_keys(tiny_config):
+    idx = random_ids(1, 12)
+    for qk_norm in (False, True):
+        model = pico.PicoLLM(dataclasses.replace(tiny_config, qk_norm=qk_norm), seed=1).eval()
+        with torch.no_grad():
+            for block in model.blocks:
+                block.attention.qkv_proj.weight.mul_(20)  # far above the epsilon of the norm
+            before = model(idx)
+            for block in model.blocks:
+                block.attention.qkv_proj.weight[: 2 * tiny_config.d_model] *= 3
+            assert torch.allclose(model(idx), before, atol=1e-3) == qk_norm
 
 
 def test_untrained_loss_is_near_the_logarithm_of_the_vocabulary(tiny_model):

@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import datetime
 import json
 import os
 import re
@@ -14,6 +15,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from study_data import make_language, make_study
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import pico_helpers as pico
 import profile_training as profile
@@ -145,12 +148,46 @@ def test_averages_are_those_of_their_definition():
     assert pico.average_share(7, 20, dataclasses.replace(config, average="none")) == 0
 
 
+def test_later_targets_count_less_and_less_and_then_not_at_all():
+    config = pico.TrainConfig(future_loss=0.4)
+    assert pico.future_weights_at(0, 90, config).tolist() == pytest.approx([1, 0.4, 0.2])
+    assert pico.future_weights_at(30, 90, config).tolist() == pytest.approx([1, 0.2, 0.1])
+    assert pico.future_weights_at(60, 90, config) is None
+    assert pico.future_weights_at(0, 90, pico.TrainConfig()) is None
+
+
+def test_training_on_later_targets_still_reports_the_loss_of_the_next_token(tiny_config):
+    def losses(future_loss: float) -> tuple[list[float], torch.Tensor]:
+        config = pico.TrainConfig(future_loss=future_loss, micro_batch_size=2, batch_size=4)
+        model = pico.PicoLLM(dataclasses.replace(tiny_config, dropout=0.0), seed=0)
+        optimizer, scaler = pico.make_optimizer(model, config), torch.amp.GradScaler("cpu", enabled=False)
+        seen = []
+        for step in range(3):
+            weights = pico.future_weights_at(step, 6, config)
+            seen.append(
+                pico.train_step(
+                    model, optimizer, scaler, random_batch(4), config, step, torch.float32, target_weights=weights
+                ).item()
+            )
+        return seen, model.token_embedding.weight.detach()
+
+    (plain, plain_weights), (future, future_weights) = losses(0.0), losses(0.5)
+    assert future[0] == pytest.approx(plain[0], abs=1e-6), "before any update the loss is the same"
+    assert not torch.allclose(plain_weights, future_weights, atol=1e-5), "but the gradient is another one"
+
+
 @pytest.mark.parametrize("average", ["ema", "tail"])
 def test_a_muon_run_with_an_average_resumes_bit_for_bit(
     tiny_config, tiny_train, data_folder, tmp_path, monkeypatch, average
 ):
     config = dataclasses.replace(
-        tiny_train, optimizer="muon", average=average, average_steps=4, weight_decay_schedule="valley", max_steps=6
+        tiny_train,
+        optimizer="muon",
+        average=average,
+        average_steps=4,
+        weight_decay_schedule="valley",
+        future_loss=0.5,
+        max_steps=6,
     )
     expected = pico.train(tiny_config, config, tmp_path / "whole", data_folder)
     last, original = [], pico.train_step
@@ -190,7 +227,7 @@ class Spoilt(torch.nn.Module):
         super().__init__()
         self.model, self.spoil = model, spoil
 
-    def forward(self, idx: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    def forward(self, idx: torch.Tensor, targets: torch.Tensor, weights: None) -> torch.Tensor:
         return self.spoil(self.model(idx, targets))
 
 
@@ -221,11 +258,49 @@ def test_a_bad_step_changes_nothing(tiny_config, optimizer_name, spoil):
     assert skipped == 1 and 10 < loss < 12, "the bad loss is not part of the mean"
 
 
+def test_a_run_begun_in_bf16_goes_on_in_fp16(tiny_config):
+    """As when Colab gives an A100 one day and a T4 the next."""
+    config = pico.TrainConfig(batch_size=4)
+    begun = pico.TrainingRun(tiny_config, config, "", CPU, torch.bfloat16)
+    resumed = pico.TrainingRun(tiny_config, config, "", CPU, torch.float16)
+    resumed.restore(begun.checkpoint("key"))
+    before = resumed.model.token_embedding.weight.detach().clone()
+    args = resumed.optimizer, resumed.scaler, random_batch(4), config, 0, torch.float16, resumed.guard
+    loss = pico.train_step(resumed.model, *args)
+    assert 10 < loss < 12 and resumed.scaler.get_scale() > 1
+    assert not torch.equal(before, resumed.model.token_embedding.weight), "the step was taken"
+    again = pico.TrainingRun(tiny_config, config, "", CPU, torch.float16)
+    resumed.scaler.update(128.0)
+    again.restore(resumed.checkpoint("key"))
+    assert again.scaler.state_dict()["scale"] == 128.0
+
+
+@pytest.mark.parametrize("target_weights", [None, torch.tensor([1.0, 0.5])], ids=["next", "later"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_training_step_is_one_graph_for_all_models_of_a_shape(tiny_config, dtype, target_weights):
+    """What `torch.compile` gets: no break, the loss in chunks of which the last is shorter, and eager's gradients."""
+    counter = CompileCounterWithBackend("aot_eager")
+    config = dataclasses.replace(tiny_config, dropout=0.0)
+    batch = random_batch(5)
+    for seed in (0, 1):
+        model = pico.PicoLLM(config, seed).train()
+        model.loss_chunk = 64
+        gradients = []
+        for forward in (model, torch.compile(model, backend=counter, fullgraph=True)):
+            with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+                loss = forward(batch[:, :-1], batch[:, 1:], target_weights)
+            (loss if target_weights is None else loss[0]).backward()
+            gradients.append([p.grad for p in model.parameters()])
+            model.zero_grad(set_to_none=True)
+        assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+    assert counter.frame_count == 1, "the profiler's contestants share what is compiled"
+
+
 def test_a_few_nan_steps_are_counted_and_the_run_goes_on(tiny_config, tiny_train, data_folder, tmp_path, monkeypatch):
     original, calls = pico.PicoLLM.forward, []
 
-    def forward(self, idx, targets=None, **options):
-        out = original(self, idx, targets, **options)
+    def forward(self, *args, **options):
+        out = original(self, *args, **options)
         if self.training:
             calls.append(1)
             out = out * float("nan") if len(calls) in (4, 5) else out
@@ -497,33 +572,85 @@ def test_a_batch_must_split_evenly(tiny_config, tiny_train, data_folder, tmp_pat
 # --- profile ----------------------------------------------------------------------------------------------------------
 
 
-def test_covered_is_the_length_of_the_union():
-    assert profile.covered([], 0, 10) == 0
-    assert profile.covered([(1, 3), (2, 5), (8, 9)], 0, 10) == 5
-    assert profile.covered([(8, 9), (2, 5), (1, 3), (1, 2), (2, 5)], 0, 10) == 5, "order and copies do not matter"
-    assert profile.covered([(0, 10), (2, 3)], 0, 10) == 10, "an interval inside another one"
-    assert profile.covered([(-5, 1), (9, 20), (30, 40)], 0, 10) == 2, "what lies outside the window does not count"
+def test_the_union_has_no_overlaps_and_stays_in_the_window():
+    assert profile.union([], 0, 10) == []
+    assert profile.union([(1, 3), (2, 5), (8, 9)], 0, 10) == [(1, 5), (8, 9)]
+    assert profile.union([(8, 9), (2, 5), (1, 3), (1, 2), (2, 5)], 0, 10) == [(1, 5), (8, 9)], "any order, copies"
+    assert profile.union([(0, 10), (2, 3)], 0, 10) == [(0, 10)], "an interval inside another one"
+    assert profile.union([(-5, 1), (9, 20), (30, 40)], 0, 10) == [(0, 1), (9, 10)], "what lies outside does not count"
 
 
-def test_covered_agrees_with_counting_every_unit_of_time():
+def test_the_union_covers_every_unit_of_time_once():
     generator = torch.Generator().manual_seed(0)
     for _ in range(50):
         begins = torch.randint(-20, 120, (12,), generator=generator).tolist()
         lengths = torch.randint(0, 30, (12,), generator=generator).tolist()
         intervals = [(begin, begin + length) for begin, length in zip(begins, lengths, strict=True)]
         units = {unit for begin, end in intervals for unit in range(begin, end) if 0 <= unit < 100}
-        assert profile.covered(intervals, 0, 100) == len(units)
+        found = profile.union(intervals, 0, 100)
+        assert [unit for begin, end in found for unit in range(begin, end)] == sorted(units)
 
 
-def test_idle_share_of_a_trace_counts_kernels_only():
-    def event(name: str, category: str, start: float, length: float) -> dict:
-        return {"ph": "X", "name": name, "cat": category, "ts": start, "dur": length}
+def made_up_trace(kernels: list[tuple[float, float]] = (), n_steps: int = 4) -> dict:
+    """A window of steps of 10 ms on the host, in us from 1000 on: data 1, forward 5, optimizer 3, nothing 1 ms."""
 
-    window = event("window", "user_annotation", 100, 50)
-    kernels = [event("gemm", "kernel", 90, 20), event("norm", "kernel", 105, 10), event("gemm", "kernel", 140, 30)]
-    others = [event("copy", "gpu_memcpy", 120, 10), event("aten::mm", "cpu_op", 100, 50), {"ph": "M", "name": "x"}]
-    assert profile.idle_share({"traceEvents": [window, *kernels, *others]}) == pytest.approx(1 - 25 / 50)
-    assert profile.idle_share({"traceEvents": [window, *others]}) is None, "without kernels there is no GPU"
+    def event(name: str, category: str, start: float, length: float, **more) -> dict:
+        return {"ph": "X", "name": name, "cat": category, "ts": 1000 + 1e3 * start, "dur": 1e3 * length, **more}
+
+    events = [event("window", "user_annotation", 0, 10 * n_steps), {"ph": "M", "name": "x"}]
+    for step in range(n_steps):
+        for name, start, length in (("data", 0, 1), ("forward", 1, 5), ("optimizer", 6, 3)):
+            events.append(event(name, "user_annotation", 10 * step + start, length))
+            events.append(event(name, "gpu_user_annotation", 10 * step + start + 2, length))
+        events += [event("aten::mm", "cpu_op", 10 * step, 9), event("copy", "gpu_memcpy", 10 * step + 8, 2)]
+    events += [event("gemm", "kernel", *place, tid=i % 2) for i, place in enumerate(kernels)]
+    return {"traceEvents": events[::-1]}  # no order is promised
+
+
+def test_a_trace_tells_ranges_and_kernels_of_all_streams():
+    trace = profile.read_trace(made_up_trace([(-5, 6), (0.5, 2), (2, 4), (12, 1), (12, 1), (35, 90)]))
+    assert trace.length == 40 and len(trace.ranges) == 12
+    assert trace.ranges[:2] == [(0, 1, "data"), (1, 6, "forward")]
+    assert trace.kernels == [(0, 6), (12, 13), (35, 40)], "overlapping streams count once, the window cuts"
+    assert trace.idle == pytest.approx(1 - 12 / 40)
+    two = trace.steps(2)  # the second and the third of four
+    assert two.length == 20 and two.kernels == [(2, 3)]
+    assert [name for *_, name in two.ranges] == ["data", "forward", "optimizer"] * 2 and two.ranges[0][0] == 0
+    assert trace.steps(9).length == 40, "no more than there is"
+
+
+def test_a_trace_without_kernels_has_no_idle_share():
+    trace = profile.read_trace(made_up_trace())
+    assert trace.idle is None and trace.steps(2).kernels == []
+
+
+def texts(figure) -> list[str]:
+    labels = [label.get_text() for axes in figure.axes for label in axes.get_yticklabels()]
+    return [*labels, *(text.get_text() for axes in figure.axes for text in axes.texts), figure.axes[0].get_title()]
+
+
+def test_timeline_shows_host_and_gpu_on_one_scale():
+    slow = profile.read_trace(made_up_trace([(0, 5), (10, 5), (20, 5), (30, 5)]))
+    fast = profile.read_trace(made_up_trace([(0, 20)], n_steps=2))
+    figure = profile.draw_timeline({"slow": slow, "fast": fast}, "a GPU")
+    found = texts(figure)
+    assert found[:4] == ["slow, host", "GPU", "fast, host", "GPU"] and "no GPU" not in found[-1]
+    assert [text.strip() for text in found[4:6]] == ["idle 50.0%", "idle 0.0%"]
+    axes = figure.axes[0]
+    assert axes.get_xlim()[0] == 0 and axes.get_xlim()[1] > 20
+    forward = [bar for bar in axes.patches if bar.get_facecolor()[:3] == pytest.approx((0, 0x72 / 255, 0xB2 / 255))]
+    assert [(bar.get_x(), bar.get_width()) for bar in forward] == [(1, 5), (11, 5)] * 2
+    figure.canvas.draw()
+
+
+def test_timeline_of_a_cpu_says_so():
+    found = texts(profile.draw_timeline({"naive": profile.read_trace(made_up_trace())}, "a CPU"))
+    assert found == ["naive, host", "2 training steps, a CPU; no GPU"]
+
+
+def test_matrix_rate_counts_two_operations_for_each_product(monkeypatch):
+    monkeypatch.setattr(pico, "time_calls", lambda run, batches, n: [run(batches[0]).shape[0] / 64] * n)  # 1 ms
+    assert profile.matrix_rate(CPU, torch.float32, 64, 3) == pytest.approx(2 * 64**3 / 1e-3)
 
 
 def test_flops_and_peaks():
@@ -563,6 +690,53 @@ def test_comparison_writes_table_and_chart(tiny_preset, tmp_path, capsys):
     output = capsys.readouterr().out
     assert output.count("no GPU") == 4 and output.count("peak unknown") == 4
     assert (tmp_path / "profile.png").stat().st_size > 1000 and (tmp_path / "profile.svg").exists()
+    row = rows["naive"]
+    assert row["device"].startswith("CPU") and row["torch"] == torch.__version__ and row["driver"] == ""
+    assert datetime.date.fromisoformat(row["date"]) and row["peak_memory_mb"] == row["measured_tflops"] == ""
+
+
+def test_batch_sizes_share_a_table_and_lack_of_memory_costs_a_row(tiny_preset, tmp_path, capsys, monkeypatch):
+    original = pico.train_step
+
+    def limited(forward, optimizer, scaler, batch, *rest):
+        if len(batch) > 4:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
+        return original(forward, optimizer, scaler, batch, *rest)
+
+    monkeypatch.setattr(pico, "train_step", limited)
+    options = [*tiny_preset, "--loader", "naive", "--repeats", "1", "--measure-peak", "--peer", "--loss-chunk", "7"]
+    monkeypatch.setattr(profile, "matrix_rate", lambda *_: 1e12)
+    assert profile.main([*options, "--batch-sizes", "2", "4", "8"]) == 0
+    rows = {row["name"]: row for row in read_rows(tmp_path / "profile.csv")}
+    assert list(rows) == [f"{kind}, batch {n}" for n in (2, 4, 8) for kind in ("plain loop", "naive")][:-1]
+    output = capsys.readouterr().out
+    assert "naive, batch 8: left out. Out of memory with 8 sequences" in output and "peak unknown" in output
+    for name, row in rows.items():
+        speed = float(row["tokens_per_second"])
+        plain = float(rows[f"plain loop, batch {row['batch_size']}"]["tokens_per_second"])
+        assert name.endswith(row["batch_size"]) and row["measured_tflops"] == "1.0"
+        assert row["loss_chunk"] == ("" if name.startswith("plain") else "7")
+        assert float(row["ratio_to_plain_loop"]) == pytest.approx(speed / plain, abs=1e-3), "of the same batch size"
+        expected = speed * float(row["flops_per_token"]) / 1e12
+        assert float(row["mfu_of_measured_rate"]) == pytest.approx(expected, abs=1e-4)
+    assert profile.main([*tiny_preset, "--loader", "naive", "--batch-sizes", "8"]) == 1
+    assert "Nothing could be measured" in capsys.readouterr().err
+
+
+def test_what_identifies_a_measurement_on_a_gpu(monkeypatch):
+    def smi(command, **_):
+        assert command[0] == "nvidia-smi"
+        return subprocess.CompletedProcess(command, 0, b"580.1\n580.1\n")
+
+    def missing(*_, **__):
+        raise FileNotFoundError
+
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA X")
+    monkeypatch.setattr(pico.subprocess, "run", smi)
+    found = pico.measured_on(torch.device("cuda"))
+    assert (found["device"], found["driver"]) == ("NVIDIA X", "580.1")
+    monkeypatch.setattr(pico.subprocess, "run", missing)
+    assert pico.measured_on(torch.device("cuda"))["driver"] is None
 
 
 def test_all_contestants_learn_the_same(tiny_config, tiny_train, stream):
@@ -572,8 +746,8 @@ def test_all_contestants_learn_the_same(tiny_config, tiny_train, stream):
     for kind in (profile.Contestant, profile.PlainLoop):
         contestant = kind("x", "naive", preset, stream, CPU, 0)
         contestant.measure(1, 3)
-        assert contestant.n_steps == 4 and len(contestant.windows) == 1
-        models.append(contestant.model.token_embedding.weight.detach()[:50257])
+        assert contestant.run.step == 4 and len(contestant.windows) == 1
+        models.append(contestant.run.model.token_embedding.weight.detach()[:50257])
     start = pico.PicoLLM(preset.model, tiny_train.seed).token_embedding.weight.detach()[:50257]
     moved = [(model - start).flatten() for model in models]
     assert torch.cosine_similarity(*moved, dim=0) > 0.99
@@ -583,8 +757,9 @@ def test_chrome_trace_names_the_ranges(tiny_preset, tmp_path):
     assert profile.main([*tiny_preset, "--torch-profiler", "--loader", "resident"]) == 0
     trace = json.loads((tmp_path / "profile_resident.trace.json").read_text())
     names = [event["name"] for event in trace["traceEvents"] if event.get("cat") == "user_annotation"]
-    for name in ("data", "host-to-device", "forward", "backward", "optimizer"):
+    for name in profile.RANGES:
         assert names.count(name) == 2, name
+    assert (tmp_path / "profile_timeline.png").stat().st_size > 1000 and (tmp_path / "profile_timeline.svg").exists()
 
 
 def test_bad_options_end_with_one_line(tiny_preset, capsys):
@@ -601,16 +776,34 @@ def test_the_documented_command_runs_without_a_gpu(tmp_path, data_folder):
     assert [row["name"] for row in read_rows(tmp_path / "profile.csv")] == ["naive"]
 
 
+def test_a_study_says_how_long_it_took(tiny_model, tiny_train, data_folder, tmp_path, monkeypatch, capsys):
+    def slow(result, seconds: float):
+        return lambda *_, **__: (time.sleep(seconds), result)[1]
+
+    saved = pico.Checkpoint(tiny_model.config, tiny_train, "made up", 0, [], tiny_model.state_dict())
+    pico.save_checkpoint(tmp_path / "pico_llm_a.pt", saved)
+    monkeypatch.setattr(pico, "study_heads", slow(make_study(), 0.6))
+    monkeypatch.setattr(pico, "study_language", slow(make_language(), 0.3))
+    monkeypatch.setattr(pico, "draw_study", slow([], 0.9))
+    pico.run_analysis(None, {"Mine": "A short sentence."}, tmp_path, data_folder)
+    findings = json.loads((tmp_path / "findings.json").read_text())
+    seconds, device = findings["measured"]["seconds"], findings["measured"]["device"]
+    assert 0.6 <= seconds["heads"] < 1.5 and 0.3 <= seconds["language"] < 1.2 and device.startswith("CPU")
+    assert re.search(rf"The study took [12] seconds on {device}, pictures aside\.", capsys.readouterr().out)
+    assert f" seconds on {device}" in (tmp_path / "attention_report.html").read_text(encoding="utf-8")
+
+
 # --- recipes ----------------------------------------------------------------------------------------------------------
 
 
 class MadeUp(profile.RecipeTable):
-    """Recipes whose loss is known: a bowl around learning rate 0.002 and weight decay 0.4, and Muon better by 0.5."""
+    """Recipes whose loss is known: a bowl around learning rate 0.024 and weight decay 0.4, and Muon better by 0.5."""
 
     def run(self, stage, recipe, seed, changes):
-        config = dataclasses.replace(self.preset.train, **changes)
+        of_train = {name: value for name, value in changes.items() if hasattr(self.preset.train, name)}
+        config = dataclasses.replace(self.preset.train, **of_train)
         self.rows.append({"stage": stage, "recipe": recipe, "seed": seed, **changes})
-        loss = abs(config.learning_rate - 0.002) * 100 + abs(config.weight_decay - 0.4)
+        loss = abs(config.learning_rate - 0.024) * 100 + abs(config.weight_decay - 0.4)
         return loss - 0.5 * (config.optimizer == "muon")
 
 
@@ -619,13 +812,24 @@ def test_tuning_finds_the_best_of_each_setting_and_both_get_as_many_runs(tiny_co
     table = MadeUp(preset, "made up", tmp_path / "recipes.csv", tmp_path, CPU)
     profile.compare_recipes(table, seeds=(1, 2))
     tuning = [row["recipe"] for row in table.rows if row["stage"] == "tuning"]
-    assert tuning.count("adamw") == tuning.count("muon") == 7
+    assert tuning.count("adamw") == tuning.count("muon") == 13
     final = [row for row in table.rows if row["stage"] == "final"]
     adamw = next(row for row in final if row["recipe"] == "adamw")
-    assert adamw["learning_rate"] == tiny_train.learning_rate * 2 and adamw["weight_decay"] == 0.4
+    assert adamw["learning_rate"] == 2 * 0.384 / tiny_config.d_model and adamw["weight_decay"] == 0.4
     assert {row["seed"] for row in final} == {1, 2}
     half = next(row for row in final if row["recipe"].endswith("half the tokens"))
     assert half["max_steps"] == tiny_train.max_steps // 2
+    sizes = {(row.get("batch_size", 4), row.get("max_steps", 12)) for row in table.rows if row["stage"] == "tuning"}
+    assert sizes == {(4, 12), (2, 24), (8, 6)}, "a batch size is compared at equal tokens"
+
+
+def test_a_comparison_can_be_cut_short(tiny_config, tiny_train, tmp_path):
+    table = MadeUp(pico.Preset(tiny_config, tiny_train, "tiny"), "made up", tmp_path / "r.csv", tmp_path, CPU)
+    summary = profile.compare_recipes(table, seeds=(), tuning_runs=3)
+    assert [row["recipe"] for row in table.rows] == ["adamw"] * 3 + ["muon"] * 3
+    assert f'best of adamw: {{"learning_rate": {2 * 0.384 / tiny_config.d_model}' in summary.replace(
+        '"optimizer": "adamw", ', ""
+    )
 
 
 def test_recipes_are_kept_and_not_repeated(tiny_config, tiny_train, tmp_path, data_folder, monkeypatch):
@@ -640,6 +844,9 @@ def test_recipes_are_kept_and_not_repeated(tiny_config, tiny_train, tmp_path, da
     assert [row["recipe"] for row in rows] == ["adamw", "muon", "wild"]
     assert [float(row["val_loss"]) for row in rows] == [round(loss, 4) for loss in losses]
     assert losses[2] == float("inf"), "a run that explodes is a row as well"
+    assert all(row["date"] and row["torch"] == torch.__version__ for row in rows)
+    new = ("driver", "torch", "date")  # a table from before these columns
+    pico.write_csv(path, [{name: value for name, value in row.items() if name not in new} for row in rows])
     monkeypatch.setattr(pico, "train", None)
     assert table().run("final", "adamw", 1, {"optimizer": "adamw", "max_steps": 2}) == round(losses[0], 4)
     with pytest.raises(TypeError):

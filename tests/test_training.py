@@ -271,7 +271,7 @@ def test_mfu_is_the_share_of_the_peak_of_all_devices(finished, data_folder, tmp_
     config, train, _ = finished
     now, step = [0.0], pico.train_step
     monkeypatch.setattr(pico.time, "perf_counter", lambda: now[0])
-    monkeypatch.setattr(pico, "describe_device", lambda device: "NVIDIA H100 80GB HBM3")
+    monkeypatch.setattr(pico, "measured_on", lambda device: {"device": "NVIDIA H100 80GB HBM3"})
 
     def slow(*args):
         now[0] += 1e-6
@@ -406,6 +406,7 @@ def test_a_finished_model_survives_the_next_run(finished, data_folder, tmp_path,
         {"max_steps": 0},
         {"epochs": 0},
         {"learning_rate": math.nan},
+        {"future_loss": -1},
         {"name": "../x"},
     ],
 )
