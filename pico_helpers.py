@@ -6839,9 +6839,8 @@ def _model_card(
     import pandas as pd
 
     config, train, (body, everything) = model.config, saved.train_config, model.count_parameters()
-    defaults = TrainConfig()
-    changes = {name: value for name, value in vars(train).items() if value != getattr(defaults, name)}
-    changes = {"dropout": config.dropout} | changes
+    defaults, changes = vars(ModelConfig()) | vars(TrainConfig()), {"dropout": config.dropout}
+    changes |= {name: value for name, value in (vars(config) | vars(train)).items() if value != defaults[name]}
     recipe = ", ".join(f"{name} {value}" for name, value in changes.items() if name not in ("name", "corpus"))
     lines = list(findings["headline"])
     if head_rows:
@@ -6859,7 +6858,7 @@ def _model_card(
         f"{config.vocab_size:,}. `pico_llm.pt` holds its weights in FP16.",
         corpus=saved.corpus,
         note=note,
-        recipe=f"{recipe}; all else as in the defaults of `TrainConfig`.",
+        recipe=f"Settings: {recipe}; all else as in the defaults of `ModelConfig` and `TrainConfig`.",
         table="\n".join(f"| {name} | {value} |" for name, value in table.items()),
         findings="\n".join(f"- {line}" for line in lines),
         place=folder.name if folder.is_absolute() else folder.as_posix(),
@@ -6887,7 +6886,7 @@ def _card_numbers(saved: Checkpoint) -> dict[str, str]:
         if values := known(key):
             numbers[name] = f"{form.format(np.median(values))} (median over the lines of metrics)"
     if seconds := known("seconds"):
-        numbers["training time"] = f"{seconds[-1]:,.0f} s without evaluation"
+        numbers["training time"] = f"{seconds[-1]:,.0f} s without evaluation and snapshots"
     if memory := known("peak_memory_mb"):
         numbers["peak GPU memory"] = f"{max(memory):,.0f} MB"
     return numbers | {name: value for name, value in saved.environment.items() if value}
