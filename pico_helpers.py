@@ -313,7 +313,7 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
         os.replace(temporary, path)
     except OSError as error:
         raise PicoError(
-            f"Cannot write {path}: {error.strerror or error}. Free some space or choose another folder."
+            f"Cannot write {path}: {error.strerror or error}. Choose another folder, or free some space."
         ) from error
     finally:
         with contextlib.suppress(OSError):
@@ -1661,19 +1661,15 @@ def flops_per_token(config: ModelConfig, n_parameters: int) -> float:
 
 def measured_on(device: torch.device) -> dict[str, str | None]:
     """What identifies a measurement, as columns: device, driver (of an NVIDIA GPU), torch, date (ISO)."""
-    name, driver = f"CPU, {torch.get_num_threads()} threads", None
+    n, driver = torch.get_num_threads(), None
+    name = f"CPU, {n} thread{'s' if n > 1 else ''}"
     if device.type == "cuda":
         name, command = torch.cuda.get_device_name(device), ["nvidia-smi", "--query-gpu=driver_version"]
         with contextlib.suppress(OSError, subprocess.SubprocessError):  # nvidia-smi may be missing or refuse
             answer = subprocess.run([*command, "--format=csv,noheader"], capture_output=True, timeout=20, check=True)
             driver = answer.stdout.decode().split("\n")[0].strip()  # all GPUs of a machine share it
-    today = datetime.date.today().isoformat()
-    return {
-        "device": name,
-        "driver": driver,
-        "torch": str(torch.__version__),
-        "date": today,
-    }  # a checkpoint holds plain strings
+    version = str(torch.__version__)  # a plain string, as a checkpoint holds
+    return {"device": name, "driver": driver, "torch": version, "date": datetime.date.today().isoformat()}
 
 
 class _Stopwatch:
@@ -1883,10 +1879,7 @@ def _train(
     batches = make_loader(loader, stream, config.batch_size, steps, device, rank=rank, n_ranks=n_ranks)
     tokens_per_step = config.batch_size * model_config.context_length
     snapshots = snapshot_steps(total_steps) if on_snapshot and rank == 0 else []
-    # FLOP/s at peak over FLOPs of a token
-    peak_speed = (
-        (peak_flops(run.environment["device"]) or math.nan) * n_ranks / flops_per_token(model_config, everything)
-    )
+    peak, flops = peak_flops(run.environment["device"]), flops_per_token(model_config, everything)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
 
@@ -1936,7 +1929,7 @@ def _train(
                         "word_perplexity": evaluation and evaluation.word_perplexity,
                         "learning_rate": learning_rate_at(step, total_steps, config),
                         "tokens_per_second": round(speed, 1),
-                        "mfu": round(speed / peak_speed, 4) if peak_speed > 0 else None,
+                        "mfu": peak and round(speed * flops / (peak * n_ranks), 4),
                         "seconds": round(run.seconds, 2),
                         "peak_memory_mb": _peak_memory_mb(device),
                         "skipped_steps": skipped,
@@ -1974,6 +1967,8 @@ def _train(
             rescue = save_checkpoint(Path(tempfile.gettempdir()) / final.name, run.checkpoint())
             raise PicoError(f"{error} The trained model is safe in {rescue}.") from error
         partial.unlink(missing_ok=True)
+    if stop.is_set():  # asked for during the last step; all is saved
+        raise KeyboardInterrupt
     return TrainResult(run.model.eval(), final, run.rows, finished=True)
 
 
@@ -4131,7 +4126,7 @@ def plot_head_emergence(
 
     `head_rows`: what `run_training` keeps in `{name}_heads.csv`; `metrics`: the rows of training, without which the
     unit is the step. Thick lines are the highest head of each kind, thin ones the mean of all heads, dotted ones the
-    highest head of the untrained model; a circle is the first head beyond the threshold.
+    highest head of the untrained model; dashed is the threshold, a circle the first head beyond it.
     """
     import pandas as pd
 
@@ -4142,7 +4137,10 @@ def plot_head_emergence(
     _draw_losses(top, metrics, per_step or 1)
     _clean(top, "Loss during training", ylabel="loss (nats per token)")
     by_step = heads.groupby("step")
-    first = first_snapshots(heads, thresholds or ScoreThresholds())
+    thresholds = thresholds or ScoreThresholds()
+    first = first_snapshots(heads, thresholds)
+    for tau in {thresholds.tau[score] for score in _EMERGENCE_COLORS}:
+        bottom.axhline(tau, color="#999999", linestyle="--", linewidth=0.8)
     for score, color in _EMERGENCE_COLORS.items():
         best, mean = by_step[score].max(), by_step[score].mean()
         if best.index[0] == 0:
@@ -4156,7 +4154,7 @@ def plot_head_emergence(
             bottom.plot(first[score] * (per_step or 1), best[first[score]], "o", color=color, **style)
     bottom.set_xscale("log")
     _clean(bottom, "Highest score of a head (0: chance, 1: ideal)", ylim=(min(-0.05, bottom.get_ylim()[0]), 1))
-    signs = "thin: mean of all heads; dotted: highest before training; circle: first beyond the threshold"
+    signs = "thin: mean of all heads; dotted: highest before training; dashed: threshold; circle: first beyond it"
     bottom.set(xlabel=f"{'tokens of training' if per_step else 'step'}\n({signs})", ylabel="score")
     for axes, place in ((top, "lower left"), (bottom, "upper left")):
         axes.grid(alpha=0.25)
@@ -6607,6 +6605,8 @@ def run_training(
         return train(model_config, config, results, data_folder), []
     print(f"Training: {chosen.about}.")
     corpus = choose_corpus(config.corpus, config.corpus_fraction, data_folder)
+    if config.corpus == "auto":  # a checkpoint names the one that it was
+        config = dataclasses.replace(config, corpus=corpus.name)
     results, path = Path(results), Path(results) / f"{config.name}_heads.csv"
     options = {"on_log": _live_loss_curve(), "on_snapshot": _head_recorder(path, corpus, data_folder), "corpus": corpus}
     result = train(model_config, config, results, data_folder, **options)
@@ -6754,7 +6754,6 @@ def publish(
     data what the checkpoint cannot know: source and licence. `corpus` as in `open_corpus`.
     """
     path, folder = Path(checkpoint), Path(folder)
-    check_writable(folder)
     saved = load_checkpoint(path)
     if saved.training_state:
         raise PicoError(f"{path} is an unfinished run; run the training command again to finish it first.")
@@ -6762,7 +6761,10 @@ def publish(
     weights = {name: value.half() for name, value in saved.weights.items()}
     if not all(value.isfinite().all() for value in weights.values()):
         raise PicoError(f"{path} has weights beyond the range of FP16; train again with a lower learning rate.")
-    name = saved.train_config.name
+    name, note = saved.train_config.name, data_note or _DATA_NOTES.get(saved.train_config.corpus, _NO_DATA_NOTE)
+    check_writable(folder)
+    for old in (folder / "README.md", *folder.glob("*_metrics.csv"), *folder.glob("*_heads.csv")):
+        old.unlink(missing_ok=True)  # of another model; the card comes last, when all that it describes is there
     # the corpus folder's name, not where it lies on this machine
     config = dataclasses.replace(saved.train_config, corpus=Path(saved.train_config.corpus).resolve().name)
     shipped = dataclasses.replace(saved, train_config=config, weights=weights, training_state=None)
@@ -6773,7 +6775,6 @@ def publish(
     print(f"{files[0]}: {files[0].stat().st_size / 1e6:.1f} MB. Measuring its loss on all of the held-out text.")
     evaluation = evaluate(model, text[2], model.config.context_length)
     findings, studied = _study_checkpoint(files[0], shipped, text, folder)
-    note = data_note or _DATA_NOTES.get(config.corpus, "The checkpoint does not say where that text is from.")
     card = _model_card(model, shipped, findings, evaluation, text[0], head_rows, folder, note)
     return [write_text(folder / "README.md", card), *files, *studied]
 
@@ -6781,6 +6782,8 @@ def publish(
 _DATA_NOTES = dict.fromkeys(
     ("auto", "wikitext103", "offline"), "The text is by the contributors of English Wikipedia, under CC BY-SA."
 )
+_NOT_IN_CARD = ("name", "corpus", "log_interval", "eval_interval", "checkpoint_seconds")
+_NO_DATA_NOTE = "The checkpoint does not say where that text is from."
 _MODEL_CARD = """# {title}
 
 {what}
@@ -6841,13 +6844,13 @@ def _model_card(
     config, train, (body, everything) = model.config, saved.train_config, model.count_parameters()
     defaults, changes = vars(ModelConfig()) | vars(TrainConfig()), {"dropout": config.dropout}
     changes |= {name: value for name, value in (vars(config) | vars(train)).items() if value != defaults[name]}
-    recipe = ", ".join(f"{name} {value}" for name, value in changes.items() if name not in ("name", "corpus"))
+    recipe = ", ".join(f"{name} {value}" for name, value in changes.items() if name not in _NOT_IN_CARD)
     lines = list(findings["headline"])
     if head_rows:
         thresholds = ScoreThresholds(tau=findings["thresholds"]["tau"])
         lines.append(describe_emergence(pd.DataFrame(head_rows), thresholds))
     table = _card_numbers(saved) | {
-        "FP16 weights": f"loss {evaluation.loss:.4f}, word perplexity {evaluation.word_perplexity:.2f}, measured at "
+        "FP16 weights": f"loss {evaluation.loss:.4f}, word perplexity {evaluation.word_perplexity:,.2f}, measured at "
         f"publishing on {evaluation.n_tokens:,} tokens of {about_text}"
     }
     return _MODEL_CARD.format(
@@ -6873,14 +6876,14 @@ def _card_numbers(saved: Checkpoint) -> dict[str, str]:
     def known(key: str) -> list[float]:
         return [row[key] for row in saved.metrics if row.get(key) is not None]
 
-    numbers = {"steps": f"{saved.step:,} of {saved.train_config.batch_size} sequences"}
+    numbers = {"length": f"{saved.step:,} steps of {saved.train_config.batch_size} sequences"}
     if saved.metrics:
         last = saved.metrics[-1]
         numbers["tokens"] = f"{last['tokens']:,} ({last['epoch']:.2f} epochs)"
         numbers["training loss"] = f"{last['train_loss']:.4f} nats per token"
     if losses := known("val_loss"):
         numbers["held-out loss"] = (
-            f"{losses[-1]:.4f} nats per token, word perplexity {known('word_perplexity')[-1]:.2f}"
+            f"{losses[-1]:.4f} nats per token, word perplexity {known('word_perplexity')[-1]:,.2f}"
         )
     for key, name, form in (("tokens_per_second", "speed", "{:,.0f} tokens/s"), ("mfu", "MFU", "{:.1%}")):
         if values := known(key):
@@ -7084,9 +7087,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             model = load_model(options.checkpoint or newest_checkpoint(options.results))
             if options.command == "generate":
                 sampling = {name: getattr(options, name) for name in ("max_new_tokens", "temperature", "seed")}
-                print(options.prompt, end="", flush=True)
-                for piece in stream_text(model, options.prompt, **sampling):
-                    print(piece, end="", flush=True)
+                for index, piece in enumerate(stream_text(model, options.prompt, **sampling)):
+                    print(piece if index else options.prompt + piece, end="", flush=True)
                 print()
             else:
                 folder = export_to_hf(model, Path(options.results) / "huggingface")

@@ -40,7 +40,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -402,7 +402,8 @@ def draw_timeline(traces: dict[str, Trace], about: str, n_steps: int = 2) -> Fig
     axes.invert_yaxis()
     axes.set_xlim(0, 1.12 * max(trace.steps(n_steps).length for trace in traces.values()))
     axes.set_xlabel("milliseconds under the profiler")
-    axes.set_title(f"{n_steps} training steps, {about}{'' if has_gpu else '; no GPU'}", size=10)
+    title = f"{n_steps} training steps, {about}{'' if has_gpu else '; no GPU'}"
+    axes.set_title(f"{title}\nOur loops compute the gradients of the output layer with the loss, in `forward`", size=9)
     axes.spines[["top", "right"]].set_visible(False)
     patches = [Patch(color=color, label=name) for name, color in RANGES.items()]
     patches += [Patch(color="#333333", label="any kernel")] if has_gpu else []
@@ -442,7 +443,10 @@ class RecipeTable:
         started = time.perf_counter()
         with tempfile.TemporaryDirectory() as folder:
             try:
-                last = pico.train(model_config, config, folder, self.data_folder, device=self.device).metrics[-1]
+                result = pico.train(model_config, config, folder, self.data_folder, device=self.device)
+                if not result.finished:
+                    raise KeyboardInterrupt
+                last = result.metrics[-1]
             except PicoError as error:  # a rate that is far too high is a result as well
                 print(error)
                 last = {"tokens": 0, "train_loss": float("inf"), "val_loss": float("inf")}
@@ -552,6 +556,17 @@ def compare_recipes(table: RecipeTable, seeds: Iterable[int] = (1, 2, 3), tuning
 # -- Command line
 
 
+def at_least(low: int) -> Callable[[str], int]:
+    """A type of whole numbers for argparse."""
+
+    def whole_number(text: str) -> int:
+        if (value := int(text)) < low:
+            raise argparse.ArgumentTypeError(f"must be at least {low}, not {value}")
+        return value
+
+    return whole_number
+
+
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     has_gpu = torch.cuda.is_available()
@@ -566,16 +581,24 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "--measure-peak", action=argparse.BooleanOptionalAction, default=has_gpu, help="default: on a GPU"
     )
     parser.add_argument("--recipes", action="store_true", help="compare optimizers instead; --steps is a run's length")
-    parser.add_argument("--tuning-runs", type=int, help="of each optimizer with --recipes (default: 13)")
-    parser.add_argument("--seeds", type=int, default=3, help="of each final recipe with --recipes (%(default)s)")
-    parser.add_argument("--context-length", type=int, help="tokens per sequence, default: the preset's")
-    parser.add_argument("--steps", type=int, help=f"of a window, default {50 if has_gpu else 4}")
-    parser.add_argument("--warmup", type=int, default=10 if has_gpu else 1, help="steps before a window (%(default)s)")
-    parser.add_argument("--repeats", type=int, help="windows of each contestant, default 5, with a single one 1")
-    parser.add_argument("--batch-sizes", type=int, nargs="+", help="sequences per step, default: the preset's")
-    parser.add_argument("--micro-batch-size", type=int, help="sequences per forward pass, default: all of them")
-    parser.add_argument("--loss-chunk", type=int, help="rows of logits held at a time, default: the model's")
-    parser.add_argument("--workers", type=int, default=2, help="processes of the loader `workers` (%(default)s)")
+    parser.add_argument("--tuning-runs", type=at_least(1), help="of each optimizer with --recipes (default: 13)")
+    parser.add_argument(
+        "--seeds", type=at_least(0), default=3, help="of each final recipe with --recipes (%(default)s)"
+    )
+    parser.add_argument("--context-length", type=at_least(1), help="tokens per sequence, default: the preset's")
+    parser.add_argument("--steps", type=at_least(1), help=f"of a window, default {50 if has_gpu else 4}")
+    parser.add_argument(
+        "--warmup", type=at_least(0), default=10 if has_gpu else 1, help="steps before a window (%(default)s)"
+    )
+    parser.add_argument(
+        "--repeats", type=at_least(1), help="windows of each contestant, default 5, with a single one 1"
+    )
+    parser.add_argument("--batch-sizes", type=at_least(1), nargs="+", help="sequences per step, default: the preset's")
+    parser.add_argument("--micro-batch-size", type=at_least(1), help="sequences per forward pass, default: all of them")
+    parser.add_argument("--loss-chunk", type=at_least(1), help="rows of logits held at a time, default: the model's")
+    parser.add_argument(
+        "--workers", type=at_least(1), default=2, help="processes of the loader `workers` (%(default)s)"
+    )
     parser.add_argument("--precision", choices=("auto", "fp32", "fp16", "bf16"), default="auto")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="default: on a GPU")
     parser.add_argument("--corpus", default="offline", help="as in TrainConfig (%(default)s)")
@@ -611,13 +634,14 @@ def run_recipes(options: argparse.Namespace, preset: Preset, device: torch.devic
 
 def run_profile(options: argparse.Namespace, preset: Preset, device: torch.device) -> list[dict]:
     corpus = pico.choose_corpus(preset.train.corpus, preset.train.corpus_fraction, options.data)
+    print(f"Corpus: {corpus.about}.")
     file = pico.prepare_tokens(corpus, "train", options.data)
     stream = pico.SequenceStream(file, preset.model.context_length, preset.train.max_sequences, preset.train.seed)
     loaders = pico.LOADERS if options.compare else [options.loader or pico.choose_loader(stream, device)]
     kinds = [(PlainLoop, "plain loop", "naive")] if options.peer else []
     kinds += [(Contestant, loader, loader) for loader in loaders]
     contestants = []
-    for size in options.batch_sizes or [preset.train.batch_size]:
+    for size in dict.fromkeys(options.batch_sizes or [preset.train.batch_size]):
         sized = dataclasses.replace(preset, train=dataclasses.replace(preset.train, batch_size=size))
         for kind, name, loader in kinds:
             shared = stream, device, options.workers, options.loss_chunk
@@ -647,7 +671,8 @@ def run_profile(options: argparse.Namespace, preset: Preset, device: torch.devic
     if options.measure_peak:
         on_gpu = device.type == "cuda"
         rate = matrix_rate(device, pico.choose_precision("auto", device), 8192 if on_gpu else 1024)
-    rows = describe(contestants, steps, rate)
+    about = {"preset": options.preset, "corpus": corpus.name}
+    rows = [row | about for row in describe(contestants, steps, rate)]
     print(format_table(rows))
     written = [pico.write_csv(out / "profile.csv", rows), *pico.save_figure(draw_chart(rows), out / "profile")]
     if traces:
@@ -661,12 +686,16 @@ def main(arguments: list[str] | None = None) -> int:
     device = pico.default_device()
     try:
         preset = make_preset(options)
+        pico.check_writable(options.out)
         # training draws dropout from the global generator, which is put back for whoever calls this from Python
         with pico.readable_errors(preset.train), torch.random.fork_rng([device] if device.type == "cuda" else []):
             run_recipes(options, preset, device) if options.recipes else run_profile(options, preset, device)
     except PicoError as error:
         print(f"Error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("Interrupted. Recipes that had ended are kept; the same command goes on with the next one.")
+        return 130
     return 0
 
 

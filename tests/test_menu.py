@@ -225,6 +225,9 @@ NOTE = "Made-up lines, in nobody's ownership."
 @pytest.fixture(scope="module")
 def published(short_study, trained, corpus_folder, data_folder, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("project") / "results" / "pretrained"
+    folder.mkdir(parents=True)
+    for name in ("other_metrics.csv", "other_heads.csv"):
+        (folder / name).write_text("of another model\n")
     files = pico.publish(trained.checkpoint, folder, data_folder, data_note=NOTE)
     assert sorted(set(files)) == sorted(path for path in folder.rglob("*") if path.is_file())
     return folder
@@ -255,11 +258,11 @@ def test_the_model_card_says_what_checkpoint_and_study_say(published, trained, c
         NOTE,
         "Settings: dropout 0.0, d_model 32, n_layer 2, n_head 2,",
         "max_sequences None, max_steps 20, batch_size 4, learning_rate 0.002,",
-        "| steps | 20 of 4 sequences |",
+        "| length | 20 steps of 4 sequences |",
         "| tokens | 2,560 (",
         f"| training loss | {last['train_loss']:.4f} nats per token |",
-        f"| held-out loss | {last['val_loss']:.4f} nats per token, word perplexity {last['word_perplexity']:.2f} |",
-        f"| FP16 weights | loss {evaluation.loss:.4f}, word perplexity {evaluation.word_perplexity:.2f}",
+        f"| held-out loss | {last['val_loss']:.4f} nats per token, word perplexity {last['word_perplexity']:,.2f} |",
+        f"| FP16 weights | loss {evaluation.loss:.4f}, word perplexity {evaluation.word_perplexity:,.2f}",
         f"| training time | {last['seconds']:,.0f} s",
         f"| torch | {torch.__version__} |",
         *findings["headline"],
@@ -334,6 +337,7 @@ def test_an_unfinished_run_is_not_published(trained, tmp_path, data_folder):
     path = pico.save_checkpoint(tmp_path / "a.pt", dataclasses.replace(saved, training_state={"optimizer": {}}))
     with pytest.raises(PicoError, match="is an unfinished run"):
         pico.publish(path, tmp_path / "out", data_folder)
+    assert not (tmp_path / "out").exists()
 
 
 def test_weights_beyond_half_precision_are_refused(trained, tmp_path, data_folder):

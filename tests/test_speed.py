@@ -832,6 +832,31 @@ def test_a_comparison_can_be_cut_short(tiny_config, tiny_train, tmp_path):
     )
 
 
+def test_interrupted_recipes_keep_what_had_ended(tiny_config, tiny_train, tmp_path, data_folder, monkeypatch, capsys):
+    monkeypatch.setitem(pico.PRESETS, "tiny", pico.Preset(tiny_config, tiny_train, "tiny"))
+    original, steps = pico.train_step, []
+
+    def interrupted(*args):
+        steps.append(1)
+        if len(steps) == 3:  # the second run's first step
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(*args)
+
+    monkeypatch.setattr(pico, "train_step", interrupted)
+    command = ["--preset", "tiny", "--corpus", tiny_train.corpus, "--out", str(tmp_path), "--data", str(data_folder)]
+    assert profile.main([*command, "--recipes", "--steps", "2", "--tuning-runs", "2", "--seeds", "0"]) == 130
+    assert "the same command goes on" in capsys.readouterr().out
+    assert len(read_rows(tmp_path / "benchmarks" / "recipes.csv")) == 1
+
+
+@pytest.mark.parametrize("option", ["--steps", "--repeats", "--batch-sizes", "--loss-chunk", "--tuning-runs"])
+@pytest.mark.parametrize("value", ["0", "-3", "x"])
+def test_numbers_that_measure_nothing_are_refused(option, value, capsys):
+    with pytest.raises(SystemExit):
+        profile.parse_arguments([option, value])
+    assert f"argument {option}" in capsys.readouterr().err
+
+
 def test_recipes_are_kept_and_not_repeated(tiny_config, tiny_train, tmp_path, data_folder, monkeypatch):
     path = tmp_path / "benchmarks" / "recipes.csv"
 

@@ -95,6 +95,22 @@ def test_ctrl_c_saves_and_the_resumed_run_ends_bit_for_bit_equal(finished, data_
     ]
 
 
+def test_ctrl_c_in_the_last_step_saves_the_finished_model_and_stops(finished, data_folder, tmp_path, monkeypatch):
+    config, train, expected = finished
+    original = pico._set_rates
+
+    def interrupted(optimizer, step, total_steps, settings):
+        if step == total_steps - 1:
+            os.kill(os.getpid(), signal.SIGINT)
+        original(optimizer, step, total_steps, settings)
+
+    monkeypatch.setattr(pico, "_set_rates", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        pico.train(config, train, tmp_path, data_folder)
+    saved = pico.load_checkpoint(pico.checkpoint_path(tmp_path, "tiny"))
+    assert weights_equal(saved.weights, expected.model.state_dict())
+
+
 def test_kill_9_at_any_point_loses_nothing(finished, data_folder, tmp_path):
     """A process is killed while it trains, again and again, until the run is through."""
     config, train, expected = finished
@@ -435,7 +451,7 @@ def test_newest_checkpoint_prefers_finished_models(tmp_path, monkeypatch):
 def test_results_that_cannot_be_written_are_found_before_training(finished, data_folder, tmp_path):
     config, train, _ = finished
     (tmp_path / "file").write_text("not a folder")
-    with pytest.raises(PicoError, match=r"Cannot write .* Free some space or choose another folder"):
+    with pytest.raises(PicoError, match=r"Cannot write .* Choose another folder, or free some space"):
         pico.train(config, train, tmp_path / "file" / "results", data_folder)
 
 
