@@ -255,7 +255,7 @@ PRESETS: dict[str, Preset] = {
             eval_interval=100,
             checkpoint_seconds=20.0,
         ),
-        "a small model that learns visibly in 2-3 minutes on two CPU cores",
+        "a small model that learns visibly in about 3 minutes on two CPU cores",
     ),
     "tiny": Preset(
         ModelConfig(d_model=32, n_layer=2, n_head=2, d_ff=64, context_length=64, max_positions=512, dropout=0.0),
