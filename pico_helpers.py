@@ -6815,6 +6815,7 @@ knows next to nothing, and may repeat what is wrong, biased or offensive in its 
 
 ```python
 import pico_helpers as pico
+
 model = pico.load_model("{place}/pico_llm.pt")
 print(pico.generate(model, "The city was founded in"))
 ```
