@@ -3,6 +3,7 @@
 import json
 import os
 import queue
+import re
 import shutil
 import subprocess
 import sys
@@ -140,11 +141,15 @@ def test_set_up_installs_what_is_missing_and_keeps_torch(monkeypatch):
     assert [part for part in command[4:] if not part.startswith("-")] == ["tiktoken>=0.7", "torch==2.9.1+cu128"]
 
 
-def test_notebook_is_stored_without_outputs_and_with_short_cells():
-    cells = [c for c in json.loads((ROOT / "pico_llm.ipynb").read_text())["cells"] if c["cell_type"] == "code"]
-    for cell in cells:
-        assert cell["outputs"] == [] and cell["execution_count"] is None
-        assert len(cell["source"]) <= 15, cell["source"]
+def test_notebook_is_stored_with_short_cells_and_the_outputs_of_one_clean_run():
+    text = (ROOT / "pico_llm.ipynb").read_text(encoding="utf-8")
+    cells = [cell for cell in json.loads(text)["cells"] if cell["cell_type"] == "code"]
+    assert all(len(cell["source"]) <= 15 for cell in cells)
+    assert [cell["execution_count"] for cell in cells] == list(range(1, len(cells) + 1)), "run from top to bottom"
+    outputs = [output for cell in cells for output in cell["outputs"]]
+    assert sum("image/png" in output.get("data", {}) for output in outputs) >= 8, "pictures for who reads it on GitHub"
+    assert not [o for o in outputs if o["output_type"] == "error" or o.get("name") == "stderr"]
+    assert len(text) < 5e6 and not re.search(r"/(home|root|tmp|Users)/", text)
 
 
 def test_ruff_is_content():

