@@ -1998,10 +1998,14 @@ class TrainingRun:
         self.rows: list[dict] = []
         self.step = 0  # steps done
         self.seconds = 0.0  # of training
-        n_ranks = _ranks()[1]
-        self.environment = measured_on(device) | {"precision": str(dtype)[6:]}
-        if n_ranks > 1:
-            self.environment["device"] = f"{n_ranks} x {self.environment['device']}"
+        self.device, self.dtype = device, dtype
+
+    @functools.cached_property
+    def environment(self) -> dict[str, str | None]:
+        """What a checkpoint tells of the machine. Asked once and on need: on a GPU it starts nvidia-smi."""
+        here, n_ranks = measured_on(self.device), _ranks()[1]
+        name = f"{n_ranks} x {here['device']}" if n_ranks > 1 else here["device"]
+        return here | {"device": name, "precision": str(self.dtype)[6:]}
 
     def finish_step(self, total_steps: int) -> None:
         """Counts the step and takes its weights into their average, which replaces them at the end."""
@@ -2675,9 +2679,9 @@ def first_snapshots(history: pd.DataFrame, thresholds: ScoreThresholds) -> dict[
 
 def describe_emergence(history: pd.DataFrame, thresholds: ScoreThresholds) -> str:
     """One sentence on when previous-token and induction heads appear."""
-    best, parts = history.groupby("step")[list(KAPPAS)].max(), []
+    best, first, parts = history.groupby("step")[list(KAPPAS)].max(), first_snapshots(history, thresholds), []
     for score, kind in (("previous", "previous-token"), ("induction", "induction")):
-        step, tau = first_snapshots(history, thresholds)[score], thresholds.tau[score]
+        step, tau = first[score], thresholds.tau[score]
         before = best.index[best.index < step].max() if step else None
         if step is None:
             parts.append(f"no {kind} head appears (highest score {best[score].max():.2f}, threshold {tau:.2f})")
@@ -6677,8 +6681,8 @@ def run_analysis(
     saved = load_checkpoint(path)
     shipped = ", the model that comes with the project" if path.resolve() == shipped_checkpoint() else ""
     print(f"Analyzing {path}{shipped}, trained for {saved.step:,} steps on {saved.corpus}.")
-    files = _study_checkpoint(path, saved, open_corpus(saved, corpus, data_folder), Path(results), sentences)[1]
-    return files
+    text, history = open_corpus(saved, corpus, data_folder), _head_history(path, saved)
+    return _study_checkpoint(path, saved, text, history, Path(results), sentences)[1]
 
 
 def _head_history(path: Path, saved: Checkpoint) -> list[dict]:
@@ -6693,10 +6697,11 @@ def _study_checkpoint(
     path: Path,
     saved: Checkpoint,
     text: tuple[str, TokenFile, TokenFile],
+    history: Sequence[dict],
     results: Path,
     sentences: Mapping[str, Sequence[str]] | None = None,
 ) -> tuple[dict, list[Path]]:
-    """The findings and the files of the study; `text` as of `open_corpus`."""
+    """The findings and the files of the study; `text` as of `open_corpus`, `history` as of `_head_history`."""
     model = model_from_checkpoint(saved).to(default_device())
     captures = capture_sentences(model, sentences or ALL_TEST_CATEGORIES)
     texts = [capture.text for members in captures.values() for capture in members]
@@ -6729,7 +6734,6 @@ def _study_checkpoint(
         ),
     ]
     shutil.rmtree(results / "attention", ignore_errors=True)  # pictures of an earlier study
-    history = _head_history(path, saved)
     pictures = draw_study(captures, study, language, results / "attention", saved.metrics, history)
     files.append(write_report(results / "attention_report.html", findings, pictures))
     print(*findings["headline"], sep="\n")
@@ -6774,7 +6778,7 @@ def publish(
     model = model_from_checkpoint(shipped).to(default_device())
     print(f"{files[0]}: {files[0].stat().st_size / 1e6:.1f} MB. Measuring its loss on all of the held-out text.")
     evaluation = evaluate(model, text[2], model.config.context_length)
-    findings, studied = _study_checkpoint(files[0], shipped, text, folder)
+    findings, studied = _study_checkpoint(files[0], shipped, text, head_rows, folder)
     card = _model_card(model, shipped, findings, evaluation, text[0], head_rows, folder, note)
     return [write_text(folder / "README.md", card), *files, *studied]
 

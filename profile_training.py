@@ -640,11 +640,10 @@ def run_profile(options: argparse.Namespace, preset: Preset, device: torch.devic
     loaders = pico.LOADERS if options.compare else [options.loader or pico.choose_loader(stream, device)]
     kinds = [(PlainLoop, "plain loop", "naive")] if options.peer else []
     kinds += [(Contestant, loader, loader) for loader in loaders]
-    contestants = []
+    contestants, shared = [], (stream, device, options.workers, options.loss_chunk)
     for size in dict.fromkeys(options.batch_sizes or [preset.train.batch_size]):
         sized = dataclasses.replace(preset, train=dataclasses.replace(preset.train, batch_size=size))
         for kind, name, loader in kinds:
-            shared = stream, device, options.workers, options.loss_chunk
             contestants.append(start(kind, (name, loader, sized, *shared), options.warmup))
             gc.collect()  # one that ran out of memory is gone for good
             if device.type == "cuda":

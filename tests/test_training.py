@@ -143,17 +143,22 @@ def test_kill_9_at_any_point_loses_nothing(finished, data_folder, tmp_path):
     assert weights_equal(weights, expected.model.state_dict())
 
 
-def test_an_unfinished_run_with_other_settings_is_moved_aside(finished, data_folder, tmp_path, capsys, monkeypatch):
-    config, train, _ = finished
+def train_one_step(*arguments) -> pico.TrainResult:
+    """A run that Ctrl-C stops in its first step."""
     original = pico.train_step
 
     def interrupted(*args):
         os.kill(os.getpid(), signal.SIGINT)
         return original(*args)
 
-    monkeypatch.setattr(pico, "train_step", interrupted)
-    pico.train(config, train, tmp_path, data_folder)
-    monkeypatch.setattr(pico, "train_step", original)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pico, "train_step", interrupted)
+        return pico.train(*arguments)
+
+
+def test_an_unfinished_run_with_other_settings_is_moved_aside(finished, data_folder, tmp_path, capsys):
+    config, train, _ = finished
+    train_one_step(config, train, tmp_path, data_folder)
     pico.train(config, dataclasses.replace(train, learning_rate=5e-3, max_steps=2), tmp_path, data_folder)
     assert "is not resumed, it has other settings" in capsys.readouterr().out
     (kept,) = tmp_path.glob("*.old")
@@ -312,17 +317,9 @@ def test_a_checkpoint_knows_its_device_and_older_ones_still_load(finished, data_
     assert old.environment == {} and "seconds" not in old.metrics[0]
 
 
-def test_an_older_unfinished_run_is_resumed(finished, data_folder, tmp_path, monkeypatch):
+def test_an_older_unfinished_run_is_resumed(finished, data_folder, tmp_path):
     config, train, expected = finished
-    original = pico.train_step
-
-    def interrupted(*args):
-        os.kill(os.getpid(), signal.SIGINT)
-        return original(*args)
-
-    monkeypatch.setattr(pico, "train_step", interrupted)
-    path = pico.train(config, train, tmp_path, data_folder).checkpoint
-    monkeypatch.setattr(pico, "train_step", original)
+    path = train_one_step(config, train, tmp_path, data_folder).checkpoint
     content = torch.load(path, weights_only=True)
     del content["environment"], content["training_state"]["seconds"]
     torch.save(content, path)
