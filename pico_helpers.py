@@ -232,6 +232,13 @@ class Preset:
     train: TrainConfig
     about: str
 
+    def changed(self, changes: Mapping[str, object]) -> Preset:
+        """The preset with these changes to its two configurations, whose fields have different names."""
+        names = {item.name for item in dataclasses.fields(ModelConfig)} & changes.keys()
+        model = dataclasses.replace(self.model, **{name: changes[name] for name in names})
+        rest = {name: value for name, value in changes.items() if name not in names}
+        return Preset(model, dataclasses.replace(self.train, **rest), self.about)
+
 
 PRESETS: dict[str, Preset] = {
     "wikitext103": Preset(
@@ -6601,10 +6608,8 @@ def run_training(
     On the way the heads are scored (`snapshot_steps`) and kept in `{name}_heads.csv`. Returns the result and the files
     written; under torchrun the first process alone scores, draws and prints.
     """
-    chosen = get_preset(preset)
-    of_model = {item.name for item in dataclasses.fields(ModelConfig)} & changes.keys()
-    model_config = dataclasses.replace(chosen.model, **{name: changes.pop(name) for name in of_model})
-    config = dataclasses.replace(chosen.train, **changes)
+    chosen = get_preset(preset).changed(changes)
+    model_config, config = chosen.model, chosen.train
     if int(os.environ.get("RANK", 0)) > 0:
         return train(model_config, config, results, data_folder), []
     print(f"Training: {chosen.about}.")

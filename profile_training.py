@@ -436,14 +436,11 @@ class RecipeTable:
         for row in self.rows:
             if key.items() <= row.items():
                 return float(row["val_loss"])
-        of_model = {name: value for name, value in changes.items() if hasattr(self.preset.model, name)}
-        model_config = dataclasses.replace(self.preset.model, **of_model)
-        of_train = {name: value for name, value in changes.items() if name not in of_model}
-        config = dataclasses.replace(self.preset.train, seed=seed, **of_train)
+        changed = self.preset.changed(changes | {"seed": seed})
         started = time.perf_counter()
         with tempfile.TemporaryDirectory() as folder:
             try:
-                result = pico.train(model_config, config, folder, self.data_folder, device=self.device)
+                result = pico.train(changed.model, changed.train, folder, self.data_folder, device=self.device)
                 if not result.finished:
                     raise KeyboardInterrupt
                 last = result.metrics[-1]
@@ -613,8 +610,8 @@ def make_preset(options: argparse.Namespace) -> Preset:
     changes = {"corpus": options.corpus, "precision": options.precision, "compile": options.compile}
     changes |= {"batch_size": (options.batch_sizes or [preset.train.batch_size])[0]}
     changes |= {"micro_batch_size": options.micro_batch_size or preset.train.micro_batch_size}
-    model = dataclasses.replace(preset.model, context_length=options.context_length or preset.model.context_length)
-    return Preset(model, dataclasses.replace(preset.train, **changes), preset.about)
+    changes |= {"context_length": options.context_length or preset.model.context_length}
+    return preset.changed(changes)
 
 
 def run_recipes(options: argparse.Namespace, preset: Preset, device: torch.device) -> None:
