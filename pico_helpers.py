@@ -5,19 +5,21 @@ only those above it; search for a section's name to land in it:
 
     CONFIGURATION           model and training settings, presets
     FILES                   atomic writes, progress bars, errors that say what to do
+    MODEL                   RoPE, causal self-attention, SwiGLU, the decoder, its loss
     TOKENIZER AND DATA      GPT-2 byte pairs, three corpora, token files, the order of sequences
-    MODEL                   RoPE, causal self-attention, SwiGLU, the decoder
     CHECKPOINTS             one .pt file, written atomically, read without running code
     TRAINING                optimizer, schedule, evaluation, the loop
     ATTENTION CAPTURE       attention patterns of every layer and head, ablation of heads
+    STATISTICS              intervals and tests that everything below shares
     HEAD SCORES             what a head does, corrected for chance
-    LINGUISTIC TESTS        minimal pairs and what they show
+    LANGUAGE                minimal pairs and what they show
     FIGURES                 every picture of the study
-    REPORT AND EXPLORER     two self-contained web pages
+    REPORT                  findings, report and explorer: two self-contained web pages
     GENERATION              sampling with a KV cache
     INFERENCE               FP16, CUDA graphs, torch.compile, TensorRT
     EXPORT                  a Hugging Face folder of the model
-    COMMAND LINE AND MENU   train | analyze | both | publish
+    COMMAND LINE AND MENU   train | analyze | both | explore | optimize | publish
+    ASSETS                  templates, style and script of the pages
 
 Sources: the decoder follows GPT-2 (Radford et al. 2019) with rotary positions (Su et al. 2021), SwiGLU (Shazeer 2020)
 and pre-LayerNorm (Xiong et al. 2020); the order of the file follows nanoGPT (Karpathy 2022).
@@ -79,35 +81,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# fmt: off
-__all__ = [  # noqa: RUF022 (in the order of the sections)
-    "PicoError", "ModelConfig", "TrainConfig", "Preset", "PRESETS", "default_preset", "get_preset",
-    "default_device",
-    "explain_errors",
-    "Tokenizer", "get_tokenizer", "Document", "Corpus", "choose_corpus", "TokenFile", "prepare_tokens",
-    "PackedEpoch", "SequenceStream", "held_out_sequences",
-    "KVCache", "PicoLLM",
-    "Checkpoint", "save_checkpoint", "load_checkpoint", "model_from_checkpoint", "load_model",
-    "newest_checkpoint",
-    "Muon", "Evaluation", "evaluate", "TrainResult", "train",
-    "ALL_TEST_CATEGORIES", "stream_attention", "AttentionCapture", "capture_attention", "ablate_heads",
-    "mean_head_outputs",
-    "ScoreThresholds", "kappa", "token_counts", "score_heads", "head_ablation_map", "class_ablation",
-    "head_similarity", "HeadStudy", "study_heads",
-    "PairResult", "minimal_pair_accuracy", "PHENOMENA", "make_pairs", "study_language",
-    "save_figure", "plot_loss_curve", "plot_attention_heatmap", "plot_chosen_heads", "plot_all_heads",
-    "plot_category", "plot_attention_flow", "attention_rollout", "plot_rollout", "plot_class_shares",
-    "plot_head_emergence", "plot_score_maps", "plot_ablation", "plot_head_similarity", "plot_entropy_distance",
-    "plot_language", "draw_study",
-    "study_findings", "write_findings", "write_report", "explorer_html", "write_explorer",
-    "generate", "stream_text",
-    "Accuracy", "check_accuracy", "export_program", "install_tensorrt", "Engine", "compile_tensorrt",
-    "save_engine", "load_engine", "device_peaks", "benchmark", "plot_benchmark", "advanced_tensorrt_optimization_demo",
-    "export_to_hf",
-    "setup_notebook", "run_training", "open_corpus", "run_analysis", "publish", "main_menu", "print_files",
-    "offer_download", "main",
-]
-# fmt: on
 
 # ======================================================================================================================
 # CONFIGURATION
@@ -381,6 +354,268 @@ def progress(iterable: Iterable | None = None, **options) -> tqdm:
     stream = sys.__stderr__ if in_kernel and is_unattended() else sys.stderr
     interval = 0.3 if in_kernel or (stream is not None and stream.isatty()) else 5.0
     return tqdm(iterable, file=stream, mininterval=interval, dynamic_ncols=True, **options)
+
+
+# ======================================================================================================================
+# MODEL
+# A pre-LayerNorm decoder. One forward pass serves training, capture and cached generation; B sequences, T tokens,
+# D = d_model, H heads of size d = D / H, V = vocab_size.
+# ======================================================================================================================
+
+
+def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotates pairs (x[i], x[i + d/2]) of each head by a position-dependent angle (RoPE, rotate-half; Su et al. 2021).
+
+    x: (B, H, T, d); cos, sin: (T, d).
+    """
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+class KVCache:
+    """Keys and values of the positions seen so far, preallocated: 2 x (n_layer, B, H, max_positions, d)."""
+
+    def __init__(self, config: ModelConfig, batch_size: int, device: torch.device, dtype: torch.dtype) -> None:
+        shape = (config.n_layer, batch_size, config.n_head, config.max_positions, config.head_dim)
+        self.keys = torch.zeros(shape, device=device, dtype=dtype)
+        self.values = torch.zeros(shape, device=device, dtype=dtype)
+        self.length = 0  # positions filled; the model moves it on after each pass
+
+    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Stores k, v (B, H, T, d) behind the filled positions; returns all of the layer's, (B, H, length + T, d)."""
+        stop = self.length + k.shape[2]
+        self.keys[layer, :, :, self.length : stop] = k
+        self.values[layer, :, :, self.length : stop] = v
+        return self.keys[layer, :, :, :stop], self.values[layer, :, :, :stop]
+
+
+class CausalSelfAttention(nn.Module):
+    """Multi-head attention over earlier positions, with rotary positions on queries and keys."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.n_head = config.n_head
+        self.dropout = config.dropout
+        self.qk_norm = config.qk_norm
+        self.qkv_proj = nn.Linear(config.d_model, 3 * config.d_model, bias=False)
+        self.out_proj = nn.Linear(config.d_model, config.d_model, bias=False)  # its input is the heads side by side
+
+    def forward(
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        cache: KVCache | None = None,
+        on_attention: Callable[[int, Tensor], None] | None = None,
+    ) -> Tensor:
+        B, T, D = x.shape
+        q, k, v = self.qkv_proj(x).view(B, T, 3, self.n_head, D // self.n_head).permute(2, 0, 3, 1, 4)  # (B, H, T, d)
+        if self.qk_norm:
+            q, k = F.layer_norm(q, q.shape[-1:]), F.layer_norm(k, k.shape[-1:])
+        q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
+        if cache is not None:
+            k, v = cache.extend(self.layer, k, v)
+        past = k.shape[2] - T if cache is not None else 0  # a plain 0 keeps torch.export going
+        mask = None  # every query sees the keys up to its own position
+        if on_attention is not None or (past and T > 1):
+            mask = torch.ones(T, past + T, dtype=torch.bool, device=x.device).tril(past)
+        dropout = self.dropout if self.training else 0.0
+        if on_attention is None:
+            y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=mask is None and past == 0)
+        else:
+            scores = (q @ k.transpose(-2, -1)).float() / math.sqrt(D // self.n_head)
+            weights = scores.masked_fill(~mask, -math.inf).softmax(dim=-1)  # (B, H, T, past + T)
+            on_attention(self.layer, weights)
+            y = F.dropout(weights.to(v.dtype), dropout, self.training) @ v
+        return self.out_proj(y.transpose(1, 2).reshape(B, T, D))
+
+
+class SwiGLU(nn.Module):
+    """down(silu(gate(x)) * up(x)), Shazeer 2020."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.gate_up_proj = nn.Linear(config.d_model, 2 * config.d_ff, bias=False)
+        self.down_proj = nn.Linear(config.d_ff, config.d_model, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
+        return self.down_proj(F.silu(gate) * up)
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + feed-forward(norm(x))."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.attention_norm = nn.LayerNorm(config.d_model)
+        self.attention = CausalSelfAttention(config, layer)
+        self.mlp_norm = nn.LayerNorm(config.d_model)
+        self.mlp = SwiGLU(config)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor, *attention_args) -> Tensor:
+        x = x + self.dropout(self.attention(self.attention_norm(x), *attention_args))
+        return x + self.dropout(self.mlp(self.mlp_norm(x)))
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    """Mean cross-entropy of hidden @ weight.T, a chunk of rows at a time.
+
+    The logits of a whole batch would be the largest tensor of a training step by far (64 x 384 x 50,257 in float32 is
+    4.9 GB). The gradient of a chunk follows from its softmax at once, so its logits are dropped before the next chunk.
+
+    Each of the N rows of `hidden` has K targets, (N, K), -1 for none, with the weights `target_weights` (K,) or all 1;
+    they share the logits. Gives the mean weighted loss, which has the gradient, and the mean loss of the first target.
+    """
+
+    @staticmethod
+    def forward(
+        ctx,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        target_weights: Tensor | None,
+        vocab_size: int,
+        chunk_size: int,
+        needs_grad: bool,
+    ) -> tuple[Tensor, Tensor]:
+        kind = hidden.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+        with torch.autocast(kind, enabled=False):
+            w = weight.to(dtype)
+            hidden_grad = torch.empty_like(hidden, dtype=dtype) if needs_grad else None
+            weight_grad = torch.zeros_like(weight, dtype=torch.float32) if needs_grad else None
+            totals = torch.zeros(targets.shape[1], device=hidden.device)  # (K,)
+            for start in range(0, len(targets), chunk_size):
+                rows = slice(start, start + chunk_size)
+                h, t = hidden[rows].to(dtype), targets[rows].clamp(min=0)
+                logits = (h @ w.T).float()
+                logits[:, vocab_size:] = -math.inf  # the padding of the vocabulary
+                norm = logits.logsumexp(dim=-1, keepdim=True)
+                is_target = (targets[rows] >= 0).float()
+                log_p = logits.gather(1, t) - norm
+                totals -= (log_p * is_target).sum(0)
+                if needs_grad:
+                    grad = logits.sub_(norm).exp_()  # softmax, in place
+                    if target_weights is None:
+                        grad = grad.to(dtype)
+                        grad.scatter_(1, t, log_p.expm1().to(dtype))  # minus 1 at the target
+                    else:  # a token may be a target more than once
+                        shares = is_target * target_weights
+                        grad = (grad * shares.sum(1, keepdim=True)).scatter_add_(1, t, -shares).to(dtype)
+                    hidden_grad[rows] = grad @ w
+                    weight_grad += grad.T @ h
+        ctx.save_for_backward(hidden_grad, weight_grad)
+        ctx.dtypes = hidden.dtype, weight.dtype
+        ctx.n_rows = len(targets)
+        means = totals / len(targets)
+        objective = means.sum() if target_weights is None else (means * target_weights).sum()
+        loss = means[0].clone()
+        ctx.mark_non_differentiable(loss)
+        return objective, loss
+
+    @staticmethod
+    def backward(ctx, grad: Tensor, _: Tensor):
+        hidden_grad, weight_grad = ctx.saved_tensors
+        scale = grad / ctx.n_rows  # only here, so that fp16 gradients do not underflow
+        return (hidden_grad.float() * scale).to(ctx.dtypes[0]), (weight_grad * scale).to(ctx.dtypes[1]), *[None] * 5
+
+
+class PicoLLM(nn.Module):
+    """The decoder. `PicoLLM(config, seed)` is the untrained model of that seed.
+
+    Initial weights are normal with standard deviation 0.02, output projections 0.02 / sqrt(2 n_layer) (GPT-2). With
+    init "zero_output" the output projections are zero and the other matrices have standard deviation
+    sqrt(1 / (3 fan_in)) (modded-nanogpt; Jordan et al. 2024).
+    """
+
+    loss_chunk = 1024  # rows of logits held at a time
+
+    def __init__(self, config: ModelConfig, seed: int = 0) -> None:
+        super().__init__()
+        self.config = config
+        with torch.random.fork_rng(devices=[]):  # PyTorch's default weights would draw from the global generator
+            self.token_embedding = nn.Embedding(config.padded_vocab_size, config.d_model)  # also the output projection
+            self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
+        self.dropout = nn.Dropout(config.dropout)
+        self.final_norm = nn.LayerNorm(config.d_model)
+        frequencies = config.rope_theta ** (-torch.arange(0, config.head_dim, 2) / config.head_dim)  # (d/2,)
+        angles = torch.outer(torch.arange(config.max_positions), frequencies).repeat(1, 2)  # (max_positions, d)
+        self.register_buffer("rope_cos", angles.cos(), persistent=False)
+        self.register_buffer("rope_sin", angles.sin(), persistent=False)
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for name, parameter in self.named_parameters():
+                if parameter.ndim == 2:
+                    is_output = name.endswith(("out_proj.weight", "down_proj.weight"))
+                    std = 0.02 / math.sqrt(2 * config.n_layer) if is_output else 0.02
+                    if config.init == "zero_output" and name.startswith("blocks"):
+                        std = 0.0 if is_output else math.sqrt(1 / (3 * parameter.shape[1]))
+                    parameter.normal_(0.0, std, generator=generator)
+            self.token_embedding.weight[config.vocab_size :] = 0.0
+
+    def forward(
+        self,
+        idx: Tensor,
+        targets: Tensor | None = None,
+        target_weights: Tensor | None = None,
+        *,
+        cache: KVCache | None = None,
+        on_attention: Callable[[int, Tensor], None] | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Logits (B, T, V) of token ids (B, T); with `targets` (B, T) the mean loss, a scalar in nats per token.
+
+        With `target_weights` (K,) each position also predicts the K - 1 tokens after its target, as far as they are in
+        `targets`: a pair, the sum of the mean losses so weighted, to train on, and the mean loss of the target alone.
+        `cache` holds earlier positions and is extended. `on_attention(layer, weights)` receives each layer's attention
+        pattern (B, H, T, T) in float32. Raises PicoError beyond `max_positions`.
+        """
+        x = self.hidden_states(idx, cache=cache, on_attention=on_attention)
+        weight, vocab_size = self.token_embedding.weight, self.config.vocab_size
+        if targets is None:
+            return F.linear(x, weight)[..., :vocab_size]
+        needs_grad = torch.is_grad_enabled()  # inside the function it never is
+        K = 1 if target_weights is None else len(target_weights)
+        later = torch.stack([F.pad(targets[:, k:], (0, k), value=-1) for k in range(K)], dim=-1)  # (B, T, K)
+        objective, loss = _ChunkedCrossEntropy.apply(
+            x.flatten(0, 1), weight, later.flatten(0, 1), target_weights, vocab_size, self.loss_chunk, needs_grad
+        )
+        return objective if target_weights is None else (objective, loss)
+
+    def hidden_states(
+        self, idx: Tensor, *, cache: KVCache | None = None, on_attention: Callable[[int, Tensor], None] | None = None
+    ) -> Tensor:
+        """What the output projection reads: (B, T, D) after the final norm. Arguments as in `forward`."""
+        past = cache.length if cache is not None else 0
+        stop = past + idx.shape[1]
+        if stop > self.config.max_positions:
+            raise PicoError(f"{stop} positions exceed the model's {self.config.max_positions}; shorten the text.")
+        cos, sin = self.rope_cos[past:stop], self.rope_sin[past:stop]
+        x = self.dropout(self.token_embedding(idx))
+        for block in self.blocks:
+            x = block(x, cos, sin, cache, on_attention)
+        if cache is not None:
+            cache.length = stop
+        return self.final_norm(x)
+
+    def count_parameters(self) -> tuple[int, int]:
+        """(without embeddings, with the tied embedding counted once); padding rows are not counted."""
+        body = sum(p.numel() for p in self.parameters()) - self.token_embedding.weight.numel()
+        return body, body + self.config.vocab_size * self.config.d_model
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """No dropout and no gradients inside; the model's mode is restored afterwards."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(was_training)
 
 
 # ======================================================================================================================
@@ -888,272 +1123,6 @@ class SequenceStream(torch.utils.data.Dataset):
 def held_out_sequences(file: TokenFile, n: int, length: int, seed: int = 0) -> Tensor:
     """n sequences of `length` + 1 tokens of real text, (n, length + 1) int64."""
     return SequenceStream(file, length, None, seed).batch(0, n)
-
-
-# ======================================================================================================================
-# MODEL
-# A pre-LayerNorm decoder. One forward pass serves training, capture and cached generation; B sequences, T tokens,
-# D = d_model, H heads of size d = D / H, V = vocab_size.
-# ======================================================================================================================
-
-
-def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotates pairs (x[i], x[i + d/2]) of each head by a position-dependent angle (RoPE, rotate-half; Su et al. 2021).
-
-    x: (B, H, T, d); cos, sin: (T, d).
-    """
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-second, first), dim=-1) * sin
-
-
-class KVCache:
-    """Keys and values of the positions seen so far, preallocated: 2 x (n_layer, B, H, max_positions, d)."""
-
-    def __init__(self, config: ModelConfig, batch_size: int, device: torch.device, dtype: torch.dtype) -> None:
-        shape = (config.n_layer, batch_size, config.n_head, config.max_positions, config.head_dim)
-        self.keys = torch.zeros(shape, device=device, dtype=dtype)
-        self.values = torch.zeros(shape, device=device, dtype=dtype)
-        self.length = 0  # positions filled; the model moves it on after each pass
-
-    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Stores k, v (B, H, T, d) behind the filled positions; returns all of the layer's, (B, H, length + T, d)."""
-        stop = self.length + k.shape[2]
-        self.keys[layer, :, :, self.length : stop] = k
-        self.values[layer, :, :, self.length : stop] = v
-        return self.keys[layer, :, :, :stop], self.values[layer, :, :, :stop]
-
-
-class CausalSelfAttention(nn.Module):
-    """Multi-head attention over earlier positions, with rotary positions on queries and keys."""
-
-    def __init__(self, config: ModelConfig, layer: int) -> None:
-        super().__init__()
-        self.layer = layer
-        self.n_head = config.n_head
-        self.dropout = config.dropout
-        self.qk_norm = config.qk_norm
-        self.qkv_proj = nn.Linear(config.d_model, 3 * config.d_model, bias=False)
-        self.out_proj = nn.Linear(config.d_model, config.d_model, bias=False)  # its input is the heads side by side
-
-    def forward(
-        self,
-        x: Tensor,
-        cos: Tensor,
-        sin: Tensor,
-        cache: KVCache | None = None,
-        on_attention: Callable[[int, Tensor], None] | None = None,
-    ) -> Tensor:
-        B, T, D = x.shape
-        q, k, v = self.qkv_proj(x).view(B, T, 3, self.n_head, D // self.n_head).permute(2, 0, 3, 1, 4)  # (B, H, T, d)
-        if self.qk_norm:
-            q, k = F.layer_norm(q, q.shape[-1:]), F.layer_norm(k, k.shape[-1:])
-        q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
-        if cache is not None:
-            k, v = cache.extend(self.layer, k, v)
-        past = k.shape[2] - T if cache is not None else 0  # a plain 0 keeps torch.export going
-        mask = None  # every query sees the keys up to its own position
-        if on_attention is not None or (past and T > 1):
-            mask = torch.ones(T, past + T, dtype=torch.bool, device=x.device).tril(past)
-        dropout = self.dropout if self.training else 0.0
-        if on_attention is None:
-            y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=mask is None and past == 0)
-        else:
-            scores = (q @ k.transpose(-2, -1)).float() / math.sqrt(D // self.n_head)
-            weights = scores.masked_fill(~mask, -math.inf).softmax(dim=-1)  # (B, H, T, past + T)
-            on_attention(self.layer, weights)
-            y = F.dropout(weights.to(v.dtype), dropout, self.training) @ v
-        return self.out_proj(y.transpose(1, 2).reshape(B, T, D))
-
-
-class SwiGLU(nn.Module):
-    """down(silu(gate(x)) * up(x)), Shazeer 2020."""
-
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        self.gate_up_proj = nn.Linear(config.d_model, 2 * config.d_ff, bias=False)
-        self.down_proj = nn.Linear(config.d_ff, config.d_model, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
-        return self.down_proj(F.silu(gate) * up)
-
-
-class Block(nn.Module):
-    """x + attention(norm(x)), then x + feed-forward(norm(x))."""
-
-    def __init__(self, config: ModelConfig, layer: int) -> None:
-        super().__init__()
-        self.attention_norm = nn.LayerNorm(config.d_model)
-        self.attention = CausalSelfAttention(config, layer)
-        self.mlp_norm = nn.LayerNorm(config.d_model)
-        self.mlp = SwiGLU(config)
-        self.dropout = nn.Dropout(config.dropout)
-
-    def forward(self, x: Tensor, *attention_args) -> Tensor:
-        x = x + self.dropout(self.attention(self.attention_norm(x), *attention_args))
-        return x + self.dropout(self.mlp(self.mlp_norm(x)))
-
-
-class _ChunkedCrossEntropy(torch.autograd.Function):
-    """Mean cross-entropy of hidden @ weight.T, a chunk of rows at a time.
-
-    The logits of a whole batch would be the largest tensor of a training step by far (64 x 384 x 50,257 in float32 is
-    4.9 GB). The gradient of a chunk follows from its softmax at once, so its logits are dropped before the next chunk.
-
-    Each of the N rows of `hidden` has K targets, (N, K), -1 for none, with the weights `target_weights` (K,) or all 1;
-    they share the logits. Gives the mean weighted loss, which has the gradient, and the mean loss of the first target.
-    """
-
-    @staticmethod
-    def forward(
-        ctx,
-        hidden: Tensor,
-        weight: Tensor,
-        targets: Tensor,
-        target_weights: Tensor | None,
-        vocab_size: int,
-        chunk_size: int,
-        needs_grad: bool,
-    ) -> tuple[Tensor, Tensor]:
-        kind = hidden.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
-        with torch.autocast(kind, enabled=False):
-            w = weight.to(dtype)
-            hidden_grad = torch.empty_like(hidden, dtype=dtype) if needs_grad else None
-            weight_grad = torch.zeros_like(weight, dtype=torch.float32) if needs_grad else None
-            totals = torch.zeros(targets.shape[1], device=hidden.device)  # (K,)
-            for start in range(0, len(targets), chunk_size):
-                rows = slice(start, start + chunk_size)
-                h, t = hidden[rows].to(dtype), targets[rows].clamp(min=0)
-                logits = (h @ w.T).float()
-                logits[:, vocab_size:] = -math.inf  # the padding of the vocabulary
-                norm = logits.logsumexp(dim=-1, keepdim=True)
-                is_target = (targets[rows] >= 0).float()
-                log_p = logits.gather(1, t) - norm
-                totals -= (log_p * is_target).sum(0)
-                if needs_grad:
-                    grad = logits.sub_(norm).exp_()  # softmax, in place
-                    if target_weights is None:
-                        grad = grad.to(dtype)
-                        grad.scatter_(1, t, log_p.expm1().to(dtype))  # minus 1 at the target
-                    else:  # a token may be a target more than once
-                        shares = is_target * target_weights
-                        grad = (grad * shares.sum(1, keepdim=True)).scatter_add_(1, t, -shares).to(dtype)
-                    hidden_grad[rows] = grad @ w
-                    weight_grad += grad.T @ h
-        ctx.save_for_backward(hidden_grad, weight_grad)
-        ctx.dtypes = hidden.dtype, weight.dtype
-        ctx.n_rows = len(targets)
-        means = totals / len(targets)
-        objective = means.sum() if target_weights is None else (means * target_weights).sum()
-        loss = means[0].clone()
-        ctx.mark_non_differentiable(loss)
-        return objective, loss
-
-    @staticmethod
-    def backward(ctx, grad: Tensor, _: Tensor):
-        hidden_grad, weight_grad = ctx.saved_tensors
-        scale = grad / ctx.n_rows  # only here, so that fp16 gradients do not underflow
-        return (hidden_grad.float() * scale).to(ctx.dtypes[0]), (weight_grad * scale).to(ctx.dtypes[1]), *[None] * 5
-
-
-class PicoLLM(nn.Module):
-    """The decoder. `PicoLLM(config, seed)` is the untrained model of that seed.
-
-    Initial weights are normal with standard deviation 0.02, output projections 0.02 / sqrt(2 n_layer) (GPT-2). With
-    init "zero_output" the output projections are zero and the other matrices have standard deviation
-    sqrt(1 / (3 fan_in)) (modded-nanogpt; Jordan et al. 2024).
-    """
-
-    loss_chunk = 1024  # rows of logits held at a time
-
-    def __init__(self, config: ModelConfig, seed: int = 0) -> None:
-        super().__init__()
-        self.config = config
-        with torch.random.fork_rng(devices=[]):  # PyTorch's default weights would draw from the global generator
-            self.token_embedding = nn.Embedding(config.padded_vocab_size, config.d_model)  # also the output projection
-            self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
-        self.dropout = nn.Dropout(config.dropout)
-        self.final_norm = nn.LayerNorm(config.d_model)
-        frequencies = config.rope_theta ** (-torch.arange(0, config.head_dim, 2) / config.head_dim)  # (d/2,)
-        angles = torch.outer(torch.arange(config.max_positions), frequencies).repeat(1, 2)  # (max_positions, d)
-        self.register_buffer("rope_cos", angles.cos(), persistent=False)
-        self.register_buffer("rope_sin", angles.sin(), persistent=False)
-        generator = torch.Generator().manual_seed(seed)
-        with torch.no_grad():
-            for name, parameter in self.named_parameters():
-                if parameter.ndim == 2:
-                    is_output = name.endswith(("out_proj.weight", "down_proj.weight"))
-                    std = 0.02 / math.sqrt(2 * config.n_layer) if is_output else 0.02
-                    if config.init == "zero_output" and name.startswith("blocks"):
-                        std = 0.0 if is_output else math.sqrt(1 / (3 * parameter.shape[1]))
-                    parameter.normal_(0.0, std, generator=generator)
-            self.token_embedding.weight[config.vocab_size :] = 0.0
-
-    def forward(
-        self,
-        idx: Tensor,
-        targets: Tensor | None = None,
-        target_weights: Tensor | None = None,
-        *,
-        cache: KVCache | None = None,
-        on_attention: Callable[[int, Tensor], None] | None = None,
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        """Logits (B, T, V) of token ids (B, T); with `targets` (B, T) the mean loss, a scalar in nats per token.
-
-        With `target_weights` (K,) each position also predicts the K - 1 tokens after its target, as far as they are in
-        `targets`: a pair, the sum of the mean losses so weighted, to train on, and the mean loss of the target alone.
-        `cache` holds earlier positions and is extended. `on_attention(layer, weights)` receives each layer's attention
-        pattern (B, H, T, T) in float32. Raises PicoError beyond `max_positions`.
-        """
-        x = self.hidden_states(idx, cache=cache, on_attention=on_attention)
-        weight, vocab_size = self.token_embedding.weight, self.config.vocab_size
-        if targets is None:
-            return F.linear(x, weight)[..., :vocab_size]
-        needs_grad = torch.is_grad_enabled()  # inside the function it never is
-        K = 1 if target_weights is None else len(target_weights)
-        later = torch.stack([F.pad(targets[:, k:], (0, k), value=-1) for k in range(K)], dim=-1)  # (B, T, K)
-        objective, loss = _ChunkedCrossEntropy.apply(
-            x.flatten(0, 1), weight, later.flatten(0, 1), target_weights, vocab_size, self.loss_chunk, needs_grad
-        )
-        return objective if target_weights is None else (objective, loss)
-
-    def hidden_states(
-        self,
-        idx: Tensor,
-        *,
-        cache: KVCache | None = None,
-        on_attention: Callable[[int, Tensor], None] | None = None,
-    ) -> Tensor:
-        """What the output projection reads: (B, T, D) after the final norm. Arguments as in `forward`."""
-        past = cache.length if cache is not None else 0
-        stop = past + idx.shape[1]
-        if stop > self.config.max_positions:
-            raise PicoError(f"{stop} positions exceed the model's {self.config.max_positions}; shorten the text.")
-        cos, sin = self.rope_cos[past:stop], self.rope_sin[past:stop]
-        x = self.dropout(self.token_embedding(idx))
-        for block in self.blocks:
-            x = block(x, cos, sin, cache, on_attention)
-        if cache is not None:
-            cache.length = stop
-        return self.final_norm(x)
-
-    def count_parameters(self) -> tuple[int, int]:
-        """(without embeddings, with the tied embedding counted once); padding rows are not counted."""
-        body = sum(p.numel() for p in self.parameters()) - self.token_embedding.weight.numel()
-        return body, body + self.config.vocab_size * self.config.d_model
-
-
-@contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """No dropout and no gradients inside; the model's mode is restored afterwards."""
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        model.train(was_training)
 
 
 # ======================================================================================================================
@@ -2319,6 +2288,56 @@ def mean_head_outputs(model: PicoLLM, idx: Tensor) -> Tensor:
 
 
 # ======================================================================================================================
+# STATISTICS
+# Intervals and tests that everything below shares: what a number is worth before it becomes a statement.
+# ======================================================================================================================
+
+
+def _t_interval(values: np.ndarray) -> tuple[float, float, float]:
+    """Mean of independent values with its 95 % t interval."""
+    from scipy.stats import t
+
+    mean, reach = values.mean(), t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / math.sqrt(len(values))
+    return float(mean), float(mean - reach), float(mean + reach)
+
+
+def _bootstrap_interval(values: np.ndarray, seed: int, n: int = 2000) -> tuple[float, float]:
+    """95 % percentile interval of the mean over resampled items (Efron 1979)."""
+    random = np.random.default_rng(seed)
+    means = [values[random.integers(len(values), size=len(values))].mean() for _ in range(n)]
+    low, high = np.quantile(means, [0.025, 0.975])
+    return float(low), float(high)
+
+
+def _sign_flip_p(values: np.ndarray, seed: int, n: int = 10_000) -> float:
+    """Two-sided p-value of mean 0 when each item's sign is equally likely either way (a paired permutation test)."""
+    signs = np.random.default_rng(seed).choice([-1.0, 1.0], size=(n, len(values)))
+    reached = np.abs(signs @ values) >= np.abs(values.sum()) * (1 - 1e-9)
+    return float((reached.sum() + 1) / (n + 1))
+
+
+def _holm(p_values: Sequence[float]) -> np.ndarray:
+    """p-values adjusted for testing several phenomena (Holm 1979)."""
+    p = np.asarray(p_values, dtype=float)
+    order = np.argsort(p)
+    adjusted = np.empty_like(p)
+    adjusted[order] = np.minimum(1, np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1)))
+    return adjusted
+
+
+def _random_heads(heads: Sequence[tuple[int, int]], config: ModelConfig, random: Random) -> list[tuple[int, int]]:
+    """As many other heads of the same layers. Where a layer has too few others, heads of any layer fill up."""
+    drawn: list[tuple[int, int]] = []
+    for layer in sorted({layer for layer, _ in heads}):
+        wanted = sum(chosen == layer for chosen, _ in heads)
+        others = [(layer, head) for head in range(config.n_head) if (layer, head) not in heads]
+        drawn += random.sample(others, min(wanted, len(others)))
+    rest = [(layer, head) for layer in range(config.n_layer) for head in range(config.n_head)]
+    rest = [head for head in rest if head not in heads and head not in drawn]
+    return drawn + random.sample(rest, min(len(heads) - len(drawn), len(rest)))
+
+
+# ======================================================================================================================
 # HEAD SCORES
 # What a head does, as mass on a set of keys beyond what a uniform head puts there, in the manner of Cohen's kappa.
 # Every score is a ratio of two sums, kept text by text: tables, classes and bootstrap intervals are all made of these.
@@ -2877,26 +2896,6 @@ def heads_that_matter(ablation: pd.DataFrame, n_windows: int) -> tuple[pd.Series
     return (increase >= MIN_LOSS_INCREASE) & (increase > limit * ablation["standard_error"]), limit
 
 
-def _random_heads(heads: Sequence[tuple[int, int]], config: ModelConfig, random: Random) -> list[tuple[int, int]]:
-    """As many other heads of the same layers. Where a layer has too few others, heads of any layer fill up."""
-    drawn: list[tuple[int, int]] = []
-    for layer in sorted({layer for layer, _ in heads}):
-        wanted = sum(chosen == layer for chosen, _ in heads)
-        others = [(layer, head) for head in range(config.n_head) if (layer, head) not in heads]
-        drawn += random.sample(others, min(wanted, len(others)))
-    rest = [(layer, head) for layer in range(config.n_layer) for head in range(config.n_head)]
-    rest = [head for head in rest if head not in heads and head not in drawn]
-    return drawn + random.sample(rest, min(len(heads) - len(drawn), len(rest)))
-
-
-def _t_interval(values: np.ndarray) -> tuple[float, float, float]:
-    """Mean of independent values with its 95 % t interval."""
-    from scipy.stats import t
-
-    mean, reach = values.mean(), t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / math.sqrt(len(values))
-    return float(mean), float(mean - reach), float(mean + reach)
-
-
 def class_ablation(
     model: PicoLLM,
     idx: Tensor,
@@ -3011,12 +3010,7 @@ class HeadStudy:
 
 
 def _study_sums(
-    model: PicoLLM,
-    sources: Mapping[str, list[Tensor]],
-    counts: np.ndarray | None,
-    n_seeds: int,
-    seed: int,
-    bar: tqdm,
+    model: PicoLLM, sources: Mapping[str, list[Tensor]], counts: np.ndarray | None, n_seeds: int, seed: int, bar: tqdm
 ) -> dict[tuple[str, str], HeadSums | list[HeadSums]]:
     """The sums of the model and of its baselines by (source, trained | shuffled | untrained | uniform)."""
     device = model.token_embedding.weight.device
@@ -3117,7 +3111,7 @@ def study_heads(
 
 
 # ======================================================================================================================
-# LINGUISTIC TESTS
+# LANGUAGE
 # What a model knows about language, asked as minimal pairs: which of two words does it prefer where only one fits?
 # A claim needs three links: it prefers the right word, some heads look at the word that decides, and it needs them.
 # ======================================================================================================================
@@ -3150,30 +3144,6 @@ def sequence_log_probs(model: PicoLLM, sequences: Sequence[Sequence[int]], batch
             scores.update(zip(rows, log_probs.sum(dim=1).tolist(), strict=True))
             start = stop
     return torch.tensor([scores[tuple(sequence)] for sequence in sequences])
-
-
-def _bootstrap_interval(values: np.ndarray, seed: int, n: int = 2000) -> tuple[float, float]:
-    """95 % percentile interval of the mean over resampled items (Efron 1979)."""
-    random = np.random.default_rng(seed)
-    means = [values[random.integers(len(values), size=len(values))].mean() for _ in range(n)]
-    low, high = np.quantile(means, [0.025, 0.975])
-    return float(low), float(high)
-
-
-def _sign_flip_p(values: np.ndarray, seed: int, n: int = 10_000) -> float:
-    """Two-sided p-value of mean 0 when each item's sign is equally likely either way (a paired permutation test)."""
-    signs = np.random.default_rng(seed).choice([-1.0, 1.0], size=(n, len(values)))
-    reached = np.abs(signs @ values) >= np.abs(values.sum()) * (1 - 1e-9)
-    return float((reached.sum() + 1) / (n + 1))
-
-
-def _holm(p_values: Sequence[float]) -> np.ndarray:
-    """p-values adjusted for testing several phenomena (Holm 1979)."""
-    p = np.asarray(p_values, dtype=float)
-    order = np.argsort(p)
-    adjusted = np.empty_like(p)
-    adjusted[order] = np.minimum(1, np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1)))
-    return adjusted
 
 
 @dataclass(frozen=True)
@@ -4736,7 +4706,7 @@ def _drawing(jobs: list[tuple]) -> Iterator[Callable[[tqdm], None]]:
 
 
 # ======================================================================================================================
-# REPORT AND EXPLORER
+# REPORT
 # The findings are data first: `study_findings` puts every number beside its baselines and gives the verdict by rule.
 # The pages are templates filled with them; each is one file that needs no network.
 # ======================================================================================================================
@@ -4858,10 +4828,7 @@ def _class_statements(study: HeadStudy) -> Iterator[dict]:
         evidence = "\n".join(["Tested by the shares of the classes only.", *map(describe, differs or found)])
         verdict = "supported" if differs else "undecided"
         yield _statement(
-            "Classes",
-            "Which classes the heads fall into depends on the order of the words",
-            verdict,
-            evidence,
+            "Classes", "Which classes the heads fall into depends on the order of the words", verdict, evidence
         )
     broad = shares["Global/Broad"]
     agrees = broad["trained"]["low"] <= _ORIGINAL_BROAD <= broad["trained"]["high"]
@@ -5152,529 +5119,6 @@ def write_explorer(
     """Writes the explorer as one HTML page; arguments as in `explorer_html`."""
     body = _fill(_EXPLORER_PAGE_HTML, explorer=_Html(explorer_html(captures, classes)))
     return write_text(path, _page("Attention explorer", "", body))
-
-
-# -- Templates. {{name}} is filled in and escaped.
-
-_PAGE_HTML = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<meta http-equiv="Content-Security-Policy"
-  content="default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'">
-<title>{{title}}</title>
-<style>{{style}}</style>
-</head>
-<body>
-{{body}}
-</body>
-</html>
-"""
-
-_PAGE_CSS = """
-:root { --back: #ffffff; --text: #1c1c1c; --soft: #5c5c5c; --line: #d8d8d8; --panel: #f5f5f3; --link: #00598f; }
-@media (prefers-color-scheme: dark) {
-  :root { --back: #16181b; --text: #e6e6e3; --soft: #a5a8ab; --line: #3a3e43; --panel: #1f2226; --link: #7cc0ee; }
-}
-body { margin: 0 auto; max-width: 66rem; padding: 1rem 1.25rem 4rem; background: var(--back); color: var(--text);
-  font: 1rem/1.55 system-ui, sans-serif; }
-h1 { font-size: 1.7rem; margin: 1rem 0 .5rem; }
-h2 { font-size: 1.3rem; margin: 2.5rem 0 .5rem; padding-top: .5rem; border-top: 1px solid var(--line); }
-a { color: var(--link); }
-p, li { max-width: 46rem; }
-"""
-
-_REPORT_CSS = """
-figure { margin: 1rem 0; }
-figure img { max-width: 100%; height: auto; background: #ffffff; border: 1px solid var(--line); border-radius: 4px; }
-.evidence { white-space: pre-line; }
-figcaption, caption, .evidence { color: var(--soft); font-size: .9rem; }
-.lead { background: var(--panel); border-radius: 6px; padding: .25rem 1rem; font-size: 1.05rem; }
-.statement { border-left: 4px solid var(--line); margin: .75rem 0; padding: 0 0 0 .75rem; }
-.statement p { margin: .15rem 0; }
-.supported { border-color: #009e73; } .undecided { border-color: #e69f00; } .not-supported { border-color: #999999; }
-.verdict { font-weight: 600; }
-.verdict::first-letter { text-transform: uppercase; }
-.scroll { overflow-x: auto; max-height: 32rem; }
-table { border-collapse: collapse; font-size: .88rem; margin: .5rem 0; }
-caption { text-align: left; padding: .25rem 0; }
-th, td { border-bottom: 1px solid var(--line); padding: .2rem .6rem; text-align: left; vertical-align: top; }
-td.number { text-align: right; font-variant-numeric: tabular-nums; }
-details { margin: .75rem 0; } summary { cursor: pointer; font-weight: 600; }
-dt { font-weight: 600; } dd { margin: 0 0 .5rem 1rem; max-width: 45rem; }
-"""
-
-_TABLE_HTML = """<div class="scroll" tabindex="0" role="region" aria-label="{{caption}}"><table>
-<caption>{{caption}}</caption>
-<thead><tr>{{head}}</tr></thead>
-<tbody>
-{{body}}
-</tbody></table></div>"""
-
-_PICTURE_HTML = """<figure>
-<img alt="{{alt}}" src="data:image/png;base64,{{data}}" decoding="async">
-<figcaption><strong>{{title}}</strong><br>{{caption}}</figcaption>
-</figure>"""
-
-_STATEMENT_HTML = """<div class="statement {{kind}}">
-<p><span class="verdict">{{verdict}}</span> · {{claim}}</p>
-<p class="evidence">{{evidence}}</p>
-</div>"""
-
-_DETAILS_HTML = """<details><summary>{{summary}}</summary>
-{{body}}
-</details>"""
-
-_REPORT_HTML = """<main>
-<h1>Where the heads of a small language model look</h1>
-<div class="lead">
-{{headline}}
-{{shares}}
-</div>
-<p>A language model predicts the next token of a text. Inside, each layer has several <em>attention heads</em>; for
-every token, a head decides how much to look at each earlier token. This report asks what the heads of one model do,
-and how much of that an untrained model would show as well. A number counts as a finding only where it differs from
-its baselines.</p>
-
-<h2 id="run">What was run</h2>
-{{run}}
-{{loss}}
-<details><summary>Thresholds and settings</summary>
-{{settings}}
-</details>
-
-<h2 id="read">How to read an attention map</h2>
-<p>Each row is a token that looks; the colours of the row say how its attention is shared among the tokens up to
-itself, and sum to 100%. Yellow is much, dark is little. The grey triangle holds later tokens, which the model
-cannot see. A bright diagonal is a head that looks at the token itself; one step lower, at the previous token; a
-bright first column is a head that parks its attention on the first token. <code>·</code> marks a leading space and
-<code>the²</code> is the second <code>the</code>. Layers and heads are counted from 0.</p>
-<p>Short maps mislead: in the first rows there is little to choose from, so every head seems to look at itself and
-at the first token. All scores below are therefore corrected for chance: 0 is what a head gets that looks everywhere
-alike, at any length of text, and 1 is the ideal head. They are measured on long windows of held-out text and on the
-study's sentences.</p>
-{{example}}
-
-<h2 id="classes">Classes of heads</h2>
-<p>Each head gets one of the original study's class names, by its largest score that reaches a threshold. The
-thresholds are so high that untrained heads rarely reach them. Intervals are 95% bootstrap intervals over texts, for
-untrained models the range over seeds. Whether a head parks attention on the first token (a sink) is a flag of its
-own: that is not attending broadly.</p>
-{{class_verdicts}}
-{{class_pictures}}
-<details><summary>Table of shares</summary>
-{{class_table}}
-</details>
-
-<h2 id="scores">What single heads do</h2>
-{{score_verdicts}}
-{{score_pictures}}
-<details><summary>Table of baselines</summary>
-{{baseline_table}}
-</details>
-<details><summary>Table of all heads</summary>
-{{score_table}}
-</details>
-
-<h2 id="ablation">Which heads matter</h2>
-<p>A pattern is no proof of use. Here each head's output is replaced by its mean, and the loss on held-out text is
-measured again; then the same for all heads of a class at once, beside as many other heads.</p>
-{{ablation_verdicts}}
-{{ablation_pictures}}
-<details><summary>Tables of ablations</summary>
-{{class_ablation_table}}
-{{ablation_table}}
-</details>
-
-<h2 id="spread">Spread and reach</h2>
-<p>Entropy says over how many tokens a head spreads its attention, mean distance how far back it looks.</p>
-{{spread_pictures}}
-
-<h2 id="similarity">Which heads look alike</h2>
-<p>Heads that share a branch low in the tree look at the same places of the same text. The dashed line is a yardstick,
-not a limit of error: how far one head is from itself when the text changes. Two heads whose branch lies below it
-differ less than that. The second picture leaves the first token out, since sinks make heads look alike.</p>
-{{similarity_pictures}}
-
-<h2 id="language">Language</h2>
-<p>Each claim is tested with pairs of sentences, one good and one wrong (for negation and fixed phrases: unusual rather
-than wrong), that differ in little else. The model should
-find the good one more likely; heads that look at the right word are chosen on one half of the pairs and tested on
-the other; then they are removed, and must be missed more than random heads of the same layers.</p>
-{{language_verdicts}}
-{{language_pictures}}
-{{language_table}}
-
-<h2 id="sentences">The sentences</h2>
-<p>For each sentence: all heads at once, four chosen heads, the flow between tokens, and rollout, which follows
-attention through all layers. The same maps are in the explorer, where you can point at a token.</p>
-{{sentences}}
-
-<h2 id="glossary">Glossary</h2>
-<dl>
-<dt>Token</dt><dd>A piece of text, often a word with its leading space. The model reads and writes tokens.</dd>
-<dt>Layer, head</dt><dd>The model is a stack of layers; each has several heads that look in parallel.</dd>
-<dt>Attention sink</dt><dd>A head that puts its attention on the first token when it has nothing to do (Xiao et al.
-2023; Gu et al. 2024).</dd>
-<dt>Induction</dt><dd>Looking at what followed an earlier copy of the current token, which continues repeated text
-(Olsson et al. 2022). Measured on repeated random tokens with random gaps.</dd>
-<dt>Kappa</dt><dd>Attention on a set of tokens beyond what a uniform head puts there, divided by the most that is
-possible beyond it, in the manner of Cohen's kappa.</dd>
-<dt>Ablation</dt><dd>Replacing a head's output by its mean to see what is lost.</dd>
-<dt>Minimal pair</dt><dd>Two sentences that differ in one point, one of them wrong or at least unusual.</dd>
-<dt>Rollout</dt><dd>Attention multiplied through the layers (Abnar &amp; Zuidema 2020), here minus that of uniform
-heads.</dd>
-<dt>Nat</dt><dd>The unit of loss: 0.69 nats are one bit.</dd>
-</dl>
-</main>"""
-
-_EXPLORER_PAGE_HTML = """<main>
-<h1>Attention explorer</h1>
-<p>Point at a token, or move with the arrow keys, to see where each attention head looks from there. Brighter is more.
-A token sees only itself and what comes before it.</p>
-{{explorer}}
-</main>"""
-
-_EXPLORER_HTML = """<div class="pico-explorer">
-<style>{{style}}</style>
-<script type="application/json" class="pico-data">{{data}}</script>
-<div class="pico-controls">
-<label>Sentence <select class="pico-text"></select></label>
-<label>Layer <select class="pico-layer"></select></label>
-<label>Head <select class="pico-head"></select></label>
-<label>Second picture <select class="pico-view">
-<option value="heads">where every head looks from this token</option>
-<option value="maps">all heads at once</option>
-</select></label>
-<label><input type="checkbox" class="pico-drop"> leave out the first token</label>
-</div>
-<div class="pico-tokens" role="group"
-  aria-label="Tokens. Left and right arrow: other token. Up and down arrow: other head."></div>
-<p class="pico-status" role="status">Loading</p>
-<div class="pico-panels">
-<figure><figcaption class="pico-map-title"></figcaption><canvas class="pico-map" role="img"></canvas></figure>
-<figure><figcaption class="pico-all-title"></figcaption><canvas class="pico-all" role="img"></canvas></figure>
-</div>
-<p class="pico-help">Keys on a token: ← → other token, ↑ ↓ other head, Home and End. Click a head in the second picture
-to pick it.</p>
-<script>{{script}}</script>
-</div>"""
-
-_EXPLORER_CSS = """
-.pico-explorer { --pico-back: #ffffff; --pico-text: #1c1c1c; --pico-soft: #5c5c5c; --pico-none: #dcdcdc;
-  --pico-mark: #d3330a; background: var(--pico-back); color: var(--pico-text); font: 15px/1.5 system-ui, sans-serif; }
-@media (prefers-color-scheme: dark) {
-  .pico-explorer { --pico-back: #16181b; --pico-text: #e6e6e3; --pico-soft: #a5a8ab; --pico-none: #34383d;
-    --pico-mark: #ff7a4d; }
-}
-.pico-explorer .pico-controls { display: flex; flex-wrap: wrap; gap: .5rem 1rem; align-items: center; }
-.pico-explorer select { max-width: 24rem; font: inherit; color: inherit; background: var(--pico-back);
-  border: 1px solid var(--pico-soft); border-radius: 4px; padding: .1rem .3rem; }
-.pico-explorer .pico-tokens { display: flex; flex-wrap: wrap; gap: 3px; margin: .75rem 0 .25rem; }
-.pico-explorer .pico-tokens button { font: inherit; border: 2px solid transparent; border-radius: 4px; padding: 0 .3rem;
-  cursor: pointer; background: var(--pico-none); color: var(--pico-text); }
-.pico-explorer .pico-tokens button[aria-current] { border-color: var(--pico-mark); }
-.pico-explorer .pico-tokens button:focus-visible { outline: 2px solid var(--pico-text); outline-offset: 1px; }
-.pico-explorer .pico-status { min-height: 3em; margin: .25rem 0; max-width: none; }
-.pico-explorer .pico-panels { display: flex; flex-wrap: wrap; gap: 1rem; }
-.pico-explorer figure { margin: 0; } .pico-explorer figcaption { font-weight: 600; margin-bottom: .25rem; }
-.pico-explorer canvas { cursor: crosshair; max-width: 100%; touch-action: manipulation; }
-.pico-explorer .pico-help { color: var(--pico-soft); font-size: .9em; }
-"""
-
-_EXPLORER_JS = r"""
-(() => {
-  "use strict";
-  const STOPS = ["440154", "472c7a", "3b518b", "2c718e", "21908d", "27ad81", "5cc863", "aadc32", "fde725"]; // viridis
-  const rgb = (hex) => [0, 2, 4].map((i) => parseInt(hex.slice(i, i + 2), 16));
-  const COLORS = Array.from({ length: 256 }, (_, value) => {
-    const place = (value / 255) * (STOPS.length - 1);
-    const below = Math.min(Math.floor(place), STOPS.length - 2);
-    const [a, b] = [rgb(STOPS[below]), rgb(STOPS[below + 1])];
-    return a.map((channel, i) => Math.round(channel + (b[i] - channel) * (place - below)));
-  });
-  const SIZE = 500; // of a panel, in CSS pixels
-  const MARGIN = 80; // for labels
-
-  async function unpack(text) {
-    const bytes = Uint8Array.from(atob(text), (character) => character.charCodeAt(0));
-    const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("deflate"));
-    return new Uint8Array(await new Response(stream).arrayBuffer());
-  }
-
-  function start(root) {
-    const find = (name) => root.querySelector(".pico-" + name);
-    const data = JSON.parse(find("data").textContent);
-    const state = { text: 0, layer: 0, head: 0, token: 0, key: null, drop: false, view: "heads", maps: null };
-    const cache = {}; // pictures that stay the same while the pointer moves
-    const nMaps = data.nLayer * data.nHead;
-    let planned = false;
-
-    const labels = () => data.texts[state.text].labels;
-    const headName = (layer, head) => {
-      const name = data.classes[layer * data.nHead + head];
-      return `layer ${layer}, head ${head}` + (name ? ` (${name})` : "");
-    };
-    const share = (value) => `${Math.round((100 * value) / 255)}%`;
-
-    // weight 0..255 of map `index` from token `row` to token `key`
-    function weight(index, row, key) {
-      const n = labels().length;
-      const begin = index * ((n * (n + 1)) / 2) + (row * (row + 1)) / 2;
-      if (!state.drop) return state.maps[begin + key];
-      const rest = 255 - state.maps[begin];
-      return key === 0 || rest < 3 ? 0 : Math.min(255, (255 * state.maps[begin + key]) / rest);
-    }
-
-    // an image of width x height cells; weightAt(x, y) is a weight, or null where no token can look
-    function paint(width, height, weightAt) {
-      const canvas = document.createElement("canvas");
-      canvas.width = width;
-      canvas.height = height;
-      const context = canvas.getContext("2d");
-      const image = context.createImageData(width, height);
-      const none = rgb(style("--pico-none").slice(1));
-      for (let y = 0, at = 0; y < height; y++) {
-        for (let x = 0; x < width; x++, at += 4) {
-          const value = weightAt(x, y);
-          image.data.set(value === null ? none : COLORS[Math.round(value)], at);
-          image.data[at + 3] = 255;
-        }
-      }
-      context.putImageData(image, 0, 0);
-      return canvas;
-    }
-
-    const style = (name) => getComputedStyle(root).getPropertyValue(name).trim();
-
-    function cached(name, key, make) {
-      if (!cache[name] || cache[name].key !== key) cache[name] = { key, image: make() };
-      return cache[name].image;
-    }
-
-    // sizes the canvas for the screen and returns a context whose unit is the CSS pixel
-    function prepare(canvas, width, height) {
-      const scale = window.devicePixelRatio || 1;
-      if (canvas.width !== Math.round(width * scale) || canvas.height !== Math.round(height * scale)) {
-        canvas.width = Math.round(width * scale);
-        canvas.height = Math.round(height * scale);
-        canvas.style.width = `${width}px`;
-      }
-      const context = canvas.getContext("2d");
-      context.setTransform(scale, 0, 0, scale, 0, 0);
-      context.clearRect(0, 0, width, height);
-      context.imageSmoothingEnabled = false;
-      context.fillStyle = style("--pico-text");
-      context.strokeStyle = style("--pico-mark");
-      context.lineWidth = 2;
-      context.textBaseline = "middle";
-      context.textAlign = "right";
-      return context;
-    }
-
-    function drawTokens() {
-      const index = state.layer * data.nHead + state.head;
-      [...find("tokens").children].forEach((button, key) => {
-        const seen = key <= state.token;
-        const value = seen ? Math.round(weight(index, state.token, key)) : 0;
-        button.style.background = seen ? `rgb(${COLORS[value]})` : "";
-        button.style.color = seen ? (value > 140 ? "#000000" : "#ffffff") : "";
-        button.title = seen ? share(value) : "comes later";
-        button.tabIndex = key === state.token ? 0 : -1;
-        button.toggleAttribute("aria-current", key === state.token);
-      });
-    }
-
-    function drawMap() {
-      const index = state.layer * data.nHead + state.head;
-      const names = labels();
-      const n = names.length;
-      const cell = (SIZE - MARGIN) / n;
-      const context = prepare(find("map"), SIZE, SIZE);
-      const key = [state.text, index, state.drop, style("--pico-none")].join();
-      const image = cached("map", key, () => paint(n, n, (x, y) => (x > y ? null : weight(index, y, x))));
-      context.drawImage(image, MARGIN, 0, SIZE - MARGIN, SIZE - MARGIN);
-      context.font = `${Math.min(12, Math.max(7, cell * 0.8))}px system-ui, sans-serif`;
-      names.forEach((name, i) => {
-        const isCurrent = i === state.token;
-        if (cell < 8 && !isCurrent) return; // long texts: only the current token has room for its name
-        const short = name.length > 12 ? name.slice(0, 11) + "…" : name;
-        context.fillStyle = style(isCurrent ? "--pico-mark" : "--pico-text");
-        context.fillText(short, MARGIN - 5, (i + 0.5) * cell);
-        context.save();
-        context.translate(MARGIN + (i + 0.5) * cell, SIZE - MARGIN + 5);
-        context.rotate(-Math.PI / 2);
-        context.fillText(short, 0, 0);
-        context.restore();
-      });
-      context.strokeRect(MARGIN, state.token * cell, (state.token + 1) * cell, cell);
-      if (state.key !== null) context.strokeRect(MARGIN + state.key * cell, state.token * cell, cell, cell);
-      find("map-title").textContent = `Map of ${headName(state.layer, state.head)}`;
-      find("map").setAttribute("aria-label", `Attention map of ${headName(state.layer, state.head)}; rows look`);
-    }
-
-    function drawHeads() {
-      const n = labels().length;
-      const width = SIZE - MARGIN;
-      const height = Math.max(8, Math.min(16, SIZE / nMaps)) * nMaps;
-      const context = prepare(find("all"), SIZE, height);
-      const image = paint(n, nMaps, (x, y) => (x > state.token ? null : weight(y, state.token, x)));
-      context.drawImage(image, MARGIN, 0, width, height);
-      const band = height / data.nLayer;
-      context.font = "12px system-ui, sans-serif";
-      for (let layer = 0; layer < data.nLayer; layer++) {
-        context.fillText(`layer ${layer}`, MARGIN - 6, (layer + 0.5) * band);
-        context.clearRect(MARGIN, layer * band - 1, width, layer ? 2 : 0);
-      }
-      const row = height / nMaps;
-      context.strokeRect(MARGIN, (state.layer * data.nHead + state.head) * row, width - 1, row);
-      find("all-title").textContent = `Every head, from ${labels()[state.token]}`;
-      find("all").setAttribute("aria-label", "Where every head looks from the current token; a row is a head");
-    }
-
-    function drawAllMaps() {
-      const n = labels().length;
-      const tile = Math.floor((SIZE - MARGIN) / Math.max(data.nHead, data.nLayer));
-      const context = prepare(find("all"), MARGIN + tile * data.nHead, tile * data.nLayer + 20);
-      const key = [state.text, state.drop, style("--pico-none")].join();
-      const image = cached("maps", key, () =>
-        paint(n * data.nHead, n * data.nLayer, (x, y) => {
-          const index = Math.floor(y / n) * data.nHead + Math.floor(x / n);
-          return x % n > y % n ? null : weight(index, y % n, x % n);
-        })
-      );
-      for (let layer = 0; layer < data.nLayer; layer++) {
-        context.fillText(`layer ${layer}`, MARGIN - 6, (layer + 0.5) * tile);
-        for (let head = 0; head < data.nHead; head++) {
-          const [x, y] = [MARGIN + head * tile, layer * tile];
-          context.drawImage(image, head * n, layer * n, n, n, x, y, tile - 2, tile - 2);
-          context.fillRect(x, y + ((state.token + 0.5) / n) * (tile - 2), 3, 1); // the current token's row
-          if (layer === state.layer && head === state.head) context.strokeRect(x, y, tile - 2, tile - 2);
-        }
-      }
-      find("all-title").textContent = "All heads at once";
-      find("all").setAttribute("aria-label", "Attention maps of all heads; a row of tiles is a layer");
-    }
-
-    function drawStatus() {
-      const index = state.layer * data.nHead + state.head;
-      const names = labels();
-      const looks = names.slice(0, state.token + 1).map((name, key) => [weight(index, state.token, key), name]);
-      const best = looks.sort((a, b) => b[0] - a[0]).slice(0, 4);
-      const list = best.map(([value, name]) => `${name} ${share(value)}`).join(", ");
-      const at = (key) => share(weight(index, state.token, key));
-      const pointed = state.key === null ? "" : `; at ${names[state.key]} ${at(state.key)}`;
-      const head = headName(state.layer, state.head);
-      find("status").textContent = `${names[state.token]} in ${head} looks at: ${list}${pointed}`;
-    }
-
-    function draw() {
-      planned = false;
-      if (!state.maps) return;
-      drawTokens();
-      drawMap();
-      (state.view === "heads" ? drawHeads : drawAllMaps)();
-      drawStatus();
-    }
-
-    function update(change) {
-      Object.assign(state, change);
-      find("layer").value = state.layer;
-      find("head").value = state.head;
-      if (!planned) requestAnimationFrame(draw);
-      planned = true;
-    }
-
-    async function pickText(text) {
-      const maps = await unpack(data.texts[text].maps);
-      const names = data.texts[text].labels;
-      find("tokens").replaceChildren(
-        ...names.map((name, token) => {
-          const button = document.createElement("button");
-          button.type = "button";
-          button.textContent = name;
-          button.addEventListener("pointerenter", () => update({ token, key: null }));
-          button.addEventListener("focus", () => update({ token, key: null }));
-          return button;
-        })
-      );
-      update({ text, maps, token: names.length - 1, key: null });
-    }
-
-    function moveHead(step) {
-      const index = (state.layer * data.nHead + state.head + step + nMaps) % nMaps;
-      update({ layer: Math.floor(index / data.nHead), head: index % data.nHead });
-    }
-
-    // [column, row] of the cell under the pointer, right of the margin and above `bottom`; null outside
-    function cellAt(event, columns, rows, bottom) {
-      const canvas = event.currentTarget;
-      const box = canvas.getBoundingClientRect();
-      const scale = parseFloat(canvas.style.width) / box.width;
-      const x = (event.clientX - box.left) * scale - MARGIN;
-      const y = (event.clientY - box.top) * scale;
-      const column = Math.floor((x / (box.width * scale - MARGIN)) * columns);
-      const row = Math.floor((y / bottom) * rows);
-      return column >= 0 && column < columns && row >= 0 && row < rows ? [column, row] : null;
-    }
-
-    function options(select, names) {
-      select.replaceChildren(...names.map((name, value) => new Option(name, value)));
-    }
-
-    options(find("layer"), Array.from({ length: data.nLayer }, (_, i) => i));
-    options(find("head"), Array.from({ length: data.nHead }, (_, i) => i));
-    for (const category of new Set(data.texts.map((text) => text.category))) {
-      const group = document.createElement("optgroup");
-      group.label = category;
-      data.texts.forEach((text, i) => text.category === category && group.append(new Option(text.text, i)));
-      find("text").append(group);
-    }
-    find("text").addEventListener("change", (event) => pickText(Number(event.target.value)));
-    find("layer").addEventListener("change", (event) => update({ layer: Number(event.target.value) }));
-    find("head").addEventListener("change", (event) => update({ head: Number(event.target.value) }));
-    find("view").addEventListener("change", (event) => update({ view: event.target.value }));
-    find("drop").addEventListener("change", (event) => update({ drop: event.target.checked }));
-    find("tokens").addEventListener("keydown", (event) => {
-      const last = labels().length - 1;
-      const places = { ArrowLeft: state.token - 1, ArrowRight: state.token + 1, Home: 0, End: last };
-      const heads = { ArrowUp: -1, ArrowDown: 1 };
-      if (event.key in heads) moveHead(heads[event.key]);
-      else if (event.key in places) find("tokens").children[Math.max(0, Math.min(last, places[event.key]))].focus();
-      else return;
-      event.preventDefault();
-    });
-    find("map").addEventListener("pointermove", (event) => {
-      const n = labels().length;
-      const cell = cellAt(event, n, n, SIZE - MARGIN);
-      if (cell) update({ token: cell[1], key: cell[0] <= cell[1] ? cell[0] : null });
-    });
-    find("map").addEventListener("pointerleave", () => update({ key: null }));
-    find("all").addEventListener("click", (event) => {
-      const heads = state.view === "heads";
-      const canvas = event.currentTarget;
-      const height = parseFloat(canvas.style.width) * (canvas.height / canvas.width);
-      const cell = heads
-        ? cellAt(event, 1, nMaps, height)
-        : cellAt(event, data.nHead, data.nLayer, height - 20);
-      if (!cell) return;
-      const index = heads ? cell[1] : cell[1] * data.nHead + cell[0];
-      update({ layer: Math.floor(index / data.nHead), head: index % data.nHead });
-    });
-    matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => update({}));
-    pickText(0);
-  }
-
-  for (const root of document.querySelectorAll(".pico-explorer:not([data-started])")) {
-    root.dataset.started = "yes";
-    if (typeof DecompressionStream === "undefined") {
-      root.querySelector(".pico-status").textContent = "The explorer needs a browser of 2023 or newer.";
-    } else start(root);
-  }
-})();
-"""
 
 
 # ======================================================================================================================
@@ -6793,49 +6237,6 @@ _DATA_NOTES = dict.fromkeys(
 )
 _NOT_IN_CARD = ("name", "corpus", "log_interval", "eval_interval", "checkpoint_seconds")
 _NO_DATA_NOTE = "The checkpoint does not say where that text is from."
-_MODEL_CARD = """# {title}
-
-{what}
-
-## Data
-
-Trained on {corpus}. {note} The weights are derived from that text.
-
-## Training
-
-{recipe}
-
-| | |
-| --- | --- |
-{table}
-
-## What its attention heads do
-
-{findings}
-
-The evidence, with all baselines, is in `attention_report.html` and `findings.json`.
-
-## Limits
-
-A small model that has read little: its sentences imitate its data and often make no sense. It follows no instructions,
-knows next to nothing, and may repeat what is wrong, biased or offensive in its data. It is made for studying attention.
-
-## Use
-
-```python
-import pico_helpers as pico
-
-model = pico.load_model("{place}/pico_llm.pt")
-print(pico.generate(model, "The city was founded in"))
-```
-
-## How it was made
-
-```bash
-{train_command}
-python pico_helpers.py publish --checkpoint results/pico_llm_{name}.pt --out {place}
-```
-"""
 
 
 def _model_card(
@@ -7112,6 +6513,577 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print_files(files)
     return 0
 
+
+# ======================================================================================================================
+# ASSETS
+# Templates, style and script of the two web pages, and the model card: nothing but text.
+# ======================================================================================================================
+
+# -- Templates. {{name}} is filled in and escaped.
+
+_PAGE_HTML = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<meta http-equiv="Content-Security-Policy"
+  content="default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'">
+<title>{{title}}</title>
+<style>{{style}}</style>
+</head>
+<body>
+{{body}}
+</body>
+</html>
+"""
+
+_PAGE_CSS = """
+:root { --back: #ffffff; --text: #1c1c1c; --soft: #5c5c5c; --line: #d8d8d8; --panel: #f5f5f3; --link: #00598f; }
+@media (prefers-color-scheme: dark) {
+  :root { --back: #16181b; --text: #e6e6e3; --soft: #a5a8ab; --line: #3a3e43; --panel: #1f2226; --link: #7cc0ee; }
+}
+body { margin: 0 auto; max-width: 66rem; padding: 1rem 1.25rem 4rem; background: var(--back); color: var(--text);
+  font: 1rem/1.55 system-ui, sans-serif; }
+h1 { font-size: 1.7rem; margin: 1rem 0 .5rem; }
+h2 { font-size: 1.3rem; margin: 2.5rem 0 .5rem; padding-top: .5rem; border-top: 1px solid var(--line); }
+a { color: var(--link); }
+p, li { max-width: 46rem; }
+"""
+
+_REPORT_CSS = """
+figure { margin: 1rem 0; }
+figure img { max-width: 100%; height: auto; background: #ffffff; border: 1px solid var(--line); border-radius: 4px; }
+.evidence { white-space: pre-line; }
+figcaption, caption, .evidence { color: var(--soft); font-size: .9rem; }
+.lead { background: var(--panel); border-radius: 6px; padding: .25rem 1rem; font-size: 1.05rem; }
+.statement { border-left: 4px solid var(--line); margin: .75rem 0; padding: 0 0 0 .75rem; }
+.statement p { margin: .15rem 0; }
+.supported { border-color: #009e73; } .undecided { border-color: #e69f00; } .not-supported { border-color: #999999; }
+.verdict { font-weight: 600; }
+.verdict::first-letter { text-transform: uppercase; }
+.scroll { overflow-x: auto; max-height: 32rem; }
+table { border-collapse: collapse; font-size: .88rem; margin: .5rem 0; }
+caption { text-align: left; padding: .25rem 0; }
+th, td { border-bottom: 1px solid var(--line); padding: .2rem .6rem; text-align: left; vertical-align: top; }
+td.number { text-align: right; font-variant-numeric: tabular-nums; }
+details { margin: .75rem 0; } summary { cursor: pointer; font-weight: 600; }
+dt { font-weight: 600; } dd { margin: 0 0 .5rem 1rem; max-width: 45rem; }
+"""
+
+_TABLE_HTML = """<div class="scroll" tabindex="0" role="region" aria-label="{{caption}}"><table>
+<caption>{{caption}}</caption>
+<thead><tr>{{head}}</tr></thead>
+<tbody>
+{{body}}
+</tbody></table></div>"""
+
+_PICTURE_HTML = """<figure>
+<img alt="{{alt}}" src="data:image/png;base64,{{data}}" decoding="async">
+<figcaption><strong>{{title}}</strong><br>{{caption}}</figcaption>
+</figure>"""
+
+_STATEMENT_HTML = """<div class="statement {{kind}}">
+<p><span class="verdict">{{verdict}}</span> · {{claim}}</p>
+<p class="evidence">{{evidence}}</p>
+</div>"""
+
+_DETAILS_HTML = """<details><summary>{{summary}}</summary>
+{{body}}
+</details>"""
+
+_REPORT_HTML = """<main>
+<h1>Where the heads of a small language model look</h1>
+<div class="lead">
+{{headline}}
+{{shares}}
+</div>
+<p>A language model predicts the next token of a text. Inside, each layer has several <em>attention heads</em>; for
+every token, a head decides how much to look at each earlier token. This report asks what the heads of one model do,
+and how much of that an untrained model would show as well. A number counts as a finding only where it differs from
+its baselines.</p>
+
+<h2 id="run">What was run</h2>
+{{run}}
+{{loss}}
+<details><summary>Thresholds and settings</summary>
+{{settings}}
+</details>
+
+<h2 id="read">How to read an attention map</h2>
+<p>Each row is a token that looks; the colours of the row say how its attention is shared among the tokens up to
+itself, and sum to 100%. Yellow is much, dark is little. The grey triangle holds later tokens, which the model
+cannot see. A bright diagonal is a head that looks at the token itself; one step lower, at the previous token; a
+bright first column is a head that parks its attention on the first token. <code>·</code> marks a leading space and
+<code>the²</code> is the second <code>the</code>. Layers and heads are counted from 0.</p>
+<p>Short maps mislead: in the first rows there is little to choose from, so every head seems to look at itself and
+at the first token. All scores below are therefore corrected for chance: 0 is what a head gets that looks everywhere
+alike, at any length of text, and 1 is the ideal head. They are measured on long windows of held-out text and on the
+study's sentences.</p>
+{{example}}
+
+<h2 id="classes">Classes of heads</h2>
+<p>Each head gets one of the original study's class names, by its largest score that reaches a threshold. The
+thresholds are so high that untrained heads rarely reach them. Intervals are 95% bootstrap intervals over texts, for
+untrained models the range over seeds. Whether a head parks attention on the first token (a sink) is a flag of its
+own: that is not attending broadly.</p>
+{{class_verdicts}}
+{{class_pictures}}
+<details><summary>Table of shares</summary>
+{{class_table}}
+</details>
+
+<h2 id="scores">What single heads do</h2>
+{{score_verdicts}}
+{{score_pictures}}
+<details><summary>Table of baselines</summary>
+{{baseline_table}}
+</details>
+<details><summary>Table of all heads</summary>
+{{score_table}}
+</details>
+
+<h2 id="ablation">Which heads matter</h2>
+<p>A pattern is no proof of use. Here each head's output is replaced by its mean, and the loss on held-out text is
+measured again; then the same for all heads of a class at once, beside as many other heads.</p>
+{{ablation_verdicts}}
+{{ablation_pictures}}
+<details><summary>Tables of ablations</summary>
+{{class_ablation_table}}
+{{ablation_table}}
+</details>
+
+<h2 id="spread">Spread and reach</h2>
+<p>Entropy says over how many tokens a head spreads its attention, mean distance how far back it looks.</p>
+{{spread_pictures}}
+
+<h2 id="similarity">Which heads look alike</h2>
+<p>Heads that share a branch low in the tree look at the same places of the same text. The dashed line is a yardstick,
+not a limit of error: how far one head is from itself when the text changes. Two heads whose branch lies below it
+differ less than that. The second picture leaves the first token out, since sinks make heads look alike.</p>
+{{similarity_pictures}}
+
+<h2 id="language">Language</h2>
+<p>Each claim is tested with pairs of sentences, one good and one wrong (for negation and fixed phrases: unusual rather
+than wrong), that differ in little else. The model should
+find the good one more likely; heads that look at the right word are chosen on one half of the pairs and tested on
+the other; then they are removed, and must be missed more than random heads of the same layers.</p>
+{{language_verdicts}}
+{{language_pictures}}
+{{language_table}}
+
+<h2 id="sentences">The sentences</h2>
+<p>For each sentence: all heads at once, four chosen heads, the flow between tokens, and rollout, which follows
+attention through all layers. The same maps are in the explorer, where you can point at a token.</p>
+{{sentences}}
+
+<h2 id="glossary">Glossary</h2>
+<dl>
+<dt>Token</dt><dd>A piece of text, often a word with its leading space. The model reads and writes tokens.</dd>
+<dt>Layer, head</dt><dd>The model is a stack of layers; each has several heads that look in parallel.</dd>
+<dt>Attention sink</dt><dd>A head that puts its attention on the first token when it has nothing to do (Xiao et al.
+2023; Gu et al. 2024).</dd>
+<dt>Induction</dt><dd>Looking at what followed an earlier copy of the current token, which continues repeated text
+(Olsson et al. 2022). Measured on repeated random tokens with random gaps.</dd>
+<dt>Kappa</dt><dd>Attention on a set of tokens beyond what a uniform head puts there, divided by the most that is
+possible beyond it, in the manner of Cohen's kappa.</dd>
+<dt>Ablation</dt><dd>Replacing a head's output by its mean to see what is lost.</dd>
+<dt>Minimal pair</dt><dd>Two sentences that differ in one point, one of them wrong or at least unusual.</dd>
+<dt>Rollout</dt><dd>Attention multiplied through the layers (Abnar &amp; Zuidema 2020), here minus that of uniform
+heads.</dd>
+<dt>Nat</dt><dd>The unit of loss: 0.69 nats are one bit.</dd>
+</dl>
+</main>"""
+
+_EXPLORER_PAGE_HTML = """<main>
+<h1>Attention explorer</h1>
+<p>Point at a token, or move with the arrow keys, to see where each attention head looks from there. Brighter is more.
+A token sees only itself and what comes before it.</p>
+{{explorer}}
+</main>"""
+
+_EXPLORER_HTML = """<div class="pico-explorer">
+<style>{{style}}</style>
+<script type="application/json" class="pico-data">{{data}}</script>
+<div class="pico-controls">
+<label>Sentence <select class="pico-text"></select></label>
+<label>Layer <select class="pico-layer"></select></label>
+<label>Head <select class="pico-head"></select></label>
+<label>Second picture <select class="pico-view">
+<option value="heads">where every head looks from this token</option>
+<option value="maps">all heads at once</option>
+</select></label>
+<label><input type="checkbox" class="pico-drop"> leave out the first token</label>
+</div>
+<div class="pico-tokens" role="group"
+  aria-label="Tokens. Left and right arrow: other token. Up and down arrow: other head."></div>
+<p class="pico-status" role="status">Loading</p>
+<div class="pico-panels">
+<figure><figcaption class="pico-map-title"></figcaption><canvas class="pico-map" role="img"></canvas></figure>
+<figure><figcaption class="pico-all-title"></figcaption><canvas class="pico-all" role="img"></canvas></figure>
+</div>
+<p class="pico-help">Keys on a token: ← → other token, ↑ ↓ other head, Home and End. Click a head in the second picture
+to pick it.</p>
+<script>{{script}}</script>
+</div>"""
+
+_EXPLORER_CSS = """
+.pico-explorer { --pico-back: #ffffff; --pico-text: #1c1c1c; --pico-soft: #5c5c5c; --pico-none: #dcdcdc;
+  --pico-mark: #d3330a; background: var(--pico-back); color: var(--pico-text); font: 15px/1.5 system-ui, sans-serif; }
+@media (prefers-color-scheme: dark) {
+  .pico-explorer { --pico-back: #16181b; --pico-text: #e6e6e3; --pico-soft: #a5a8ab; --pico-none: #34383d;
+    --pico-mark: #ff7a4d; }
+}
+.pico-explorer .pico-controls { display: flex; flex-wrap: wrap; gap: .5rem 1rem; align-items: center; }
+.pico-explorer select { max-width: 24rem; font: inherit; color: inherit; background: var(--pico-back);
+  border: 1px solid var(--pico-soft); border-radius: 4px; padding: .1rem .3rem; }
+.pico-explorer .pico-tokens { display: flex; flex-wrap: wrap; gap: 3px; margin: .75rem 0 .25rem; }
+.pico-explorer .pico-tokens button { font: inherit; border: 2px solid transparent; border-radius: 4px; padding: 0 .3rem;
+  cursor: pointer; background: var(--pico-none); color: var(--pico-text); }
+.pico-explorer .pico-tokens button[aria-current] { border-color: var(--pico-mark); }
+.pico-explorer .pico-tokens button:focus-visible { outline: 2px solid var(--pico-text); outline-offset: 1px; }
+.pico-explorer .pico-status { min-height: 3em; margin: .25rem 0; max-width: none; }
+.pico-explorer .pico-panels { display: flex; flex-wrap: wrap; gap: 1rem; }
+.pico-explorer figure { margin: 0; } .pico-explorer figcaption { font-weight: 600; margin-bottom: .25rem; }
+.pico-explorer canvas { cursor: crosshair; max-width: 100%; touch-action: manipulation; }
+.pico-explorer .pico-help { color: var(--pico-soft); font-size: .9em; }
+"""
+
+_EXPLORER_JS = r"""
+(() => {
+  "use strict";
+  const STOPS = ["440154", "472c7a", "3b518b", "2c718e", "21908d", "27ad81", "5cc863", "aadc32", "fde725"]; // viridis
+  const rgb = (hex) => [0, 2, 4].map((i) => parseInt(hex.slice(i, i + 2), 16));
+  const COLORS = Array.from({ length: 256 }, (_, value) => {
+    const place = (value / 255) * (STOPS.length - 1);
+    const below = Math.min(Math.floor(place), STOPS.length - 2);
+    const [a, b] = [rgb(STOPS[below]), rgb(STOPS[below + 1])];
+    return a.map((channel, i) => Math.round(channel + (b[i] - channel) * (place - below)));
+  });
+  const SIZE = 500; // of a panel, in CSS pixels
+  const MARGIN = 80; // for labels
+
+  async function unpack(text) {
+    const bytes = Uint8Array.from(atob(text), (character) => character.charCodeAt(0));
+    const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("deflate"));
+    return new Uint8Array(await new Response(stream).arrayBuffer());
+  }
+
+  function start(root) {
+    const find = (name) => root.querySelector(".pico-" + name);
+    const data = JSON.parse(find("data").textContent);
+    const state = { text: 0, layer: 0, head: 0, token: 0, key: null, drop: false, view: "heads", maps: null };
+    const cache = {}; // pictures that stay the same while the pointer moves
+    const nMaps = data.nLayer * data.nHead;
+    let planned = false;
+
+    const labels = () => data.texts[state.text].labels;
+    const headName = (layer, head) => {
+      const name = data.classes[layer * data.nHead + head];
+      return `layer ${layer}, head ${head}` + (name ? ` (${name})` : "");
+    };
+    const share = (value) => `${Math.round((100 * value) / 255)}%`;
+
+    // weight 0..255 of map `index` from token `row` to token `key`
+    function weight(index, row, key) {
+      const n = labels().length;
+      const begin = index * ((n * (n + 1)) / 2) + (row * (row + 1)) / 2;
+      if (!state.drop) return state.maps[begin + key];
+      const rest = 255 - state.maps[begin];
+      return key === 0 || rest < 3 ? 0 : Math.min(255, (255 * state.maps[begin + key]) / rest);
+    }
+
+    // an image of width x height cells; weightAt(x, y) is a weight, or null where no token can look
+    function paint(width, height, weightAt) {
+      const canvas = document.createElement("canvas");
+      canvas.width = width;
+      canvas.height = height;
+      const context = canvas.getContext("2d");
+      const image = context.createImageData(width, height);
+      const none = rgb(style("--pico-none").slice(1));
+      for (let y = 0, at = 0; y < height; y++) {
+        for (let x = 0; x < width; x++, at += 4) {
+          const value = weightAt(x, y);
+          image.data.set(value === null ? none : COLORS[Math.round(value)], at);
+          image.data[at + 3] = 255;
+        }
+      }
+      context.putImageData(image, 0, 0);
+      return canvas;
+    }
+
+    const style = (name) => getComputedStyle(root).getPropertyValue(name).trim();
+
+    function cached(name, key, make) {
+      if (!cache[name] || cache[name].key !== key) cache[name] = { key, image: make() };
+      return cache[name].image;
+    }
+
+    // sizes the canvas for the screen and returns a context whose unit is the CSS pixel
+    function prepare(canvas, width, height) {
+      const scale = window.devicePixelRatio || 1;
+      if (canvas.width !== Math.round(width * scale) || canvas.height !== Math.round(height * scale)) {
+        canvas.width = Math.round(width * scale);
+        canvas.height = Math.round(height * scale);
+        canvas.style.width = `${width}px`;
+      }
+      const context = canvas.getContext("2d");
+      context.setTransform(scale, 0, 0, scale, 0, 0);
+      context.clearRect(0, 0, width, height);
+      context.imageSmoothingEnabled = false;
+      context.fillStyle = style("--pico-text");
+      context.strokeStyle = style("--pico-mark");
+      context.lineWidth = 2;
+      context.textBaseline = "middle";
+      context.textAlign = "right";
+      return context;
+    }
+
+    function drawTokens() {
+      const index = state.layer * data.nHead + state.head;
+      [...find("tokens").children].forEach((button, key) => {
+        const seen = key <= state.token;
+        const value = seen ? Math.round(weight(index, state.token, key)) : 0;
+        button.style.background = seen ? `rgb(${COLORS[value]})` : "";
+        button.style.color = seen ? (value > 140 ? "#000000" : "#ffffff") : "";
+        button.title = seen ? share(value) : "comes later";
+        button.tabIndex = key === state.token ? 0 : -1;
+        button.toggleAttribute("aria-current", key === state.token);
+      });
+    }
+
+    function drawMap() {
+      const index = state.layer * data.nHead + state.head;
+      const names = labels();
+      const n = names.length;
+      const cell = (SIZE - MARGIN) / n;
+      const context = prepare(find("map"), SIZE, SIZE);
+      const key = [state.text, index, state.drop, style("--pico-none")].join();
+      const image = cached("map", key, () => paint(n, n, (x, y) => (x > y ? null : weight(index, y, x))));
+      context.drawImage(image, MARGIN, 0, SIZE - MARGIN, SIZE - MARGIN);
+      context.font = `${Math.min(12, Math.max(7, cell * 0.8))}px system-ui, sans-serif`;
+      names.forEach((name, i) => {
+        const isCurrent = i === state.token;
+        if (cell < 8 && !isCurrent) return; // long texts: only the current token has room for its name
+        const short = name.length > 12 ? name.slice(0, 11) + "…" : name;
+        context.fillStyle = style(isCurrent ? "--pico-mark" : "--pico-text");
+        context.fillText(short, MARGIN - 5, (i + 0.5) * cell);
+        context.save();
+        context.translate(MARGIN + (i + 0.5) * cell, SIZE - MARGIN + 5);
+        context.rotate(-Math.PI / 2);
+        context.fillText(short, 0, 0);
+        context.restore();
+      });
+      context.strokeRect(MARGIN, state.token * cell, (state.token + 1) * cell, cell);
+      if (state.key !== null) context.strokeRect(MARGIN + state.key * cell, state.token * cell, cell, cell);
+      find("map-title").textContent = `Map of ${headName(state.layer, state.head)}`;
+      find("map").setAttribute("aria-label", `Attention map of ${headName(state.layer, state.head)}; rows look`);
+    }
+
+    function drawHeads() {
+      const n = labels().length;
+      const width = SIZE - MARGIN;
+      const height = Math.max(8, Math.min(16, SIZE / nMaps)) * nMaps;
+      const context = prepare(find("all"), SIZE, height);
+      const image = paint(n, nMaps, (x, y) => (x > state.token ? null : weight(y, state.token, x)));
+      context.drawImage(image, MARGIN, 0, width, height);
+      const band = height / data.nLayer;
+      context.font = "12px system-ui, sans-serif";
+      for (let layer = 0; layer < data.nLayer; layer++) {
+        context.fillText(`layer ${layer}`, MARGIN - 6, (layer + 0.5) * band);
+        context.clearRect(MARGIN, layer * band - 1, width, layer ? 2 : 0);
+      }
+      const row = height / nMaps;
+      context.strokeRect(MARGIN, (state.layer * data.nHead + state.head) * row, width - 1, row);
+      find("all-title").textContent = `Every head, from ${labels()[state.token]}`;
+      find("all").setAttribute("aria-label", "Where every head looks from the current token; a row is a head");
+    }
+
+    function drawAllMaps() {
+      const n = labels().length;
+      const tile = Math.floor((SIZE - MARGIN) / Math.max(data.nHead, data.nLayer));
+      const context = prepare(find("all"), MARGIN + tile * data.nHead, tile * data.nLayer + 20);
+      const key = [state.text, state.drop, style("--pico-none")].join();
+      const image = cached("maps", key, () =>
+        paint(n * data.nHead, n * data.nLayer, (x, y) => {
+          const index = Math.floor(y / n) * data.nHead + Math.floor(x / n);
+          return x % n > y % n ? null : weight(index, y % n, x % n);
+        })
+      );
+      for (let layer = 0; layer < data.nLayer; layer++) {
+        context.fillText(`layer ${layer}`, MARGIN - 6, (layer + 0.5) * tile);
+        for (let head = 0; head < data.nHead; head++) {
+          const [x, y] = [MARGIN + head * tile, layer * tile];
+          context.drawImage(image, head * n, layer * n, n, n, x, y, tile - 2, tile - 2);
+          context.fillRect(x, y + ((state.token + 0.5) / n) * (tile - 2), 3, 1); // the current token's row
+          if (layer === state.layer && head === state.head) context.strokeRect(x, y, tile - 2, tile - 2);
+        }
+      }
+      find("all-title").textContent = "All heads at once";
+      find("all").setAttribute("aria-label", "Attention maps of all heads; a row of tiles is a layer");
+    }
+
+    function drawStatus() {
+      const index = state.layer * data.nHead + state.head;
+      const names = labels();
+      const looks = names.slice(0, state.token + 1).map((name, key) => [weight(index, state.token, key), name]);
+      const best = looks.sort((a, b) => b[0] - a[0]).slice(0, 4);
+      const list = best.map(([value, name]) => `${name} ${share(value)}`).join(", ");
+      const at = (key) => share(weight(index, state.token, key));
+      const pointed = state.key === null ? "" : `; at ${names[state.key]} ${at(state.key)}`;
+      const head = headName(state.layer, state.head);
+      find("status").textContent = `${names[state.token]} in ${head} looks at: ${list}${pointed}`;
+    }
+
+    function draw() {
+      planned = false;
+      if (!state.maps) return;
+      drawTokens();
+      drawMap();
+      (state.view === "heads" ? drawHeads : drawAllMaps)();
+      drawStatus();
+    }
+
+    function update(change) {
+      Object.assign(state, change);
+      find("layer").value = state.layer;
+      find("head").value = state.head;
+      if (!planned) requestAnimationFrame(draw);
+      planned = true;
+    }
+
+    async function pickText(text) {
+      const maps = await unpack(data.texts[text].maps);
+      const names = data.texts[text].labels;
+      find("tokens").replaceChildren(
+        ...names.map((name, token) => {
+          const button = document.createElement("button");
+          button.type = "button";
+          button.textContent = name;
+          button.addEventListener("pointerenter", () => update({ token, key: null }));
+          button.addEventListener("focus", () => update({ token, key: null }));
+          return button;
+        })
+      );
+      update({ text, maps, token: names.length - 1, key: null });
+    }
+
+    function moveHead(step) {
+      const index = (state.layer * data.nHead + state.head + step + nMaps) % nMaps;
+      update({ layer: Math.floor(index / data.nHead), head: index % data.nHead });
+    }
+
+    // [column, row] of the cell under the pointer, right of the margin and above `bottom`; null outside
+    function cellAt(event, columns, rows, bottom) {
+      const canvas = event.currentTarget;
+      const box = canvas.getBoundingClientRect();
+      const scale = parseFloat(canvas.style.width) / box.width;
+      const x = (event.clientX - box.left) * scale - MARGIN;
+      const y = (event.clientY - box.top) * scale;
+      const column = Math.floor((x / (box.width * scale - MARGIN)) * columns);
+      const row = Math.floor((y / bottom) * rows);
+      return column >= 0 && column < columns && row >= 0 && row < rows ? [column, row] : null;
+    }
+
+    function options(select, names) {
+      select.replaceChildren(...names.map((name, value) => new Option(name, value)));
+    }
+
+    options(find("layer"), Array.from({ length: data.nLayer }, (_, i) => i));
+    options(find("head"), Array.from({ length: data.nHead }, (_, i) => i));
+    for (const category of new Set(data.texts.map((text) => text.category))) {
+      const group = document.createElement("optgroup");
+      group.label = category;
+      data.texts.forEach((text, i) => text.category === category && group.append(new Option(text.text, i)));
+      find("text").append(group);
+    }
+    find("text").addEventListener("change", (event) => pickText(Number(event.target.value)));
+    find("layer").addEventListener("change", (event) => update({ layer: Number(event.target.value) }));
+    find("head").addEventListener("change", (event) => update({ head: Number(event.target.value) }));
+    find("view").addEventListener("change", (event) => update({ view: event.target.value }));
+    find("drop").addEventListener("change", (event) => update({ drop: event.target.checked }));
+    find("tokens").addEventListener("keydown", (event) => {
+      const last = labels().length - 1;
+      const places = { ArrowLeft: state.token - 1, ArrowRight: state.token + 1, Home: 0, End: last };
+      const heads = { ArrowUp: -1, ArrowDown: 1 };
+      if (event.key in heads) moveHead(heads[event.key]);
+      else if (event.key in places) find("tokens").children[Math.max(0, Math.min(last, places[event.key]))].focus();
+      else return;
+      event.preventDefault();
+    });
+    find("map").addEventListener("pointermove", (event) => {
+      const n = labels().length;
+      const cell = cellAt(event, n, n, SIZE - MARGIN);
+      if (cell) update({ token: cell[1], key: cell[0] <= cell[1] ? cell[0] : null });
+    });
+    find("map").addEventListener("pointerleave", () => update({ key: null }));
+    find("all").addEventListener("click", (event) => {
+      const heads = state.view === "heads";
+      const canvas = event.currentTarget;
+      const height = parseFloat(canvas.style.width) * (canvas.height / canvas.width);
+      const cell = heads
+        ? cellAt(event, 1, nMaps, height)
+        : cellAt(event, data.nHead, data.nLayer, height - 20);
+      if (!cell) return;
+      const index = heads ? cell[1] : cell[1] * data.nHead + cell[0];
+      update({ layer: Math.floor(index / data.nHead), head: index % data.nHead });
+    });
+    matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => update({}));
+    pickText(0);
+  }
+
+  for (const root of document.querySelectorAll(".pico-explorer:not([data-started])")) {
+    root.dataset.started = "yes";
+    if (typeof DecompressionStream === "undefined") {
+      root.querySelector(".pico-status").textContent = "The explorer needs a browser of 2023 or newer.";
+    } else start(root);
+  }
+})();
+"""
+
+_MODEL_CARD = """# {title}
+
+{what}
+
+## Data
+
+Trained on {corpus}. {note} The weights are derived from that text.
+
+## Training
+
+{recipe}
+
+| | |
+| --- | --- |
+{table}
+
+## What its attention heads do
+
+{findings}
+
+The evidence, with all baselines, is in `attention_report.html` and `findings.json`.
+
+## Limits
+
+A small model that has read little: its sentences imitate its data and often make no sense. It follows no instructions,
+knows next to nothing, and may repeat what is wrong, biased or offensive in its data. It is made for studying attention.
+
+## Use
+
+```python
+import pico_helpers as pico
+
+model = pico.load_model("{place}/pico_llm.pt")
+print(pico.generate(model, "The city was founded in"))
+```
+
+## How it was made
+
+```bash
+{train_command}
+python pico_helpers.py publish --checkpoint results/pico_llm_{name}.pt --out {place}
+```
+"""
 
 if __name__ == "__main__":
     sys.exit(main())
