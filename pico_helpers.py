@@ -155,12 +155,8 @@ class TrainConfig:
     warmup_steps: int = 200
     weight_decay: float = 0.1  # of AdamW
     matrix_weight_decay: float = 0.1  # of Muon
-    weight_decay_schedule: str = "constant"  # constant | valley (1.5 times at both ends, 0.5 in the middle)
     betas: tuple[float, float] = (0.9, 0.95)  # of AdamW
     grad_clip: float = 1.0
-    average: str = "none"  # none | ema | tail: the final weights are an average over the last steps
-    future_loss: float = 0.0  # weight, at first, of predicting the token after the next; see future_weights_at
-    average_steps: int = 150  # horizon of the exponential average, length of the tail
     seed: int = 0
     precision: str = "auto"  # auto | fp32 | fp16 | bf16
     compile: bool | None = None  # torch.compile; None: on a GPU
@@ -171,15 +167,13 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[\w.-]+", self.name):
             raise PicoError(f"The name {self.name!r} would not do in a file name; use letters, digits, '-' and '_'.")
-        counts = "max_sequences max_steps batch_size micro_batch_size average_steps log_interval eval_interval"
+        counts = "max_sequences max_steps batch_size micro_batch_size log_interval eval_interval"
         for name in counts.split():
             if (value := getattr(self, name)) is not None and value < 1:
                 raise PicoError(f"{name} must be at least 1, not {value}.")
         for name in ("epochs", "learning_rate", "matrix_learning_rate", "grad_clip"):
             if not 0 < (value := getattr(self, name)) < math.inf:
                 raise PicoError(f"{name} must be a positive number, not {value}.")
-        if not 0 <= self.future_loss < math.inf:
-            raise PicoError(f"future_loss must be 0 (off) or a positive weight, not {self.future_loss}.")
         if self.batch_size % (self.micro_batch_size or self.batch_size):
             raise PicoError(
                 f"batch_size {self.batch_size} is not a multiple of micro_batch_size {self.micro_batch_size}."
@@ -189,12 +183,13 @@ class TrainConfig:
                 raise PicoError(f"Unknown {name} {getattr(self, name)!r}; choose one of: {', '.join(choices)}.")
 
 
-_TRAIN_CHOICES = {
-    "precision": ("auto", "fp32", "fp16", "bf16"),
-    "optimizer": ("adamw", "muon"),
-    "weight_decay_schedule": ("constant", "valley"),
-    "average": ("none", "ema", "tail"),
-}
+_TRAIN_CHOICES = {"precision": ("auto", "fp32", "fp16", "bf16"), "optimizer": ("adamw", "muon")}
+
+
+def without_retired(settings: Mapping[str, object]) -> dict[str, object]:
+    """Saved settings without the options of older runs that are gone; none of them says how a model is used."""
+    retired = {"average", "average_steps", "future_loss", "weight_decay_schedule"}
+    return {name: value for name, value in settings.items() if name not in retired}
 
 
 @dataclass(frozen=True)
@@ -1182,8 +1177,8 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
     try:
         content = {"environment": {}} | content
         fields = {item.name: content[item.name] for item in dataclasses.fields(Checkpoint)}
-        fields["model_config"] = ModelConfig(**fields["model_config"])
-        fields["train_config"] = TrainConfig(**fields["train_config"])
+        fields["model_config"] = ModelConfig(**without_retired(fields["model_config"]))
+        fields["train_config"] = TrainConfig(**without_retired(fields["train_config"]))
     except (KeyError, TypeError, AttributeError) as error:
         raise PicoError(f"{path} lacks a field or has an unknown one ({error}); it was made by other code.") from error
     except PicoError as error:
@@ -1354,7 +1349,7 @@ def make_optimizer(model: PicoLLM, config: TrainConfig) -> torch.optim.Optimizer
     kind = Muon if config.optimizer == "muon" else torch.optim.AdamW
     optimizer = kind(groups, lr=config.learning_rate, betas=config.betas, fused=True)
     for group in optimizer.param_groups:
-        group |= {"peak_lr": group["lr"], "mean_weight_decay": group["weight_decay"]}
+        group["peak_lr"] = group["lr"]
     return optimizer
 
 
@@ -1373,33 +1368,8 @@ def learning_rate_at(step: int, total_steps: int, config: TrainConfig) -> float:
 
 def _set_rates(optimizer: torch.optim.Optimizer, step: int, total_steps: int, config: TrainConfig) -> None:
     rate = _schedule(step, total_steps, config.warmup_steps)
-    is_valley = config.weight_decay_schedule == "valley"
-    decay = 0.5 + abs(1 - 2 * step / total_steps) if is_valley else 1.0  # both have mean 1
     for group in optimizer.param_groups:
         group["lr"] = group["peak_lr"] * rate
-        group["weight_decay"] = group["mean_weight_decay"] * decay
-
-
-def average_share(done: int, total_steps: int, config: TrainConfig) -> float:
-    """Share of the current weights in their average after `done` steps; 0 while there is none.
-
-    `ema`: exponential average with a horizon of `average_steps`, a plain mean until that is reached. `tail`: the mean
-    of the last `average_steps` steps.
-    """
-    if config.average == "ema":
-        return 1 / min(done, config.average_steps)
-    first = max(0, total_steps - config.average_steps)
-    return 1 / (done - first) if config.average == "tail" and done > first else 0.0
-
-
-def future_weights_at(step: int, total_steps: int, config: TrainConfig) -> Tensor | None:
-    """Weights (3,) of the next token, the second and the third next one at a step; None: the next one alone.
-
-    1, future_loss and half of it, the latter two falling to zero over the first two thirds of the run (as in NanoGPT
-    Slowrun; the idea is Gloeckle et al. 2024, here without extra heads).
-    """
-    later = config.future_loss * max(0.0, 1 - 1.5 * step / total_steps)
-    return torch.tensor([1.0, later, later / 2]) if later else None
 
 
 # -- Loaders
@@ -1528,12 +1498,10 @@ def train_step(
     step: int,
     dtype: torch.dtype,
     guard: LossGuard | None = None,
-    target_weights: Tensor | None = None,
 ) -> Tensor:
     """One update from this process's part of a batch, (B, context_length + 1) on the model's device.
 
-    Returns the mean loss over all processes, a scalar there. `guard` keeps bad steps out. With `target_weights` later
-    tokens are trained on too (see PicoLLM.forward); the loss returned is that of the next token all the same.
+    Returns the mean loss over all processes, a scalar there. `guard` keeps bad steps out.
     """
     rank, n_ranks = _ranks()
     micro_batches = batch.split(min(config.micro_batch_size or len(batch), len(batch)))
@@ -1545,10 +1513,9 @@ def train_step(
         alone = n_ranks > 1 and index < len(micro_batches) - 1
         with model.no_sync() if alone else contextlib.nullcontext():
             with profiler_range("forward"), torch.autocast(batch.device.type, dtype, enabled=dtype != torch.float32):
-                losses = model(micro_batch[:, :-1], micro_batch[:, 1:], target_weights)
-            objective, loss = (losses, losses) if target_weights is None else losses
+                loss = model(micro_batch[:, :-1], micro_batch[:, 1:])
             with profiler_range("backward"):
-                scaler.scale(objective / len(micro_batches)).backward()
+                scaler.scale(loss / len(micro_batches)).backward()
         total += loss.detach() / len(micro_batches)
     if n_ranks > 1:
         dist.all_reduce(total)
@@ -1876,11 +1843,8 @@ def _train(
             with profiler_range("host-to-device"):
                 batch = batch.to(device, non_blocking=True)
             _set_rates(run.optimizer, step, total_steps, config)
-            weights = future_weights_at(step, total_steps, config)
-            if weights is not None:
-                weights = weights.to(device, non_blocking=True)
-            train_step(forward, run.optimizer, run.scaler, batch, config, step, dtype, run.guard, weights)
-            run.finish_step(total_steps)
+            train_step(forward, run.optimizer, run.scaler, batch, config, step, dtype, run.guard)
+            run.step += 1
             bar.update()
 
             is_last = run.step == total_steps
@@ -1966,11 +1930,9 @@ class TrainingRun:
     ) -> None:
         self.model_config, self.config, self.corpus = model_config, config, corpus
         self.model = PicoLLM(model_config, config.seed).to(device).train()
-        self.parameters = [p.detach() for p in self.model.parameters()]
         self.optimizer = make_optimizer(self.model, config)
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
         self.guard = LossGuard(model_config.vocab_size, device)
-        self.average = [] if config.average == "none" else [p.clone() for p in self.parameters]
         self.rows: list[dict] = []
         self.step = 0  # steps done
         self.seconds = 0.0  # of training
@@ -1983,15 +1945,6 @@ class TrainingRun:
         name = f"{n_ranks} x {here['device']}" if n_ranks > 1 else here["device"]
         return here | {"device": name, "precision": str(self.dtype)[6:]}
 
-    def finish_step(self, total_steps: int) -> None:
-        """Counts the step and takes its weights into their average, which replaces them at the end."""
-        self.step += 1
-        share = average_share(self.step, total_steps, self.config)
-        if share:
-            torch._foreach_lerp_(self.average, self.parameters, share)
-        if self.average and self.step == total_steps:
-            torch._foreach_copy_(self.parameters, self.average)
-
     def is_sound(self, batch: Tensor) -> bool:
         """Whether the weights are worth keeping: an update may have spoilt them, as only the next loss would show."""
         with evaluating(self.model):
@@ -2001,7 +1954,7 @@ class TrainingRun:
         """With `corpus_key` a checkpoint to resume from."""
         weights = {name: value.detach().cpu() for name, value in self.model.state_dict().items()}
         state = {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(), "corpus": corpus_key}
-        state |= {"guard": self.guard.state, "average": self.average, "seconds": self.seconds}
+        state |= {"guard": self.guard.state, "seconds": self.seconds}
         return Checkpoint(
             self.model_config,
             self.config,
@@ -2020,8 +1973,6 @@ class TrainingRun:
         if state["scaler"]:  # empty from a machine that trains in bf16
             self.scaler.load_state_dict(state["scaler"])
         self.guard.state.copy_(state["guard"])
-        for value, saved in zip(self.average, state["average"], strict=True):
-            value.copy_(saved)
         self.step, self.rows, self.seconds = checkpoint.step, checkpoint.metrics, state.get("seconds", 0.0)
 
 

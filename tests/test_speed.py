@@ -114,81 +114,18 @@ def test_muon_agrees_with_pytorch(tiny_model):
 
 
 def test_schedules_reach_every_group(tiny_model):
-    config = pico.TrainConfig(optimizer="muon", weight_decay_schedule="valley", warmup_steps=10)
+    config = pico.TrainConfig(optimizer="muon", warmup_steps=10)
     optimizer = pico.make_optimizer(tiny_model, config)
-    decays = []
     for step in range(100):
         pico._set_rates(optimizer, step, 100, config)
         share = pico.learning_rate_at(step, 100, config) / config.learning_rate
         assert optimizer.param_groups[0]["lr"] == pytest.approx(config.matrix_learning_rate * share)
         assert optimizer.param_groups[-1]["lr"] == pytest.approx(config.learning_rate * share)
         assert optimizer.param_groups[-1]["weight_decay"] == 0
-        decays.append(optimizer.param_groups[0]["weight_decay"] / config.matrix_weight_decay)
-    assert decays[0] == pytest.approx(1.5) and decays[50] == pytest.approx(0.5)
-    assert sum(decays) / 100 == pytest.approx(1.0)
 
 
-def test_averages_are_those_of_their_definition():
-    values = [float(v) for v in torch.rand(20, generator=torch.Generator().manual_seed(0))]
-
-    def average(config: pico.TrainConfig) -> float:
-        result = -1.0
-        for done, value in enumerate(values, 1):
-            share = pico.average_share(done, len(values), config)
-            result += share * (value - result)
-        return result
-
-    config = pico.TrainConfig(average="tail", average_steps=5)
-    assert average(config) == pytest.approx(sum(values[-5:]) / 5)
-    assert average(dataclasses.replace(config, average_steps=99)) == pytest.approx(sum(values) / 20)
-    expected = sum(values[:5]) / 5
-    for value in values[5:]:
-        expected = 0.8 * expected + 0.2 * value
-    assert average(dataclasses.replace(config, average="ema")) == pytest.approx(expected)
-    assert pico.average_share(7, 20, dataclasses.replace(config, average="none")) == 0
-
-
-def test_later_targets_count_less_and_less_and_then_not_at_all():
-    config = pico.TrainConfig(future_loss=0.4)
-    assert pico.future_weights_at(0, 90, config).tolist() == pytest.approx([1, 0.4, 0.2])
-    assert pico.future_weights_at(30, 90, config).tolist() == pytest.approx([1, 0.2, 0.1])
-    assert pico.future_weights_at(60, 90, config) is None
-    assert pico.future_weights_at(0, 90, pico.TrainConfig()) is None
-
-
-def test_training_on_later_targets_still_reports_the_loss_of_the_next_token(tiny_config):
-    def losses(future_loss: float) -> tuple[list[float], torch.Tensor]:
-        config = pico.TrainConfig(future_loss=future_loss, micro_batch_size=2, batch_size=4)
-        model = pico.PicoLLM(dataclasses.replace(tiny_config, dropout=0.0), seed=0)
-        optimizer, scaler = pico.make_optimizer(model, config), torch.amp.GradScaler("cpu", enabled=False)
-        seen = []
-        for step in range(3):
-            weights = pico.future_weights_at(step, 6, config)
-            seen.append(
-                pico.train_step(
-                    model, optimizer, scaler, random_batch(4), config, step, torch.float32, target_weights=weights
-                ).item()
-            )
-        return seen, model.token_embedding.weight.detach()
-
-    (plain, plain_weights), (future, future_weights) = losses(0.0), losses(0.5)
-    assert future[0] == pytest.approx(plain[0], abs=1e-6), "before any update the loss is the same"
-    assert not torch.allclose(plain_weights, future_weights, atol=1e-5), "but the gradient is another one"
-
-
-@pytest.mark.parametrize("average", ["ema", "tail"])
-def test_a_muon_run_with_an_average_resumes_bit_for_bit(
-    tiny_config, tiny_train, data_folder, tmp_path, monkeypatch, average
-):
-    config = dataclasses.replace(
-        tiny_train,
-        optimizer="muon",
-        average=average,
-        average_steps=4,
-        weight_decay_schedule="valley",
-        future_loss=0.5,
-        max_steps=6,
-    )
+def test_a_muon_run_resumes_bit_for_bit(tiny_config, tiny_train, data_folder, tmp_path, monkeypatch):
+    config = dataclasses.replace(tiny_train, optimizer="muon", max_steps=6)
     expected = pico.train(tiny_config, config, tmp_path / "whole", data_folder)
     last, original = [], pico.train_step
 
@@ -204,17 +141,12 @@ def test_a_muon_run_with_an_average_resumes_bit_for_bit(
     for name, value in results[-1].model.state_dict().items():
         assert torch.equal(value, expected.model.state_dict()[name]), name
     assert [row["train_loss"] for row in results[-1].metrics] == [row["train_loss"] for row in expected.metrics]
-    raw = pico.train(tiny_config, dataclasses.replace(config, average="none"), tmp_path / "raw", data_folder)
-    assert raw.metrics[-1]["train_loss"] == expected.metrics[-1]["train_loss"]
-    assert raw.metrics[-1]["val_loss"] != expected.metrics[-1]["val_loss"], "the average replaces the final weights"
 
 
 def test_unknown_choices_are_refused():
-    for field in ("optimizer", "average", "weight_decay_schedule"):
+    for field in ("optimizer", "precision"):
         with pytest.raises(PicoError, match=f"Unknown {field} 'x'; choose one of"):
             pico.TrainConfig(**{field: "x"})
-    with pytest.raises(PicoError, match="average_steps must be at least 1"):
-        pico.TrainConfig(average_steps=0)
 
 
 # --- bad steps and memory ---------------------------------------------------------------------------------------------
@@ -227,7 +159,7 @@ class Spoilt(torch.nn.Module):
         super().__init__()
         self.model, self.spoil = model, spoil
 
-    def forward(self, idx: torch.Tensor, targets: torch.Tensor, weights: None) -> torch.Tensor:
+    def forward(self, idx: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         return self.spoil(self.model(idx, targets))
 
 
@@ -275,9 +207,8 @@ def test_a_run_begun_in_bf16_goes_on_in_fp16(tiny_config):
     assert again.scaler.state_dict()["scale"] == 128.0
 
 
-@pytest.mark.parametrize("target_weights", [None, torch.tensor([1.0, 0.5])], ids=["next", "later"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_training_step_is_one_graph_for_all_models_of_a_shape(tiny_config, dtype, target_weights):
+def test_a_training_step_is_one_graph_for_all_models_of_a_shape(tiny_config, dtype):
     """What `torch.compile` gets: no break, the loss in chunks of which the last is shorter, and eager's gradients."""
     torch.compiler.reset()  # what other tests compiled would decide which sizes are dynamic
     counter = CompileCounterWithBackend("aot_eager")
@@ -289,8 +220,8 @@ def test_a_training_step_is_one_graph_for_all_models_of_a_shape(tiny_config, dty
         gradients = []
         for forward in (model, torch.compile(model, backend=counter, fullgraph=True)):
             with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-                loss = forward(batch[:, :-1], batch[:, 1:], target_weights)
-            (loss if target_weights is None else loss[0]).backward()
+                loss = forward(batch[:, :-1], batch[:, 1:])
+            loss.backward()
             gradients.append([p.grad for p in model.parameters()])
             model.zero_grad(set_to_none=True)
         assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
@@ -813,7 +744,7 @@ def test_tuning_finds_the_best_of_each_setting_and_both_get_as_many_runs(tiny_co
     table = MadeUp(preset, "made up", tmp_path / "recipes.csv", tmp_path, CPU)
     profile.compare_recipes(table, seeds=(1, 2))
     tuning = [row["recipe"] for row in table.rows if row["stage"] == "tuning"]
-    assert tuning.count("adamw") == tuning.count("muon") == 13
+    assert tuning.count("adamw") == tuning.count("muon") == 12
     final = [row for row in table.rows if row["stage"] == "final"]
     adamw = next(row for row in final if row["recipe"] == "adamw")
     assert adamw["learning_rate"] == 2 * 0.384 / tiny_config.d_model and adamw["weight_decay"] == 0.4

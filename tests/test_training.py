@@ -419,7 +419,6 @@ def test_a_finished_model_survives_the_next_run(finished, data_folder, tmp_path,
         {"max_steps": 0},
         {"epochs": 0},
         {"learning_rate": math.nan},
-        {"future_loss": -1},
         {"name": "../x"},
     ],
 )
