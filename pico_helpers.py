@@ -76,6 +76,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 if TYPE_CHECKING:
+    import jinja2
     import networkx
     import pandas as pd
     from matplotlib.axes import Axes
@@ -4671,15 +4672,25 @@ _CLAIM_THRESHOLDS = {
     "null_attention": NULL_ATTENTION,
     "null_margin": NULL_MARGIN,
 }
-_HEAD_CLAIMS = {
-    "sink": "A head parks its attention on the first token",
-    "self": "A head looks at the token itself",
-    "previous": "A head looks at the previous token",
-    "local": "A head looks at the last three tokens",
-    "duplicate": "A head looks at earlier copies of the token",
-    "induction": "A head looks at what followed earlier copies of the token (induction)",
-    "punctuation": "A head looks at punctuation",
-    "rare": "A head looks at the least frequent token so far",
+HEAD_ACTIONS = {  # what a head does whose score of this name is high
+    "sink": "parks its attention on the first token",
+    "self": "looks at the token itself",
+    "previous": "looks at the previous token",
+    "local": "looks at the last three tokens",
+    "duplicate": "looks at earlier copies of the token",
+    "induction": "looks at what followed earlier copies of the token (induction)",
+    "punctuation": "looks at punctuation",
+    "rare": "looks at the least frequent token so far",
+}
+_CLASS_SCORES = {  # the scores that a class rests on
+    "Diagonal/Self": ("self", "previous"),
+    "Local Context": ("local",),
+    "Token-Specific": ("duplicate", "induction", "punctuation", "rare"),
+}
+_NO_ACTION = {
+    "Global/Broad": "spreads its attention over all tokens",
+    "Mixed": "does nothing that these scores have a name for",
+    "Resting": "rests: nearly all of its attention is on the first token",
 }
 
 
@@ -4796,7 +4807,7 @@ def _class_statements(study: HeadStudy) -> Iterator[dict]:
 def _score_statements(study: HeadStudy) -> Iterator[dict]:
     table = study.baselines[(study.baselines["source"] == "windows") & (study.baselines["statistic"] == "max")]
     heads = study.scores[study.scores["source"] == "windows"]
-    for score, claim in _HEAD_CLAIMS.items():
+    for score, action in HEAD_ACTIONS.items():
         rows = {row["model"]: row for _, row in table[table["score"] == score].iterrows()}
         text = {
             model: "{} ({} to {})".format(*(_number(row[key]) for key in ("mean", "low", "high")))
@@ -4811,7 +4822,7 @@ def _score_statements(study: HeadStudy) -> Iterator[dict]:
             f"ideal 1, the threshold {tau:.2f}. Strongest in untrained models: {text['untrained']}; on shuffled "
             f"tokens: {text['shuffled']}."
         )
-        yield _statement("Heads", claim, verdict, evidence)
+        yield _statement("Heads", f"A head {action}", verdict, evidence)
 
 
 def _ablation_statements(study: HeadStudy) -> Iterator[dict]:
@@ -4920,8 +4931,20 @@ def _join(parts: Iterable[str]) -> _Html:
     return _Html("\n".join(part if isinstance(part, _Html) else html.escape(part) for part in parts))
 
 
-def _page(title: str, style: str, body: _Html) -> _Html:
-    return _fill(_PAGE_HTML, title=title, style=_Html(_PAGE_CSS + style), body=body)
+@functools.cache
+def _template(text: str) -> jinja2.Template:
+    import jinja2
+
+    return jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True).from_string(text)
+
+
+def _render(template: str, **values: object) -> str:
+    """Fills a template; every text is escaped unless the template says that it is HTML already."""
+    return _template(template).render(values)
+
+
+def _page(title: str, style: str, body: str) -> str:
+    return _render(_PAGE_HTML, title=title, style=_PAGE_CSS + style, body=body)
 
 
 def _table(rows: Sequence[dict], columns: Mapping[str, str], caption: str) -> _Html:
@@ -5028,47 +5051,87 @@ def write_report(path: str | Path, findings: dict, pictures: Sequence[Picture]) 
     return write_text(path, _page("Attention report", _REPORT_CSS, body))
 
 
+# -- Explorer
+
+REPEATED_TEXTS = (  # where a head that continues repetitions (induction) has something to look at
+    "The stone garden near the river was quiet. Nobody came to the stone garden near the river.",
+    "seven window paper garden orange river music seven window paper garden orange river music",
+)
+
+
 def explorer_html(
-    captures: Mapping[str, Sequence[AttentionCapture]] | Sequence[AttentionCapture], classes: Sequence[str] = ()
+    captures: Mapping[str, Sequence[AttentionCapture]] | Sequence[AttentionCapture],
+    scores: pd.DataFrame | None = None,
+    address: bool = False,
 ) -> str:
     """The interactive explorer as an HTML fragment: show it with IPython.display.HTML, several times if you like.
 
-    `captures` maps categories to sentences, or is a list of them. `classes` names the class of each head, layer by
-    layer. Needs a browser of 2023 or newer.
+    `captures` maps categories to sentences, or is a list of them. `scores` is a table of `score_heads` with classes; it
+    makes the page say what each head does and open on the most telling one. `address` keeps what is shown in the
+    page's address, for a page that holds nothing else. Needs a browser of 2023 or newer.
     """
     if not isinstance(captures, Mapping):
         captures = {"Sentences": captures}
-    texts = [
-        {
-            "category": name,
-            "text": c.text,
-            "labels": _number_repeats(c.labels),
-            "maps": _pack_maps(np.asarray(c.weights)),
-        }
-        for name, members in captures.items()
-        for c in members
-    ]
-    if not texts:
+    flat = [(name, capture) for name, members in captures.items() for capture in members]
+    if not flat:
         raise PicoError("The explorer needs at least one sentence.")
-    n_layer, n_head = next(iter(c.weights.shape[:2] for members in captures.values() for c in members))
-    data = {"nLayer": n_layer, "nHead": n_head, "classes": list(classes), "texts": texts}
+    n_layer, n_head = flat[0][1].weights.shape[:2]
+    pairs = [(layer, head) for layer in range(n_layer) for head in range(n_head)]
+    heads = [{"name": f"L{layer}H{head}", "does": "", "scores": "", "best": ("", 0.0)} for layer, head in pairs]
+    for row in scores.to_dict("records") if scores is not None else ():
+        heads[row["layer"] * n_head + row["head"]] |= _describe_head(row)
+    order = sorted(range(len(heads)), key=lambda i: (heads[i]["best"][0] != "induction", -heads[i]["best"][1]))
+    repeats = [1 - len(set(capture.token_ids)) / len(capture.token_ids) for _, capture in flat]
+    opens_on_repeats = heads[order[0]]["best"][0] in ("induction", "duplicate")
+    data = {
+        "nHead": n_head,
+        "heads": heads,
+        "telling": order[:2],  # the heads that the page opens on, alone or side by side
+        "text": int(np.argmax(repeats)) if opens_on_repeats else 0,
+        "texts": [
+            {
+                "category": name,
+                "text": capture.text,
+                "labels": _number_repeats(capture.labels),
+                "maps": _pack_maps(np.asarray(capture.weights)),
+            }
+            for name, capture in flat
+        ],
+    }
     text = json.dumps(data, ensure_ascii=False).replace("<", "\\u003c")  # no text can end the script element
-    return _fill(_EXPLORER_HTML, style=_Html(_EXPLORER_CSS), data=_Html(text), script=_Html(_EXPLORER_JS))
+    return _render(_EXPLORER_HTML, style=_EXPLORER_CSS, data=text, script=_EXPLORER_JS, address=address)
+
+
+def _describe_head(row: Mapping[str, object]) -> dict[str, object]:
+    """What a head does in words, its scores, and the (name, value) of the score that its class rests on."""
+    deciding = _CLASS_SCORES.get(row["class"], ())
+    best = max(deciding, key=lambda name: row[name], default="")
+    does = HEAD_ACTIONS[best] if best else _NO_ACTION[row["class"]]
+    if row["sink_flag"]:
+        does += " and " + HEAD_ACTIONS["sink"]
+    listed = sorted(KAPPAS, key=lambda name: -row[name])[:3]
+    values = ", ".join(f"{name} {_number(row[name])}" for name in listed)
+    return {
+        "does": does,
+        "scores": f"Class {row['class']}. Highest scores: {values} (0 is chance, 1 ideal).",
+        "best": (best, float(row[best]) if best else 0.0),
+    }
 
 
 def _pack_maps(weights: np.ndarray) -> str:
     """Lower triangles of (n_layer, H, T, T) as bytes 0..255, deflated and base64-encoded."""
     rows, columns = np.tril_indices(weights.shape[-1])
-    return base64.b64encode(
-        zlib.compress(np.rint(255 * weights[:, :, rows, columns]).astype(np.uint8).tobytes(), 9)
-    ).decode()
+    data = np.rint(255 * weights[:, :, rows, columns]).astype(np.uint8).tobytes()
+    return base64.b64encode(zlib.compress(data, 9)).decode()
 
 
 def write_explorer(
-    path: str | Path, captures: Mapping[str, Sequence[AttentionCapture]], classes: Sequence[str] = ()
+    path: str | Path,
+    captures: Mapping[str, Sequence[AttentionCapture]] | Sequence[AttentionCapture],
+    scores: pd.DataFrame | None = None,
 ) -> Path:
     """Writes the explorer as one HTML page; arguments as in `explorer_html`."""
-    body = _fill(_EXPLORER_PAGE_HTML, explorer=_Html(explorer_html(captures, classes)))
+    body = _render(_EXPLORER_PAGE_HTML, explorer=explorer_html(captures, scores, address=True))
     return write_text(path, _page("Attention explorer", "", body))
 
 
@@ -6130,7 +6193,9 @@ def _study_checkpoint(
         write_findings(results / "findings.json", findings),
         write_csv(results / "head_scores.csv", study.scores.to_dict("records")),
         write_explorer(
-            results / "attention_explorer.html", captures, study.scores.query("source == 'windows'")["class"].tolist()
+            results / "attention_explorer.html",
+            captures | {"Repeats": [capture_attention(model, text) for text in REPEATED_TEXTS]},
+            study.scores.query("source == 'windows'"),
         ),
     ]
     shutil.rmtree(results / "attention", ignore_errors=True)  # pictures of an earlier study
@@ -6480,11 +6545,11 @@ _PAGE_HTML = """<!doctype html>
 <meta name="color-scheme" content="light dark">
 <meta http-equiv="Content-Security-Policy"
   content="default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'">
-<title>{{title}}</title>
-<style>{{style}}</style>
+<title>{{ title }}</title>
+<style>{{ style|safe }}</style>
 </head>
 <body>
-{{body}}
+{{ body|safe }}
 </body>
 </html>
 """
@@ -6505,6 +6570,7 @@ p, li { max-width: 46rem; }
 _REPORT_CSS = """
 figure { margin: 1rem 0; }
 figure img { max-width: 100%; height: auto; background: #ffffff; border: 1px solid var(--line); border-radius: 4px; }
+@media (prefers-color-scheme: dark) { figure img { filter: brightness(.82); } }
 .evidence { white-space: pre-line; }
 figcaption, caption, .evidence { color: var(--soft); font-size: .9rem; }
 .lead { background: var(--panel); border-radius: 6px; padding: .25rem 1rem; font-size: 1.05rem; }
@@ -6647,35 +6713,39 @@ heads.</dd>
 </main>"""
 
 _EXPLORER_PAGE_HTML = """<main>
+<p><a href="attention_report.html">← To the report</a></p>
 <h1>Attention explorer</h1>
-<p>Point at a token, or move with the arrow keys, to see where each attention head looks from there. Brighter is more.
-A token sees only itself and what comes before it.</p>
-{{explorer}}
+<p>For every token, each attention head of the model decides how much to look at the tokens so far. Point at a token to
+see where a head looks from there, click to hold on to it, and pick heads by their small maps.</p>
+<p>Try your own sentences: <code>python pico_helpers.py explore "My sentence."</code> writes a page like this one.</p>
+{{ explorer|safe }}
 </main>"""
 
-_EXPLORER_HTML = """<div class="pico-explorer">
-<style>{{style}}</style>
-<script type="application/json" class="pico-data">{{data}}</script>
+_EXPLORER_HTML = """<div class="pico-explorer"{% if address %} data-address{% endif %}>
+<style>{{ style|safe }}</style>
+<script type="application/json" class="pico-data">{{ data|safe }}</script>
 <div class="pico-controls">
 <label>Sentence <select class="pico-text"></select></label>
-<label>Layer <select class="pico-layer"></select></label>
-<label>Head <select class="pico-head"></select></label>
-<label>Second picture <select class="pico-view">
-<option value="heads">where every head looks from this token</option>
-<option value="maps">all heads at once</option>
-</select></label>
+<label><input type="checkbox" class="pico-lines"> lines instead of a matrix</label>
+<label><input type="checkbox" class="pico-compare"> two heads side by side</label>
 <label><input type="checkbox" class="pico-drop"> leave out the first token</label>
 </div>
-<div class="pico-tokens" role="group"
-  aria-label="Tokens. Left and right arrow: other token. Up and down arrow: other head."></div>
+<div class="pico-tokens" role="group" aria-label="Tokens"></div>
 <p class="pico-status" role="status">Loading</p>
 <div class="pico-panels">
-<figure><figcaption class="pico-map-title"></figcaption><canvas class="pico-map" role="img"></canvas></figure>
-<figure><figcaption class="pico-all-title"></figcaption><canvas class="pico-all" role="img"></canvas></figure>
+<figure class="pico-panel"><figcaption></figcaption><canvas role="img" tabindex="0"></canvas></figure>
+<figure class="pico-panel"><figcaption></figcaption><canvas role="img" tabindex="0"></canvas></figure>
+<div class="pico-picker">
+<div class="pico-scale"><span>looks 0%</span><i class="pico-bar"></i><span>100%</span><i class="pico-none"></i>
+<span>comes later</span></div>
+<div class="pico-thumbs" role="group" aria-label="All heads: a row for each layer"></div>
 </div>
-<p class="pico-help">Keys on a token: ← → other token, ↑ ↓ other head, Home and End. Click a head in the second picture
-to pick it.</p>
-<script>{{script}}</script>
+</div>
+<p class="pico-help">In a matrix each row is a token doing the looking, each column a token looked at. Click pins a
+token, <kbd>Esc</kbd> lets go. <kbd>←</kbd> <kbd>→</kbd> other token, <kbd>↑</kbd> <kbd>↓</kbd> other head;
+<kbd>Shift</kbd>-click on a small map shows that head beside the first.</p>
+<div class="pico-tip" hidden></div>
+<script>{{ script|safe }}</script>
 </div>"""
 
 _EXPLORER_CSS = """
@@ -6685,19 +6755,34 @@ _EXPLORER_CSS = """
   .pico-explorer { --pico-back: #16181b; --pico-text: #e6e6e3; --pico-soft: #a5a8ab; --pico-none: #34383d;
     --pico-mark: #ff7a4d; }
 }
-.pico-explorer .pico-controls { display: flex; flex-wrap: wrap; gap: .5rem 1rem; align-items: center; }
-.pico-explorer select { max-width: 24rem; font: inherit; color: inherit; background: var(--pico-back);
+.pico-explorer .pico-controls { display: flex; flex-wrap: wrap; gap: .25rem 1.25rem; align-items: center; }
+.pico-explorer select { max-width: min(30rem, 70vw); font: inherit; color: inherit; background: var(--pico-back);
   border: 1px solid var(--pico-soft); border-radius: 4px; padding: .1rem .3rem; }
+.pico-explorer button { font: inherit; color: inherit; background: none; border: 2px solid transparent; cursor: pointer;
+  border-radius: 4px; }
+.pico-explorer :focus-visible { outline: 2px solid var(--pico-text); outline-offset: 1px; }
 .pico-explorer .pico-tokens { display: flex; flex-wrap: wrap; gap: 3px; margin: .75rem 0 .25rem; }
-.pico-explorer .pico-tokens button { font: inherit; border: 2px solid transparent; border-radius: 4px; padding: 0 .3rem;
-  cursor: pointer; background: var(--pico-none); color: var(--pico-text); }
+.pico-explorer .pico-tokens button { padding: 0 .3rem; background: var(--pico-none); }
 .pico-explorer .pico-tokens button[aria-current] { border-color: var(--pico-mark); }
-.pico-explorer .pico-tokens button:focus-visible { outline: 2px solid var(--pico-text); outline-offset: 1px; }
-.pico-explorer .pico-status { min-height: 3em; margin: .25rem 0; max-width: none; }
-.pico-explorer .pico-panels { display: flex; flex-wrap: wrap; gap: 1rem; }
-.pico-explorer figure { margin: 0; } .pico-explorer figcaption { font-weight: 600; margin-bottom: .25rem; }
-.pico-explorer canvas { cursor: crosshair; max-width: 100%; touch-action: manipulation; }
-.pico-explorer .pico-help { color: var(--pico-soft); font-size: .9em; }
+.pico-explorer .pico-tokens button[aria-pressed=true] { box-shadow: 0 0 0 2px var(--pico-mark); }
+.pico-explorer .pico-status { min-height: 3em; margin: .25rem 0; max-width: none; white-space: pre-line; }
+.pico-explorer .pico-panels { display: flex; flex-wrap: wrap; gap: 1rem 1.5rem; }
+.pico-explorer .pico-panels > * { flex: 1 1 320px; max-width: 500px; min-width: 0; margin: 0; }
+.pico-explorer figcaption { min-height: 4.5em; color: inherit; } .pico-explorer figcaption small { display: block;
+  color: var(--pico-soft); }
+.pico-explorer .pico-panel[data-active] strong { border-bottom: 3px solid var(--pico-mark); }
+.pico-explorer .pico-panel canvas { display: block; max-width: 100%; cursor: crosshair; touch-action: manipulation; }
+.pico-explorer .pico-scale { display: flex; gap: .5rem; align-items: center; font-size: .85em; min-height: 2em; }
+.pico-explorer .pico-scale i { width: 7em; height: .9em; }
+.pico-explorer .pico-scale .pico-none { width: .9em; background: var(--pico-none); margin-left: 1em; }
+.pico-explorer .pico-thumbs { display: grid; gap: 2px; font-size: .8em; color: var(--pico-soft); align-items: center; }
+.pico-explorer .pico-thumbs span { text-align: center; }
+.pico-explorer .pico-thumbs button { padding: 0; line-height: 0; }
+.pico-explorer .pico-thumbs button[aria-pressed=true] { border-color: var(--pico-mark); }
+.pico-explorer .pico-thumbs canvas { width: 100%; aspect-ratio: 1; image-rendering: pixelated; }
+.pico-explorer .pico-help { color: var(--pico-soft); font-size: .9em; max-width: 46rem; }
+.pico-explorer .pico-tip { position: fixed; pointer-events: none; background: var(--pico-text); color: var(--pico-back);
+  padding: .1rem .5rem; border-radius: 4px; font-size: .9em; }
 """
 
 _EXPLORER_JS = r"""
@@ -6711,8 +6796,9 @@ _EXPLORER_JS = r"""
     const [a, b] = [rgb(STOPS[below]), rgb(STOPS[below + 1])];
     return a.map((channel, i) => Math.round(channel + (b[i] - channel) * (place - below)));
   });
-  const SIZE = 500; // of a panel, in CSS pixels
-  const MARGIN = 80; // for labels
+  const clamp = (value, low, high) => Math.max(low, Math.min(high, value));
+  const share = (value) => `${Math.round((100 * value) / 255)}%`;
+  const word = (label) => label.replace(/^·(?=.)/, "");
 
   async function unpack(text) {
     const bytes = Uint8Array.from(atob(text), (character) => character.charCodeAt(0));
@@ -6722,40 +6808,46 @@ _EXPLORER_JS = r"""
 
   function start(root) {
     const find = (name) => root.querySelector(".pico-" + name);
+    const style = (name) => getComputedStyle(root).getPropertyValue(name).trim();
     const data = JSON.parse(find("data").textContent);
-    const state = { text: 0, layer: 0, head: 0, token: 0, key: null, drop: false, view: "heads", maps: null };
-    const cache = {}; // pictures that stay the same while the pointer moves
-    const nMaps = data.nLayer * data.nHead;
-    let planned = false;
+    const nHeads = data.heads.length;
+    const panels = [...root.querySelectorAll(".pico-panel")];
+    // heads: of the two panels, the second null without comparison; pinned: a token that pointing does not change
+    const state = { text: 0, heads: [0, null], active: 0, token: 0, pinned: false, lines: false, drop: false };
+    let maps = null; // of the current text: lower triangles of all heads, one byte a weight
+    let thumbsShow = ""; // what the small maps were drawn for
+    let isPlanned = false;
 
     const labels = () => data.texts[state.text].labels;
-    const headName = (layer, head) => {
-      const name = data.classes[layer * data.nHead + head];
-      return `layer ${layer}, head ${head}` + (name ? ` (${name})` : "");
-    };
-    const share = (value) => `${Math.round((100 * value) / 255)}%`;
+    const current = () => state.heads[state.active];
 
-    // weight 0..255 of map `index` from token `row` to token `key`
+    // weight 0..255 of head `index` from token `row` to token `key`
     function weight(index, row, key) {
       const n = labels().length;
       const begin = index * ((n * (n + 1)) / 2) + (row * (row + 1)) / 2;
-      if (!state.drop) return state.maps[begin + key];
-      const rest = 255 - state.maps[begin];
-      return key === 0 || rest < 3 ? 0 : Math.min(255, (255 * state.maps[begin + key]) / rest);
+      if (!state.drop) return maps[begin + key];
+      const rest = 255 - maps[begin];
+      return key === 0 || rest < 3 ? 0 : Math.min(255, (255 * maps[begin + key]) / rest);
     }
 
-    // an image of width x height cells; weightAt(x, y) is a weight, or null where no token can look
-    function paint(width, height, weightAt) {
-      const canvas = document.createElement("canvas");
-      canvas.width = width;
-      canvas.height = height;
+    // the tokens that `row` looks at, strongest first: [weight, key]
+    function looks(index, row) {
+      return Array.from({ length: row + 1 }, (_, key) => [weight(index, row, key), key]).sort((a, b) => b[0] - a[0]);
+    }
+
+    function describe(index, row, key) {
+      return `${word(labels()[row])} looks at ${word(labels()[key])}: ${share(weight(index, row, key))}`;
+    }
+
+    // a map as an image of one pixel a weight; grey where no token can look
+    function paint(canvas, index) {
+      const n = (canvas.width = canvas.height = labels().length);
       const context = canvas.getContext("2d");
-      const image = context.createImageData(width, height);
+      const image = context.createImageData(n, n);
       const none = rgb(style("--pico-none").slice(1));
-      for (let y = 0, at = 0; y < height; y++) {
-        for (let x = 0; x < width; x++, at += 4) {
-          const value = weightAt(x, y);
-          image.data.set(value === null ? none : COLORS[Math.round(value)], at);
+      for (let row = 0, at = 0; row < n; row++) {
+        for (let key = 0; key < n; key++, at += 4) {
+          image.data.set(key > row ? none : COLORS[Math.round(weight(index, row, key))], at);
           image.data[at + 3] = 255;
         }
       }
@@ -6763,224 +6855,272 @@ _EXPLORER_JS = r"""
       return canvas;
     }
 
-    const style = (name) => getComputedStyle(root).getPropertyValue(name).trim();
-
-    function cached(name, key, make) {
-      if (!cache[name] || cache[name].key !== key) cache[name] = { key, image: make() };
-      return cache[name].image;
+    // sizes a panel's canvas for the screen; its context's unit is the CSS pixel, its text as wide as the labels allow
+    function prepare(panel, fontSize, heightOf) {
+      const canvas = panel.querySelector("canvas");
+      const width = Math.min(500, panel.clientWidth);
+      const context = canvas.getContext("2d");
+      const font = `${fontSize(width)}px system-ui, sans-serif`;
+      context.font = font;
+      const names = labels().map((name) => (name.length > 14 ? name.slice(0, 13) + "…" : name));
+      const margin = Math.ceil(Math.max(...names.map((name) => context.measureText(name).width))) + 10;
+      const height = heightOf(width, margin);
+      const scale = window.devicePixelRatio || 1;
+      canvas.width = Math.round(width * scale);
+      canvas.height = Math.round(height * scale);
+      canvas.style.width = `${width}px`;
+      context.setTransform(scale, 0, 0, scale, 0, 0);
+      Object.assign(context, { font, textBaseline: "middle", textAlign: "right", lineWidth: 2 });
+      context.imageSmoothingEnabled = false;
+      return { context, names, width, height, margin };
     }
 
-    // sizes the canvas for the screen and returns a context whose unit is the CSS pixel
-    function prepare(canvas, width, height) {
-      const scale = window.devicePixelRatio || 1;
-      if (canvas.width !== Math.round(width * scale) || canvas.height !== Math.round(height * scale)) {
-        canvas.width = Math.round(width * scale);
-        canvas.height = Math.round(height * scale);
-        canvas.style.width = `${width}px`;
-      }
-      const context = canvas.getContext("2d");
-      context.setTransform(scale, 0, 0, scale, 0, 0);
-      context.clearRect(0, 0, width, height);
-      context.imageSmoothingEnabled = false;
-      context.fillStyle = style("--pico-text");
+    const inkOf = (isCurrent) => style(isCurrent ? "--pico-mark" : "--pico-text");
+
+    function drawMatrix(panel, index) {
+      const n = labels().length;
+      const { context, names, width, margin } = prepare(panel, (w) => clamp((w / n) * 0.65, 7, 12), (w) => w);
+      const [side, cell] = [width - margin, (width - margin) / n];
+      context.drawImage(paint(document.createElement("canvas"), index), margin, 0, side, side);
+      names.forEach((name, i) => {
+        if (cell < 7 && i !== state.token) return; // long texts: only the current token has room for its name
+        context.fillStyle = inkOf(i === state.token);
+        context.fillText(name, margin - 5, clamp((i + 0.5) * cell, 5, side - 5));
+        context.save();
+        context.translate(margin + (i + 0.5) * cell, side + 5);
+        context.rotate(-Math.PI / 2);
+        context.fillText(name, 0, 0);
+        context.restore();
+      });
       context.strokeStyle = style("--pico-mark");
-      context.lineWidth = 2;
-      context.textBaseline = "middle";
-      context.textAlign = "right";
-      return context;
+      context.strokeRect(margin, state.token * cell, (state.token + 1) * cell, cell);
+      return (x, y) => {
+        const [key, row] = [Math.floor((x - margin) / cell), Math.floor(y / cell)];
+        return row < 0 || row >= n || key > row ? null : { row, key: Math.max(-1, key) };
+      };
+    }
+
+    function drawLines(panel, index) {
+      const n = labels().length;
+      const line = n > 40 ? 13 : 20;
+      const { context, names, width, margin } = prepare(panel, () => line * 0.62, () => n * line);
+      const middle = (i) => (i + 0.5) * line;
+      context.strokeStyle = context.fillStyle = style("--pico-mark");
+      for (let row = 0; row < n; row++) {
+        for (const [value, key] of looks(index, row)) {
+          if (value < 8) break; // 3 %
+          context.globalAlpha = (value / 255) * (row === state.token ? 1 : 0.2);
+          context.lineWidth = row === state.token ? 3 : 1.5;
+          context.beginPath();
+          context.moveTo(margin, middle(row));
+          context.lineTo(width - margin, middle(key));
+          context.stroke();
+          if (row === state.token) context.fillRect(width - margin + 2, key * line, margin - 2, line);
+        }
+      }
+      context.globalAlpha = 1;
+      names.forEach((name, i) => {
+        context.fillStyle = inkOf(i === state.token);
+        context.fillText(name, margin - 5, middle(i));
+        context.fillStyle = inkOf(false);
+        context.textAlign = "left";
+        context.fillText(name, width - margin + 5, middle(i));
+        context.textAlign = "right";
+      });
+      return (x, y) => {
+        const at = clamp(Math.floor(y / line), 0, n - 1);
+        if (x < width / 2) return { row: at, key: -1 };
+        return x > width - margin && at <= state.token ? { row: state.token, key: at } : null;
+      };
     }
 
     function drawTokens() {
-      const index = state.layer * data.nHead + state.head;
       [...find("tokens").children].forEach((button, key) => {
-        const seen = key <= state.token;
-        const value = seen ? Math.round(weight(index, state.token, key)) : 0;
-        button.style.background = seen ? `rgb(${COLORS[value]})` : "";
-        button.style.color = seen ? (value > 140 ? "#000000" : "#ffffff") : "";
-        button.title = seen ? share(value) : "comes later";
+        const isSeen = key <= state.token;
+        const value = isSeen ? Math.round(weight(current(), state.token, key)) : 0;
+        button.style.background = isSeen ? `rgb(${COLORS[value]})` : "";
+        button.style.color = isSeen ? (value > 140 ? "#000000" : "#ffffff") : "";
+        button.title = isSeen ? describe(current(), state.token, key) : "comes later";
         button.tabIndex = key === state.token ? 0 : -1;
         button.toggleAttribute("aria-current", key === state.token);
+        button.setAttribute("aria-pressed", state.pinned && key === state.token);
       });
     }
 
-    function drawMap() {
-      const index = state.layer * data.nHead + state.head;
-      const names = labels();
-      const n = names.length;
-      const cell = (SIZE - MARGIN) / n;
-      const context = prepare(find("map"), SIZE, SIZE);
-      const key = [state.text, index, state.drop, style("--pico-none")].join();
-      const image = cached("map", key, () => paint(n, n, (x, y) => (x > y ? null : weight(index, y, x))));
-      context.drawImage(image, MARGIN, 0, SIZE - MARGIN, SIZE - MARGIN);
-      context.font = `${Math.min(12, Math.max(7, cell * 0.8))}px system-ui, sans-serif`;
-      names.forEach((name, i) => {
-        const isCurrent = i === state.token;
-        if (cell < 8 && !isCurrent) return; // long texts: only the current token has room for its name
-        const short = name.length > 12 ? name.slice(0, 11) + "…" : name;
-        context.fillStyle = style(isCurrent ? "--pico-mark" : "--pico-text");
-        context.fillText(short, MARGIN - 5, (i + 0.5) * cell);
-        context.save();
-        context.translate(MARGIN + (i + 0.5) * cell, SIZE - MARGIN + 5);
-        context.rotate(-Math.PI / 2);
-        context.fillText(short, 0, 0);
-        context.restore();
+    function drawThumbs() {
+      const shows = [state.text, state.drop, style("--pico-none")].join();
+      find("thumbs").querySelectorAll("button").forEach((button, index) => {
+        if (shows !== thumbsShow) paint(button.firstChild, index);
+        button.setAttribute("aria-pressed", state.heads.includes(index));
+        button.tabIndex = index === current() ? 0 : -1;
       });
-      context.strokeRect(MARGIN, state.token * cell, (state.token + 1) * cell, cell);
-      if (state.key !== null) context.strokeRect(MARGIN + state.key * cell, state.token * cell, cell, cell);
-      find("map-title").textContent = `Map of ${headName(state.layer, state.head)}`;
-      find("map").setAttribute("aria-label", `Attention map of ${headName(state.layer, state.head)}; rows look`);
-    }
-
-    function drawHeads() {
-      const n = labels().length;
-      const width = SIZE - MARGIN;
-      const height = Math.max(8, Math.min(16, SIZE / nMaps)) * nMaps;
-      const context = prepare(find("all"), SIZE, height);
-      const image = paint(n, nMaps, (x, y) => (x > state.token ? null : weight(y, state.token, x)));
-      context.drawImage(image, MARGIN, 0, width, height);
-      const band = height / data.nLayer;
-      context.font = "12px system-ui, sans-serif";
-      for (let layer = 0; layer < data.nLayer; layer++) {
-        context.fillText(`layer ${layer}`, MARGIN - 6, (layer + 0.5) * band);
-        context.clearRect(MARGIN, layer * band - 1, width, layer ? 2 : 0);
-      }
-      const row = height / nMaps;
-      context.strokeRect(MARGIN, (state.layer * data.nHead + state.head) * row, width - 1, row);
-      find("all-title").textContent = `Every head, from ${labels()[state.token]}`;
-      find("all").setAttribute("aria-label", "Where every head looks from the current token; a row is a head");
-    }
-
-    function drawAllMaps() {
-      const n = labels().length;
-      const tile = Math.floor((SIZE - MARGIN) / Math.max(data.nHead, data.nLayer));
-      const context = prepare(find("all"), MARGIN + tile * data.nHead, tile * data.nLayer + 20);
-      const key = [state.text, state.drop, style("--pico-none")].join();
-      const image = cached("maps", key, () =>
-        paint(n * data.nHead, n * data.nLayer, (x, y) => {
-          const index = Math.floor(y / n) * data.nHead + Math.floor(x / n);
-          return x % n > y % n ? null : weight(index, y % n, x % n);
-        })
-      );
-      for (let layer = 0; layer < data.nLayer; layer++) {
-        context.fillText(`layer ${layer}`, MARGIN - 6, (layer + 0.5) * tile);
-        for (let head = 0; head < data.nHead; head++) {
-          const [x, y] = [MARGIN + head * tile, layer * tile];
-          context.drawImage(image, head * n, layer * n, n, n, x, y, tile - 2, tile - 2);
-          context.fillRect(x, y + ((state.token + 0.5) / n) * (tile - 2), 3, 1); // the current token's row
-          if (layer === state.layer && head === state.head) context.strokeRect(x, y, tile - 2, tile - 2);
-        }
-      }
-      find("all-title").textContent = "All heads at once";
-      find("all").setAttribute("aria-label", "Attention maps of all heads; a row of tiles is a layer");
+      thumbsShow = shows;
     }
 
     function drawStatus() {
-      const index = state.layer * data.nHead + state.head;
-      const names = labels();
-      const looks = names.slice(0, state.token + 1).map((name, key) => [weight(index, state.token, key), name]);
-      const best = looks.sort((a, b) => b[0] - a[0]).slice(0, 4);
-      const list = best.map(([value, name]) => `${name} ${share(value)}`).join(", ");
-      const at = (key) => share(weight(index, state.token, key));
-      const pointed = state.key === null ? "" : `; at ${names[state.key]} ${at(state.key)}`;
-      const head = headName(state.layer, state.head);
-      find("status").textContent = `${names[state.token]} in ${head} looks at: ${list}${pointed}`;
+      const names = labels().map(word);
+      const lines = state.heads.filter((index) => index !== null).map((index) => {
+        const list = looks(index, state.token).slice(0, 4).map(([value, key]) => `"${names[key]}" ${share(value)}`);
+        return `${names[state.token]} looks at ${list.join(", ")} (${data.heads[index].name})`;
+      });
+      find("status").textContent = lines.join("\n") + (state.pinned ? " · pinned" : "");
     }
 
     function draw() {
-      planned = false;
-      if (!state.maps) return;
+      isPlanned = false;
+      if (!maps) return;
+      find("lines").checked = state.lines;
+      find("drop").checked = state.drop;
+      find("compare").checked = state.heads[1] !== null;
+      find("text").value = state.text;
+      panels.forEach((panel, i) => {
+        const index = state.heads[i];
+        panel.hidden = index === null;
+        if (panel.hidden) return;
+        const { name, does, scores } = data.heads[index];
+        const [title, small] = [document.createElement("strong"), document.createElement("small")];
+        title.textContent = name;
+        small.textContent = scores;
+        panel.querySelector("figcaption").replaceChildren(title, ` ${does}`, small);
+        panel.querySelector("canvas").setAttribute("aria-label", `Attention of head ${name}`);
+        panel.toggleAttribute("data-active", i === state.active && state.heads[1] !== null);
+        panel.hit = (state.lines ? drawLines : drawMatrix)(panel, index);
+      });
       drawTokens();
-      drawMap();
-      (state.view === "heads" ? drawHeads : drawAllMaps)();
+      drawThumbs();
       drawStatus();
     }
 
     function update(change) {
       Object.assign(state, change);
-      find("layer").value = state.layer;
-      find("head").value = state.head;
-      if (!planned) requestAnimationFrame(draw);
-      planned = true;
+      if (!isPlanned) requestAnimationFrame(draw);
+      isPlanned = true;
+      if ("address" in root.dataset) saveSoon();
     }
 
-    async function pickText(text) {
-      const maps = await unpack(data.texts[text].maps);
-      const names = data.texts[text].labels;
+    const point = (token) => state.pinned || update({ token });
+    const pin = (token) => update({ token, pinned: !(state.pinned && token === state.token) });
+    function pickHead(index, panel = state.active) {
+      const heads = [...state.heads];
+      heads[panel] = index;
+      update({ heads, active: panel });
+    }
+    function compare(isOn) {
+      const other = data.telling.find((index) => index !== state.heads[0]) ?? state.heads[0];
+      update({ heads: [state.heads[0], isOn ? other : null], active: 0 });
+    }
+
+    // another text, opened at the token in its middle third that looks most sharply, unless `change` names one
+    async function pickText(text, change = {}) {
+      const unpacked = await unpack(data.texts[text].maps);
+      maps = unpacked;
+      update({ text, pinned: false, ...change });
+      const n = labels().length;
+      const sharpest = Array.from({ length: Math.ceil(n / 3) }, (_, i) => i + Math.floor(n / 3))
+        .map((row) => [looks(current(), row)[0][0], row])
+        .reduce((best, other) => (other[0] > best[0] ? other : best))[1];
+      update({ token: clamp(change.token ?? sharpest, 0, n - 1) });
       find("tokens").replaceChildren(
-        ...names.map((name, token) => {
+        ...labels().map((name, token) => {
           const button = document.createElement("button");
           button.type = "button";
           button.textContent = name;
-          button.addEventListener("pointerenter", () => update({ token, key: null }));
-          button.addEventListener("focus", () => update({ token, key: null }));
+          button.addEventListener("pointerenter", (event) => event.pointerType === "touch" || point(token));
+          button.addEventListener("click", () => pin(token));
           return button;
         })
       );
-      update({ text, maps, token: names.length - 1, key: null });
     }
 
-    function moveHead(step) {
-      const index = (state.layer * data.nHead + state.head + step + nMaps) % nMaps;
-      update({ layer: Math.floor(index / data.nHead), head: index % data.nHead });
+    // -- The state in the page's address: #text=3&head=L2H1&with=L3H6&token=5&pinned=1&lines=1&drop=1
+    let saving = 0;
+    function saveSoon() {
+      clearTimeout(saving);
+      saving = setTimeout(() => {
+        const { text, token, heads } = state;
+        const address = new URLSearchParams({ text, head: data.heads[heads[0]].name, token });
+        if (heads[1] !== null) address.set("with", data.heads[heads[1]].name);
+        for (const flag of ["pinned", "lines", "drop"]) if (state[flag]) address.set(flag, 1);
+        history.replaceState(null, "", `#${address}`);
+      }, 200);
     }
 
-    // [column, row] of the cell under the pointer, right of the margin and above `bottom`; null outside
-    function cellAt(event, columns, rows, bottom) {
-      const canvas = event.currentTarget;
-      const box = canvas.getBoundingClientRect();
-      const scale = parseFloat(canvas.style.width) / box.width;
-      const x = (event.clientX - box.left) * scale - MARGIN;
-      const y = (event.clientY - box.top) * scale;
-      const column = Math.floor((x / (box.width * scale - MARGIN)) * columns);
-      const row = Math.floor((y / bottom) * rows);
-      return column >= 0 && column < columns && row >= 0 && row < rows ? [column, row] : null;
+    function restore() {
+      const address = new URLSearchParams("address" in root.dataset ? location.hash.slice(1) : "");
+      const named = (key) => data.heads.findIndex((head) => head.name === address.get(key));
+      const number = (key) => (/^\d+$/.test(address.get(key)) ? Number(address.get(key)) : undefined);
+      const [first, second] = [named("head"), named("with")];
+      const heads = [first < 0 ? data.telling[0] : first, second < 0 ? null : second];
+      const flags = Object.fromEntries(["pinned", "lines", "drop"].map((flag) => [flag, address.has(flag)]));
+      const text = clamp(number("text") ?? data.text, 0, data.texts.length - 1);
+      pickText(text, { heads, active: 0, token: number("token"), ...flags });
     }
 
-    function options(select, names) {
-      select.replaceChildren(...names.map((name, value) => new Option(name, value)));
-    }
-
-    options(find("layer"), Array.from({ length: data.nLayer }, (_, i) => i));
-    options(find("head"), Array.from({ length: data.nHead }, (_, i) => i));
-    for (const category of new Set(data.texts.map((text) => text.category))) {
-      const group = document.createElement("optgroup");
+    // -- Controls
+    data.texts.forEach(({ category, text }, i) => {
+      let group = [...find("text").children].find((other) => other.label === category);
+      if (!group) find("text").append((group = document.createElement("optgroup")));
       group.label = category;
-      data.texts.forEach((text, i) => text.category === category && group.append(new Option(text.text, i)));
-      find("text").append(group);
-    }
+      group.append(new Option(text, i));
+    });
+    const headings = ["", ...Array.from({ length: data.nHead }, (_, head) => `H${head}`)];
+    const text = (words) => Object.assign(document.createElement("span"), { textContent: words });
+    find("thumbs").style.gridTemplateColumns = `auto repeat(${data.nHead}, minmax(0, 64px))`;
+    find("thumbs").append(...headings.map(text));
+    data.heads.forEach(({ name, does }, index) => {
+      if (index % data.nHead === 0) find("thumbs").append(text(`L${index / data.nHead}`));
+      const button = document.createElement("button");
+      Object.assign(button, { type: "button", title: `${name} ${does}` });
+      button.setAttribute("aria-label", `${name} ${does}`);
+      button.append(document.createElement("canvas"));
+      button.addEventListener("click", (event) => pickHead(index, event.shiftKey ? 1 : state.active));
+      find("thumbs").append(button);
+    });
+    find("bar").style.background = `linear-gradient(to right, ${STOPS.map((stop) => "#" + stop)})`;
     find("text").addEventListener("change", (event) => pickText(Number(event.target.value)));
-    find("layer").addEventListener("change", (event) => update({ layer: Number(event.target.value) }));
-    find("head").addEventListener("change", (event) => update({ head: Number(event.target.value) }));
-    find("view").addEventListener("change", (event) => update({ view: event.target.value }));
+    find("lines").addEventListener("change", (event) => update({ lines: event.target.checked }));
     find("drop").addEventListener("change", (event) => update({ drop: event.target.checked }));
-    find("tokens").addEventListener("keydown", (event) => {
+    find("compare").addEventListener("change", (event) => compare(event.target.checked));
+    panels.forEach((panel, i) => {
+      const canvas = panel.querySelector("canvas");
+      const at = (event) => {
+        const box = canvas.getBoundingClientRect();
+        return panel.hit?.(event.clientX - box.left, event.clientY - box.top);
+      };
+      canvas.addEventListener("pointermove", (event) => {
+        const place = at(event);
+        find("tip").hidden = !place || place.key < 0;
+        if (!place) return;
+        if (event.pointerType !== "touch") point(place.row);
+        if (place.key < 0) return;
+        find("tip").textContent = describe(state.heads[i], place.row, place.key);
+        find("tip").style.left = `${clamp(event.clientX + 14, 0, window.innerWidth - find("tip").offsetWidth - 4)}px`;
+        find("tip").style.top = `${event.clientY + 18}px`;
+      });
+      canvas.addEventListener("pointerleave", () => (find("tip").hidden = true));
+      canvas.addEventListener("click", (event) => at(event) && pin(at(event).row));
+      panel.addEventListener("pointerdown", () => update({ active: i }));
+    });
+    root.addEventListener("keydown", (event) => {
+      const isThumb = find("thumbs").contains(event.target);
+      if (event.target.matches("select, input") || event.altKey || event.ctrlKey || event.metaKey) return;
       const last = labels().length - 1;
-      const places = { ArrowLeft: state.token - 1, ArrowRight: state.token + 1, Home: 0, End: last };
-      const heads = { ArrowUp: -1, ArrowDown: 1 };
-      if (event.key in heads) moveHead(heads[event.key]);
-      else if (event.key in places) find("tokens").children[Math.max(0, Math.min(last, places[event.key]))].focus();
+      const tokens = { ArrowLeft: state.token - 1, ArrowRight: state.token + 1, Home: 0, End: last };
+      const steps = isThumb
+        ? { ArrowLeft: -1, ArrowRight: 1, ArrowUp: -data.nHead, ArrowDown: data.nHead }
+        : { ArrowUp: -1, ArrowDown: 1 };
+      if (event.key in steps) pickHead((current() + steps[event.key] + nHeads) % nHeads);
+      else if (event.key in tokens) update({ token: clamp(tokens[event.key], 0, last) });
       else return;
       event.preventDefault();
+      if (isThumb) find("thumbs").querySelectorAll("button")[current()].focus();
+      else if (find("tokens").contains(event.target)) find("tokens").children[state.token].focus();
     });
-    find("map").addEventListener("pointermove", (event) => {
-      const n = labels().length;
-      const cell = cellAt(event, n, n, SIZE - MARGIN);
-      if (cell) update({ token: cell[1], key: cell[0] <= cell[1] ? cell[0] : null });
-    });
-    find("map").addEventListener("pointerleave", () => update({ key: null }));
-    find("all").addEventListener("click", (event) => {
-      const heads = state.view === "heads";
-      const canvas = event.currentTarget;
-      const height = parseFloat(canvas.style.width) * (canvas.height / canvas.width);
-      const cell = heads
-        ? cellAt(event, 1, nMaps, height)
-        : cellAt(event, data.nHead, data.nLayer, height - 20);
-      if (!cell) return;
-      const index = heads ? cell[1] : cell[1] * data.nHead + cell[0];
-      update({ layer: Math.floor(index / data.nHead), head: index % data.nHead });
-    });
+    document.addEventListener("keydown", (event) => event.key === "Escape" && update({ pinned: false }));
     matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => update({}));
-    pickText(0);
+    new ResizeObserver(() => update({})).observe(find("panels"));
+    if ("address" in root.dataset) window.addEventListener("hashchange", restore);
+    restore();
   }
 
   for (const root of document.querySelectorAll(".pico-explorer:not([data-started])")) {

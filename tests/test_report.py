@@ -205,10 +205,14 @@ def test_report_escapes_every_text(report):
 # -- The explorer
 
 
+def table_of(study):
+    return study.scores[study.scores["source"] == "windows"]
+
+
 def test_explorer_holds_every_weight_to_a_256th():
     captures = captures_of(SENTENCES, 3, 2)
-    data = explorer_data(pico.explorer_html(captures, ["Mixed"] * 6))
-    assert (data["nLayer"], data["nHead"], data["classes"]) == (3, 2, ["Mixed"] * 6)
+    data = explorer_data(pico.explorer_html(captures, table_of(make_study(3, 2))))
+    assert [head["name"] for head in data["heads"]] == ["L0H0", "L0H1", "L1H0", "L1H1", "L2H0", "L2H1"]
     flat = [capture for members in captures.values() for capture in members]
     assert [text["text"] for text in data["texts"]] == [capture.text for capture in flat]
     for text, capture in zip(data["texts"], flat, strict=True):
@@ -219,10 +223,17 @@ def test_explorer_holds_every_weight_to_a_256th():
         np.testing.assert_allclose(weights, capture.weights.numpy(), atol=0.5 / 255 + 1e-6)
 
 
-def test_explorer_of_the_whole_study_is_small(tmp_path):
-    path = pico.write_explorer(tmp_path / "explorer.html", captures_of(pico.ALL_TEST_CATEGORIES, 8, 7))
-    assert path.stat().st_size < 2_000_000
-    assert len(explorer_data(path.read_text(encoding="utf-8"))["texts"]) >= 50
+def test_explorer_says_what_each_head_does_and_opens_on_the_most_telling():
+    study = make_study(3, 4)
+    captures = captures_of({"Plain": ["The cat sat."], "Repeats": ["one two three one two three"]}, 3, 4)
+    data = explorer_data(pico.explorer_html(captures, table_of(study)))
+    heads = {head["name"]: head["does"] for head in data["heads"]}
+    assert heads["L0H0"] == "looks at the previous token" and heads["L1H2"] == "looks at the last three tokens"
+    assert heads["L0H1"].endswith("and parks its attention on the first token")
+    assert heads[data["heads"][data["telling"][0]]["name"]].endswith("(induction)")  # though others score higher
+    assert data["text"] == 1  # where induction can be seen
+    study.scores.loc[study.scores["class"] == "Token-Specific", "class"] = "Mixed"
+    assert explorer_data(pico.explorer_html(captures, table_of(study)))["text"] == 0
 
 
 def test_explorer_escapes_hostile_text_and_has_no_ids():
@@ -259,19 +270,23 @@ def browser(tmp_path_factory):
         options.add_argument(f"--{flag}")
     options.add_argument(f"--user-data-dir={tmp_path_factory.mktemp('profile')}")
     options.add_argument("--host-resolver-rules=MAP * ~NOTFOUND")  # no name resolves: the network is cut
-    options.add_argument("--window-size=1200,1000")
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
     driver = webdriver.Chrome(options=options, service=Service(driver))
     yield driver
     driver.quit()
 
 
-def open_page(browser, path, dark=False):
+def open_page(browser, address, width=1200, dark=False):
     scheme = [{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}]
+    screen = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 500}
     browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": scheme})
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", screen)
+    browser.get("about:blank")  # else a new hash alone does not load the page again
     browser.get_log("browser")
-    browser.get(path.as_uri())
-    wait_for(browser, "return document.readyState === 'complete'")
+    browser.get(address)
+    ready = "return document.readyState === 'complete' && "
+    ready += "[...document.querySelectorAll('.pico-status')].every((e) => e.textContent.includes('looks at'))"
+    wait_for(browser, ready)
 
 
 def wait_for(browser, script, seconds=10):
@@ -287,151 +302,148 @@ def settle(browser):
     browser.execute_async_script("const done = arguments[0]; requestAnimationFrame(() => requestAnimationFrame(done))")
 
 
-def pixels(browser, name, copy=0):
+def pixels(browser, place=0):
     settle(browser)
-    script = "return document.querySelectorAll(arguments[0])[arguments[1]].toDataURL()"
-    return browser.execute_script(script, f".pico-{name}", copy)
+    return browser.execute_script(f"return document.querySelectorAll('.pico-panel canvas')[{place}].toDataURL()")
 
 
-def text_of(browser, name, copy=0):
+def status(browser, copy=0):
     settle(browser)
-    return browser.execute_script(f"return document.querySelectorAll('.pico-{name}')[{copy}].textContent")
+    return browser.execute_script(f"return document.querySelectorAll('.pico-status')[{copy}].textContent")
+
+
+def all_of(browser, selector):
+    return browser.find_elements("css selector", selector)
 
 
 def errors(browser):
     return [entry for entry in browser.get_log("browser") if entry["level"] in ("SEVERE", "WARNING")]
 
 
-STARTED = "return [...document.querySelectorAll('.pico-explorer')].every((e) => e.querySelector('.pico-tokens button'))"
+NO_OVERFLOW = "return document.documentElement.scrollWidth <= window.innerWidth"
 
 
 @pytest.fixture(scope="module")
 def explorer(browser, tmp_path_factory):
     captures = captures_of({**SENTENCES, "Long": [" ".join(["one two three four"] * 32)]})
-    return pico.write_explorer(tmp_path_factory.mktemp("explorer") / "attention_explorer.html", captures, ["Mixed"] * 4)
+    path = tmp_path_factory.mktemp("explorer") / "attention_explorer.html"
+    return pico.write_explorer(path, captures, table_of(make_study(2, 2))).as_uri()
 
 
-def test_pointing_at_a_token_changes_what_is_drawn(browser, explorer):
-    from selenium.webdriver import ActionChains
-    from selenium.webdriver.common.by import By
+def test_a_click_pins_a_token_and_escape_lets_go(browser, explorer):
+    from selenium.webdriver import ActionChains, Keys
 
-    open_page(browser, explorer)
-    wait_for(browser, STARTED)
-    before = pixels(browser, "map"), pixels(browser, "all"), text_of(browser, "status")
-    token = browser.find_elements(By.CSS_SELECTOR, ".pico-tokens button")[2]
-    ActionChains(browser).move_to_element(token).perform()
-    after = pixels(browser, "map"), pixels(browser, "all"), text_of(browser, "status")
-    assert all(old != new for old, new in zip(before, after, strict=True))
-    # head 0 of layer 0 looks at the token itself
-    assert after[2].startswith("·sat in layer 0, head 0 (Mixed) looks at: ·sat")
-    map_of_head = browser.find_element(By.CSS_SELECTOR, ".pico-map")
-    ActionChains(browser).move_to_element_with_offset(map_of_head, -100, -20).perform()
-    assert "; at " in text_of(browser, "status")  # the cell under the pointer
+    open_page(browser, f"{explorer}#text=0&head=L0H0&token=5")
+    tokens, panel = all_of(browser, ".pico-tokens button"), all_of(browser, ".pico-panel canvas")[0]
+    point = ActionChains(browser).move_to_element
+    point(tokens[2]).perform()
+    assert status(browser).startswith('sat looks at "sat"')  # head 0 of layer 0 looks at the token itself
+    picture = pixels(browser)
+    tokens[2].click()
+    point(tokens[4]).perform()
+    for x, y in ((100, -100), (0, 50)):  # a grey cell, a cell of another token
+        ActionChains(browser).move_to_element_with_offset(panel, x, y).perform()
+    assert status(browser).startswith("sat looks at") and "pinned" in status(browser)
+    assert "looks at" in all_of(browser, ".pico-tip")[0].text  # the cell under the pointer is still named
+    ActionChains(browser).send_keys(Keys.ESCAPE).perform()
+    assert "pinned" not in status(browser)
+    assert pixels(browser) == picture  # letting go moves nothing
+    point(tokens[4]).perform()
+    assert status(browser).startswith("the looks at") and pixels(browser) != picture
+    ActionChains(browser).move_to_element_with_offset(panel, 100, -100).perform()
+    assert status(browser).startswith("the looks at")  # a grey cell belongs to no token
     assert errors(browser) == []
 
 
 def test_keys_move_over_tokens_and_heads(browser, explorer):
-    from selenium.webdriver.common.by import By
-    from selenium.webdriver.common.keys import Keys
+    from selenium.webdriver import ActionChains, Keys
+
+    open_page(browser, f"{explorer}#text=0&head=L0H0&token=2")
+    browser.execute_script("document.querySelector('.pico-tokens').children[2].focus()")
 
     def press(key):
-        browser.switch_to.active_element.send_keys(key)
-        return text_of(browser, "status")
+        ActionChains(browser).send_keys(key).perform()
+        return status(browser)
 
-    open_page(browser, explorer)
-    wait_for(browser, STARTED)
-    browser.find_element(By.CSS_SELECTOR, ".pico-tokens [tabindex='0']").send_keys(Keys.NULL)
-    assert press(Keys.HOME).startswith("The in layer 0, head 0")
-    assert press(Keys.ARROW_RIGHT).startswith("·cat in layer 0, head 0")
-    picture = pixels(browser, "map")
-    assert press(Keys.ARROW_DOWN).startswith("·cat in layer 0, head 1")
-    assert pixels(browser, "map") != picture
-    assert press(Keys.ARROW_DOWN).startswith("·cat in layer 1, head 0")
-    assert press(Keys.ARROW_UP).startswith("·cat in layer 0, head 1")
-    assert press(Keys.END).startswith(". in layer 0, head 1")
+    assert press(Keys.HOME).startswith("The looks at") and press(Keys.ARROW_RIGHT).startswith("cat looks at")
+    picture = pixels(browser)
+    assert press(Keys.ARROW_DOWN).endswith("(L0H1)") and pixels(browser) != picture
+    assert press(Keys.ARROW_DOWN).endswith("(L1H0)") and press(Keys.ARROW_UP).endswith("(L0H1)")
+    assert press(Keys.END).startswith(". looks at")
+    browser.execute_script("document.querySelectorAll('.pico-thumbs button')[1].focus()")
+    assert press(Keys.ARROW_DOWN).endswith("(L1H1)") and press(Keys.ARROW_LEFT).endswith("(L1H0)")
     names = "return [...document.querySelectorAll('select, input')].map((e) => e.labels[0]?.textContent.trim())"
     assert all(browser.execute_script(names))  # every control has a label
     assert errors(browser) == []
 
 
-def test_every_sentence_and_both_views_open(browser, explorer):
+def test_two_heads_lines_and_the_address(browser, explorer):
     open_page(browser, explorer)
-    wait_for(browser, STARTED)
-    choose = "const e = document.querySelector(arguments[0]); e.value = arguments[1];"
-    choose += "e.dispatchEvent(new Event('change'))"
-    seen = {pixels(browser, "map")}
-    for number, text in enumerate((SENTENCES["Simple"] + SENTENCES["Hostile"])[1:], start=1):
-        browser.execute_script(choose, ".pico-text", str(number))
-        labels = json.dumps(explorer_data(explorer.read_text(encoding="utf-8"))["texts"][number]["labels"])
-        shown = "return [...document.querySelectorAll('.pico-tokens button')].map((e) => e.textContent)"
-        wait_for(browser, f"return JSON.stringify((() => {{ {shown} }})()) === JSON.stringify({labels})")
-        seen.add(pixels(browser, "map"))
-        assert text
-    assert len(seen) == 4
-    heads = pixels(browser, "all")
-    browser.execute_script(choose, ".pico-view", "maps")
-    maps = pixels(browser, "all")
-    browser.execute_script("document.querySelector('.pico-drop').click()")
-    assert len({heads, maps, pixels(browser, "all")}) == 3
+    assert "(L1H0)" in status(browser)  # the head with the highest score
+    matrix = pixels(browser)
+    for name in ("compare", "lines"):
+        all_of(browser, f".pico-{name}")[0].click()
+    all_of(browser, ".pico-thumbs button")[3].click()
+    assert all(figure.is_displayed() for figure in all_of(browser, ".pico-panel"))
+    lines, text = (pixels(browser, 0), pixels(browser, 1)), status(browser)
+    assert len({matrix, *lines}) == 3 and "(L1H1)" in text and "(L0H0)" in text
+    all_of(browser, ".pico-tokens button")[1].click()
+    address = wait_for(browser, "return location.hash.includes('pinned') && location.href")
+    shown = status(browser), pixels(browser, 0), pixels(browser, 1)
+    open_page(browser, address)
+    assert (status(browser), pixels(browser, 0), pixels(browser, 1)) == shown
+    open_page(browser, f"{explorer}#text=99&head=L7H7&token=-3&with=")  # nothing that exists
     assert errors(browser) == []
 
 
-def test_128_tokens_are_drawn_within_a_frame_or_two(browser, tmp_path):
-    capture = make_capture(" ".join(["one two three four"] * 32), 8, 7)
-    assert len(capture.labels) == 128
-    open_page(browser, pico.write_explorer(tmp_path / "long.html", {"Long": [capture]}))
-    wait_for(browser, STARTED)
-    script = """
-      const done = arguments[0], tokens = document.querySelectorAll(".pico-tokens button"), start = performance.now();
-      let step = 0;
-      const next = () => {
-        if (step === 30) return done((performance.now() - start) / 30);
-        tokens[step++ * 4].dispatchEvent(new PointerEvent("pointerenter"));
-        requestAnimationFrame(next);
-      };
-      next();"""
-    assert browser.execute_async_script(script) < 60  # milliseconds a move; a test machine draws without a GPU
+def test_every_sentence_opens_on_a_phone_in_light_and_dark(browser, explorer):
+    seen = set()
+    for number in range(5):
+        open_page(browser, f"{explorer}#text={number}&lines={number}", 390, dark=number % 2 == 1)
+        assert browser.execute_script(NO_OVERFLOW)
+        sizes = [thumb.size["width"] for thumb in all_of(browser, ".pico-thumbs button")]
+        assert min(sizes) > 24  # a finger can hit it
+        wide = "return [...document.querySelectorAll('canvas')].every((c) => c.getBoundingClientRect().right <= 390)"
+        assert browser.execute_script(wide)
+        seen.add(pixels(browser))
+    assert len(seen) == 5
     assert errors(browser) == []
 
 
 def test_light_and_dark_follow_the_system(browser, explorer, report):
-    for path in (explorer, report[0]):
+    for address in (explorer, report[0].as_uri()):
         backs = []
         for dark in (False, True):
-            open_page(browser, path, dark)
+            open_page(browser, address, dark=dark)
             color = browser.execute_script("return getComputedStyle(document.body).backgroundColor")
             backs.append(sum(map(int, re.findall(r"\d+", color)[:3])))
         assert backs[0] > 700 and backs[1] < 120
+    assert browser.execute_script("return getComputedStyle(document.querySelector('figure img')).filter") != "none"
     open_page(browser, explorer)
-    wait_for(browser, STARTED)
-    light = pixels(browser, "map")
+    light = pixels(browser)
     scheme = [{"name": "prefers-color-scheme", "value": "dark"}]
     browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": scheme})
-    assert pixels(browser, "map") != light  # repainted, since the grey of the future tokens differs
+    assert pixels(browser) != light  # repainted, since the grey of the future tokens differs
 
 
 def test_copies_on_one_page_do_not_touch_each_other(browser, tmp_path):
     first, second = (pico.explorer_html(captures_of({"A": [text]})) for text in ("The cat sat.", "A dog ran away."))
     page = tmp_path / "notebook.html"
     page.write_text(f"<!doctype html><meta charset='utf-8'>{first}<p>between</p>{second}", encoding="utf-8")
-    open_page(browser, page)
-    wait_for(browser, STARTED)
-    before = pixels(browser, "map", 0), pixels(browser, "map", 1)
-    token = "document.querySelectorAll('.pico-tokens')[1].children[1]"
-    browser.execute_script(f"{token}.dispatchEvent(new PointerEvent('pointerenter'))")
-    assert pixels(browser, "map", 0) == before[0]
-    assert pixels(browser, "map", 1) != before[1]
-    assert text_of(browser, "status", 1).startswith("·dog in")
+    open_page(browser, page.as_uri())
+    before = pixels(browser, 0), pixels(browser, 2)
+    browser.execute_script("document.querySelectorAll('.pico-tokens')[1].children[0].click()")
+    assert pixels(browser, 0) == before[0] and pixels(browser, 2) != before[1]
+    assert status(browser, 1).startswith("A looks at") and "pinned" not in status(browser, 0)
+    assert browser.execute_script("return location.hash") == ""  # the notebook's address is its own
     assert errors(browser) == []
 
 
-def test_report_loads_without_network_and_shows_every_picture(browser, report):
-    open_page(browser, report[0])
-    script = "return [...document.images].every((i) => i.complete && i.naturalWidth > 200)"
+def test_report_loads_without_network_and_fits_a_phone(browser, report):
+    open_page(browser, report[0].as_uri(), 390)
     browser.execute_script("document.querySelectorAll('details').forEach((d) => (d.open = true))")
-    wait_for(browser, script)
-    wide = "return document.documentElement.scrollWidth <= window.innerWidth"
-    assert browser.execute_script(wide)  # nothing sticks out at the side
+    wait_for(browser, "return [...document.images].every((i) => i.complete && i.naturalWidth > 200)")
+    assert browser.execute_script(NO_OVERFLOW)  # nothing sticks out at the side
     assert errors(browser) == []
 
 
