@@ -2178,6 +2178,11 @@ def _on_head_outputs(
             handle.remove()
 
 
+def head_name(layer: int, head: int) -> str:
+    """A head as it is called everywhere: L2H1 is head 1 of layer 2, both counted from 0."""
+    return f"L{layer}H{head}"
+
+
 def _check_heads(config: ModelConfig, heads: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
     chosen = sorted({(int(layer), int(head)) for layer, head in heads})
     for layer, head in chosen:
@@ -2245,6 +2250,11 @@ def mean_head_outputs(model: PicoLLM, idx: Tensor) -> Tensor:
 # ======================================================================================================================
 
 
+def number(value: float, digits: int = 2) -> str:
+    """The value with as many decimals, and no minus before a zero."""
+    return f"{round(float(value), digits) + 0.0:.{digits}f}"
+
+
 def _t_interval(values: np.ndarray) -> tuple[float, float, float]:
     """Mean of independent values with its 95 % t interval."""
     from scipy.stats import t
@@ -2289,6 +2299,8 @@ def _random_heads(heads: Sequence[tuple[int, int]], config: ModelConfig, random:
     return drawn + random.sample(rest, min(len(heads) - len(drawn), len(rest)))
 
 
+_number = number  # until the sections below say `number`
+
 # ======================================================================================================================
 # HEAD SCORES
 # What a head does, as mass on a set of keys beyond what a uniform head puts there, in the manner of Cohen's kappa.
@@ -2299,8 +2311,23 @@ HEAD_CLASSES = ("Diagonal/Self", "Local Context", "Token-Specific", "Global/Broa
 KAPPAS = ("sink", "self", "previous", "local", "duplicate", "induction", "punctuation", "rare")
 HEAD_SCORES = (*KAPPAS, "broad", "mean_distance", "entropy")
 _TOKEN_KAPPAS = ("duplicate", "induction", "punctuation", "rare")
+CLASS_LABELS = {  # how a class, named as in the original study, is shown
+    "Diagonal/Self": "Self or previous token",
+    "Local Context": "Last three tokens",
+    "Token-Specific": "Certain tokens",
+    "Global/Broad": "Broad",
+    "Mixed": "Mixed",
+    "Resting": "Resting on the first token",
+}
+CLASS_RULE = (
+    "A head belongs to the class of its highest score among those that reach their threshold, except that it counts as "
+    "looking at itself or the previous token as soon as that score is half of the one for the last three tokens; a "
+    "head that reaches no threshold is broad if its attention is spread almost evenly and mixed if not, and one that "
+    "puts hardly any attention beyond the first token is resting, whatever its scores."
+)
 _RATIOS = (*HEAD_SCORES, "rest")  # `rest`: the share of attention that is not on the first token
-_SPECIALISED = HEAD_CLASSES[:3]
+SPECIALISED_CLASSES = HEAD_CLASSES[:3]
+_SPECIALISED = SPECIALISED_CLASSES  # until the sections below say SPECIALISED_CLASSES
 MIN_LOSS_INCREASE = 0.001  # nats per token; an ablation that costs less is of no consequence
 _MAX_PREDICTIONS = 50_000  # of an ablation map in a study: their logits are most of its time
 _MAX_MAP = 384**2  # weights per head in one forward pass: one window of 384 tokens, nine of 128
@@ -2885,10 +2912,12 @@ def class_ablation(
                 sets = {tuple(sorted(_random_heads(heads, model.config, random))) for _ in range(n_draws)}
             others = [increases(drawn) for drawn in sorted(sets)] or [np.full(len(idx), math.nan)]
             excess = _t_interval(own - max(others, key=np.mean))
-            rows.append((name, len(heads), *_t_interval(own), len(sets), float(np.mean(others)), *excess))
+            p_value = (1 + sum(cost.mean() >= own.mean() for cost in others)) / (1 + len(others)) if sets else math.nan
+            rows.append((name, len(heads), *_t_interval(own), len(sets), float(np.mean(others)), p_value, *excess))
         if bar is not None:
             bar.update()
     columns = ["class", "n_heads", "loss_increase", "low", "high", "n_random_sets", "random_loss_increase"]
+    columns.append("p_value")
     return pd.DataFrame(rows, columns=[*columns, "excess", "excess_low", "excess_high"])
 
 
@@ -2945,20 +2974,32 @@ def head_similarity(
 
 
 @dataclass(frozen=True)
-class HeadStudy:
-    """Everything about the heads of one model that the report and the figures show."""
+class Study:
+    """Everything about one model that the figures and the report show, in tables."""
 
-    scores: pd.DataFrame  # `score_heads` for each source, with a column source: sentences | windows
-    thresholds: ScoreThresholds
-    shares: pd.DataFrame  # source, model (trained | shuffled | untrained | uniform), class, share, low, high
-    baselines: pd.DataFrame  # source, model, score, statistic (mean | max over heads), mean, low, high
-    ablation: pd.DataFrame  # `head_ablation_map`, mean-ablation
-    class_ablation: pd.DataFrame  # `class_ablation`, with the classes on windows
-    similarity: np.ndarray  # `head_similarity` on windows, (n_heads, n_heads)
-    similarity_without_sink: np.ndarray
+    scores: pd.DataFrame  # source ("windows" | "sentences"), layer, head, HEAD_SCORES, resting, sink_flag, class
+    shares: pd.DataFrame  # source, model ("trained" | "shuffled" | "untrained" | "uniform"), class, share, low, high
+    baselines: pd.DataFrame  # source, model, score, statistic ("mean" | "max" over heads), mean, low, high
+    categories: pd.DataFrame  # category, class, share: the heads' classes on each category's sentences
+    ablation: pd.DataFrame  # layer, head, loss, loss_increase, standard_error, matters
+    class_ablation: pd.DataFrame  # class, n_heads, loss_increase, low, high, n_random_sets, random_..., p_value
+    distances: np.ndarray  # (n_heads, n_heads), see `head_similarity`, on windows
+    distances_without_sink: np.ndarray
     noise_floor: float
     noise_floor_without_sink: float
-    settings: dict  # what was run
+    language: pd.DataFrame  # a row per phenomenon, see `study_language`; may be empty
+    history: pd.DataFrame  # step and the columns of `score_heads` at each snapshot of the run; may be empty
+    metrics: pd.DataFrame  # rows of the training metrics; may be empty
+    thresholds: ScoreThresholds
+    settings: dict[str, object]  # what was run
+
+    @property
+    def similarity(self) -> np.ndarray:
+        return self.distances
+
+    @property
+    def similarity_without_sink(self) -> np.ndarray:
+        return self.distances_without_sink
 
 
 def _study_sums(
@@ -2999,7 +3040,7 @@ def study_heads(
     n_bootstrap: int = 1000,
     seed: int = 0,
     bar: tqdm | None = None,
-) -> HeadStudy:
+) -> Study:
     """Scores, classes, baselines, ablation and similarity of all heads.
 
     On `texts` (sentences) and held-out token `windows` (n_windows, T), which should have 64 tokens or more: short
@@ -3034,15 +3075,19 @@ def study_heads(
         rows = pd.concat({key: summarise(sums) for key, sums in compared.items()}, names=["source", "model"])
         return rows.reset_index(["source", "model"]).reset_index(drop=True)
 
-    return HeadStudy(
+    return Study(
         scores=pd.concat(tables.values(), ignore_index=True),
         thresholds=thresholds,
         shares=for_all(lambda sums: class_shares(sums, thresholds, n_bootstrap, seed)),
         baselines=for_all(lambda sums: _headline_scores(sums, n_bootstrap, seed)),
-        ablation=ablation,
+        categories=pd.DataFrame(columns=["category", "class", "share"]),
+        ablation=ablation.assign(matters=heads_that_matter(ablation, len(ablated))[0]),
         class_ablation=by_class,
-        similarity=similarity,
-        similarity_without_sink=without_sink,
+        distances=similarity,
+        distances_without_sink=without_sink,
+        language=pd.DataFrame(),
+        history=pd.DataFrame(),
+        metrics=pd.DataFrame(),
         noise_floor=noise_floor,
         noise_floor_without_sink=floor_without_sink,
         settings={
@@ -3458,10 +3503,6 @@ NULL_ATTENTION = 0.02  # difference of attention weights
 NULL_MARGIN = 0.01  # nats
 
 
-def _number(value: float, digits: int = 2) -> str:
-    return f"{round(float(value), digits) + 0.0:.{digits}f}"  # + 0.0: no minus before a zero
-
-
 def verdict(e: LinguisticEvidence) -> tuple[str, str]:
     """("supported" | "not supported" | "undecided", the reason as one sentence).
 
@@ -3476,15 +3517,15 @@ def verdict(e: LinguisticEvidence) -> tuple[str, str]:
         f"untrained models {e.untrained_accuracy:.0%}, at most {e.untrained_accuracy_highest:.0%})"
     )
     attention = (e.attention_difference, e.attention_low, e.attention_high, e.untrained_attention_highest)
-    difference, low, high, untrained = (_number(100 * value, 1) for value in attention)
+    difference, low, high, untrained = (number(100 * value, 1) for value in attention)
     looks = (
         f"the heads' attention to the target is {difference} points above that to the distractor ({low} to {high}, "
         f"p = {e.p_value:.2g}; untrained models at most {untrained})"
     )
     needs = (
-        f"without them the right word loses {_number(e.margin_drop)} nats of its margin, without random heads "
-        f"{_number(e.random_margin_drop)} (difference {_number(e.margin_excess_low)} to "
-        f"{_number(e.margin_excess_high)})"
+        f"without them the right word loses {number(e.margin_drop)} nats of its margin, without random heads "
+        f"{number(e.random_margin_drop)} (difference {number(e.margin_excess_low)} to "
+        f"{number(e.margin_excess_high)})"
     )
     attention_floor = max(NULL_ATTENTION, e.untrained_attention_highest)
     links = [  # (what was found, whether it holds, whether it is refuted)
@@ -3589,6 +3630,48 @@ def study_language(
     return pd.DataFrame(rows)
 
 
+def study_model(
+    model: PicoLLM,
+    sentences: Mapping[str, Sequence[str]],
+    windows: Tensor,
+    *,
+    token_counts: np.ndarray | None = None,
+    history: Sequence[dict] = (),
+    metrics: Sequence[dict] = (),
+    n_seeds: int = 5,
+    n_bootstrap: int = 1000,
+    n_items: int = 40,
+    seed: int = 0,
+    bar: tqdm | None = None,
+) -> Study:
+    """The whole study of a model: `study_heads` and `study_language`.
+
+    On `sentences` (category -> texts) and held-out token `windows` (n_windows, T); `history` and `metrics` are the
+    rows of the training run, kept with the study.
+    """
+    import pandas as pd
+
+    texts = [text for members in sentences.values() for text in members]
+    with progress(total=0, desc="Study", unit="step") if bar is None else contextlib.nullcontext(bar) as bar:
+        options = {"token_counts": token_counts, "n_seeds": n_seeds, "n_bootstrap": n_bootstrap, "seed": seed}
+        study = study_heads(model, texts, windows, **options, bar=bar)
+        bar.total = (bar.total or 0) + len(PHENOMENA)
+        language = study_language(model, windows=windows, n_items=n_items, seed=seed, bar=bar)
+    sums, shares, start = head_sums(model, texts, token_counts=token_counts, seed=seed), [], 0
+    for category, members in sentences.items():
+        part = dataclasses.replace(sums, texts=sums.texts[:, start : start + len(members)])
+        start += len(members)
+        classes = part.table(study.thresholds)["class"]
+        shares += [(category, name, float((classes == name).mean())) for name in HEAD_CLASSES]
+    return dataclasses.replace(
+        study,
+        categories=pd.DataFrame(shares, columns=["category", "class", "share"]),
+        language=language,
+        history=pd.DataFrame(history),
+        metrics=pd.DataFrame(metrics),
+    )
+
+
 # ======================================================================================================================
 # FIGURES
 # Every picture is a matplotlib Figure of its own (no pyplot), so it draws in a thread, a process or a notebook alike.
@@ -3603,7 +3686,7 @@ CLASS_COLORS = {  # Okabe & Ito's colours, told apart by readers with any colour
     "Mixed": "#BBBBBB",
     "Resting": "#666666",
 }
-MODEL_NAMES = {  # the rows of HeadStudy.shares and .baselines, in the order in which pictures show them
+MODEL_NAMES = {  # the rows of Study.shares and .baselines, in the order in which pictures show them
     "trained": "this model",
     "shuffled": "this model, shuffled tokens",
     "untrained": "untrained models",
@@ -3611,7 +3694,7 @@ MODEL_NAMES = {  # the rows of HeadStudy.shares and .baselines, in the order in 
 }
 _SOURCE_NAMES = {"windows": "held-out text", "sentences": "the study's sentences"}
 _MODEL_COLORS = {"trained": "#0072B2", "shuffled": "#CC79A7", "untrained": "#555555", "uniform": "#BBBBBB"}
-_SCORE_NAMES = {  # columns of HeadStudy.scores that are drawn as maps
+_SCORE_NAMES = {  # columns of Study.scores that are drawn as maps
     "sink": "Sink: the first token",
     "self": "Self: the token itself",
     "previous": "Previous: one token back",
@@ -4106,7 +4189,7 @@ def _clean(axes: Axes, title: str = "", **labels) -> None:
 
 
 def plot_class_shares(scores: pd.DataFrame, source: str = "windows") -> Figure:
-    """Classes of the heads: the original study's pie, and a stacked bar a layer. `scores` as in HeadStudy."""
+    """Classes of the heads: the original study's pie, and a stacked bar a layer. `scores` as in Study."""
     heads = scores[scores["source"] == source]
     counts = heads["class"].value_counts()
     names = [name for name in CLASS_COLORS if counts.get(name, 0)]
@@ -4376,7 +4459,7 @@ def choose_heads(scores: pd.DataFrame, n: int = 4, source: str = "windows") -> l
 
 def draw_study(
     captures: dict[str, list[AttentionCapture]],
-    study: HeadStudy,
+    study: Study,
     language: pd.DataFrame | None,
     folder: str | Path,
     metrics: Sequence[dict] = (),
@@ -4406,7 +4489,7 @@ def draw_study(
 
 
 def _plan_model(
-    study: HeadStudy, language: pd.DataFrame | None, metrics: Sequence[dict], head_rows: Sequence[dict]
+    study: Study, language: pd.DataFrame | None, metrics: Sequence[dict], head_rows: Sequence[dict]
 ) -> Iterator[tuple]:
     """(file name, title, alt text, caption, function that draws it) of every picture of the model."""
     import pandas as pd
@@ -4694,9 +4777,7 @@ _NO_ACTION = {
 }
 
 
-def study_findings(
-    study: HeadStudy, language: pd.DataFrame | None = None, about: Mapping[str, str] | None = None
-) -> dict:
+def study_findings(study: Study, language: pd.DataFrame | None = None, about: Mapping[str, str] | None = None) -> dict:
     """Everything the report says, as plain data that fits JSON.
 
     `about` says what was run (model, checkpoint, corpus, training), shown as it is. Each of the `statements` has topic,
@@ -4749,7 +4830,7 @@ def _percent(value: float, low: float, high: float) -> str:
     return f"{value:.1%}" if low == high else f"{value:.1%} ({low:.1%} to {high:.1%})"
 
 
-def _shares_of(study: HeadStudy, name: str, source: str = "windows") -> dict[str, pd.Series]:
+def _shares_of(study: Study, name: str, source: str = "windows") -> dict[str, pd.Series]:
     """Rows of study.shares for one class by model."""
     rows = study.shares[(study.shares["source"] == source) & (study.shares["class"] == name)]
     return {row["model"]: row for _, row in rows.iterrows()}
@@ -4759,12 +4840,12 @@ def _beyond_untrained(rows: dict[str, pd.Series]) -> bool:
     return rows["trained"]["low"] > max(rows["untrained"]["high"], rows["uniform"]["high"])
 
 
-def _found_classes(study: HeadStudy) -> list[str]:
+def _found_classes(study: Study) -> list[str]:
     """The specialised classes whose share on held-out text is beyond that of untrained models."""
     return [name for name in _SPECIALISED if _beyond_untrained(_shares_of(study, name))]
 
 
-def _class_statements(study: HeadStudy) -> Iterator[dict]:
+def _class_statements(study: Study) -> Iterator[dict]:
     shares = {name: _shares_of(study, name) for name in ("Specialised", *_SPECIALISED, "Global/Broad")}
     found = _found_classes(study)
 
@@ -4804,7 +4885,7 @@ def _class_statements(study: HeadStudy) -> Iterator[dict]:
     )
 
 
-def _score_statements(study: HeadStudy) -> Iterator[dict]:
+def _score_statements(study: Study) -> Iterator[dict]:
     table = study.baselines[(study.baselines["source"] == "windows") & (study.baselines["statistic"] == "max")]
     heads = study.scores[study.scores["source"] == "windows"]
     for score, action in HEAD_ACTIONS.items():
@@ -4825,7 +4906,7 @@ def _score_statements(study: HeadStudy) -> Iterator[dict]:
         yield _statement("Heads", f"A head {action}", verdict, evidence)
 
 
-def _ablation_statements(study: HeadStudy) -> Iterator[dict]:
+def _ablation_statements(study: Study) -> Iterator[dict]:
     table = study.ablation.merge(study.scores[study.scores["source"] == "windows"][["layer", "head", "class"]])
     n, n_windows = len(table), study.settings["ablation_windows"]
     matters, limit = heads_that_matter(table, n_windows)
@@ -4865,7 +4946,7 @@ def _ablation_statements(study: HeadStudy) -> Iterator[dict]:
         )
 
 
-def _headline(study: HeadStudy, statements: Sequence[dict]) -> list[str]:
+def _headline(study: Study, statements: Sequence[dict]) -> list[str]:
     """Two or three sentences that open the report."""
     heads = study.scores[study.scores["source"] == "windows"]
     n_special, n = int(heads["class"].isin(_SPECIALISED).sum()), len(heads)
@@ -6167,18 +6248,16 @@ def _study_checkpoint(
     """The findings and the files of the study; `text` as of `open_corpus`, `history` as of `_head_history`."""
     model = model_from_checkpoint(saved).to(default_device())
     captures = capture_sentences(model, sentences or ALL_TEST_CATEGORIES)
-    texts = [capture.text for members in captures.values() for capture in members]
+    texts = {category: [capture.text for capture in members] for category, members in captures.items()}
     config = saved.train_config
     about_text, training, validation = text
     windows = _study_windows(validation, model.config)
 
     started, here = time.perf_counter(), measured_on(default_device())
-    study = study_heads(model, texts, windows, token_counts=token_counts(training))
-    studied = time.perf_counter()
-    with progress(total=len(PHENOMENA), desc="language", unit="claim") as bar:
-        language = study_language(model, windows=windows, bar=bar)
-    seconds = {"heads": round(studied - started, 2), "language": round(time.perf_counter() - studied, 2)}
-    took = f"{sum(seconds.values()):.0f} seconds on {here['device']}"
+    options = {"token_counts": token_counts(training), "history": history, "metrics": saved.metrics}
+    study = study_model(model, texts, windows, **options)
+    seconds = round(time.perf_counter() - started, 2)
+    took = f"{seconds:.0f} seconds on {here['device']}"
     print(f"The study took {took}, pictures aside.")
     about = {
         "Model": f"{path.name}, {model.count_parameters()[0] / 1e6:.2f}M parameters without embeddings, "
@@ -6186,9 +6265,9 @@ def _study_checkpoint(
         "Trained on": saved.corpus,
         "Training": f"{saved.step:,} steps of {config.batch_size} sequences of {model.config.context_length} tokens",
         "Held-out text": f"{len(windows)} windows of {windows.shape[1]} tokens from {about_text}",
-        "Time": f"{took} (heads {seconds['heads']:.1f}, language {seconds['language']:.1f}), pictures aside",
+        "Time": f"{took}, pictures aside",
     }
-    findings = study_findings(study, language, about) | {"measured": here | {"seconds": seconds}}
+    findings = study_findings(study, study.language, about) | {"measured": here | {"seconds": seconds}}
     files = [
         write_findings(results / "findings.json", findings),
         write_csv(results / "head_scores.csv", study.scores.to_dict("records")),
@@ -6199,7 +6278,7 @@ def _study_checkpoint(
         ),
     ]
     shutil.rmtree(results / "attention", ignore_errors=True)  # pictures of an earlier study
-    pictures = draw_study(captures, study, language, results / "attention", saved.metrics, history)
+    pictures = draw_study(captures, study, study.language, results / "attention", saved.metrics, history)
     files.append(write_report(results / "attention_report.html", findings, pictures))
     print(*findings["headline"], sep="\n")
     files += [path for picture in pictures for path in (picture.path, picture.path.with_suffix(".svg"))]

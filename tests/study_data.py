@@ -34,8 +34,8 @@ def make_capture(text: str, n_layer: int = 2, n_head: int = 2, seed: int = 0) ->
     )
 
 
-def make_study(n_layer: int = 2, n_head: int = 2, trained: bool = True, seed: int = 0) -> pico.HeadStudy:
-    """A HeadStudy. With `trained`, half of the heads have a kind; without, nothing stands out."""
+def make_study(n_layer: int = 2, n_head: int = 2, trained: bool = True, seed: int = 0) -> pico.Study:
+    """A Study. With `trained`, half of the heads have a kind; without, nothing stands out."""
     rng = np.random.default_rng(seed)
     rows = []
     for source in ("sentences", "windows"):
@@ -82,27 +82,59 @@ def make_study(n_layer: int = 2, n_head: int = 2, trained: bool = True, seed: in
     ablation["loss_increase"] = rng.normal(0.02 if trained else 0.0, 0.01 if trained else 1e-5, len(ablation))
     ablation["loss"] = 4.0 + ablation["loss_increase"]
     ablation["standard_error"] = 0.001 if trained else 1e-4
+    ablation["matters"] = ablation["loss_increase"] > 5 * ablation["standard_error"]
     kinds = scores[scores["source"] == "windows"]["class"].value_counts()
     by_class = pd.DataFrame({"class": CLASSES[:3], "n_heads": [int(kinds.get(name, 0)) for name in CLASSES[:3]]})
     by_class = by_class[by_class["n_heads"] > 0].assign(loss_increase=0.3, low=0.2, high=0.4, n_random_sets=9)
-    by_class = by_class.assign(random_loss_increase=0.01, excess=0.25, excess_low=0.15, excess_high=0.35)
+    by_class = by_class.assign(random_loss_increase=0.01, p_value=0.01, excess=0.25, excess_low=0.15, excess_high=0.35)
     n = n_layer * n_head
     points = rng.normal(0, 1, (n, 3)) + 3 * (np.arange(n) % 3)[:, None]
     distances = np.linalg.norm(points[:, None] - points[None], axis=-1)
     distances /= 1.2 * distances.max()
-    return pico.HeadStudy(
+    return pico.Study(
         scores=scores,
         thresholds=pico.ScoreThresholds(),
         shares=pd.DataFrame(shares),
         baselines=pd.DataFrame(baselines),
+        categories=make_categories(trained),
         ablation=ablation.reset_index(drop=True),
         class_ablation=by_class.reset_index(drop=True),
-        similarity=distances,
-        similarity_without_sink=distances**2,
+        distances=distances,
+        distances_without_sink=distances**2,
+        language=make_language(trained),
+        history=make_history(scores),
+        metrics=pd.DataFrame(METRICS),
         noise_floor=0.05,
         noise_floor_without_sink=0.04,
         settings={"n_windows": 200, "ablation_windows": 8},
     )
+
+
+METRICS = [
+    {"step": step, "train_loss": 10 - step / 100, "val_loss": 10.1 - step / 100 if step % 200 == 0 else None}
+    | {"tokens": 1000 * step, "seconds": step / 10, "tokens_per_second": 10_000.0, "learning_rate": 1e-3}
+    for step in range(0, 601, 100)
+]
+
+
+def make_history(scores: pd.DataFrame) -> pd.DataFrame:
+    """The heads on held-out text at five snapshots of a run, growing to what they are in the end."""
+    own = scores[scores["source"] == "windows"].drop(columns="source")
+    grown = [own.assign(step=step) for step in (0, 150, 300, 450, 600)]
+    for table in grown[:3]:
+        table[list(pico.KAPPAS)] *= table["step"].iloc[0] / 600
+    return pd.concat(grown, ignore_index=True)
+
+
+def make_categories(trained: bool = True) -> pd.DataFrame:
+    rows = []
+    for index, category in enumerate(pico.ALL_TEST_CATEGORIES):
+        shares = dict.fromkeys(pico.HEAD_CLASSES, 0.0) | {"Global/Broad": 1.0}
+        if trained:
+            shares = dict.fromkeys(pico.HEAD_CLASSES, 0.1) | {"Diagonal/Self": 0.1 + index / 50}
+            shares["Mixed"] = 1 - sum(share for name, share in shares.items() if name != "Mixed")
+        rows += [{"category": category, "class": name, "share": share} for name, share in shares.items()]
+    return pd.DataFrame(rows)
 
 
 def make_language(trained: bool = True) -> pd.DataFrame:
@@ -125,6 +157,7 @@ def make_language(trained: bool = True) -> pd.DataFrame:
                 "untrained_accuracy_highest": 0.52,
                 "n_heads": 2,
                 "n_draws": 4,
+                "n_random_sets": 99,
                 "heads": "L1H0, L1H1",
                 "attention_difference": effect,
                 "attention_low": effect - 0.05,

@@ -720,7 +720,7 @@ def test_a_study_says_how_long_it_took(tiny_model, tiny_train, data_folder, tmp_
     pico.run_analysis(None, {"Mine": "A short sentence."}, tmp_path, data_folder)
     findings = json.loads((tmp_path / "findings.json").read_text())
     seconds, device = findings["measured"]["seconds"], findings["measured"]["device"]
-    assert 0.6 <= seconds["heads"] < 1.5 and 0.3 <= seconds["language"] < 1.2 and device.startswith("CPU")
+    assert seconds >= 0.9 and device.startswith("CPU")
     assert re.search(rf"The study took [12] seconds on {device}, pictures aside\.", capsys.readouterr().out)
     assert f" seconds on {device}" in (tmp_path / "attention_report.html").read_text(encoding="utf-8")
 
