@@ -41,7 +41,6 @@ import html
 import importlib.metadata
 import importlib.util
 import inspect
-import io
 import itertools
 import json
 import math
@@ -6061,6 +6060,8 @@ def export_to_hf(model: PicoLLM, folder: str | Path) -> Path:
 # What the notebook's menu and `python pico_helpers.py ...` do, in the same few functions.
 # ======================================================================================================================
 
+MENU = ("train", "analyze", "both")  # 1, 2, 3
+
 
 def setup_notebook() -> None:
     """In a notebook, shows figures as pictures, and a PicoError as one red line (the cell still fails)."""
@@ -6081,53 +6082,44 @@ def _live_loss_curve() -> Callable[[list[dict]], None] | None:
     """Redraws the loss curve below the notebook cell while training runs, every few seconds."""
     if "ipykernel" not in sys.modules or is_unattended():
         return None
-    from IPython.display import Image, display
+    from IPython.display import display
 
-    handle, drawn_at = None, -math.inf
+    handle, drawn_at = display(display_id=True), -math.inf
 
     def update(rows: list[dict]) -> None:
-        nonlocal handle, drawn_at
-        if time.monotonic() - drawn_at < 3:
-            return
-        buffer = io.BytesIO()
-        plot_loss_curve(rows).savefig(buffer, dpi=90)
-        drawn_at, image = time.monotonic(), Image(buffer.getvalue())
-        if handle is None:
-            handle = display(image, display_id=True)
-        else:
-            handle.update(image)
+        nonlocal drawn_at
+        if time.monotonic() - drawn_at >= 3:
+            handle.update(plot_loss_curve(rows))
+            drawn_at = time.monotonic()
 
     return update
 
 
-def _study_windows(validation: TokenFile, config: ModelConfig, n: int = 16) -> Tensor:
+def study_windows(validation: TokenFile, config: ModelConfig, n: int = 16) -> Tensor:
     """Held-out text to score heads on: at most n windows of at most 128 tokens, (n, T) int64."""
     length = min(128, config.context_length)
     return held_out_sequences(validation, min(n, count_sequences(validation, length)), length)[:, :-1]
 
 
-def read_head_rows(path: str | Path, last_step: int | None = None) -> list[dict]:
-    """The rows of a `{name}_heads.csv`, up to a step; none where the file is missing or another one."""
+def read_head_rows(path: str | Path, last_step: int) -> list[dict]:
+    """The rows of a `{name}_heads.csv` up to a step; none where the file is missing or another one."""
     import pandas as pd
 
     try:
         table = pd.read_csv(path)
-        rows = table[table["step"] <= (table["step"].max() if last_step is None else last_step)]
-        return rows.to_dict("records") if {"layer", "head", *KAPPAS} <= set(table) else []
+        rows = table[table["step"] <= last_step].to_dict("records")
+        return rows if {"layer", "head", *KAPPAS} <= set(table) else []
     except (OSError, KeyError, ValueError, TypeError):
         return []
 
 
 def _head_recorder(path: Path, corpus: Corpus, data_folder: str | Path) -> Callable[[PicoLLM, int], None]:
-    """For `train`: scores every head as the study does and keeps the rows in a CSV, those of earlier steps before them.
-
-    So step 0 begins the file anew, and a resumed run goes on with it.
-    """
+    """For `train`: scores every head as the study does and adds the rows to a CSV, which step 0 begins anew."""
 
     @functools.cache
     def texts(config: ModelConfig) -> tuple[Tensor, np.ndarray]:
         training, validation = (prepare_tokens(corpus, split, data_folder) for split in ("train", "validation"))
-        return _study_windows(validation, config), token_counts(training)
+        return study_windows(validation, config), token_counts(training)
 
     def record(model: PicoLLM, step: int) -> None:
         windows, counts = texts(model.config)
@@ -6147,29 +6139,28 @@ def run_training(
     On the way the heads are scored (`snapshot_steps`) and kept in `{name}_heads.csv`. Returns the result and the files
     written; under torchrun the first process alone scores, draws and prints.
     """
-    chosen = get_preset(preset).changed(changes)
-    model_config, config = chosen.model, chosen.train
+    chosen, results = get_preset(preset).changed(changes), Path(results)
     if int(os.environ.get("RANK", 0)) > 0:
-        return train(model_config, config, results, data_folder), []
+        return train(chosen.model, chosen.train, results, data_folder), []
     print(f"Training: {chosen.about}.")
-    corpus = choose_corpus(config.corpus, config.corpus_fraction, data_folder)
+    corpus = choose_corpus(chosen.train.corpus, chosen.train.corpus_fraction, data_folder)
+    config = chosen.train
     if config.corpus == "auto":  # a checkpoint names the one that it was
         config = dataclasses.replace(config, corpus=corpus.name)
-    results, path = Path(results), Path(results) / f"{config.name}_heads.csv"
-    options = {"on_log": _live_loss_curve(), "on_snapshot": _head_recorder(path, corpus, data_folder), "corpus": corpus}
-    result = train(model_config, config, results, data_folder, **options)
-    files = [result.checkpoint, results / f"{config.name}_metrics.csv"]
+    files = [results / f"{config.name}_metrics.csv", results / f"{config.name}_heads.csv"]
+    hooks = {"on_log": _live_loss_curve(), "on_snapshot": _head_recorder(files[1], corpus, data_folder)}
+    result = train(chosen.model, config, results, data_folder, corpus=corpus, **hooks)
     if result.metrics:
-        files += save_figure(plot_loss_curve(result.metrics), results / "loss_curve")
-        if head_rows := read_head_rows(path):
-            files += [path, *save_figure(plot_head_emergence(head_rows, result.metrics), results / "head_emergence")]
         last = result.metrics[-1]
+        files += save_figure(plot_loss_curve(result.metrics), results / "loss_curve")
+        history = read_head_rows(files[1], last["step"])
+        files += save_figure(plot_head_emergence(history, result.metrics), results / "head_emergence")
         print(f"Loss at step {last['step']:,}: {last['train_loss']:.3f} nats per token.")
         if last["val_loss"]:
-            print(f"Held-out text: {last['val_loss']:.3f}, word-level perplexity {last['word_perplexity']:,.0f}.")
+            print(f"Held-out text: {last['val_loss']:.3f}, word perplexity {last['word_perplexity']:,.0f}.")
     if result.finished:
         print(f"A sample: {generate(result.model, 'The history of', 60)!r}")
-    return result, files
+    return result, [result.checkpoint, *files]
 
 
 def capture_sentences(model: PicoLLM, sentences: Mapping[str, Sequence[str]]) -> dict[str, list[AttentionCapture]]:
@@ -6209,83 +6200,79 @@ def open_corpus(
     return about, prepare_tokens(chosen, "train", data_folder), prepare_tokens(chosen, "validation", data_folder)
 
 
+def head_history(path: Path, saved: Checkpoint) -> list[dict]:
+    """The scores of heads on the way to this checkpoint, if they lie beside it; those of another run do not count."""
+    rows = read_head_rows(path.with_name(f"{saved.train_config.name}_heads.csv"), saved.step)
+    is_other = ".previous" in path.name or (not saved.training_state and rows and rows[-1]["step"] != saved.step)
+    return [] if is_other else rows
+
+
 def run_analysis(
     checkpoint: str | Path | None = None,
     sentences: Mapping[str, Sequence[str]] | None = None,
     results: str | Path = "results",
     data_folder: str | Path = "data",
     corpus: str | None = None,
+    text: tuple[str, TokenFile, TokenFile] | None = None,
 ) -> list[Path]:
-    """The attention study of a checkpoint (default: the newest): scores, tests, figures, both pages.
+    """The attention study of a checkpoint (default: the newest): scores, tests, figures, both pages; returns the files.
 
-    `sentences`: category -> texts, default ALL_TEST_CATEGORIES; `corpus` as in `open_corpus`. Returns the files made.
+    `sentences`: category -> texts, default ALL_TEST_CATEGORIES; `corpus` as in `open_corpus`; `text`: what it returned.
     """
+    results, path, here = Path(results), Path(checkpoint or newest_checkpoint(results)), measured_on(default_device())
     check_writable(results)
-    path = Path(checkpoint) if checkpoint else newest_checkpoint(results)
     saved = load_checkpoint(path)
     shipped = ", the model that comes with the project" if path.resolve() == shipped_checkpoint() else ""
     print(f"Analyzing {path}{shipped}, trained for {saved.step:,} steps on {saved.corpus}.")
-    text, history = open_corpus(saved, corpus, data_folder), _head_history(path, saved)
-    return _study_checkpoint(path, saved, text, history, Path(results), sentences)[1]
-
-
-def _head_history(path: Path, saved: Checkpoint) -> list[dict]:
-    """The scores of heads on the way to this checkpoint, if they lie beside it."""
-    rows = read_head_rows(path.with_name(f"{saved.train_config.name}_heads.csv"), saved.step)
-    # a newer run of that name may have taken the file over
-    is_other = ".previous" in path.name or (not saved.training_state and rows and rows[-1]["step"] != saved.step)
-    return [] if is_other else rows
-
-
-def _study_checkpoint(
-    path: Path,
-    saved: Checkpoint,
-    text: tuple[str, TokenFile, TokenFile],
-    history: Sequence[dict],
-    results: Path,
-    sentences: Mapping[str, Sequence[str]] | None = None,
-) -> tuple[dict, list[Path]]:
-    """The findings and the files of the study; `text` as of `open_corpus`, `history` as of `_head_history`."""
+    held_out, training, validation = text or open_corpus(saved, corpus, data_folder)
     model = model_from_checkpoint(saved).to(default_device())
     captures = capture_sentences(model, sentences or ALL_TEST_CATEGORIES)
     texts = {category: [capture.text for capture in members] for category, members in captures.items()}
-    config = saved.train_config
-    about_text, training, validation = text
-    windows = _study_windows(validation, model.config)
-
-    started, here = time.perf_counter(), measured_on(default_device())
-    options = {"token_counts": token_counts(training), "history": history, "metrics": saved.metrics}
-    study = study_model(model, texts, windows, **options)
-    seconds = round(time.perf_counter() - started, 2)
-    took = f"{seconds:.0f} seconds on {here['device']}"
-    print(f"The study took {took}, pictures aside.")
+    context = {"history": head_history(path, saved), "metrics": saved.metrics, "token_counts": token_counts(training)}
+    started = time.perf_counter()
+    study = study_model(model, texts, study_windows(validation, model.config), **context)
+    seconds = round(time.perf_counter() - started, 1)
+    print(took := f"The study took {seconds:.0f} seconds on {here['device']}, pictures aside.")
+    n, config = model.count_parameters()[0], model.config
     about = {
-        "Model": f"{path.name}, {model.count_parameters()[0] / 1e6:.2f}M parameters without embeddings, "
-        f"{model.config.n_layer} layers of {model.config.n_head} heads",
+        "Model": f"{path.name}: {n / 1e6:.2f}M parameters without embeddings, {config.n_layer} x {config.n_head} heads",
         "Trained on": saved.corpus,
-        "Training": f"{saved.step:,} steps of {config.batch_size} sequences of {model.config.context_length} tokens",
-        "Held-out text": f"{len(windows)} windows of {windows.shape[1]} tokens from {about_text}",
-        "Time": f"{took}, pictures aside",
+        "Training": f"{saved.step:,} steps of {saved.train_config.batch_size} x {config.context_length} tokens",
+        "Held-out text": held_out,
+        "Time": took,
     }
     findings = study_findings(study, study.language, about) | {"measured": here | {"seconds": seconds}}
-    files = [
+    repeats = {"Repeats": [capture_attention(model, text) for text in REPEATED_TEXTS]}
+    shutil.rmtree(results / "attention", ignore_errors=True)  # pictures of an earlier study
+    context = captures, study, study.language, results / "attention", saved.metrics, context["history"]
+    pictures = draw_study(*context)
+    print(*findings["headline"], sep="\n")
+    return [
+        write_report(results / "attention_report.html", findings, pictures),
+        write_explorer(
+            results / "attention_explorer.html", captures | repeats, study.scores.query("source == 'windows'")
+        ),
         write_findings(results / "findings.json", findings),
         write_csv(results / "head_scores.csv", study.scores.to_dict("records")),
-        write_explorer(
-            results / "attention_explorer.html",
-            captures | {"Repeats": [capture_attention(model, text) for text in REPEATED_TEXTS]},
-            study.scores.query("source == 'windows'"),
-        ),
+        *(picture.path for picture in pictures),
     ]
-    shutil.rmtree(results / "attention", ignore_errors=True)  # pictures of an earlier study
-    pictures = draw_study(captures, study, study.language, results / "attention", saved.metrics, history)
-    files.append(write_report(results / "attention_report.html", findings, pictures))
-    print(*findings["headline"], sep="\n")
-    files += [path for picture in pictures for path in (picture.path, picture.path.with_suffix(".svg"))]
-    return findings, files
 
 
-# -- A model for others
+def explore(texts: Sequence[str], checkpoint: str | Path | None = None, results: str | Path = "results") -> Path:
+    """Writes the interactive page of any sentences, `results`/my_explorer.html, and names it; default: newest model.
+
+    Raises PicoError for a sentence that is empty or longer than the model reads.
+    """
+    import pandas as pd
+
+    path = Path(checkpoint or newest_checkpoint(results))
+    saved = load_checkpoint(path)
+    model = model_from_checkpoint(saved)
+    captures = {"Your sentences": [capture_attention(model, text) for text in texts]}
+    rows = [row for row in head_history(path, saved) if row["step"] == saved.step]
+    page = write_explorer(Path(results) / "my_explorer.html", captures, pd.DataFrame(rows) if rows else None)
+    print(f"{page} shows where the heads of {path} look in your text; open it in a browser.")
+    return page
 
 
 def publish(
@@ -6299,168 +6286,121 @@ def publish(
 
     pico_llm.pt (weights in FP16, nothing else of the run's state), the run's metrics and scores of heads, the attention
     study of these weights, and README.md, a model card of what checkpoint and study say. `data_note` tells of the
-    data what the checkpoint cannot know: source and licence. `corpus` as in `open_corpus`.
+    data what the checkpoint cannot know: source and licence. `corpus` as in `open_corpus`. A model that was published
+    there before is replaced; raises PicoError where pico_llm.pt or README.md is something else.
     """
     path, folder = Path(checkpoint), Path(folder)
     saved = load_checkpoint(path)
     if saved.training_state:
         raise PicoError(f"{path} is an unfinished run; run the training command again to finish it first.")
-    text, head_rows = open_corpus(saved, corpus, data_folder), _head_history(path, saved)
+    text, history = open_corpus(saved, corpus, data_folder), head_history(path, saved)
     weights = {name: value.half() for name, value in saved.weights.items()}
     if not all(value.isfinite().all() for value in weights.values()):
         raise PicoError(f"{path} has weights beyond the range of FP16; train again with a lower learning rate.")
-    name, note = saved.train_config.name, data_note or _DATA_NOTES.get(saved.train_config.corpus, _NO_DATA_NOTE)
     check_writable(folder)
-    for old in (folder / "README.md", *folder.glob("*_metrics.csv"), *folder.glob("*_heads.csv")):
-        old.unlink(missing_ok=True)  # of another model; the card comes last, when all that it describes is there
+    card, old = folder / "README.md", folder / "pico_llm.pt"
+    if card.exists() and not card.read_text(encoding="utf-8", errors="replace").startswith("# Pico-LLM, "):
+        raise PicoError(f"{card} is not a model card of this project; choose another folder.")
+    if old.exists():
+        name = load_checkpoint(old).train_config.name
+        for kind in ("metrics", "heads"):
+            (folder / f"{name}_{kind}.csv").unlink(missing_ok=True)
+    card.unlink(missing_ok=True)  # it is written last, when all that it describes is there
     # the corpus folder's name, not where it lies on this machine
     config = dataclasses.replace(saved.train_config, corpus=Path(saved.train_config.corpus).resolve().name)
-    shipped = dataclasses.replace(saved, train_config=config, weights=weights, training_state=None)
-    files = [save_checkpoint(folder / "pico_llm.pt", shipped), write_csv(folder / f"{name}_metrics.csv", saved.metrics)]
-    if head_rows:
-        files.append(write_csv(folder / f"{name}_heads.csv", head_rows))
-    model = model_from_checkpoint(shipped).to(default_device())
+    shipped = dataclasses.replace(saved, train_config=config, weights=weights)
+    files = [save_checkpoint(folder / "pico_llm.pt", shipped)]
+    for kind, rows in (("metrics", saved.metrics), ("heads", history)):
+        files += [write_csv(folder / f"{config.name}_{kind}.csv", rows)] if rows else []
     print(f"{files[0]}: {files[0].stat().st_size / 1e6:.1f} MB. Measuring its loss on all of the held-out text.")
-    evaluation = evaluate(model, text[2], model.config.context_length)
-    findings, studied = _study_checkpoint(files[0], shipped, text, head_rows, folder)
-    card = _model_card(model, shipped, findings, evaluation, text[0], head_rows, folder, note)
-    return [write_text(folder / "README.md", card), *files, *studied]
+    evaluation = evaluate(load_model(files[0]), text[2], shipped.model_config.context_length)
+    files += run_analysis(files[0], None, folder, data_folder, text=text)
+    return [write_text(card, model_card(shipped, folder, evaluation, text[0], data_note)), *files]
 
 
-_DATA_NOTES = dict.fromkeys(
-    ("auto", "wikitext103", "offline"), "The text is by the contributors of English Wikipedia, under CC BY-SA."
-)
-_NOT_IN_CARD = ("name", "corpus", "log_interval", "eval_interval", "checkpoint_seconds")
-_NO_DATA_NOTE = "The checkpoint does not say where that text is from."
+_LICENCES = dict.fromkeys(("wikitext103", "offline"), "The text is by the contributors of English Wikipedia, CC BY-SA.")
 
 
-def _model_card(
-    model: PicoLLM,
-    saved: Checkpoint,
-    findings: dict,
-    evaluation: Evaluation,
-    about_text: str,
-    head_rows: Sequence[dict],
-    folder: Path,
-    note: str,
-) -> str:
-    """The card of `publish`, as Markdown; a number that nobody measured is left out."""
-    import pandas as pd
-
-    config, train, (body, everything) = model.config, saved.train_config, model.count_parameters()
-    defaults, changes = vars(ModelConfig()) | vars(TrainConfig()), {"dropout": config.dropout}
-    changes |= {name: value for name, value in (vars(config) | vars(train)).items() if value != defaults[name]}
-    recipe = ", ".join(f"{name} {value}" for name, value in changes.items() if name not in _NOT_IN_CARD)
-    lines = list(findings["headline"])
-    if head_rows:
-        thresholds = ScoreThresholds(tau=findings["thresholds"]["tau"])
-        lines.append(describe_emergence(pd.DataFrame(head_rows), thresholds))
-    table = _card_numbers(saved) | {
-        "FP16 weights": f"loss {evaluation.loss:.4f}, word perplexity {evaluation.word_perplexity:,.2f}, measured at "
-        f"publishing on {evaluation.n_tokens:,} tokens of {about_text}"
-    }
+def model_card(saved: Checkpoint, folder: Path, evaluation: Evaluation, held_out: str, data_note: str = "") -> str:
+    """The card of `publish`, as Markdown, from the checkpoint and the study in `folder`."""
+    config, train = saved.model_config, saved.train_config
+    body, everything = model_from_checkpoint(saved).count_parameters()
+    findings = json.loads((folder / "findings.json").read_text(encoding="utf-8"))
+    table = {"steps": f"{saved.step:,} of {train.batch_size} sequences", "dropout": config.dropout}
+    for name, value in (saved.metrics[-1] if saved.metrics else {}).items():
+        if value is not None and name not in ("step", "learning_rate", "skipped_steps"):
+            table[name.replace("_", " ")] = f"{value:,}" if isinstance(value, int) else f"{value:,.4f}"
+    table |= {name: value for name, value in saved.environment.items() if value}
+    table["FP16 weights"] = f"loss {evaluation.loss:.4f}, word perplexity {evaluation.word_perplexity:,.2f}, measured "
+    table["FP16 weights"] += f"when publishing on {evaluation.n_tokens:,} tokens of {held_out}"
     return _MODEL_CARD.format(
         title=f"Pico-LLM, {body / 1e6:.2f}M parameters",
         what=f"A decoder-only transformer of {body / 1e6:.2f}M parameters without embeddings, {everything / 1e6:.2f}M "
         f"with them: {config.n_layer} layers of {config.n_head} heads, width {config.d_model}, feed-forward "
-        f"{config.d_ff}, context {config.context_length} tokens, {saved.tokenizer} vocabulary of "
-        f"{config.vocab_size:,}. `pico_llm.pt` holds its weights in FP16.",
+        f"{config.d_ff}, context {config.context_length} tokens, {saved.tokenizer} vocabulary.",
         corpus=saved.corpus,
-        note=note,
-        recipe=f"Settings: {recipe}; all else as in the defaults of `ModelConfig` and `TrainConfig`.",
+        note=data_note or _LICENCES.get(train.corpus, "The checkpoint does not say where that text is from."),
         table="\n".join(f"| {name} | {value} |" for name, value in table.items()),
-        findings="\n".join(f"- {line}" for line in lines),
+        findings="\n".join(f"- {line}" for line in findings["headline"]),
         place=folder.name if folder.is_absolute() else folder.as_posix(),
-        train_command=_train_command(config, train),
+        command=train_command(config, train),
         name=train.name,
     )
 
 
-def _card_numbers(saved: Checkpoint) -> dict[str, str]:
-    """What the run's metrics say of it."""
-
-    def known(key: str) -> list[float]:
-        return [row[key] for row in saved.metrics if row.get(key) is not None]
-
-    numbers = {"length": f"{saved.step:,} steps of {saved.train_config.batch_size} sequences"}
-    if saved.metrics:
-        last = saved.metrics[-1]
-        numbers["tokens"] = f"{last['tokens']:,} ({last['epoch']:.2f} epochs)"
-        numbers["training loss"] = f"{last['train_loss']:.4f} nats per token"
-    if losses := known("val_loss"):
-        numbers["held-out loss"] = (
-            f"{losses[-1]:.4f} nats per token, word perplexity {known('word_perplexity')[-1]:,.2f}"
-        )
-    for key, name, form in (("tokens_per_second", "speed", "{:,.0f} tokens/s"), ("mfu", "MFU", "{:.1%}")):
-        if values := known(key):
-            numbers[name] = f"{form.format(np.median(values))} (median over the lines of metrics)"
-    if seconds := known("seconds"):
-        numbers["training time"] = f"{seconds[-1]:,.0f} s without evaluation and snapshots"
-    if memory := known("peak_memory_mb"):
-        numbers["peak GPU memory"] = f"{max(memory):,.0f} MB"
-    return numbers | {name: value for name, value in saved.environment.items() if value}
-
-
-def _train_command(config: ModelConfig, train: TrainConfig) -> str:
+def train_command(config: ModelConfig, train: TrainConfig) -> str:
     """The command that trains with these settings."""
     preset = train.name if train.name in PRESETS else "wikitext103"
-    command, python_only = ["python pico_helpers.py train --preset", preset], []
-    for mine, base in ((config, PRESETS[preset].model), (train, PRESETS[preset].train)):
-        for name, value in vars(mine).items():
-            option = name.replace("_", "-")
-            if value == getattr(base, name):
-                continue
-            if value is None:  # only Python can say this
-                python_only.append(f"{name}=None")
-            elif isinstance(value, bool):
-                command.append(f"--{'' if value else 'no-'}{option}")
-            else:
-                values = value if isinstance(value, tuple) else [value]
-                command += [f"--{option}", *(shlex.quote(str(value)) for value in values)]
-    return " ".join(command + ([" # in Python, with", *python_only] if python_only else []))
+    base = vars(PRESETS[preset].model) | vars(PRESETS[preset].train)
+    command = f"python pico_helpers.py train --preset {preset}"
+    for name, value in (vars(config) | vars(train)).items():
+        option = name.replace("_", "-")
+        if value != base[name] and isinstance(value, bool):
+            command += f" --{'' if value else 'no-'}{option}"
+        elif value != base[name]:
+            values = value if isinstance(value, tuple) else [value]
+            command += f" --{option} " + " ".join(shlex.quote(str(value)) for value in values)
+    return command
+
+
+def _ask(question: str, default: str, read: Callable[[str], object], ask: Callable[[str], str]) -> object:
+    """What `read` makes of the answer, asked again after a PicoError. With nobody there it is the default."""
+    while True:
+        try:
+            return read(ask(f"{question} [{default}]: ").strip() or default)
+        except PicoError as error:
+            print(error)
+        except (EOFError, NotImplementedError):  # no standard input; Jupyter raises StdinNotImplementedError
+            return read(default)
 
 
 def ask_choice(ask: Callable[[str], str] = input) -> str:
-    """1 train, 2 analyze, 3 both. Unattended it is the variable PICO_MENU, or 3; a typo is asked again.
+    """The menu's train, analyze or both. Unattended it is the variable PICO_MENU, or both; a typo is asked again.
 
     Raises PicoError for an unknown PICO_MENU.
     """
-    names = {"train": "1", "analyze": "2", "both": "3"}
-    if is_unattended():
-        choice = (os.environ.get("PICO_MENU") or "3").strip().lower()
-        choice = names.get(choice, choice)
-        if choice not in names.values():
-            raise PicoError(f"Unknown choice PICO_MENU={choice!r}; use 1 (train), 2 (analyze) or 3 (both).")
+
+    def read(text: str) -> str:
+        choice = dict(zip("123", MENU, strict=True)).get(text, text.lower())
+        if choice not in MENU:
+            raise PicoError(f"{text!r} is not on the menu; choose 1 (train), 2 (analyze) or 3 (both).")
         return choice
+
+    if is_unattended():
+        return read(os.environ.get("PICO_MENU", "").strip() or "3")
     print("1  train a model\n2  analyze an existing model\n3  both")
-    while True:
-        try:
-            choice = ask("Your choice [3]: ").strip().lower() or "3"
-        except (EOFError, NotImplementedError):  # no standard input; Jupyter raises StdinNotImplementedError
-            return "3"
-        choice = names.get(choice, choice)
-        if choice in names.values():
-            return choice
-        print(f"{choice!r} is not on the menu; type 1, 2 or 3.")
+    return _ask("Your choice", "3", read, ask)
 
 
 def ask_checkpoint(results: str | Path = "results", ask: Callable[[str], str] = input) -> Path:
     """Asks for the model to analyze; Enter, or nobody there, takes the newest. A wrong path is asked again."""
-    default = ""
-    with contextlib.suppress(PicoError):
-        default = f" [{newest_checkpoint(results)}]"
-    while not is_unattended():
-        try:
-            answer = ask(f"Path of the model{default}: ").strip()
-        except (EOFError, NotImplementedError):
-            break
-        path = Path(answer) if answer else newest_checkpoint(results)
-        try:
-            load_checkpoint(path)
-            return path
-        except PicoError as error:
-            print(error)
-    return newest_checkpoint(results)
+
+    def read(text: str) -> Path:
+        load_checkpoint(text)
+        return Path(text)
+
+    default = newest_checkpoint(results)
+    return default if is_unattended() else _ask("Path of the model", str(default), read, ask)
 
 
 def main_menu(
@@ -6469,35 +6409,33 @@ def main_menu(
     results: str | Path = "results",
     data_folder: str | Path = "data",
     ask: Callable[[str], str] = input,
-) -> list[Path]:
-    """The notebook's menu: 1 train, 2 analyze an existing model, 3 both. Prints and returns the files produced."""
-    choice = ask_choice(ask)
-    files: list[Path] = []
-    checkpoint, finished = None, True
-    if choice == "2":
-        try:
-            checkpoint = ask_checkpoint(results, ask)
-        except PicoError as error:  # nothing to analyze: the line says how to get a model, and the notebook goes on
-            print(error)
-            return []
-    if choice in "13":
+) -> tuple[Path, list[Path]]:
+    """The notebook's menu: train, analyze an existing model, or both. Returns the model's path and the files."""
+    choice, files, finished = ask_choice(ask), [], True
+    if choice == "analyze":
+        checkpoint = ask_checkpoint(results, ask)
+    else:
         result, files = run_training(preset, results, data_folder)
         checkpoint, finished = result.checkpoint, result.finished
-    if choice in "23" and finished:
+    if choice != "train" and finished:
         files += run_analysis(checkpoint, sentences, results, data_folder)
     print_files(files)
-    return files
+    return checkpoint, files
 
 
 def print_files(files: Sequence[Path]) -> None:
-    """Lists every file, folder by folder; a picture saved as PNG and SVG is named once."""
-    folders: dict[Path, dict[str, list[str]]] = {}
-    for path in files:
-        folders.setdefault(path.parent, {}).setdefault(path.stem, []).append(path.suffix)
-    print(f"\n{len(files)} files:")
-    for folder, names in folders.items():
-        listed = ", ".join(name + "/".join(suffixes) for name, suffixes in names.items())
-        print(textwrap.fill(f"{folder}{os.sep}  {listed}", 118, subsequent_indent="    ", break_long_words=False))
+    """Says what was written, a line for each kind of file."""
+    kinds = {
+        "report": ("*_report.html",),
+        "explorer": ("*explorer.html",),
+        "findings": ("findings.json", "head_scores.csv"),
+        "model": ("*.pt", "README.md", "*_metrics.csv", "*_heads.csv", "*.safetensors", "*config.json", "tokenizer*"),
+    }
+    for kind, patterns in kinds.items():
+        if members := [path for path in files if any(path.match(pattern) for pattern in patterns)]:
+            print(f"{kind:9} {', '.join([str(members[0]), *(path.name for path in members[1:])])}")
+    if pictures := {path.with_suffix("") for path in files if path.suffix in (".png", ".svg")}:
+        print(f"{'pictures':9} {len(pictures)} in {os.path.commonpath([path.parent for path in pictures])}")
 
 
 def offer_download(results: str | Path = "results") -> Path | None:
@@ -6512,100 +6450,112 @@ def offer_download(results: str | Path = "results") -> Path | None:
     return archive
 
 
-def _add_config_options(parser: argparse.ArgumentParser) -> None:
-    """One option for each field of ModelConfig and TrainConfig, such as --n-layer and --learning-rate."""
-    kinds = {"str": str, "int": int, "float": float, "tuple[float, float]": float}
-    preset = get_preset()
-    for title, config in (("model", preset.model), ("training", preset.train)):
-        group = parser.add_argument_group(f"changes to the preset's {title}, with the values of {default_preset()!r}")
-        for item in dataclasses.fields(config):
-            option, kind = "--" + item.name.replace("_", "-"), item.type.split(" | ")[0]
-            about = str(getattr(config, item.name)).replace("%", "%%")
-            if kind == "bool":
-                group.add_argument(option, action=argparse.BooleanOptionalAction, help=about)
-            else:
-                n = 2 if kind.startswith("tuple") else None
-                group.add_argument(option, type=kinds[kind], nargs=n, metavar=kinds[kind].__name__, help=about)
+class _Parser(argparse.ArgumentParser):
+    """Says a wrong option in one line, not after a page of all that there are."""
+
+    def error(self, message: str) -> None:
+        raise PicoError(f"{message[0].upper()}{message[1:]}; see {self.prog} --help.")
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description="Pico-LLM: train, analyze, generate, optimize, export, publish.")
-    commands = parser.add_subparsers(dest="command", required=True)
+    parser = _Parser(description="Pico-LLM: train a small transformer, look inside it, make it fast.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    checkpoint, corpus = (
+        ("--checkpoint", "a .pt file [the newest model]"),
+        ("--corpus", "held-out text [the model's own]"),
+    )
 
-    def command(name: str, about: str, results: str = "results") -> argparse.ArgumentParser:
+    def command(name: str, about: str, *options: tuple, results: str = "results") -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=about, description=about)
-        sub.add_argument("--results", "--out", default=results, help="folder for the files (default: %(default)s)")
-        sub.add_argument("--data-folder", default="data", help="folder for token files (default: data)")
+        sub.add_argument("--results", "--out", default=results, help="folder for the files [%(default)s]")
+        sub.add_argument("--data-folder", default="data", help="folder for token files [%(default)s]")
+        for option, text in options:
+            sub.add_argument(option, help=text)
         return sub
 
+    preset = get_preset()
+    choice = ("--preset", f"one of: {', '.join(PRESETS)} [{default_preset()}]")
     for name, about in (("train", "Train a model."), ("both", "Train a model and study its attention.")):
-        sub = command(name, about)
-        sub.add_argument("--preset", help=f"one of: {', '.join(PRESETS)} (default here: {default_preset()})")
-        _add_config_options(sub)
-    for name, about in (
-        ("analyze", "Study the attention of a model."),
-        ("optimize", "Compile for inference, check, benchmark and save."),
-        ("generate", "Continue a prompt."),
-        ("export", "Write a Hugging Face folder of a model."),
-    ):
-        sub = command(name, about)
-        sub.add_argument("--checkpoint", help="a .pt file (default: the newest in the results folder)")
-        if name in ("analyze", "optimize"):
-            sub.add_argument("--corpus", help="where held-out text comes from (default: what the model was trained on)")
-        if name == "generate":
-            sub.add_argument("prompt")
-            sub.add_argument("--max-new-tokens", type=int, default=100)
-            sub.add_argument("--temperature", type=float, default=0.8)
-            sub.add_argument("--seed", type=int, default=0)
-    sub = command("publish", "Write a model, its study and its model card for others.", "results/pretrained")
-    sub.add_argument("--checkpoint", required=True, help="a .pt file")
-    sub.add_argument("--corpus", help="where held-out text comes from (default: what the model was trained on)")
-    sub.add_argument("--data-note", default="", help="a sentence on source and licence of the data, for the card")
+        sub = command(name, about, choice)
+        for title, config in (("model", preset.model), ("training", preset.train)):
+            _add_config_options(sub.add_argument_group(f"{title} [values of preset {default_preset()!r}]"), config)
+    command("analyze", "Study the attention of a model.", checkpoint, corpus)
+    sub = command("explore", "See where each head looks in sentences of your own.", checkpoint)
+    sub.add_argument("sentences", nargs="+", metavar="SENTENCE", help="in quotes")
+    sub = command("generate", "Continue a prompt.", checkpoint)
+    sub.add_argument("prompt", help="the beginning of a text, in quotes")
+    for option, default in {"max-new-tokens": 100, "temperature": 0.8, "seed": 0}.items():
+        sub.add_argument(f"--{option}", type=type(default), default=default, help="[%(default)s]")
+    command("optimize", "Compile for inference, check, benchmark and save.", checkpoint, corpus)
+    command("export", "Write a Hugging Face folder of a model.", checkpoint)
+    note = ("--data-note", "a sentence on source and licence of the data, for the card")
+    about = "Write a model, its study and its card for others."
+    command("publish", about, checkpoint, corpus, note, results="results/pretrained")
     return parser
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """`python pico_helpers.py train|analyze|both|optimize|generate|export|publish`. Returns the exit status."""
-    files: list[Path] = []
-    try:
-        options = _parser().parse_args(arguments)
-        folders = {"results": options.results, "data_folder": options.data_folder}
+def _add_config_options(group: argparse._ArgumentGroup, config: ModelConfig | TrainConfig) -> None:
+    """One option for each setting, such as --n-layer and --learning-rate; the comment on its field is its help."""
+    comments = dict(re.findall(r"^    (\w+): .*?  # (.+)$", inspect.getsource(type(config)), re.MULTILINE))
+    for item in dataclasses.fields(config):
+        kind, value = item.type.split(" | ")[0], getattr(config, item.name)
+        options: dict = {"help": f"{comments.get(item.name, '')} [{value}]".strip().replace("%", "%%")}
+        if kind == "bool":
+            options["action"] = argparse.BooleanOptionalAction
+        else:
+            options["nargs"] = 2 if kind.startswith("tuple") else None
+            options["type"] = {"int": int, "str": str}.get(kind, float)
+            options["metavar"] = options["type"].__name__.upper()
+        if item.metadata.get("option", True):
+            group.add_argument("--" + item.name.replace("_", "-"), **options)
+
+
+def run_command(options: argparse.Namespace) -> list[Path]:
+    """Does what the command line asks for; returns the files written. Raises PicoError, and KeyboardInterrupt."""
+    results, data_folder = options.results, options.data_folder
+    if options.command in ("train", "both"):
         names = [item.name for config in (ModelConfig, TrainConfig) for item in dataclasses.fields(config)]
         changes = {name: value for name in names if (value := getattr(options, name, None)) is not None}
-        if options.command in ("train", "both") and options.betas:
-            changes["betas"] = tuple(options.betas)
-        if options.command in ("train", "both"):
-            result, files = run_training(options.preset, **folders, **changes)
-            if not result.finished:
-                return 130
-            if options.command == "both" and files:
-                files += run_analysis(result.checkpoint, **folders)
-        elif options.command == "analyze":
-            files = run_analysis(options.checkpoint, **folders, corpus=options.corpus)
-        elif options.command == "publish":
-            folders = options.results, options.data_folder
-            files = publish(options.checkpoint, *folders, options.corpus, options.data_note)
-        elif options.command == "optimize":
-            saved = load_checkpoint(options.checkpoint or newest_checkpoint(options.results))
-            text = open_corpus(saved, options.corpus, options.data_folder)[2]
-            advanced_tensorrt_optimization_demo(model_from_checkpoint(saved), results=options.results, file=text)
-        else:
-            model = load_model(options.checkpoint or newest_checkpoint(options.results))
-            if options.command == "generate":
-                sampling = {name: getattr(options, name) for name in ("max_new_tokens", "temperature", "seed")}
-                for index, piece in enumerate(stream_text(model, options.prompt, **sampling)):
-                    print(piece if index else options.prompt + piece, end="", flush=True)
-                print()
-            else:
-                folder = export_to_hf(model, Path(options.results) / "huggingface")
-                files = sorted(folder.iterdir())
+        changes = {name: tuple(value) if isinstance(value, list) else value for name, value in changes.items()}
+        result, files = run_training(options.preset, results, data_folder, **changes)
+        if not result.finished:
+            raise KeyboardInterrupt
+        if options.command == "both" and files:  # only the first process of torchrun has files
+            files += run_analysis(result.checkpoint, None, results, data_folder)
+        return files
+    if options.command == "analyze":
+        return run_analysis(options.checkpoint, None, results, data_folder, options.corpus)
+    if options.command == "publish":
+        checkpoint = options.checkpoint or newest_checkpoint("results")
+        return publish(checkpoint, results, data_folder, options.corpus, options.data_note)
+    if options.command == "explore":
+        return [explore(options.sentences, options.checkpoint, results)]
+    saved = load_checkpoint(options.checkpoint or newest_checkpoint(results))
+    model = model_from_checkpoint(saved).to(default_device())
+    if options.command == "export":
+        return sorted(export_to_hf(model, Path(results) / "huggingface").iterdir())
+    if options.command == "optimize":
+        text = open_corpus(saved, options.corpus, data_folder)[2]
+        advanced_tensorrt_optimization_demo(model, results=results, file=text)
+    if options.command == "generate":
+        print(options.prompt, end="", flush=True)
+        sampling = {name: getattr(options, name) for name in ("max_new_tokens", "temperature", "seed")}
+        for piece in stream_text(model, options.prompt, **sampling):
+            print(piece, end="", flush=True)
+        print()
+    return []
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """`python pico_helpers.py COMMAND ...`, see --help. Returns the exit status: 0, 2 after an error, 130 stopped."""
+    try:
+        options = _parser().parse_args(arguments)
+        print_files(run_command(options))
     except PicoError as error:
         print(f"Error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
-    if files:
-        print_files(files)
     return 0
 
 
@@ -7213,25 +7163,23 @@ _EXPLORER_JS = r"""
 
 _MODEL_CARD = """# {title}
 
-{what}
-
-## Data
-
-Trained on {corpus}. {note} The weights are derived from that text.
+{what} `pico_llm.pt` holds its weights in FP16.
 
 ## Training
 
-{recipe}
+Trained on {corpus}. {note}
 
 | | |
 | --- | --- |
 {table}
 
+Losses are in nats per token.
+
 ## What its attention heads do
 
 {findings}
 
-The evidence, with all baselines, is in `attention_report.html` and `findings.json`.
+`findings.json` holds the evidence with all baselines, `attention_explorer.html` shows every head.
 
 ## Limits
 
@@ -7250,7 +7198,7 @@ print(pico.generate(model, "The city was founded in"))
 ## How it was made
 
 ```bash
-{train_command}
+{command}
 python pico_helpers.py publish --checkpoint results/pico_llm_{name}.pt --out {place}
 ```
 """

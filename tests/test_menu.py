@@ -1,4 +1,4 @@
-"""The menu and the command line: what is asked, what a typo does, what happens when nobody answers."""
+"""The menu and the command line: what is asked, what a typo does, what is written and what is said of it."""
 
 import dataclasses
 import json
@@ -17,6 +17,45 @@ import pico_helpers as pico
 from pico_helpers import PicoError
 
 ROOT = Path(__file__).parent.parent
+TINY = {"d_model": 32, "n_layer": 2, "n_head": 2, "d_ff": 32, "context_length": 32, "max_positions": 64}
+RUN = {"max_steps": 20, "batch_size": 4, "eval_interval": 20, "learning_rate": 2e-3, "checkpoint_seconds": 0.0}
+NOTE = "Made-up lines, in nobody's ownership."
+
+
+def train_tiny(results: Path, data_folder: Path, corpus: Path, **changes) -> pico.TrainResult:
+    return pico.run_training("tiny", results, data_folder, corpus=str(corpus), **TINY, **(RUN | changes))[0]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, corpus_folder, data_folder) -> pico.TrainResult:
+    return train_tiny(tmp_path_factory.mktemp("trained"), data_folder, corpus_folder)
+
+
+@pytest.fixture(scope="module")
+def short_study():
+    """The study of one sentence, its linguistic tests made up."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pico, "ALL_TEST_CATEGORIES", {"Simple": ["The cat sat."]})
+        patch.setattr(pico, "study_language", lambda *args, **options: make_language(trained=False))
+        yield
+
+
+@pytest.fixture(scope="module")
+def published(short_study, trained, data_folder, tmp_path_factory) -> Path:
+    """What `publish` writes where another model was published before, beside files that are none of its business."""
+    folder = tmp_path_factory.mktemp("project") / "results" / "pretrained"
+    (folder / "attention").mkdir(parents=True)
+    for name in ("my_metrics.csv",):
+        (folder / name).write_text("mine\n")
+    saved = pico.load_checkpoint(trained.checkpoint)
+    other = dataclasses.replace(saved, train_config=dataclasses.replace(saved.train_config, name="other"))
+    pico.save_checkpoint(folder / "pico_llm.pt", other)
+    (folder / "other_heads.csv").write_text("of the model before\n")
+    files = pico.publish(trained.checkpoint, folder, data_folder, data_note=NOTE)
+    mine = {folder / "my_metrics.csv"}
+    pictures = {path for path in folder.rglob("*.svg")}  # listed by their PNG
+    assert {path for path in folder.rglob("*") if path.is_file()} == {*files, *mine, *pictures}
+    return folder
 
 
 @pytest.fixture
@@ -31,53 +70,90 @@ def answers(*texts: str):
     return lambda prompt: remaining.pop(0)
 
 
-@pytest.mark.parametrize(("typed", "expected"), [("1", "1"), (" 2 ", "2"), ("both", "3"), ("", "3"), ("Train", "1")])
-def test_a_choice_is_taken(attended, typed, expected):
+# --- the menu ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("typed", "expected"), [("1", "train"), (" 2 ", "analyze"), ("Both", "both"), ("", "both"), ("train", "train")]
+)
+def test_a_choice_is_taken_at_the_keyboard_and_from_the_variable(attended, monkeypatch, typed, expected):
     assert pico.ask_choice(answers(typed)) == expected
-
-
-def test_a_typo_is_asked_again(attended, capsys):
-    assert pico.ask_choice(answers("4", "trian", "2")) == "2"
-    output = capsys.readouterr().out
-    assert "'4' is not on the menu" in output and "'trian' is not on the menu" in output
-
-
-@pytest.mark.parametrize("error", [EOFError, NotImplementedError])
-def test_without_standard_input_the_choice_is_both(attended, error):
-    def ask(prompt):
-        raise error
-
-    assert pico.ask_choice(ask) == "3"
-
-
-@pytest.mark.parametrize(("value", "expected"), [("1", "1"), ("analyze", "2"), ("", "3"), (None, "3")])
-def test_the_variable_decides_unattended(monkeypatch, value, expected):
-    monkeypatch.setenv("CI", "1")
-    if value is None:
-        monkeypatch.delenv("PICO_MENU", raising=False)
-    else:
-        monkeypatch.setenv("PICO_MENU", value)
+    monkeypatch.setattr(pico, "is_unattended", lambda: True)
+    monkeypatch.setenv("PICO_MENU", typed)
     assert pico.ask_choice(lambda prompt: pytest.fail("nobody is there to ask")) == expected
+
+
+def test_a_typo_is_asked_again_and_nobody_there_means_both(attended, capsys):
+    assert pico.ask_choice(answers("4", "trian", "1 2", "2")) == "analyze"
+    output = capsys.readouterr().out
+    assert all(f"{typo!r} is not on the menu; choose 1 (train)" in output for typo in ("4", "trian", "1 2"))
+
+    for error in (EOFError, NotImplementedError):
+
+        def ask(prompt, error=error):
+            raise error
+
+        assert pico.ask_choice(ask) == "both"
 
 
 def test_an_unknown_variable_says_so(monkeypatch):
     monkeypatch.setenv("PICO_MENU", "7")
-    with pytest.raises(PicoError, match=r"Unknown choice PICO_MENU='7'; use 1 \(train\)"):
+    with pytest.raises(PicoError, match=r"'7' is not on the menu; choose 1 \(train\)"):
         pico.ask_choice()
 
 
-def test_the_path_of_the_model_is_asked_until_it_is_good(attended, tmp_path, tiny_model, tiny_train, capsys):
-    checkpoint = pico.Checkpoint(tiny_model.config, tiny_train, "made up", 0, [], tiny_model.state_dict())
-    default = pico.save_checkpoint(tmp_path / "pico_llm_a.pt", checkpoint)
-    other = pico.save_checkpoint(tmp_path / "elsewhere.pt", checkpoint)
+def test_the_path_of_the_model_is_asked_until_it_is_good(attended, trained, tmp_path, capsys):
+    default = pico.save_checkpoint(tmp_path / "pico_llm_a.pt", pico.load_checkpoint(trained.checkpoint))
     assert pico.ask_checkpoint(tmp_path, answers("")) == default
-    assert pico.ask_checkpoint(tmp_path, answers("no-such.pt", str(other))) == other
-    assert "There is no checkpoint no-such.pt" in capsys.readouterr().out
+    (tmp_path / "text.pt").write_text("no model")
+    wrong = ("no-such.pt", str(tmp_path), str(tmp_path / "text.pt"))
+    assert pico.ask_checkpoint(tmp_path, answers(*wrong, str(trained.checkpoint))) == trained.checkpoint
+    output = capsys.readouterr().out
+    assert output.count("There is no checkpoint") == 2 and "text.pt is not a Pico-LLM checkpoint" in output
+    assert output.count("\n") == 3
 
 
-def test_an_unknown_preset_says_which_there_are():
-    with pytest.raises(PicoError, match=r"Unknown preset 'huge'; choose one of: wikitext103, quick"):
-        pico.get_preset("huge")
+def test_without_any_model_the_menu_says_what_to_do(monkeypatch, tmp_path, attended):
+    monkeypatch.setattr(pico, "__file__", str(tmp_path / "pico_helpers.py"))
+    with pytest.raises(PicoError, match=r"train one first \(menu choice 1 or 3"):
+        pico.main_menu(results=tmp_path, ask=answers("2", ""))
+
+
+def test_a_newcomer_studies_the_shipped_model_into_a_folder_of_their_own(
+    published, short_study, data_folder, monkeypatch, capsys, corpus_folder
+):
+    """`published` lies where a copy of the project has it; its training corpus is not on this machine."""
+    monkeypatch.setattr(pico, "__file__", str(published.parent.parent / "pico_helpers.py"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("PICO_MENU", "2")
+    before = {path: path.stat().st_mtime_ns for path in published.rglob("*")}
+    checkpoint, files = pico.main_menu("tiny", results=published.parent, data_folder=data_folder)  # as the notebook
+    output = capsys.readouterr().out
+    assert checkpoint == published / "pico_llm.pt"
+    assert f"Analyzing {checkpoint}, the model that comes with the project, trained for 20" in output
+    assert f"The model's own corpus is out of reach. Unknown corpus '{corpus_folder.name}'" in output
+    assert files and all(path.is_file() and published not in path.parents for path in files)
+    assert {path.name for path in files} >= {"head_emergence.png", "loss_curve.png"}, "what the notebook shows"
+    assert {path: path.stat().st_mtime_ns for path in published.rglob("*")} == before
+
+
+def test_what_was_written_is_five_lines(tmp_path, capsys):
+    names = ["attention_report.html", "attention_explorer.html", "findings.json", "head_scores.csv"]
+    names += ["pico_llm_quick.pt", "quick_metrics.csv", "quick_heads.csv", "loss_curve.png", "loss_curve.svg"]
+    pictures = [tmp_path / "attention" / f"{n}.png" for n in range(70)]
+    pico.print_files([*(tmp_path / name for name in names), *pictures])
+    assert capsys.readouterr().out.splitlines() == [
+        f"report    {tmp_path / 'attention_report.html'}",
+        f"explorer  {tmp_path / 'attention_explorer.html'}",
+        f"findings  {tmp_path / 'findings.json'}, head_scores.csv",
+        f"model     {tmp_path / 'pico_llm_quick.pt'}, quick_metrics.csv, quick_heads.csv",
+        f"pictures  71 in {tmp_path}",
+    ]
+    pico.print_files([])
+    assert capsys.readouterr().out == ""
+
+
+# --- what a study reads -----------------------------------------------------------------------------------------------
 
 
 def test_bad_sentences_are_left_out_and_named(tiny_model, capsys):
@@ -102,74 +178,18 @@ def test_a_model_whose_corpus_is_gone_is_studied_on_another(monkeypatch, tmp_pat
         pico.open_corpus(checkpoint, "nowhere", tmp_path)
 
 
-def test_an_unwritable_folder_is_found_before_the_study(tmp_path, tiny_model, tiny_train, monkeypatch):
-    checkpoint = pico.Checkpoint(tiny_model.config, tiny_train, "made up", 0, [], tiny_model.state_dict())
-    path = pico.save_checkpoint(tmp_path / "model.pt", checkpoint)
-    monkeypatch.setattr(pico, "study_heads", lambda *args, **options: pytest.fail("studied first"))
+def test_an_unwritable_folder_is_found_before_the_study(trained, monkeypatch):
+    monkeypatch.setattr(pico, "study_model", lambda *args, **options: pytest.fail("studied first"))
     with pytest.raises(PicoError, match="Choose another folder"):
-        pico.run_analysis(path, results=path / "results")
-
-
-def run(*arguments: str, **options) -> subprocess.CompletedProcess:
-    command = [sys.executable, "pico_helpers.py", *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200, **options)
-
-
-def test_command_line_trains_and_generates(tmp_path, corpus_folder):
-    folders = ["--results", str(tmp_path / "results"), "--data-folder", str(tmp_path / "data")]
-    corpus = ["--preset", "tiny", "--corpus", str(corpus_folder), "--max-steps", "3", "--learning-rate", "0.002"]
-    done = run("train", *corpus, *folders)
-    assert done.returncode == 0, done.stderr
-    assert "Corpus: the parquet folder" in done.stdout and "A sample: 'The history of" in done.stdout
-    names = {path.name for path in (tmp_path / "results").iterdir()}
-    assert names == {"pico_llm_tiny.pt", "tiny_metrics.csv", "tiny_heads.csv"} | {
-        f"{name}.{kind}" for name in ("loss_curve", "head_emergence") for kind in ("png", "svg")
-    }
-    for name in names:
-        assert Path(name).stem in done.stdout  # every file is listed
-    assert pico.load_checkpoint(tmp_path / "results" / "pico_llm_tiny.pt").train_config.learning_rate == 0.002
-    done = run("generate", "One day", "--max-new-tokens", "5", *folders)
-    assert done.returncode == 0 and done.stdout.startswith("One day")
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["train", "--preset", "huge"], "Error: Unknown preset 'huge'"),
-        (["analyze", "--checkpoint", "README.md"], "Error: README.md "),
-        (["train", "--precision", "fp8"], "Error: Unknown precision"),
-        (["train", "--corpus", "nowhere"], "Error: Unknown corpus 'nowhere'"),
-    ],
-)
-def test_command_line_errors_are_one_line(arguments, message, tmp_path):
-    done = run(*arguments, "--results", str(tmp_path))
-    assert done.returncode == 2
-    assert done.stderr.startswith(message) and done.stderr.count("\n") == 1
-
-
-# --- heads over training, shipping a model ----------------------------------------------------------------------------
-
-TINY = {"d_model": 32, "n_layer": 2, "n_head": 2, "d_ff": 32, "context_length": 32, "max_positions": 64}
-RUN = {"max_steps": 20, "batch_size": 4, "eval_interval": 20, "learning_rate": 2e-3, "checkpoint_seconds": 0.0}
-
-
-def train_tiny(results: Path, data_folder: Path, corpus: Path, **changes) -> pico.TrainResult:
-    return pico.run_training("tiny", results, data_folder, corpus=str(corpus), **TINY, **(RUN | changes))[0]
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory, corpus_folder, data_folder) -> pico.TrainResult:
-    return train_tiny(tmp_path_factory.mktemp("trained"), data_folder, corpus_folder)
+        pico.run_analysis(trained.checkpoint, results=trained.checkpoint / "results")
 
 
 def test_the_rows_of_heads_are_their_scores_on_the_way(trained, corpus_folder, data_folder):
-    rows = pico.read_head_rows(trained.checkpoint.with_name("tiny_heads.csv"))
-    assert sorted({row["step"] for row in rows}) == pico.snapshot_steps(20) and len(rows) == 4 * len(
-        pico.snapshot_steps(20)
-    )
+    rows = pico.read_head_rows(trained.checkpoint.with_name("tiny_heads.csv"), 20)
+    assert len(rows) == 4 * len(pico.snapshot_steps(20))
     corpus = pico.choose_corpus(str(corpus_folder))
     training, validation = (pico.prepare_tokens(corpus, split, data_folder) for split in ("train", "validation"))
-    counts, windows = pico.token_counts(training), pico.held_out_sequences(validation, 16, 32)[:, :-1]
+    counts, windows = pico.token_counts(training), pico.study_windows(validation, trained.model.config)
     for step, model in ((0, pico.PicoLLM(trained.model.config)), (20, trained.model)):
         expected = pico.score_heads(model, idx=windows, token_counts=counts).to_dict("records")
         for row, head in zip([row for row in rows if row["step"] == step], expected, strict=True):
@@ -191,46 +211,19 @@ def test_a_resumed_run_continues_its_rows_and_a_new_one_starts_anew(
 
     monkeypatch.setattr(pico, "train_step", interrupted)
     assert not train_tiny(tmp_path, data_folder, corpus_folder).finished
-    rows = pico.read_head_rows(path)
+    rows = pico.read_head_rows(path, 20)
     assert rows[-1]["step"] == 5
     pico.write_csv(path, [*rows, rows[-1] | {"step": 7}])  # of steps that were lost with the process
     train_tiny(tmp_path, data_folder, corpus_folder)
     assert path.read_text() == trained.checkpoint.with_name("tiny_heads.csv").read_text()
-    old = pico.load_checkpoint(tmp_path / "pico_llm_tiny.pt")
-    assert len(pico._head_history(tmp_path / "pico_llm_tiny.pt", old)) == len(pico.read_head_rows(path))
-    train_tiny(tmp_path, data_folder, corpus_folder, max_steps=10)
-    assert pico.read_head_rows(path)[-1]["step"] == 10
-    assert not pico._head_history(tmp_path / "pico_llm_tiny.previous.pt", old), "the rows are the newer run's"
-
-
-def test_files_that_are_no_scores_of_heads_are_left_alone(tmp_path):
+    model = tmp_path / "pico_llm_tiny.pt"
+    assert pico.head_history(model, pico.load_checkpoint(model)) == pico.read_head_rows(path, 20)
     for content in (b"", b"a,b\n1,2\n", b"step\nx\n", b"\xff\x00", b"step,layer\n1,2\n"):
-        (tmp_path / "heads.csv").write_bytes(content)
-        assert pico.read_head_rows(tmp_path / "heads.csv") == []
-    assert pico.read_head_rows(tmp_path / "none.csv") == []
+        path.write_bytes(content)  # no scores of heads
+        assert pico.head_history(model, pico.load_checkpoint(model)) == []
 
 
-@pytest.fixture(scope="module")
-def short_study():
-    """The study of one sentence, its linguistic tests made up."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pico, "ALL_TEST_CATEGORIES", {"Simple": ["The cat sat."]})
-        patch.setattr(pico, "study_language", lambda *args, **options: make_language(trained=False))
-        yield
-
-
-NOTE = "Made-up lines, in nobody's ownership."
-
-
-@pytest.fixture(scope="module")
-def published(short_study, trained, corpus_folder, data_folder, tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("project") / "results" / "pretrained"
-    folder.mkdir(parents=True)
-    for name in ("other_metrics.csv", "other_heads.csv"):
-        (folder / name).write_text("of another model\n")
-    files = pico.publish(trained.checkpoint, folder, data_folder, data_note=NOTE)
-    assert sorted(set(files)) == sorted(path for path in folder.rglob("*") if path.is_file())
-    return folder
+# --- publishing -------------------------------------------------------------------------------------------------------
 
 
 def test_publish_writes_the_model_and_its_study(published, trained):
@@ -245,6 +238,7 @@ def test_publish_writes_the_model_and_its_study(published, trained):
     names = {str(path.relative_to(published)) for path in published.rglob("*")}
     assert names >= {"findings.json", "attention_report.html", "attention_explorer.html", "head_scores.csv"}
     assert names >= {f"attention/model/{name}.png" for name in ("head_emergence", "loss_curve", "ablation")}
+    assert pico.REPEATED_TEXTS[0] in (published / "attention_explorer.html").read_text()
 
 
 def test_the_model_card_says_what_checkpoint_and_study_say(published, trained, corpus_folder, data_folder):
@@ -256,94 +250,128 @@ def test_the_model_card_says_what_checkpoint_and_study_say(published, trained, c
         "0.01M parameters without embeddings, 1.62M with them: 2 layers of 2 heads, width 32, feed-forward 32, context",
         f"Trained on the parquet folder {corpus_folder.name} (100% of its training rows",
         NOTE,
-        "Settings: dropout 0.0, d_model 32, n_layer 2, n_head 2,",
-        "max_sequences None, max_steps 20, batch_size 4, learning_rate 0.002,",
-        "| length | 20 steps of 4 sequences |",
-        "| tokens | 2,560 (",
-        f"| training loss | {last['train_loss']:.4f} nats per token |",
-        f"| held-out loss | {last['val_loss']:.4f} nats per token, word perplexity {last['word_perplexity']:,.2f} |",
+        "| steps | 20 of 4 sequences |",
+        "| dropout | 0.0 |",
+        "| tokens | 2,560 |",
+        f"| train loss | {last['train_loss']:.4f} |",
+        f"| val loss | {last['val_loss']:.4f} |",
+        f"| word perplexity | {last['word_perplexity']:,.4f} |",
         f"| FP16 weights | loss {evaluation.loss:.4f}, word perplexity {evaluation.word_perplexity:,.2f}",
-        f"| training time | {last['seconds']:,.0f} s",
         f"| torch | {torch.__version__} |",
         *findings["headline"],
-        "no induction head appears",
         'pico.load_model("pretrained/pico_llm.pt")',
         "python pico_helpers.py publish --checkpoint results/pico_llm_tiny.pt --out pretrained",
     ):
         assert fact in card, fact
-    for absent in ("WikiText", "Wikipedia", "MFU", "GPU memory", str(corpus_folder.parent), "{"):
+    for absent in ("WikiText", "Wikipedia", "mfu", "None", "nan", str(corpus_folder.parent), "{"):
         assert absent not in card, absent
     assert str(corpus_folder.parent).encode() not in (published / "pico_llm.pt").read_bytes()
 
 
-def test_the_command_on_the_card_gives_the_same_settings(published):
+def test_the_command_on_the_card_gives_the_same_settings(published, monkeypatch):
     card = (published / "README.md").read_text()
     (line,) = [line for line in card.splitlines() if "pico_helpers.py train" in line]
-    options = pico._parser().parse_args(shlex.split(line)[2:])
-    preset, saved = pico.get_preset(options.preset), pico.load_checkpoint(published / "pico_llm.pt")
-    for mine, base in ((saved.model_config, preset.model), (saved.train_config, preset.train)):
-        given = {name: value for name in vars(base) if (value := getattr(options, name)) is not None}
-        assert dataclasses.replace(base, **given) == mine
-    odd = dataclasses.replace(preset.train, betas=(0.8, 0.9), compile=False, corpus="my texts", max_steps=None)
-    command = pico._train_command(preset.model, odd)
-    assert command.endswith("--corpus 'my texts' --betas 0.8 0.9 --no-compile  # in Python, with max_steps=None")
+    saved, seen = pico.load_checkpoint(published / "pico_llm.pt"), {}
+
+    def run_training(*args, **changes):
+        seen.update(changes)
+        raise PicoError("That is enough.")
+
+    monkeypatch.setattr(pico, "run_training", run_training)
+    assert pico.main(shlex.split(line)[2:]) == 2
+    rebuilt = pico.get_preset("tiny").changed(seen)
+    assert (rebuilt.model, rebuilt.train) == (saved.model_config, saved.train_config)
+    odd = dataclasses.replace(pico.PRESETS["tiny"].train, betas=(0.8, 0.9), compile=False, corpus="my texts")
+    command = pico.train_command(pico.PRESETS["tiny"].model, odd)
+    assert command.endswith("--preset tiny --corpus 'my texts' --betas 0.8 0.9 --no-compile")
 
 
-def test_the_licence_is_told_only_of_corpora_that_are_known(
-    published, trained, tmp_path, data_folder, short_study, monkeypatch
-):
-    monkeypatch.setattr(pico, "_study_checkpoint", lambda *_: ({"headline": [], "thresholds": {"tau": {}}}, []))
-    monkeypatch.setattr(pico, "describe_emergence", lambda *_: "")
-    saved = pico.load_checkpoint(trained.checkpoint)
-    pico.publish(trained.checkpoint, tmp_path / "folder", data_folder)
-    assert "does not say where that text is from" in (tmp_path / "folder" / "README.md").read_text()
-    corpus = pico.choose_corpus("offline")
+def test_the_licence_is_told_only_of_corpora_that_are_known(published):
+    saved, evaluation = pico.load_checkpoint(published / "pico_llm.pt"), pico.Evaluation(5.0, 100, 80)
+    card = pico.model_card(saved, published, evaluation, "some text")
+    assert "does not say where that text is from" in card
     config = dataclasses.replace(saved.train_config, corpus="offline")
-    path = tmp_path / "pico_llm_tiny.pt"
-    pico.save_checkpoint(path, dataclasses.replace(saved, corpus=corpus.about, train_config=config, metrics=[]))
-    monkeypatch.setattr(pico, "evaluate", lambda *_: pico.Evaluation(5.0, 100, 80))
-    pico.publish(path, tmp_path / "offline", tmp_path)
-    card = (tmp_path / "offline" / "README.md").read_text()
-    assert "English Wikipedia articles (CC BY-SA), not WikiText-103. The text is by the contributors" in card
-    assert "word perplexity 518.01, measured at publishing on 100 tokens" in card and "held-out loss" not in card
+    card = pico.model_card(dataclasses.replace(saved, train_config=config, metrics=[]), published, evaluation, "text")
+    assert "by the contributors of English Wikipedia, CC BY-SA" in card
+    assert "word perplexity 518.01, measured when publishing on 100 tokens of text" in card and "val loss" not in card
 
 
-def test_a_newcomer_studies_the_shipped_model_into_a_folder_of_their_own(
-    published, short_study, data_folder, monkeypatch, capsys, corpus_folder
-):
-    """`published` lies where a copy of the project has it; its training corpus is not on this machine."""
-    monkeypatch.setattr(pico, "__file__", str(published.parent.parent / "pico_helpers.py"))
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setenv("PICO_MENU", "2")
-    before = {path: path.stat().st_mtime_ns for path in published.rglob("*")}
-    results = published.parent  # as the notebook calls it
-    files = pico.main_menu("tiny", results=results, data_folder=data_folder)
-    output = capsys.readouterr().out
-    assert f"Analyzing {published / 'pico_llm.pt'}, the model that comes with the project, trained for 20" in output
-    assert f"The model's own corpus is out of reach. Unknown corpus '{corpus_folder.name}'" in output
-    assert files and all(published not in path.parents for path in files)
-    assert any(path.name == "head_emergence.png" for path in files)
-    assert {path: path.stat().st_mtime_ns for path in published.rglob("*")} == before
-
-
-def test_without_any_model_the_menu_says_what_to_do(monkeypatch, tmp_path, attended, capsys):
-    monkeypatch.setattr(pico, "__file__", str(tmp_path / "pico_helpers.py"))
-    assert pico.main_menu(results=tmp_path, ask=answers("2", "")) == []
-    assert "train one first (menu choice 1 or 3" in capsys.readouterr().out
-
-
-def test_an_unfinished_run_is_not_published(trained, tmp_path, data_folder):
-    saved = pico.load_checkpoint(trained.checkpoint)
-    path = pico.save_checkpoint(tmp_path / "a.pt", dataclasses.replace(saved, training_state={"optimizer": {}}))
-    with pytest.raises(PicoError, match="is an unfinished run"):
-        pico.publish(path, tmp_path / "out", data_folder)
-    assert not (tmp_path / "out").exists()
-
-
-def test_weights_beyond_half_precision_are_refused(trained, tmp_path, data_folder):
-    saved = pico.load_checkpoint(trained.checkpoint)
+def test_what_cannot_be_published_leaves_the_folder_as_it_was(trained, tmp_path, data_folder, capsys):
+    saved, out = pico.load_checkpoint(trained.checkpoint), tmp_path / "out"
     weights = saved.weights | {"final_norm.weight": torch.full((32,), 1e6)}
-    path = pico.save_checkpoint(tmp_path / "pico_llm_tiny.pt", dataclasses.replace(saved, weights=weights))
-    with pytest.raises(PicoError, match="beyond the range of FP16"):
-        pico.publish(path, tmp_path / "out", data_folder)
-    assert not (tmp_path / "out" / "pico_llm.pt").exists()
+    for name, changes, problem in (
+        ("a", {"training_state": {"optimizer": {}}}, "is an unfinished run"),
+        ("b", {"weights": weights}, "beyond the range of FP16"),
+    ):
+        path = pico.save_checkpoint(tmp_path / f"{name}.pt", dataclasses.replace(saved, **changes))
+        with pytest.raises(PicoError, match=problem):
+            pico.publish(path, out, data_folder)
+        assert not out.exists()
+    out.mkdir()
+    for name, problem in (("README.md", "is not a model card"), ("pico_llm.pt", "is not a Pico-LLM checkpoint")):
+        (out / name).write_text("# My thesis\n")
+        with pytest.raises(PicoError, match=problem):
+            pico.publish(trained.checkpoint, out, data_folder)
+        assert [path.name for path in out.iterdir()] == [name] and (out / name).read_text() == "# My thesis\n"
+        (out / name).unlink()
+
+
+# --- the command line -------------------------------------------------------------------------------------------------
+
+
+def test_command_line_trains_explores_and_generates(tmp_path, corpus_folder, capsys):
+    def run(*arguments: str) -> str:
+        assert pico.main([*arguments, "--results", str(tmp_path / "results")]) == 0
+        return capsys.readouterr().out
+
+    run_options = ["--corpus", str(corpus_folder), "--max-steps", "3", "--learning-rate", "0.002"]
+    output = run("train", "--preset", "tiny", *run_options, "--data-folder", str(tmp_path / "data"))
+    assert "Corpus: the parquet folder" in output and "A sample: 'The history of" in output
+    assert {path.name for path in (tmp_path / "results").iterdir()} == {
+        *("pico_llm_tiny.pt", "tiny_metrics.csv", "tiny_heads.csv"),
+        *(f"{name}.{kind}" for name in ("loss_curve", "head_emergence") for kind in ("png", "svg")),
+    }
+    assert f"model     {tmp_path / 'results' / 'pico_llm_tiny.pt'}, tiny_metrics.csv, tiny_heads.csv" in output
+    assert f"pictures  2 in {tmp_path / 'results'}" in output
+    assert pico.load_checkpoint(tmp_path / "results" / "pico_llm_tiny.pt").train_config.learning_rate == 0.002
+    command = [sys.executable, "pico_helpers.py", "generate", "One day", "--max-new-tokens", "5"]
+    command += ["--checkpoint", str(tmp_path / "results" / "pico_llm_tiny.pt")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.startswith("One day")
+    page = tmp_path / "results" / "my_explorer.html"
+    assert run("explore", "A very long journey.", "Another <b>one</b>.").startswith(f"{page} shows where the heads of")
+    text = page.read_text()
+    assert "A very long journey." in text and "Your sentences" in text and "Another <b>one" not in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "The following arguments are required: COMMAND"),
+        (["train", "--preset", "huge"], "Unknown preset 'huge'; choose one of: wikitext103, quick"),
+        (["train", "--precision", "fp8"], "Unknown precision"),
+        (["train", "--corpus", "nowhere"], "Unknown corpus 'nowhere'"),
+        (["train", "--seed", "one"], "Argument --seed: invalid int value: 'one'; see"),
+        (["train", "--max", "5"], "Ambiguous option: --max could match --max-"),
+        (["train", "--betas", "0.9"], "Argument --betas: expected 2 arguments"),
+        (["analyze", "--checkpoint", "README.md"], "README.md "),
+        (["explore", ""], "The sentence is empty"),
+        (["explore", "A good one.", "word " * 600], "A sentence of 601 tokens exceeds the model's 512"),
+        (["generate", "A", "--temperature", "-1"], "Generation needs"),
+        (["publish", "--checkpoint", "results"], "There is no checkpoint results"),
+    ],
+)
+def test_wrong_options_are_one_line(arguments, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    assert pico.main([*arguments, *(["--results", str(tmp_path)] if arguments else [])]) == 2
+    output = capsys.readouterr()
+    assert output.err.startswith(f"Error: {message}") and output.err.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_help_explains_every_setting(capsys):
+    with pytest.raises(SystemExit):
+        pico.main(["train", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "--n-layer INT" in text and "--betas FLOAT FLOAT" in text and "model [values of preset" in text
+    assert "stops earlier than `epochs` [400]" in text or "stops earlier than `epochs` [None]" in text
