@@ -6153,14 +6153,14 @@ def run_training(
     if result.metrics:
         last = result.metrics[-1]
         files += save_figure(plot_loss_curve(result.metrics), results / "loss_curve")
-        history = read_head_rows(files[1], last["step"])
-        files += save_figure(plot_head_emergence(history, result.metrics), results / "head_emergence")
+        if history := read_head_rows(files[1], last["step"]):
+            files += save_figure(plot_head_emergence(history, result.metrics), results / "head_emergence")
         print(f"Loss at step {last['step']:,}: {last['train_loss']:.3f} nats per token.")
         if last["val_loss"]:
             print(f"Held-out text: {last['val_loss']:.3f}, word perplexity {last['word_perplexity']:,.0f}.")
     if result.finished:
         print(f"A sample: {generate(result.model, 'The history of', 60)!r}")
-    return result, [result.checkpoint, *files]
+    return result, [result.checkpoint, *(path for path in files if path.exists())]
 
 
 def capture_sentences(model: PicoLLM, sentences: Mapping[str, Sequence[str]]) -> dict[str, list[AttentionCapture]]:
@@ -6538,10 +6538,9 @@ def run_command(options: argparse.Namespace) -> list[Path]:
         text = open_corpus(saved, options.corpus, data_folder)[2]
         advanced_tensorrt_optimization_demo(model, results=results, file=text)
     if options.command == "generate":
-        print(options.prompt, end="", flush=True)
         sampling = {name: getattr(options, name) for name in ("max_new_tokens", "temperature", "seed")}
-        for piece in stream_text(model, options.prompt, **sampling):
-            print(piece, end="", flush=True)
+        for index, piece in enumerate(stream_text(model, options.prompt, **sampling)):
+            print(piece if index else options.prompt + piece, end="", flush=True)
         print()
     return []
 
