@@ -105,19 +105,16 @@ class ModelConfig:
     max_positions: int = 512  # length of the RoPE cache
     rope_theta: float = 10000.0
     dropout: float = 0.1
-    init: str = "gpt2"  # gpt2 | zero_output (see PicoLLM)
     qk_norm: bool = False  # an ablation: queries and keys of each head are normalised before RoPE
 
     def __post_init__(self) -> None:
-        others = ("rope_theta", "dropout", "init", "qk_norm")
+        others = ("rope_theta", "dropout", "qk_norm")
         sizes = {name: value for name, value in vars(self).items() if name not in others}
         for name, value in sizes.items():
             if not isinstance(value, int) or not 1 <= value <= 2**16:  # token files hold 16 bits
                 raise PicoError(f"{name} must be a whole number from 1 to 65,536, not {value!r}.")
         if not 0 <= self.dropout < 1 or not self.rope_theta > 0:
             raise PicoError(f"dropout {self.dropout} must lie in [0, 1) and rope_theta {self.rope_theta} above 0.")
-        if self.init not in ("gpt2", "zero_output"):
-            raise PicoError(f"Unknown init {self.init!r}; choose one of: gpt2, zero_output.")
         if self.d_model % self.n_head or (self.d_model // self.n_head) % 2:
             raise PicoError(
                 f"d_model {self.d_model} does not split into {self.n_head} heads of even size; choose a multiple."
@@ -188,7 +185,7 @@ _TRAIN_CHOICES = {"precision": ("auto", "fp32", "fp16", "bf16"), "optimizer": ("
 
 def without_retired(settings: Mapping[str, object]) -> dict[str, object]:
     """Saved settings without the options of older runs that are gone; none of them says how a model is used."""
-    retired = {"average", "average_steps", "future_loss", "weight_decay_schedule"}
+    retired = {"init", "average", "average_steps", "future_loss", "weight_decay_schedule"}
     return {name: value for name, value in settings.items() if name not in retired}
 
 
@@ -455,14 +452,81 @@ class Block(nn.Module):
         return x + self.dropout(self.mlp(self.mlp_norm(x)))
 
 
-class _ChunkedCrossEntropy(torch.autograd.Function):
-    """Mean cross-entropy of hidden @ weight.T, a chunk of rows at a time.
+def _loss_by_rows(
+    hidden: Tensor, weight: Tensor, targets: Tensor, counts: Tensor, vocab_size: int, chunk: int, needs_grad: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Losses (N,), and the gradients of the sum over the rows that count; a chunk of rows at a time.
+
+    The gradient of a chunk follows from its softmax at once, so its logits are dropped before the next chunk.
+    """
+    losses = torch.empty(targets.shape, device=hidden.device)
+    hidden_grad = torch.empty_like(hidden) if needs_grad else None
+    weight_grad = torch.zeros_like(weight, dtype=torch.float32) if needs_grad else None
+    for start in range(0, len(targets), chunk):
+        rows = slice(start, start + chunk)
+        h, t, counted = hidden[rows], targets[rows, None], counts[rows, None]
+        logits = (h @ weight.T).float()
+        logits[:, vocab_size:] = -math.inf  # the padding of the vocabulary
+        norm = logits.logsumexp(dim=-1, keepdim=True)
+        log_p = logits.gather(1, t) - norm
+        losses[rows] = -log_p[:, 0]
+        if needs_grad:
+            softmax = logits.sub_(torch.where(counted, norm, math.inf)).exp_().to(h.dtype)
+            grad = softmax.scatter_(1, t, torch.where(counted, log_p.expm1(), 0.0).to(h.dtype))  # minus 1 at the target
+            hidden_grad[rows] = grad @ weight
+            weight_grad += grad.T @ h
+    return losses, hidden_grad, weight_grad
+
+
+def _loss_by_words(
+    hidden: Tensor, weight: Tensor, targets: Tensor, counts: Tensor, vocab_size: int, chunk: int, needs_grad: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The same, a block of the vocabulary at a time, so that its logits stay in the cache of a CPU.
+
+    A first pass finds the sum of the exponentials, with a running maximum; a second one computes the logits again.
+    """
+    blocks = [slice(start, min(start + chunk, vocab_size)) for start in range(0, vocab_size, chunk)]
+    peak, total = torch.full((len(targets), 1), -math.inf, device=hidden.device), 0.0
+    for block in blocks:
+        logits = (hidden @ weight[block].T).float()
+        higher = torch.maximum(peak, logits.amax(dim=-1, keepdim=True))
+        total = total * (peak - higher).exp() + logits.sub_(higher).exp_().sum(dim=-1, keepdim=True)
+        peak = higher
+    norm = peak + total.log()
+    target_weight = weight[:vocab_size].index_select(0, targets)  # (N, D)
+    target_logits = (hidden * target_weight).sum(dim=-1, dtype=torch.float32).to(hidden.dtype)  # rounded as a block's
+    losses = norm[:, 0] - target_logits.float()
+    if not needs_grad:
+        return losses, None, None
+    hidden_grad = -target_weight.float() * counts[:, None]
+    weight_grad = torch.zeros_like(weight, dtype=torch.float32)
+    norm = torch.where(counts[:, None], norm, math.inf)  # so that the softmax of other rows is 0
+    for block in blocks:
+        softmax = (hidden @ weight[block].T).float().sub_(norm).exp_().to(hidden.dtype)
+        hidden_grad += softmax @ weight[block]
+        weight_grad[block] = softmax.T @ hidden
+    weight_grad.index_add_(0, targets, -hidden.float() * counts[:, None])  # minus 1 at the target
+    return losses, hidden_grad, weight_grad
+
+
+def _token_losses(
+    hidden: Tensor, weight: Tensor, targets: Tensor, counts: Tensor, vocab_size: int, chunk: int | None, grad: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Chooses between the two. By words, the products are done twice: that pays where they are fast, in bf16."""
+    kind = hidden.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+    by_words = kind == "cpu" and dtype == torch.bfloat16
+    chunk = chunk or (2048 if by_words else 1024 if kind == "cpu" else 8192)
+    with torch.autocast(kind, enabled=False):
+        losses = _loss_by_words if by_words else _loss_by_rows
+        return losses(hidden.to(dtype), weight.to(dtype), targets, counts, vocab_size, chunk, grad)
+
+
+class _CrossEntropy(torch.autograd.Function):
+    """Mean cross-entropy of hidden @ weight.T over the rows whose target is not `ignore_index`, in float32.
 
     The logits of a whole batch would be the largest tensor of a training step by far (64 x 384 x 50,257 in float32 is
-    4.9 GB). The gradient of a chunk follows from its softmax at once, so its logits are dropped before the next chunk.
-
-    Each of the N rows of `hidden` has K targets, (N, K), -1 for none, with the weights `target_weights` (K,) or all 1;
-    they share the logits. Gives the mean weighted loss, which has the gradient, and the mean loss of the first target.
+    4.9 GB); here only a part of them exists at a time.
     """
 
     @staticmethod
@@ -471,62 +535,35 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         hidden: Tensor,
         weight: Tensor,
         targets: Tensor,
-        target_weights: Tensor | None,
+        ignore_index: int,
         vocab_size: int,
-        chunk_size: int,
+        chunk: int | None,
         needs_grad: bool,
-    ) -> tuple[Tensor, Tensor]:
-        kind = hidden.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
-        with torch.autocast(kind, enabled=False):
-            w = weight.to(dtype)
-            hidden_grad = torch.empty_like(hidden, dtype=dtype) if needs_grad else None
-            weight_grad = torch.zeros_like(weight, dtype=torch.float32) if needs_grad else None
-            totals = torch.zeros(targets.shape[1], device=hidden.device)  # (K,)
-            for start in range(0, len(targets), chunk_size):
-                rows = slice(start, start + chunk_size)
-                h, t = hidden[rows].to(dtype), targets[rows].clamp(min=0)
-                logits = (h @ w.T).float()
-                logits[:, vocab_size:] = -math.inf  # the padding of the vocabulary
-                norm = logits.logsumexp(dim=-1, keepdim=True)
-                is_target = (targets[rows] >= 0).float()
-                log_p = logits.gather(1, t) - norm
-                totals -= (log_p * is_target).sum(0)
-                if needs_grad:
-                    grad = logits.sub_(norm).exp_()  # softmax, in place
-                    if target_weights is None:
-                        grad = grad.to(dtype)
-                        grad.scatter_(1, t, log_p.expm1().to(dtype))  # minus 1 at the target
-                    else:  # a token may be a target more than once
-                        shares = is_target * target_weights
-                        grad = (grad * shares.sum(1, keepdim=True)).scatter_add_(1, t, -shares).to(dtype)
-                    hidden_grad[rows] = grad @ w
-                    weight_grad += grad.T @ h
-        ctx.save_for_backward(hidden_grad, weight_grad)
+    ) -> Tensor:
+        counts = targets != ignore_index  # (N,)
+        losses, *grads = _token_losses(hidden, weight, targets.where(counts, 0), counts, vocab_size, chunk, needs_grad)
+        n_counted = counts.sum()
+        ctx.save_for_backward(*grads, n_counted)
         ctx.dtypes = hidden.dtype, weight.dtype
-        ctx.n_rows = len(targets)
-        means = totals / len(targets)
-        objective = means.sum() if target_weights is None else (means * target_weights).sum()
-        loss = means[0].clone()
-        ctx.mark_non_differentiable(loss)
-        return objective, loss
+        return losses.where(counts, 0.0).sum() / n_counted
 
     @staticmethod
-    def backward(ctx, grad: Tensor, _: Tensor):
-        hidden_grad, weight_grad = ctx.saved_tensors
-        scale = grad / ctx.n_rows  # only here, so that fp16 gradients do not underflow
-        return (hidden_grad.float() * scale).to(ctx.dtypes[0]), (weight_grad * scale).to(ctx.dtypes[1]), *[None] * 5
+    def backward(ctx, grad: Tensor):
+        *grads, n_counted = ctx.saved_tensors
+        scale = grad / n_counted.clamp(min=1)  # only here, so that fp16 gradients do not underflow
+        hidden_grad, weight_grad = ((g.float() * scale).to(dtype) for g, dtype in zip(grads, ctx.dtypes, strict=True))
+        return hidden_grad, weight_grad, *[None] * 5
 
 
 class PicoLLM(nn.Module):
     """The decoder. `PicoLLM(config, seed)` is the untrained model of that seed.
 
-    Initial weights are normal with standard deviation 0.02, output projections 0.02 / sqrt(2 n_layer) (GPT-2). With
-    init "zero_output" the output projections are zero and the other matrices have standard deviation
-    sqrt(1 / (3 fan_in)) (modded-nanogpt; Jordan et al. 2024).
+    Initial weights are normal with standard deviation 0.02, output projections 0.02 / sqrt(2 n_layer) (GPT-2).
+    `loss_chunk` bounds the memory of the loss: it holds the logits of so many words (on a CPU in bf16) or of so many
+    rows (elsewhere) at a time; None: as measured best.
     """
 
-    loss_chunk = 1024  # rows of logits held at a time
+    loss_chunk: int | None = None
 
     def __init__(self, config: ModelConfig, seed: int = 0) -> None:
         super().__init__()
@@ -546,8 +583,6 @@ class PicoLLM(nn.Module):
                 if parameter.ndim == 2:
                     is_output = name.endswith(("out_proj.weight", "down_proj.weight"))
                     std = 0.02 / math.sqrt(2 * config.n_layer) if is_output else 0.02
-                    if config.init == "zero_output" and name.startswith("blocks"):
-                        std = 0.0 if is_output else math.sqrt(1 / (3 * parameter.shape[1]))
                     parameter.normal_(0.0, std, generator=generator)
             self.token_embedding.weight[config.vocab_size :] = 0.0
 
@@ -555,29 +590,31 @@ class PicoLLM(nn.Module):
         self,
         idx: Tensor,
         targets: Tensor | None = None,
-        target_weights: Tensor | None = None,
         *,
+        ignore_index: int = -100,
         cache: KVCache | None = None,
         on_attention: Callable[[int, Tensor], None] | None = None,
-    ) -> Tensor | tuple[Tensor, Tensor]:
+    ) -> Tensor:
         """Logits (B, T, V) of token ids (B, T); with `targets` (B, T) the mean loss, a scalar in nats per token.
 
-        With `target_weights` (K,) each position also predicts the K - 1 tokens after its target, as far as they are in
-        `targets`: a pair, the sum of the mean losses so weighted, to train on, and the mean loss of the target alone.
-        `cache` holds earlier positions and is extended. `on_attention(layer, weights)` receives each layer's attention
-        pattern (B, H, T, T) in float32. Raises PicoError beyond `max_positions`.
+        Targets equal to `ignore_index` do not count, as in F.cross_entropy. `cache` holds earlier positions and is
+        extended. `on_attention(layer, weights)` receives each layer's attention pattern (B, H, T, T) in float32.
+        Raises PicoError beyond `max_positions`.
         """
         x = self.hidden_states(idx, cache=cache, on_attention=on_attention)
         weight, vocab_size = self.token_embedding.weight, self.config.vocab_size
         if targets is None:
             return F.linear(x, weight)[..., :vocab_size]
         needs_grad = torch.is_grad_enabled()  # inside the function it never is
-        K = 1 if target_weights is None else len(target_weights)
-        later = torch.stack([F.pad(targets[:, k:], (0, k), value=-1) for k in range(K)], dim=-1)  # (B, T, K)
-        objective, loss = _ChunkedCrossEntropy.apply(
-            x.flatten(0, 1), weight, later.flatten(0, 1), target_weights, vocab_size, self.loss_chunk, needs_grad
+        return _CrossEntropy.apply(
+            x.flatten(0, 1), weight, targets.flatten(), ignore_index, vocab_size, self.loss_chunk, needs_grad
         )
-        return objective if target_weights is None else (objective, loss)
+
+    @torch.no_grad()
+    def token_losses(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """Loss of each target (N,) in nats, float32, after the hidden states (N, D); without gradients."""
+        weight, counts = self.token_embedding.weight, torch.ones_like(targets, dtype=torch.bool)
+        return _token_losses(hidden, weight, targets, counts, self.config.vocab_size, self.loss_chunk, False)[0]
 
     def hidden_states(
         self, idx: Tensor, *, cache: KVCache | None = None, on_attention: Callable[[int, Tensor], None] | None = None
@@ -2761,20 +2798,10 @@ def _headline_scores(sums: HeadSums | Sequence[HeadSums], n_bootstrap: int, seed
     return pd.DataFrame(rows, columns=["score", "statistic", "mean", "low", "high"])
 
 
-def _target_log_probs(model: PicoLLM, hidden: Tensor, targets: Tensor) -> Tensor:
-    """Log-probabilities (N,) in float32 of tokens (N,) after hidden states (N, D); a chunk of logits at a time."""
-    weight, size = model.token_embedding.weight[: model.config.vocab_size], model.loss_chunk
-    chunks = [
-        -F.cross_entropy(F.linear(h, weight).float(), wanted, reduction="none")
-        for h, wanted in zip(hidden.split(size), targets.split(size), strict=True)
-    ]
-    return torch.cat(chunks)
-
-
 def _mean_losses(model: PicoLLM, hidden: Tensor, targets: Tensor) -> Tensor:
     """Mean loss of each window, (B,), in nats per token: hidden states (B, T, D), targets (B, n) of the last n."""
     hidden = hidden[:, -targets.shape[1] :]
-    return -_target_log_probs(model, hidden.flatten(0, 1), targets.flatten()).view_as(targets).mean(1)
+    return model.token_losses(hidden.flatten(0, 1), targets.flatten()).view_as(targets).mean(1)
 
 
 def _window_losses(model: PicoLLM, idx: Tensor, n_last: int = 0) -> Tensor:
@@ -3136,7 +3163,7 @@ def sequence_log_probs(model: PicoLLM, sequences: Sequence[Sequence[int]], batch
             idx = torch.tensor(padded, device=model.token_embedding.weight.device)  # (B, width + 1)
             real = torch.arange(width, device=idx.device) < torch.tensor([[len(row)] for row in rows]).to(idx.device)
             log_probs = torch.zeros(len(rows), width, device=idx.device)
-            log_probs[real] = _target_log_probs(model, model.hidden_states(idx[:, :-1])[real], idx[:, 1:][real])
+            log_probs[real] = -model.token_losses(model.hidden_states(idx[:, :-1])[real], idx[:, 1:][real])
             scores.update(zip(rows, log_probs.sum(dim=1).tolist(), strict=True))
             start = stop
     return torch.tensor([scores[tuple(sequence)] for sequence in sequences])

@@ -216,7 +216,7 @@ def test_a_training_step_is_one_graph_for_all_models_of_a_shape(tiny_config, dty
     batch = random_batch(5)
     for seed in (0, 1):
         model = pico.PicoLLM(config, seed).train()
-        model.loss_chunk = 64
+        model.loss_chunk = 64 if dtype == torch.float32 else 20_000  # rows or words
         gradients = []
         for forward in (model, torch.compile(model, backend=counter, fullgraph=True)):
             with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
