@@ -40,6 +40,7 @@ import hashlib
 import html
 import importlib.metadata
 import importlib.util
+import inspect
 import itertools
 import json
 import math
