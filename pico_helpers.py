@@ -37,7 +37,6 @@ import dataclasses
 import datetime
 import functools
 import hashlib
-import html
 import importlib.metadata
 import importlib.util
 import inspect
@@ -4772,7 +4771,7 @@ def _drawing(jobs: list[tuple]) -> Iterator[Callable[[tqdm], None]]:
 # The pages are templates filled with them; each is one file that needs no network.
 # ======================================================================================================================
 
-_VERDICTS = ("supported", "not supported", "undecided")
+_VERDICTS = {"supported": "hold", "not supported": "do not hold", "undecided": "are undecided"}
 _ORIGINAL_BROAD = 0.857  # the original study: "85.7% broad, 14.3% specialised"
 _CLAIM_THRESHOLDS = {
     "min_loss_increase": MIN_LOSS_INCREASE,
@@ -4796,38 +4795,46 @@ _CLASS_SCORES = {  # the scores that a class rests on
     "Local Context": ("local",),
     "Token-Specific": ("duplicate", "induction", "punctuation", "rare"),
 }
-_NO_ACTION = {
+_CLASS_TARGETS = {  # what the heads of a class look at
+    "Diagonal/Self": "the token itself or the one before it",
+    "Local Context": "the last three tokens",
+    "Token-Specific": "certain tokens",
+}
+_NO_ACTION = {  # what a head of the other classes does
     "Global/Broad": "spreads its attention over all tokens",
     "Mixed": "does nothing that these scores have a name for",
     "Resting": "rests: nearly all of its attention is on the first token",
 }
 
 
-def study_findings(study: Study, language: pd.DataFrame | None = None, about: Mapping[str, str] | None = None) -> dict:
+# -- Findings
+
+
+def study_findings(study: Study, about: Mapping[str, str] | None = None) -> dict:
     """Everything the report says, as plain data that fits JSON.
 
     `about` says what was run (model, checkpoint, corpus, training), shown as it is. Each of the `statements` has topic,
     claim, verdict (supported | not supported | undecided) and evidence. A verdict follows from the numbers by rule: a
     share or score must lie beyond the range of untrained models, a score beyond its threshold as well. A head matters
     if ablation raises the loss by MIN_LOSS_INCREASE and beyond noise, corrected for the number of heads; a class, if
-    ablating all its heads costs more than any set of as many others, beyond noise. "Not supported" needs an interval
-    that excludes MIN_LOSS_INCREASE.
+    ablating all its heads costs more than nearly all random sets of as many others (p < SIGNIFICANCE). "Not supported"
+    needs an interval that excludes MIN_LOSS_INCREASE.
     """
-    statements = [*_class_statements(study), *_score_statements(study), *_ablation_statements(study)]
-    for row in language.itertuples() if language is not None else ():
-        scope = PHENOMENA[row.phenomenon].about if row.phenomenon in PHENOMENA else ""
-        cost = f"Without {row.heads} the loss on held-out text rises by {row.loss_increase:.4f} nats per token, "
-        cost += f"without random heads by {row.random_loss_increase:.4f}."
-        evidence = "\n".join(filter(None, (row.reason, cost, scope)))
-        statements.append(_statement("Language", row.claim, row.verdict, evidence))
+    statements = [
+        *_class_statements(study),
+        *_score_statements(study),
+        *_ablation_statements(study),
+        *_language_statements(study.language),
+    ]
     return _plain(
         {
             "about": dict(about or {}),
-            "settings": study.settings | _language_settings(language),
+            "settings": study.settings | _language_settings(study.language),
             "thresholds": vars(study.thresholds) | _CLAIM_THRESHOLDS,
             "headline": _headline(study, statements),
             "statements": statements,
             "class_shares": study.shares,
+            "categories": study.categories,
             "score_baselines": study.baselines,
             "head_scores": study.scores,
             "ablation": study.ablation,
@@ -4835,16 +4842,16 @@ def study_findings(study: Study, language: pd.DataFrame | None = None, about: Ma
             "similarity": {
                 "noise_floor": study.noise_floor,
                 "noise_floor_without_sink": study.noise_floor_without_sink,
-                "distances": np.round(study.similarity, 4),
-                "distances_without_sink": np.round(study.similarity_without_sink, 4),
+                "distances": np.round(study.distances, 4),
+                "distances_without_sink": np.round(study.distances_without_sink, 4),
             },
-            "language": language if language is not None else [],
+            "language": study.language,
         }
     )
 
 
-def _language_settings(language: pd.DataFrame | None) -> dict:
-    names = () if language is None or language.empty else ("n_items", "n_heads", "n_draws")
+def _language_settings(language: pd.DataFrame) -> dict:
+    names = [name for name in ("n_items", "n_heads", "n_draws") if name in language]
     return {f"language_{name}": language[name].iloc[0] for name in names}
 
 
@@ -4852,14 +4859,20 @@ def _statement(topic: str, claim: str, verdict: str, evidence: str) -> dict:
     return {"topic": topic, "claim": claim, "verdict": verdict, "evidence": evidence}
 
 
-def _percent(value: float, low: float, high: float) -> str:
-    return f"{value:.1%}" if low == high else f"{value:.1%} ({low:.1%} to {high:.1%})"
+def _percent(row: Mapping[str, float]) -> str:
+    share, low, high = (f"{row[key]:.1%}" for key in ("share", "low", "high"))
+    return share if low == high else f"{share} ({low} to {high})"
 
 
-def _shares_of(study: Study, name: str, source: str = "windows") -> dict[str, pd.Series]:
-    """Rows of study.shares for one class by model."""
-    rows = study.shares[(study.shares["source"] == source) & (study.shares["class"] == name)]
-    return {row["model"]: row for _, row in rows.iterrows()}
+def _windows(table: pd.DataFrame) -> pd.DataFrame:
+    """The rows of held-out text, which lead everywhere."""
+    return table[table["source"] == "windows"]
+
+
+def _shares_of(study: Study, name: str) -> dict[str, pd.Series]:
+    """Rows of study.shares for one class by model, on held-out text."""
+    rows = _windows(study.shares)
+    return {row["model"]: row for _, row in rows[rows["class"] == name].iterrows()}
 
 
 def _beyond_untrained(rows: dict[str, pd.Series]) -> bool:
@@ -4868,138 +4881,182 @@ def _beyond_untrained(rows: dict[str, pd.Series]) -> bool:
 
 def _found_classes(study: Study) -> list[str]:
     """The specialised classes whose share on held-out text is beyond that of untrained models."""
-    return [name for name in _SPECIALISED if _beyond_untrained(_shares_of(study, name))]
+    return [name for name in SPECIALISED_CLASSES if _beyond_untrained(_shares_of(study, name))]
 
 
 def _class_statements(study: Study) -> Iterator[dict]:
-    shares = {name: _shares_of(study, name) for name in ("Specialised", *_SPECIALISED, "Global/Broad")}
-    found = _found_classes(study)
-
-    def describe(name: str) -> str:
-        text = {model: _percent(*row[["share", "low", "high"]]) for model, row in shares[name].items()}
-        return (
-            f"{name} {text['trained']}; untrained models {text['untrained']}, shuffled tokens {text['shuffled']}, "
-            f"uniform head {text['uniform']}."
-        )
-
-    special = shares["Specialised"]
+    special, broad, found = _shares_of(study, "Specialised"), _shares_of(study, "Global/Broad"), _found_classes(study)
     more = special["trained"]["share"] > special["untrained"]["high"]
-    verdict = "supported" if _beyond_untrained(special) else "undecided" if more else "not supported"
-    evidence = "\n".join(describe(name) for name in ("Specialised", *_SPECIALISED))
-    yield _statement("Classes", "Some heads are specialised, more than in untrained models", verdict, evidence)
+    yield _statement(
+        "Classes",
+        "Some heads are specialised, more than in untrained models",
+        "supported" if _beyond_untrained(special) else "undecided" if more else "not supported",
+        f"{_percent(special['trained'])} of the heads are, {_percent(special['untrained'])} in untrained models.",
+    )
     if found:
-        differs = [
-            name
-            for name in found
-            if shares[name]["trained"]["low"] > shares[name]["shuffled"]["high"]
-            or shares[name]["trained"]["high"] < shares[name]["shuffled"]["low"]
-        ]
-        evidence = "\n".join(["Tested by the shares of the classes only.", *map(describe, differs or found)])
-        verdict = "supported" if differs else "undecided"
+        changes = []
+        for name in found:
+            rows = _shares_of(study, name)
+            own, shuffled = rows["trained"], rows["shuffled"]
+            if own["low"] > shuffled["high"] or own["high"] < shuffled["low"]:
+                changes.append(f"“{CLASS_LABELS[name]}” {_percent(own)}, on shuffled tokens {_percent(shuffled)}")
+        evidence = "; ".join(changes) or "On shuffled tokens no class has more or fewer heads, beyond the intervals"
         yield _statement(
-            "Classes", "Which classes the heads fall into depends on the order of the words", verdict, evidence
+            "Classes",
+            "Which classes the heads fall into depends on the order of the words",
+            "supported" if changes else "undecided",
+            f"{evidence}. Tested by the shares of the classes only.",
         )
-    broad = shares["Global/Broad"]
     agrees = broad["trained"]["low"] <= _ORIGINAL_BROAD <= broad["trained"]["high"]
     apart = broad["trained"]["high"] < broad["untrained"]["low"] or broad["trained"]["low"] > broad["untrained"]["high"]
     yield _statement(
         "Classes",
-        "85.7% of the heads attend broadly and 14.3% are specialised (the original study)",
+        f"{_ORIGINAL_BROAD:.1%} of the heads attend broadly and the rest are specialised (the original study)",
         "not supported" if not agrees else "supported" if apart else "undecided",
-        f"{describe('Global/Broad')} The original measured raw averages on short sentences, which mostly reflect the "
-        "length of the sentence, and gave no baseline; a model has broad heads before it learns anything.",
+        f"{_percent(broad['trained'])} attend broadly here; in untrained models {_percent(broad['untrained'])}: a "
+        "model has broad heads before it learns anything. The original's averages over short sentences mostly reflect "
+        "the length of the sentence, and it gave no baseline.",
     )
 
 
 def _score_statements(study: Study) -> Iterator[dict]:
-    table = study.baselines[(study.baselines["source"] == "windows") & (study.baselines["statistic"] == "max")]
-    heads = study.scores[study.scores["source"] == "windows"]
+    best_scores, heads = _windows(study.baselines), _windows(study.scores)
+    best_scores = best_scores[best_scores["statistic"] == "max"]
     for score, action in HEAD_ACTIONS.items():
-        rows = {row["model"]: row for _, row in table[table["score"] == score].iterrows()}
-        text = {
-            model: "{} ({} to {})".format(*(_number(row[key]) for key in ("mean", "low", "high")))
-            for model, row in rows.items()
-        }
-        own, tau = rows["trained"], study.thresholds.tau[score]
+        rows = {row["model"]: row for _, row in best_scores[best_scores["score"] == score].iterrows()}
+        own, untrained, tau = rows["trained"], rows["untrained"], study.thresholds.tau[score]
         best = heads.loc[heads[score].idxmax()]
-        found = own["low"] >= tau and own["low"] > rows["untrained"]["high"]
-        verdict = "supported" if found else "undecided" if own["mean"] >= tau else "not supported"
-        evidence = (
-            f"The strongest, layer {best['layer']} head {best['head']}, scores {text['trained']}; chance is 0, the "
-            f"ideal 1, the threshold {tau:.2f}. Strongest in untrained models: {text['untrained']}; on shuffled "
-            f"tokens: {text['shuffled']}."
-        )
+        value = f"{number(own['mean'])} ({number(own['low'])} to {number(own['high'])})"
+        name = head_name(best["layer"], best["head"])
+        if own["mean"] < tau:
+            verdict, evidence = "not supported", f"No head does this (highest score {number(own['mean'])})."
+        elif own["low"] >= tau and own["low"] > untrained["high"]:
+            verdict, evidence = "supported", f"{name} does so most, with a score of {value}"
+            evidence += f"; no untrained head exceeds {number(untrained['high'])}."
+        else:
+            verdict, evidence = (
+                "undecided",
+                f"{name} comes closest, with a score of {value}, which is not clearly above ",
+            )
+            evidence += f"the threshold of {number(tau)} and untrained heads ({number(untrained['high'])})."
         yield _statement("Heads", f"A head {action}", verdict, evidence)
 
 
 def _ablation_statements(study: Study) -> Iterator[dict]:
-    table = study.ablation.merge(study.scores[study.scores["source"] == "windows"][["layer", "head", "class"]])
-    n, n_windows = len(table), study.settings["ablation_windows"]
+    table, n_windows = study.ablation, study.settings["ablation_windows"]
     matters, limit = heads_that_matter(table, n_windows)
+    names = [head_name(row.layer, row.head) for row in table[matters].itertuples()]
     top = table.loc[table["loss_increase"].idxmax()]
     bound = (table["loss_increase"] + limit * table["standard_error"]).max()
-    yield _statement(
-        "Ablation",
-        "Single heads matter for the prediction of held-out text",
-        "supported" if matters.any() else "not supported" if bound < MIN_LOSS_INCREASE else "undecided",
-        f"Replaced by its mean output, {matters.sum()} of {n} heads raise the loss by {MIN_LOSS_INCREASE} nats or more "
-        f"and beyond {limit:.1f} standard errors ({n_windows} windows, corrected for {n} heads). Largest: layer "
-        f"{top['layer']} head {top['head']} ({top['class']}), {top['loss_increase']:+.4f} nats per token, standard "
-        f"error {top['standard_error']:.4f}. At the same confidence no head costs more than {bound:.4f}.",
+    evidence = f"Replaced by its mean output, {head_name(int(top['layer']), int(top['head']))} costs most: "
+    evidence += (
+        f"{number(top['loss_increase'], 3)} nats per token (standard error {number(top['standard_error'], 3)}). "
     )
-    found = _found_classes(study)
-    for row in study.class_ablation.itertuples(index=False):
-        name = row[0]
-        if name not in found:
-            continue
-        exceeds = row.loss_increase >= MIN_LOSS_INCREASE and row.excess_low > 0
-        verdict = "not supported" if row.high < MIN_LOSS_INCREASE else "supported" if exceeds else "undecided"
-        evidence = (
-            f"Ablated together, the {row.n_heads} {name} heads raise the loss by {row.loss_increase:.4f} nats per "
-            f"token ({row.low:.4f} to {row.high:.4f}, {n_windows} windows); single heads can be spared when others do "
-            "the same. "
-        )
+    if names:
+        evidence += f"Beyond noise, {len(names)} of {len(table)} heads matter: {', '.join(names)}."
+    else:
+        evidence += f"No head matters beyond noise, and none costs more than {number(bound, 4)}."
+    verdict = "supported" if names else "not supported" if bound < MIN_LOSS_INCREASE else "undecided"
+    yield _statement("Ablation", "Single heads matter for the prediction of held-out text", verdict, evidence)
+    for row in _tested_classes(study).itertuples():
+        cost = f"{number(row.loss_increase, 3)} nats per token ({number(row.low, 3)} to {number(row.high, 3)})"
+        evidence = f"Removed together, the {row.n_heads} heads cost {cost}"
         if row.n_random_sets:
             evidence += (
-                f"As many other heads, of the same layers where they have enough, cost {row.random_loss_increase:.4f} "
-                f"on average of {row.n_random_sets} sets; beyond the costliest set the class costs {row.excess:+.4f} "
-                f"({row.excess_low:+.4f} to {row.excess_high:+.4f})."
+                f"; {row.n_random_sets} random sets of as many other heads, of the same layers where they have enough, "
+                f"cost {number(row.random_loss_increase, 3)} on average (p = {row.p_value:.2g})."
             )
         else:
-            evidence += f"Of {n} heads too few others are left for a set of equal size to compare with."
-        yield _statement(
-            "Ablation", f"{name} heads matter for the prediction, more than as many others", verdict, evidence
-        )
+            evidence += f". Of {len(table)} heads too few others are left for a set of equal size to compare with."
+        claim = f"“{CLASS_LABELS[row.name]}” heads matter for the prediction, more than as many others"
+        yield _statement("Ablation", claim, row.verdict, evidence)
+
+
+def _tested_classes(study: Study) -> pd.DataFrame:
+    """study.class_ablation of the classes that were found, with columns name and verdict."""
+    table = study.class_ablation
+    table = table[table["class"].isin(_found_classes(study))].rename(columns={"class": "name"})
+    exceeds = (table["loss_increase"] >= MIN_LOSS_INCREASE) & (table["p_value"] < SIGNIFICANCE)
+    excluded = table["high"] < MIN_LOSS_INCREASE
+    return table.assign(verdict=np.select([excluded, exceeds], ["not supported", "supported"], "undecided"))
+
+
+def _language_statements(language: pd.DataFrame) -> Iterator[dict]:
+    for row in language.itertuples():
+        scope = PHENOMENA[row.phenomenon].about if row.phenomenon in PHENOMENA else ""
+        cost = f"Without {row.heads} the loss on held-out text rises by {number(row.loss_increase, 3)} nats per token, "
+        cost += f"without random heads by {number(row.random_loss_increase, 3)}."
+        evidence = "\n".join(filter(None, (row.reason, cost, scope)))
+        yield _statement("Language", row.claim, row.verdict, evidence)
+
+
+def _listed(items: Sequence[str], word: str = "and") -> str:
+    return f" {word} ".join(filter(None, [", ".join(items[:-1]), *items[-1:]]))
 
 
 def _headline(study: Study, statements: Sequence[dict]) -> list[str]:
-    """Two or three sentences that open the report."""
-    heads = study.scores[study.scores["source"] == "windows"]
-    n_special, n = int(heads["class"].isin(_SPECIALISED).sum()), len(heads)
+    """The lead of the report in words: what the heads do, beside baselines, what removing them costs, and language."""
+    lines = [_specialised_sentence(study)]
+    if all(row["verdict"] != "supported" for row in statements):
+        lines = [f"This study finds nothing: none of the {len(statements)} claims tested is supported.", *lines]
     rows = _shares_of(study, "Specialised")
-    text = {model: _percent(*row[["share", "low", "high"]]) for model, row in rows.items()}
-    shares = (
-        f"{n_special} of {n} heads, {text['trained']}, are specialised on held-out text; on shuffled tokens it is "
-        f"{text['shuffled']}, in untrained models {text['untrained']}, for a uniform head {text['uniform']}. "
-        "Intervals: 95% over texts; range of the untrained models."
+    heads = _windows(study.scores)
+    n, n_special = len(heads), int(heads["class"].isin(SPECIALISED_CLASSES).sum())
+    n_shuffled, n_untrained = (round(n * row) for row in (rows["shuffled"]["share"], rows["untrained"]["high"]))
+    untrained = f"at most {n_untrained} of {n} do" if n_untrained else "none does"
+    lines.append(
+        f"In untrained models of the same shape {untrained}; on text whose words are shuffled, {n_shuffled} of {n} do"
+        + (", so that the classes say little about the order of words." if 2 * n_shuffled > n_special > 0 else ".")
     )
-    tally = {name: [s["claim"] for s in statements if s["verdict"] == name] for name in _VERDICTS}
-    if not tally["supported"]:
-        return [f"This study finds nothing: none of the {len(statements)} claims tested is supported.", shares]
-    counts = ", ".join(f"{len(claims)} {name}" for name, claims in tally.items())
-    return [
-        shares,
-        f"Of {len(statements)} claims tested: {counts}.",
-        f"Supported: {'; '.join(claim.rstrip('.') for claim in tally['supported'])}.",
-    ]
+    lines += _cost_sentences(study)
+    verdicts = study.language["verdict"] if len(study.language) else []
+    parts = []
+    for verdict, words in _VERDICTS.items():
+        names = [row.phenomenon for row in study.language.itertuples() if row.verdict == verdict]
+        if names:
+            parts.append(f"{len(names)} {words if len(names) > 1 else words.replace('are', 'is')} ({_listed(names)})")
+    if parts:
+        lines.append(f"Of {len(verdicts)} claims about language, {_listed(parts)}.")
+    broad = int((heads["class"] == "Global/Broad").sum())
+    lines.append(
+        "The original study, the notebook that this project began with, sorted heads by the plain averages of their "
+        f"attention and found {_ORIGINAL_BROAD:.1%} of them to attend broadly. Corrected for chance, {broad} of {n} do."
+    )
+    return lines
+
+
+def _specialised_sentence(study: Study) -> str:
+    heads = _windows(study.scores)
+    parts = []
+    for name in SPECIALISED_CLASSES:
+        members = heads[heads["class"] == name]
+        if len(members):
+            parts.append(f"{len(members)} on {_CLASS_TARGETS[name]}")
+        if len(members) and name == "Token-Specific":
+            kinds = members[list(_CLASS_SCORES[name])].idxmax(axis=1)
+            parts[-1] += f", mostly {HEAD_ACTIONS[kinds.mode()[0]].removeprefix('looks at ')}"
+    n_special = int(heads["class"].isin(SPECIALISED_CLASSES).sum())
+    if not n_special:
+        return f"None of the {len(heads)} heads specialises on held-out text."
+    return f"{n_special} of the {len(heads)} heads specialise on held-out text: {_listed(parts)}."
+
+
+def _cost_sentences(study: Study) -> Iterator[str]:
+    tested = _tested_classes(study)
+    for row in tested[tested["verdict"] == "supported"].itertuples():
+        yield (
+            f"Removing the {row.n_heads} heads on {_CLASS_TARGETS[row.name]} raises the loss on held-out text by "
+            f"{number(row.loss_increase)} nats per token, removing as many others {number(row.random_loss_increase)}."
+        )
+    rest = [_CLASS_TARGETS[row.name] for row in tested[tested["verdict"] != "supported"].itertuples()]
+    if rest:
+        yield f"That the heads on {_listed(rest, 'or those on')} are missed more than others is not shown."
 
 
 def _plain(value: object) -> object:
     """The value as JSON holds it: tables as lists of rows, NaN and infinity as None."""
     if hasattr(value, "to_dict") and hasattr(value, "columns"):
         return _plain(value.to_dict("records"))
-    if dataclasses.is_dataclass(value):
-        return _plain(vars(value))
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, (np.ndarray, np.generic)):
@@ -5016,33 +5073,15 @@ def write_findings(path: str | Path, findings: dict) -> Path:
     return write_text(path, json.dumps(findings, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-# -- HTML
-
-
-class _Html(str):
-    """Text that is HTML already; `_fill` escapes all other text."""
-
-
-def _fill(template: str, **values: object) -> _Html:
-    """Replaces each {{name}} of the template by its value, escaped unless it is HTML."""
-
-    def replace(match: re.Match) -> str:
-        value = values[match[1]]
-        return value if isinstance(value, _Html) else html.escape(str(value))
-
-    return _Html(re.sub(r"\{\{(\w+)\}\}", replace, template))
-
-
-def _join(parts: Iterable[str]) -> _Html:
-    """Joins HTML; plain text among the parts is escaped."""
-    return _Html("\n".join(part if isinstance(part, _Html) else html.escape(part) for part in parts))
+# -- Report
 
 
 @functools.cache
 def _template(text: str) -> jinja2.Template:
     import jinja2
 
-    return jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True).from_string(text)
+    options = {"autoescape": True, "undefined": jinja2.StrictUndefined, "trim_blocks": True}
+    return jinja2.Environment(**options).from_string(text)
 
 
 def _render(template: str, **values: object) -> str:
@@ -5054,108 +5093,150 @@ def _page(title: str, style: str, body: str) -> str:
     return _render(_PAGE_HTML, title=title, style=_PAGE_CSS + style, body=body)
 
 
-def _table(rows: Sequence[dict], columns: Mapping[str, str], caption: str) -> _Html:
-    """An HTML table; `columns` maps keys of the rows to headings."""
+def _table(rows: Sequence[dict], columns: Mapping[str, str], by: str = "", digits: int = 2) -> str:
+    """An HTML table of chosen columns with their headings, highest `by` first; heads and classes as they are shown."""
+    import pandas as pd
 
-    def cell(value: object) -> str:
-        if value is None:
-            return _Html("<td>–</td>")
-        if isinstance(value, float):
-            return _fill(
-                '<td class="number">{{v}}</td>', v=f"{value:.4f}" if abs(value) < 0.01 and value else f"{value:.3g}"
-            )
-        return _fill("<td>{{v}}</td>", v="yes" if value is True else "no" if value is False else value)
-
-    head = _join(_fill('<th scope="col">{{h}}</th>', h=heading) for heading in columns.values())
-    body = _join(_fill("<tr>{{c}}</tr>", c=_join(cell(row.get(key)) for key in columns)) for row in rows)
-    return _fill(_TABLE_HTML, caption=caption, head=head, body=body)
+    frame = pd.DataFrame(rows)
+    if {"layer", "head"} <= set(frame):
+        frame["head"] = list(map(head_name, frame["layer"], frame["head"]))
+    frame = frame.sort_values(by, ascending=False) if by else frame
+    frame = frame[[name for name in columns if name in frame]].rename(columns=columns)
+    show = {bool: lambda value: "yes" if value else "", str: lambda value: CLASS_LABELS.get(value, value)}
+    show[float] = lambda value: "–" if math.isnan(value) else number(value, digits)
+    return frame.map(lambda value: show.get(type(value), str)(value)).to_html(index=False, border=0)
 
 
-def _full_table(rows: Sequence[dict], caption: str, *left_out: str) -> _Html:
-    """A table with a column for each key of the rows."""
-    return _table(rows, {key: key.replace("_", " ") for row in rows[:1] for key in row if key not in left_out}, caption)
+def _crossed(rows: Sequence[dict], row: str, column: str, show: Callable[[dict], str]) -> list[dict]:
+    """Rows of (row, column, numbers) as one row for each value of `row`, with a cell for each value of `column`."""
+    crossed: dict[str, dict] = {}
+    for cell in rows:
+        crossed.setdefault(cell[row], {row: cell[row]})[cell[column]] = show(cell)
+    return list(crossed.values())
 
 
-def _share_table(shares: Sequence[dict]) -> _Html:
-    """Share of each class on held-out text, a column a model."""
-    rows: dict[str, dict] = {}
-    for row in shares:
-        if row["source"] == "windows":
-            values = rows.setdefault(row["class"], {"class": row["class"]})
-            values[row["model"]] = _percent(row["share"], row["low"], row["high"])
-    caption = (
-        "Share of the heads on held-out text, with 95% interval over texts; for untrained models with range over seeds"
-    )
-    return _table(list(rows.values()), {"class": "class", **MODEL_NAMES}, caption)
+def _share_table(findings: dict) -> str:
+    rows = [row for row in findings["class_shares"] if row["source"] == "windows"]
+    return _table(_crossed(rows, "class", "model", _percent), {"class": "class", **MODEL_NAMES})
 
 
-def _picture_html(picture: Picture) -> _Html:
-    data = base64.b64encode(picture.path.read_bytes()).decode()
-    return _fill(_PICTURE_HTML, alt=picture.alt, data=data, title=picture.title, caption=picture.caption)
+def _category_table(findings: dict) -> str:
+    rows = _crossed(findings["categories"], "category", "class", lambda cell: f"{cell['share']:.0%}")
+    return _table(rows, {"category": "sentences", **CLASS_LABELS})
+
+
+def _score_table(findings: dict) -> str:
+    rows = [row for row in findings["head_scores"] if row["source"] == "windows"]
+    rows.sort(key=lambda row: (HEAD_CLASSES.index(row["class"]), -max(row[name] or 0 for name in KAPPAS)))
+    return _table(rows, {"head": "head", "class": "class", **{name: name.replace("_", " ") for name in HEAD_SCORES}})
+
+
+def _class_ablation_table(findings: dict) -> str:
+    columns = {"class": "class", "n_heads": "heads", "loss_increase": "nats per token", "low": "low", "high": "high"}
+    columns |= {"random_loss_increase": "random heads", "n_random_sets": "random sets", "p_value": "p"}
+    return _table(findings["class_ablation"], columns, "loss_increase", 3)
+
+
+def _ablation_table(findings: dict) -> str:
+    columns = {"head": "head", "loss_increase": "nats per token", "standard_error": "standard error"}
+    return _table(findings["ablation"], columns | {"matters": "beyond noise"}, "loss_increase", 3)
+
+
+def _language_table(findings: dict) -> str:
+    rows = [
+        row
+        | {
+            "prefers": f"{row['accuracy']:.0%} (untrained {row['untrained_accuracy']:.0%})",
+            "looks": f"{number(100 * row['attention_difference'], 1)} points (p = {row['p_value']:.2g})",
+            "needs": f"{number(row['margin_drop'])} nats (random {number(row['random_margin_drop'])})",
+        }
+        for row in findings["language"]
+    ]
+    columns = {"phenomenon": "claim", "verdict": "verdict", "prefers": "prefers the right word", "heads": "heads"}
+    columns |= {"looks": "look at the target", "needs": "margin lost without them", "n_items": "items"}
+    return _table(rows, columns)
+
+
+def _settings_table(findings: dict) -> str:
+    limits = {name: value for name, value in findings["thresholds"].items() if name != "tau"}
+    limits |= {f"threshold of {name}": value for name, value in findings["thresholds"]["tau"].items()}
+    settings = (limits | findings["settings"]).items()
+    rows = [{"name": name.replace("_", " "), "value": str(value)} for name, value in settings]
+    return _table(rows, {"name": "what", "value": "value"})
+
+
+@dataclass(frozen=True)
+class _Section:
+    """A section of the report; its text is _REPORT_TEXTS[anchor]."""
+
+    anchor: str
+    title: str
+    topic: str = ""  # of the statements it shows
+    pictures: tuple[str, ...] = ()  # how the names of its pictures begin
+    tables: Mapping[str, Callable[[dict], str]] = field(default_factory=dict)  # title: made of the findings
+
+
+_CLASS_TABLES = {"Share of the heads in each class": _share_table, "Classes by kind of sentence": _category_table}
+_ABLATION_TABLES = {"Loss without all heads of a class": _class_ablation_table, "Loss without each": _ablation_table}
+_SECTIONS = (
+    _Section("run", "What was run", "", ("loss",), {"Thresholds and settings": _settings_table}),
+    _Section("read", "How to read an attention map"),
+    _Section("classes", "Classes of heads", "Classes", ("class_", "categor"), _CLASS_TABLES),
+    _Section("scores", "What single heads do", "Heads", ("score", "head_emergence"), {"All scores": _score_table}),
+    _Section("ablation", "Which heads matter", "Ablation", ("ablation",), _ABLATION_TABLES),
+    _Section("language", "Language", "Language", ("language",), {"The claims in numbers": _language_table}),
+    _Section("spread", "Spread and reach", "", ("entropy",)),
+    _Section("similarity", "Which heads look alike", "", ("similarity",)),
+    _Section("sentences", "The sentences"),
+    _Section("next", "What to try next"),
+    _Section("glossary", "Glossary"),
+)
 
 
 def write_report(path: str | Path, findings: dict, pictures: Sequence[Picture]) -> Path:
     """Writes the report as one HTML page. `findings` as of `study_findings`, `pictures` as of `draw_study`."""
-    of_model = {picture.path.stem: picture for picture in pictures if picture.group == "Model"}
-
-    def show(*names: str) -> _Html:
-        return _join(_picture_html(of_model[name]) for name in names if name in of_model)
-
-    def verdicts(topic: str) -> _Html:
-        return _join(
-            _fill(_STATEMENT_HTML, kind=_Html(row["verdict"].replace(" ", "-")), **row)
-            for row in findings["statements"]
-            if row["topic"] == topic
+    shown = [dict(vars(p), name=p.path.stem, data=base64.b64encode(p.path.read_bytes()).decode()) for p in pictures]
+    of_model = [picture for picture in shown if picture["group"] == "Model"]
+    if not any(row["sink_flag"] for row in findings["head_scores"]):
+        of_model = [picture for picture in of_model if not picture["name"].endswith("_without_sink")]
+    groups: dict[str, list[dict]] = {}
+    for picture in shown:
+        if picture["group"] != "Model":
+            groups.setdefault(picture["group"], []).append(picture)
+    examples = [picture for members in groups.values() for picture in members if picture["name"].endswith("_heads")]
+    sections = []
+    for section in _SECTIONS:
+        chosen = [picture for picture in of_model if picture["name"].startswith(section.pictures or ("?",))]
+        sections.append(
+            vars(section)
+            | {
+                "text": _REPORT_TEXTS[section.anchor].format(rule=CLASS_RULE),
+                "statements": [row for row in findings["statements"] if row["topic"] == section.topic],
+                "pictures": examples[:1] if section.anchor == "read" else chosen,
+                "tables": {title: make(findings) for title, make in section.tables.items()},
+                "groups": groups if section.anchor == "sentences" else {},
+                "about": findings["about"] if section.anchor == "run" else {},
+            }
         )
-
-    groups: dict[str, list[Picture]] = {}
-    for picture in pictures:
-        if picture.group != "Model":
-            groups.setdefault(picture.group, []).append(picture)
-    example = [picture for members in groups.values() for picture in members if picture.path.stem.endswith("_heads")][
-        :1
-    ]
-    sentences = _join(
-        _fill(_DETAILS_HTML, summary=f"{name} ({len(members)} pictures)", body=_join(map(_picture_html, members)))
-        for name, members in groups.items()
-    )
-    run = [{"name": name, "value": value} for name, value in findings["about"].items()]
-    limits = {name: value for name, value in findings["thresholds"].items() if name != "tau"}
-    limits |= {f"tau, {name}": value for name, value in findings["thresholds"].get("tau", {}).items()}
-    settings = [{"name": name, "value": value} for name, value in (limits | findings["settings"]).items()]
-    two = {"name": "what", "value": "value"}
-    language = findings["language"]
-    body = _fill(
-        _REPORT_HTML,
-        headline=_join(_fill("<p>{{line}}</p>", line=line) for line in findings["headline"]),
-        shares=_share_table(findings["class_shares"]),
-        run=_table(run, two, "Model, corpus and training"),
-        loss=show("loss_curve"),
-        example=_join(map(_picture_html, example)),
-        class_verdicts=verdicts("Classes"),
-        class_pictures=show(
-            "class_baselines_windows", "class_shares_windows", "class_baselines_sentences", "class_shares_sentences"
-        ),
-        class_table=_full_table(findings["class_shares"], "Share of heads in each class"),
-        score_verdicts=verdicts("Heads"),
-        score_pictures=show("head_emergence", "score_maps_windows", "score_maps_sentences"),
-        score_table=_full_table(findings["head_scores"], "Scores of every head"),
-        baseline_table=_full_table(findings["score_baselines"], "Scores beside their baselines"),
-        ablation_verdicts=verdicts("Ablation"),
-        ablation_pictures=show("ablation"),
-        class_ablation_table=_full_table(
-            findings["class_ablation"], "Loss without all heads of a class, nats per token"
-        ),
-        ablation_table=_full_table(findings["ablation"], "Loss without each head, nats per token"),
-        spread_pictures=show("entropy_distance_windows", "entropy_distance_sentences"),
-        similarity_pictures=show("similarity", "similarity_without_sink"),
-        language_verdicts=verdicts("Language") if language else _Html("<p>No linguistic tests were run.</p>"),
-        language_pictures=show("language"),
-        language_table=_full_table(language, "Linguistic tests", "claim") if language else _Html(""),
-        sentences=sentences,
-        settings=_table(settings, two, "Thresholds and settings"),
-    )
+    body = _render(_REPORT_HTML, headline=findings["headline"], sections=sections)
     return write_text(path, _page("Attention report", _REPORT_CSS, body))
+
+
+_STUDY_PICTURE = re.compile(  # the names that studies, also earlier ones, give their pictures
+    r"(model/(loss_curve|head_emergence|ablation|language|categories|class_grid|similarity(_without_sink)?"
+    r"|(class_baselines|class_shares|entropy_distance|score_maps)(_windows|_sentences)?)"
+    r"|\d\d_[a-z0-9_]*/(category_grid|\d\d_(every_head|heads|flow|rollout)))\.(png|svg)"
+)
+
+
+def remove_old_pictures(folder: str | Path) -> None:
+    """Removes the pictures that studies wrote into `folder` and folders that this leaves empty; no other file."""
+    folder = Path(folder)
+    for path in [path for path in folder.glob("*/*") if _STUDY_PICTURE.fullmatch(path.relative_to(folder).as_posix())]:
+        path.unlink()
+    for place in [place for place in folder.glob("*/") if not place.is_symlink()]:
+        with contextlib.suppress(OSError):  # not empty
+            place.rmdir()
 
 
 # -- Explorer
@@ -5184,7 +5265,7 @@ def explorer_html(
         raise PicoError("The explorer needs at least one sentence.")
     n_layer, n_head = flat[0][1].weights.shape[:2]
     pairs = [(layer, head) for layer in range(n_layer) for head in range(n_head)]
-    heads = [{"name": f"L{layer}H{head}", "does": "", "scores": "", "best": ("", 0.0)} for layer, head in pairs]
+    heads = [{"name": head_name(layer, head), "does": "", "scores": "", "best": ("", 0.0)} for layer, head in pairs]
     for row in scores.to_dict("records") if scores is not None else ():
         heads[row["layer"] * n_head + row["head"]] |= _describe_head(row)
     order = sorted(range(len(heads)), key=lambda i: (heads[i]["best"][0] != "induction", -heads[i]["best"][1]))
@@ -5217,10 +5298,10 @@ def _describe_head(row: Mapping[str, object]) -> dict[str, object]:
     if row["sink_flag"]:
         does += " and " + HEAD_ACTIONS["sink"]
     listed = sorted(KAPPAS, key=lambda name: -row[name])[:3]
-    values = ", ".join(f"{name} {_number(row[name])}" for name in listed)
+    values = ", ".join(f"{name} {number(row[name])}" for name in listed)
     return {
         "does": does,
-        "scores": f"Class {row['class']}. Highest scores: {values} (0 is chance, 1 ideal).",
+        "scores": f"Class: {CLASS_LABELS[row['class']]}. Highest scores: {values} (0 is chance, 1 ideal).",
         "best": (best, float(row[best]) if best else 0.0),
     }
 
@@ -6230,9 +6311,9 @@ def run_analysis(
         "Held-out text": held_out,
         "Time": took,
     }
-    findings = study_findings(study, study.language, about) | {"measured": here | {"seconds": seconds}}
+    findings = study_findings(study, about) | {"measured": here | {"seconds": seconds}}
     repeats = {"Repeats": [capture_attention(model, text) for text in REPEATED_TEXTS]}
-    shutil.rmtree(results / "attention", ignore_errors=True)  # pictures of an earlier study
+    remove_old_pictures(results / "attention")
     context = captures, study, study.language, results / "attention", saved.metrics, context["history"]
     pictures = draw_study(*context)
     print(*findings["headline"], sep="\n")
@@ -6552,7 +6633,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 # Templates, style and script of the two web pages, and the model card: nothing but text.
 # ======================================================================================================================
 
-# -- Templates. {{name}} is filled in and escaped.
+# -- Templates (jinja2). Every text is escaped; `safe` marks what is HTML already.
 
 _PAGE_HTML = """<!doctype html>
 <html lang="en">
@@ -6578,156 +6659,147 @@ _PAGE_CSS = """
 }
 body { margin: 0 auto; max-width: 66rem; padding: 1rem 1.25rem 4rem; background: var(--back); color: var(--text);
   font: 1rem/1.55 system-ui, sans-serif; }
-h1 { font-size: 1.7rem; margin: 1rem 0 .5rem; }
+h1 { font-size: 1.7rem; line-height: 1.25; margin: 1rem 0 .5rem; }
 h2 { font-size: 1.3rem; margin: 2.5rem 0 .5rem; padding-top: .5rem; border-top: 1px solid var(--line); }
 a { color: var(--link); }
-p, li { max-width: 46rem; }
+p, li, dd { max-width: 46rem; }
+code { background: var(--panel); padding: .1em .3em; border-radius: 3px; overflow-wrap: anywhere; }
 """
 
 _REPORT_CSS = """
-figure { margin: 1rem 0; }
-figure img { max-width: 100%; height: auto; background: #ffffff; border: 1px solid var(--line); border-radius: 4px; }
-@media (prefers-color-scheme: dark) { figure img { filter: brightness(.82); } }
+figure { margin: 1rem 0; overflow-x: auto; }
+figure img { max-width: 100%; min-width: min(100%, 34rem); height: auto; background: #ffffff; padding: .5rem;
+  box-sizing: border-box; border: 1px solid var(--line); border-radius: 6px; }
+@media (max-width: 40rem) { figure img { max-width: none; width: 34rem; } figcaption { position: sticky; left: 0; } }
+@media (prefers-color-scheme: dark) { figure img { filter: brightness(.8); } }
+figcaption, .evidence { color: var(--soft); font-size: .9rem; }
 .evidence { white-space: pre-line; }
-figcaption, caption, .evidence { color: var(--soft); font-size: .9rem; }
 .lead { background: var(--panel); border-radius: 6px; padding: .25rem 1rem; font-size: 1.05rem; }
+nav ul { columns: 2; max-width: 40rem; padding-left: 1.25rem; }
 .statement { border-left: 4px solid var(--line); margin: .75rem 0; padding: 0 0 0 .75rem; }
 .statement p { margin: .15rem 0; }
-.supported { border-color: #009e73; } .undecided { border-color: #e69f00; } .not-supported { border-color: #999999; }
+.supported { border-color: #009e73; } .undecided { border-color: #e69f00; } .not { border-color: #999999; }
 .verdict { font-weight: 600; }
 .verdict::first-letter { text-transform: uppercase; }
-.scroll { overflow-x: auto; max-height: 32rem; }
+.scroll { overflow: auto; max-height: 32rem; }
 table { border-collapse: collapse; font-size: .88rem; margin: .5rem 0; }
-caption { text-align: left; padding: .25rem 0; }
-th, td { border-bottom: 1px solid var(--line); padding: .2rem .6rem; text-align: left; vertical-align: top; }
-td.number { text-align: right; font-variant-numeric: tabular-nums; }
+th, td { border-bottom: 1px solid var(--line); padding: .2rem .6rem; text-align: right; vertical-align: top;
+  font-variant-numeric: tabular-nums; }
+th:first-child, td:first-child { text-align: left; }
 details { margin: .75rem 0; } summary { cursor: pointer; font-weight: 600; }
-dt { font-weight: 600; } dd { margin: 0 0 .5rem 1rem; max-width: 45rem; }
+dt { font-weight: 600; } dd { margin: 0 0 .5rem 1rem; }
 """
 
-_TABLE_HTML = """<div class="scroll" tabindex="0" role="region" aria-label="{{caption}}"><table>
-<caption>{{caption}}</caption>
-<thead><tr>{{head}}</tr></thead>
-<tbody>
-{{body}}
-</tbody></table></div>"""
-
-_PICTURE_HTML = """<figure>
-<img alt="{{alt}}" src="data:image/png;base64,{{data}}" decoding="async">
-<figcaption><strong>{{title}}</strong><br>{{caption}}</figcaption>
-</figure>"""
-
-_STATEMENT_HTML = """<div class="statement {{kind}}">
-<p><span class="verdict">{{verdict}}</span> · {{claim}}</p>
-<p class="evidence">{{evidence}}</p>
-</div>"""
-
-_DETAILS_HTML = """<details><summary>{{summary}}</summary>
-{{body}}
-</details>"""
-
-_REPORT_HTML = """<main>
+_REPORT_HTML = """{% macro show(picture) %}
+<figure>
+<img alt="{{ picture.alt }}" src="data:image/png;base64,{{ picture.data }}" decoding="async">
+<figcaption><strong>{{ picture.title }}</strong><br>{{ picture.caption }}</figcaption>
+</figure>
+{% endmacro %}
+<main>
 <h1>Where the heads of a small language model look</h1>
-<div class="lead">
-{{headline}}
-{{shares}}
-</div>
 <p>A language model predicts the next token of a text. Inside, each layer has several <em>attention heads</em>; for
 every token, a head decides how much to look at each earlier token. This report asks what the heads of one model do,
-and how much of that an untrained model would show as well. A number counts as a finding only where it differs from
-its baselines.</p>
-
-<h2 id="run">What was run</h2>
-{{run}}
-{{loss}}
-<details><summary>Thresholds and settings</summary>
-{{settings}}
-</details>
-
-<h2 id="read">How to read an attention map</h2>
-<p>Each row is a token that looks; the colours of the row say how its attention is shared among the tokens up to
-itself, and sum to 100%. Yellow is much, dark is little. The grey triangle holds later tokens, which the model
-cannot see. A bright diagonal is a head that looks at the token itself; one step lower, at the previous token; a
-bright first column is a head that parks its attention on the first token. <code>·</code> marks a leading space and
-<code>the²</code> is the second <code>the</code>. Layers and heads are counted from 0.</p>
-<p>Short maps mislead: in the first rows there is little to choose from, so every head seems to look at itself and
-at the first token. All scores below are therefore corrected for chance: 0 is what a head gets that looks everywhere
-alike, at any length of text, and 1 is the ideal head. They are measured on long windows of held-out text and on the
-study's sentences.</p>
-{{example}}
-
-<h2 id="classes">Classes of heads</h2>
-<p>Each head gets one of the original study's class names, by its largest score that reaches a threshold. The
-thresholds are so high that untrained heads rarely reach them. Intervals are 95% bootstrap intervals over texts, for
-untrained models the range over seeds. Whether a head parks attention on the first token (a sink) is a flag of its
-own: that is not attending broadly.</p>
-{{class_verdicts}}
-{{class_pictures}}
-<details><summary>Table of shares</summary>
-{{class_table}}
-</details>
-
-<h2 id="scores">What single heads do</h2>
-{{score_verdicts}}
-{{score_pictures}}
-<details><summary>Table of baselines</summary>
-{{baseline_table}}
-</details>
-<details><summary>Table of all heads</summary>
-{{score_table}}
-</details>
-
-<h2 id="ablation">Which heads matter</h2>
-<p>A pattern is no proof of use. Here each head's output is replaced by its mean, and the loss on held-out text is
-measured again; then the same for all heads of a class at once, beside as many other heads.</p>
-{{ablation_verdicts}}
-{{ablation_pictures}}
-<details><summary>Tables of ablations</summary>
-{{class_ablation_table}}
-{{ablation_table}}
-</details>
-
-<h2 id="spread">Spread and reach</h2>
-<p>Entropy says over how many tokens a head spreads its attention, mean distance how far back it looks.</p>
-{{spread_pictures}}
-
-<h2 id="similarity">Which heads look alike</h2>
-<p>Heads that share a branch low in the tree look at the same places of the same text. The dashed line is a yardstick,
-not a limit of error: how far one head is from itself when the text changes. Two heads whose branch lies below it
-differ less than that. The second picture leaves the first token out, since sinks make heads look alike.</p>
-{{similarity_pictures}}
-
-<h2 id="language">Language</h2>
-<p>Each claim is tested with pairs of sentences, one good and one wrong (for negation and fixed phrases: unusual rather
-than wrong), that differ in little else. The model should
-find the good one more likely; heads that look at the right word are chosen on one half of the pairs and tested on
-the other; then they are removed, and must be missed more than random heads of the same layers.</p>
-{{language_verdicts}}
-{{language_pictures}}
-{{language_table}}
-
-<h2 id="sentences">The sentences</h2>
-<p>For each sentence: all heads at once, four chosen heads, the flow between tokens, and rollout, which follows
-attention through all layers. The same maps are in the explorer, where you can point at a token.</p>
-{{sentences}}
-
-<h2 id="glossary">Glossary</h2>
+and how much of that an untrained model would show as well.</p>
+<div class="lead">
+{% for line in headline %}
+<p>{{ line }}</p>
+{% endfor %}
+</div>
+<nav aria-label="Contents">
+<p>See for yourself in the <a href="attention_explorer.html">attention explorer</a>, or read on:</p>
+<ul>
+{% for section in sections %}
+<li><a href="#{{ section.anchor }}">{{ section.title }}</a></li>
+{% endfor %}
+</ul>
+</nav>
+{% for section in sections %}
+<h2 id="{{ section.anchor }}">{{ section.title }}</h2>
+{{ section.text|safe }}
+{% if section.about %}
 <dl>
+{% for name, value in section.about.items() %}
+<dt>{{ name }}</dt><dd>{{ value }}</dd>
+{% endfor %}
+</dl>
+{% endif %}
+{% for row in section.statements %}
+<div class="statement {{ row.verdict }}">
+<p><span class="verdict">{{ row.verdict }}</span> · {{ row.claim }}</p>
+<p class="evidence">{{ row.evidence }}</p>
+</div>
+{% endfor %}
+{% for picture in section.pictures if not picture.name.endswith("_sentences") %}
+{{ show(picture) }}
+{% endfor %}
+{% for picture in section.pictures if picture.name.endswith("_sentences") %}
+<details><summary>The same on the study's sentences</summary>{{ show(picture) }}</details>
+{% endfor %}
+{% for title, table in section.tables.items() %}
+<details><summary>{{ title }}</summary>
+<div class="scroll" tabindex="0" role="region" aria-label="{{ title }}">{{ table|safe }}</div></details>
+{% endfor %}
+{% for name, members in section.groups.items() %}
+<details><summary>{{ name }} ({{ members|length }} pictures)</summary>
+{% for picture in members %}
+{{ show(picture) }}
+{% endfor %}
+</details>
+{% endfor %}
+{% endfor %}
+</main>"""
+
+_REPORT_TEXTS = {  # of the sections of the report, by anchor
+    "run": "",
+    "read": """<p>Each row is the token doing the looking; the colours of the row say how its attention is shared among
+the tokens up to itself, and sum to 100%. Yellow is much, dark is little. Grey are later tokens, which the model cannot
+see. A bright diagonal is a head that looks at the token itself; one step lower, at the previous token; a bright first
+column is a head that parks its attention on the first token. <code>·</code> marks a leading space and
+<code>the²</code> is the second <code>the</code>. Layers and heads are counted from 0: L2H1 is head 1 of layer 2.</p>
+<p>Short maps mislead: in the first rows there is little to choose from, so every head seems to look at itself and at
+the first token. All scores are therefore corrected for chance: 0 is what a head gets that looks everywhere alike, at
+any length of text, and 1 is the ideal head. They are measured on long windows of held-out text.</p>""",
+    "classes": """<p>{rule} Thresholds are so high that untrained heads rarely reach them. Percentages are shares of all
+heads, with 95% bootstrap intervals over texts and, for untrained models, the range over seeds.</p>""",
+    "scores": """<p>Each kind of looking has a score; a head does it if its score reaches the threshold and lies beyond
+those of untrained models. Intervals are 95% bootstrap intervals over texts.</p>""",
+    "ablation": """<p>A pattern is no proof of use. Here each head's output is replaced by its mean, and the loss on
+held-out text is measured again; then the same for all heads of a class at once, since single heads can be spared when
+others do the same, beside random sets of as many other heads.</p>""",
+    "language": """<p>Each claim is tested with pairs of sentences, one good and one wrong or at least unusual, that
+differ in little else. Three things must hold: the model finds the good one more likely; heads look at the word that
+decides, chosen on one half of the pairs and tested on the other; and without these heads the preference shrinks more
+than without random heads.</p>""",
+    "spread": """<p>Entropy says over how many tokens a head spreads its attention, mean distance how far back it
+looks.</p>""",
+    "similarity": """<p>Heads that share a branch low in the tree look at the same places of the same text. The dashed
+line is a yardstick, not a limit of error: how far one head is from itself when the text changes.</p>""",
+    "sentences": """<p>For each kind of sentence: chosen heads on all of its sentences; then, for the first one, every
+head, the chosen heads, the flow between tokens, and rollout, which follows attention through all layers. The
+<a href="attention_explorer.html">explorer</a> has every sentence and every head.</p>""",
+    "next": """<ul>
+<li>Point at tokens and compare heads in the <a href="attention_explorer.html">explorer</a>.</li>
+<li>Try a sentence of your own: <code>python pico_helpers.py explore "My sentence."</code></li>
+<li>Train a model of your own with <code>python pico_helpers.py train</code>, then study it with
+<code>python pico_helpers.py analyze</code>.</li>
+<li>Every number of this page is in <a href="findings.json">findings.json</a>, each head's scores in
+<a href="head_scores.csv">head_scores.csv</a>.</li>
+</ul>""",
+    "glossary": """<dl>
 <dt>Token</dt><dd>A piece of text, often a word with its leading space. The model reads and writes tokens.</dd>
-<dt>Layer, head</dt><dd>The model is a stack of layers; each has several heads that look in parallel.</dd>
 <dt>Attention sink</dt><dd>A head that puts its attention on the first token when it has nothing to do (Xiao et al.
 2023; Gu et al. 2024).</dd>
 <dt>Induction</dt><dd>Looking at what followed an earlier copy of the current token, which continues repeated text
 (Olsson et al. 2022). Measured on repeated random tokens with random gaps.</dd>
-<dt>Kappa</dt><dd>Attention on a set of tokens beyond what a uniform head puts there, divided by the most that is
-possible beyond it, in the manner of Cohen's kappa.</dd>
+<dt>Score (kappa)</dt><dd>Attention on a set of tokens beyond what a uniform head puts there, divided by the most that
+is possible beyond it, in the manner of Cohen's kappa.</dd>
 <dt>Ablation</dt><dd>Replacing a head's output by its mean to see what is lost.</dd>
-<dt>Minimal pair</dt><dd>Two sentences that differ in one point, one of them wrong or at least unusual.</dd>
 <dt>Rollout</dt><dd>Attention multiplied through the layers (Abnar &amp; Zuidema 2020), here minus that of uniform
 heads.</dd>
 <dt>Nat</dt><dd>The unit of loss: 0.69 nats are one bit.</dd>
-</dl>
-</main>"""
+</dl>""",
+}
 
 _EXPLORER_PAGE_HTML = """<main>
 <p><a href="attention_report.html">← To the report</a></p>

@@ -12,7 +12,7 @@ import zlib
 import numpy as np
 import pytest
 import torch
-from study_data import make_capture, make_language, make_study
+from study_data import make_capture, make_study
 
 import pico_helpers as pico
 
@@ -38,7 +38,7 @@ def captures_of(sentences, n_layer=2, n_head=2):
 
 
 def test_verdicts_of_a_study_with_known_truth():
-    findings = pico.study_findings(make_study(3, 4), make_language(), {"Model": "made up"})
+    findings = pico.study_findings(make_study(3, 4), {"Model": "made up"})
     heads = verdicts(findings, "Heads")
     found = {claim for claim, verdict in heads.items() if verdict == "supported"}
     names = ("first token", "previous token", "last three", "(induction)")
@@ -46,14 +46,29 @@ def test_verdicts_of_a_study_with_known_truth():
     assert list(verdicts(findings, "Classes").values()) == ["supported", "undecided", "not supported"]
     assert set(verdicts(findings, "Ablation").values()) == {"supported"}
     assert verdicts(findings, "Language")["The model handles subject and verb"] == "supported"
-    assert findings["headline"][0].startswith("6 of 12 heads, 50.0% (47.0% to 53.0%), are specialised")
     assert findings["about"] == {"Model": "made up"}
 
 
+def test_the_lead_says_in_words_what_was_found():
+    study = make_study(3, 4)
+    lead = pico.study_findings(study)["headline"]
+    assert lead[0].startswith("6 of the 12 heads specialise on held-out text: 2 on the token itself or the one before")
+    assert lead[0].endswith("2 on certain tokens, mostly what followed earlier copies of the token (induction).")
+    assert "untrained models of the same shape none does" in lead[1] and "shuffled, 6 of 12 do" in lead[1]
+    assert lead[2].startswith("Removing the 2 heads on the token itself or the one before it raises the loss")
+    n_hold = int((study.language["verdict"] == "supported").sum())
+    assert f"Of 5 claims about language, {n_hold} hold (Subject and verb" in lead[-2]
+    assert "The original study, the notebook" in lead[-1]
+    study.class_ablation["p_value"] = 0.5
+    assert "is not shown" in pico.study_findings(study)["headline"][2]
+
+
 def test_nothing_is_found_where_nothing_is():
-    findings = pico.study_findings(make_study(3, 4, trained=False), make_language(trained=False))
+    findings = pico.study_findings(make_study(3, 4, trained=False))
     assert {row["verdict"] for row in findings["statements"]} <= {"not supported", "undecided"}
-    assert "finds nothing" in findings["headline"][0]
+    assert "finds nothing" in findings["headline"][0] and findings["headline"][1].startswith("None of the 12 heads")
+    evidence = {row["claim"]: row["evidence"] for row in findings["statements"]}
+    assert re.fullmatch(r"No head does this \(highest score 0\.0\d\)\.", evidence["A head looks at punctuation"])
 
 
 def test_nothing_is_found_in_a_real_untrained_model():
@@ -68,7 +83,7 @@ def test_nothing_is_found_in_a_real_untrained_model():
 def test_a_share_within_the_untrained_range_is_no_finding():
     study = make_study(3, 4)
     untrained = study.shares["model"] == "untrained"
-    special = study.shares["class"].isin(["Diagonal/Self", "Local Context", "Token-Specific", "Specialised"])
+    special = study.shares["class"].isin([*pico.SPECIALISED_CLASSES, "Specialised"])
     study.shares.loc[untrained & special, "high"] = 1 / 2 - 0.01  # this model: 1/2, interval down to 1/2 - 0.03
     findings = pico.study_findings(study)
     assert next(iter(verdicts(findings, "Classes").values())) == "undecided"
@@ -80,8 +95,10 @@ def test_a_share_within_the_untrained_range_is_no_finding():
 def test_classes_that_shuffling_changes_depend_on_word_order():
     study = make_study(3, 4)
     study.shares.loc[study.shares["model"] == "shuffled", ["share", "low", "high"]] = 0.0
-    classes = verdicts(pico.study_findings(study), "Classes")
-    assert classes["Which classes the heads fall into depends on the order of the words"] == "supported"
+    findings = pico.study_findings(study)
+    claim = "Which classes the heads fall into depends on the order of the words"
+    assert verdicts(findings, "Classes")[claim] == "supported"
+    assert "little about the order" not in " ".join(findings["headline"])
 
 
 def single_heads(study):
@@ -104,31 +121,27 @@ def test_single_heads_are_unimportant_only_where_the_data_exclude_it():
     "changes, expected",
     [
         ({}, "supported"),
-        ({"excess_low": -0.01}, "undecided"),  # other heads may matter as much
-        ({"loss_increase": 1e-4, "low": -1e-3, "high": 1e-3 - 1e-6, "excess_low": 1e-5}, "not supported"),
-        ({"loss_increase": 1e-4, "low": -1e-2, "high": 1e-2, "excess_low": -1e-2}, "undecided"),
-        ({"n_random_sets": 0, "excess": np.nan, "excess_low": np.nan}, "undecided"),
+        ({"p_value": 0.06}, "undecided"),  # other heads may matter as much
+        ({"loss_increase": 1e-4, "low": -1e-3, "high": 1e-3 - 1e-6}, "not supported"),
+        ({"loss_increase": 1e-4, "low": -1e-2, "high": 1e-2}, "undecided"),
+        ({"n_random_sets": 0, "p_value": np.nan}, "undecided"),
     ],
 )
 def test_a_class_matters_if_its_heads_together_cost_more_than_others(changes, expected):
     study = make_study(3, 4)
-    study.ablation["loss_increase"] = 0.0  # each of the heads alone can be spared
     study.class_ablation[list(changes)] = list(changes.values())
     findings = pico.study_findings(study)
-    assert (
-        verdicts(findings, "Ablation")["Local Context heads matter for the prediction, more than as many others"]
-        == expected
-    )
-    evidence = next(row["evidence"] for row in findings["statements"] if row["claim"].startswith("Local Context heads"))
-    assert f"{study.class_ablation['high'].iloc[0]:.4f}" in evidence
+    claim = "“Last three tokens” heads matter for the prediction, more than as many others"
+    assert verdicts(findings, "Ablation")[claim] == expected
+    evidence = next(row["evidence"] for row in findings["statements"] if row["claim"] == claim)
+    assert f"{study.class_ablation['high'].iloc[0]:.3f}" in evidence
     assert ("too few others" in evidence) == (changes.get("n_random_sets") == 0)
-    assert findings["class_ablation"][0]["n_heads"] == 2
 
 
 def test_findings_are_strict_json_with_every_number(tmp_path):
     study = make_study(2, 2)
     study.scores.loc[0, "induction"] = np.nan
-    findings = pico.study_findings(study, make_language())
+    findings = pico.study_findings(study)
     path = pico.write_findings(tmp_path / "findings.json", findings)
 
     def refuse(name):
@@ -140,7 +153,8 @@ def test_findings_are_strict_json_with_every_number(tmp_path):
     assert read["head_scores"][1]["previous"] == pytest.approx(study.scores.loc[1, "previous"])
     assert read["thresholds"]["tau"]["sink"] == 0.3 and read["thresholds"]["null_attention"] == pico.NULL_ATTENTION
     assert [read["settings"][f"language_{name}"] for name in ("n_items", "n_heads", "n_draws")] == [40, 2, 4]
-    assert len(read["class_shares"]) == len(study.shares) and len(read["language"]) == 5
+    for name, table in (("class_shares", study.shares), ("language", study.language), ("categories", study.categories)):
+        assert len(read[name]) == len(table)
 
 
 # -- The report
@@ -167,13 +181,26 @@ class Page(html.parser.HTMLParser):
         self.words.append(data)
 
 
+def make_pictures(folder, names=("loss_curve", "class_grid", "score_maps", "score_maps_sentences", "ablation")):
+    from matplotlib.figure import Figure
+
+    pictures = []
+    for name in (*(f"model/{name}" for name in names), "01_simple/01_heads"):
+        path = folder / f"{name}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Figure(figsize=(8, 2)).savefig(path)
+        group = "Model" if name.startswith("model") else "Simple <sentences>"
+        pictures.append(pico.Picture(path, group, f"Title of {name}", f"Alt of {name}", f"Caption of {name}"))
+    return pictures
+
+
 @pytest.fixture(scope="module")
 def report(tmp_path_factory):
     folder = tmp_path_factory.mktemp("report")
-    study, language = make_study(2, 2), make_language()
-    language.loc[0, "claim"] = "<b>claims</b> are & stay text"
-    pictures = pico.draw_study(captures_of(SENTENCES), study, language, folder / "figures")
-    findings = pico.study_findings(study, language, {"Corpus": "<i>offline</i> {{headline}}"})
+    study = make_study(2, 2)
+    study.language.loc[0, "claim"] = "<b>claims</b> are & stay text"
+    pictures = make_pictures(folder / "figures")
+    findings = pico.study_findings(study, {"Corpus": "<i>offline</i> {{ headline }} {rule}"})
     return pico.write_report(folder / "attention_report.html", findings, pictures), pictures, findings
 
 
@@ -183,15 +210,44 @@ def test_report_is_one_page_with_every_picture_described(report):
     images = [attributes for tag, attributes in page.elements if tag == "img"]
     assert {image["alt"] for image in images} == {picture.alt for picture in pictures}
     assert all(base64.b64decode(image["src"].partition(",")[2]).startswith(b"\x89PNG") for image in images)
-    links = [a.get("src", a.get("href", "")) for _, a in page.elements if "src" in a or "href" in a]
-    assert all(link.startswith("data:") for link in links)
+    anchors = {f"#{attributes['id']}" for _, attributes in page.elements if "id" in attributes}
+    links = [attributes["href"] for tag, attributes in page.elements if tag == "a"]
+    assert {link for link in links if link.startswith("#")} == anchors  # the contents list every section
+    assert {link for link in links if link not in anchors} == {
+        "attention_explorer.html", "findings.json", "head_scores.csv"
+    }  # fmt: skip
     words = " ".join("".join(page.words).split())
     for row in findings["statements"]:
-        assert " ".join(row["claim"].split()) in words and " ".join(row["evidence"].split()) in words
+        assert words.count(" ".join(row["claim"].split())) >= 1 and " ".join(row["evidence"].split()) in words
     assert all(line in words for line in findings["headline"])
-    limits = "tau, previous", "significance", "null_accuracy", "null_attention", "null_margin", "min_loss_increase"
-    for term in (*limits, "language_n_items", "85.7%", "uniform head", "untrained models", "Kappa"):
+    limits = "threshold of previous", "significance", "null accuracy", "min loss increase", "language n items"
+    for term in (*limits, "untrained models", pico.CLASS_RULE, 'explore "My sentence."', "L1H1"):
         assert term in words
+
+
+def test_tables_are_short_sorted_and_named(report):
+    text = report[0].read_text(encoding="utf-8")
+    tables = [re.findall(r"<th>(.*?)</th>", head) for head in re.findall(r"<thead>(.*?)</thead>", text, re.S)]
+    assert all(len(columns) <= 13 and not any("_" in name for name in columns) for columns in tables)
+    assert next(len(columns) for columns in tables if "verdict" in columns) == 7
+    losses = re.search(r"standard error</th>.*?<tbody>(.*?)</tbody>", text, re.S)[1]
+    losses = [float(row) for row in re.findall(r"<td>L\dH\d</td>\s*<td>(-?\d\.\d{3})</td>", losses)]
+    assert len(losses) == 4 and losses == sorted(losses, reverse=True)
+
+
+def test_report_folds_the_sentences_and_leaves_out_what_says_nothing(tmp_path):
+    study = make_study(2, 2)
+    pictures = make_pictures(tmp_path, ("similarity", "similarity_without_sink", "score_maps_sentences"))
+
+    def shows(name):
+        page = pico.write_report(tmp_path / "report.html", pico.study_findings(study), pictures).read_text("utf-8")
+        return f'alt="Alt of model/{name}"' in page, page
+
+    assert shows("similarity_without_sink")[0]
+    study.scores["sink_flag"] = False  # without such heads the picture would be that of `similarity` again
+    assert shows("similarity")[0] and not shows("similarity_without_sink")[0]
+    page = shows("similarity")[1]
+    assert "Title of model/score_maps_sentences" in "".join(re.findall("<details>.*?</details>", page, re.S))
 
 
 def test_report_escapes_every_text(report):
@@ -199,7 +255,21 @@ def test_report_escapes_every_text(report):
     tags = {tag for tag, _ in Page(text).elements}
     assert "script" not in tags and "b" not in tags and "i" not in tags
     assert "&lt;b&gt;claims&lt;/b&gt; are &amp; stay text" in text
-    assert "&lt;i&gt;offline&lt;/i&gt; {{headline}}" in text  # a text that looks like a template is not filled
+    assert "&lt;i&gt;offline&lt;/i&gt; {{ headline }} {rule}" in text  # a text that looks like a template is not filled
+
+
+def test_only_pictures_of_a_study_are_removed(tmp_path):
+    make_pictures(tmp_path)
+    own = ["my_thesis.tex", "model/notes.png", "model/ablation.tex", "01_simple/deep/01_heads.png", "mine/01_heads.png"]
+    for name in own:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("mine")
+    (tmp_path / "02_questions").mkdir()
+    (tmp_path / "02_questions" / "category_grid.svg").write_text("<svg/>")
+    pico.remove_old_pictures(tmp_path)
+    assert sorted(p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*") if p.is_file()) == sorted(own)
+    assert not (tmp_path / "02_questions").exists()
+    pico.remove_old_pictures(tmp_path / "nowhere")
 
 
 # -- The explorer
