@@ -4900,7 +4900,7 @@ def _class_statements(study: Study) -> Iterator[dict]:
             own, shuffled = rows["trained"], rows["shuffled"]
             if own["low"] > shuffled["high"] or own["high"] < shuffled["low"]:
                 changes.append(f"“{CLASS_LABELS[name]}” {_percent(own)}, on shuffled tokens {_percent(shuffled)}")
-        evidence = "; ".join(changes) or "On shuffled tokens no class has more or fewer heads, beyond the intervals"
+        evidence = "; ".join(changes) or "On shuffled tokens the share of every class stays within its interval"
         yield _statement(
             "Classes",
             "Which classes the heads fall into depends on the order of the words",
@@ -4938,7 +4938,7 @@ def _score_statements(study: Study) -> Iterator[dict]:
                 "undecided",
                 f"{name} comes closest, with a score of {value}, which is not clearly above ",
             )
-            evidence += f"the threshold of {number(tau)} and untrained heads ({number(untrained['high'])})."
+            evidence += f"the threshold of {number(tau)} or the best untrained head ({number(untrained['high'])})."
         yield _statement("Heads", f"A head {action}", verdict, evidence)
 
 
@@ -5050,7 +5050,7 @@ def _cost_sentences(study: Study) -> Iterator[str]:
         )
     rest = [_CLASS_TARGETS[row.name] for row in tested[tested["verdict"] != "supported"].itertuples()]
     if rest:
-        yield f"That the heads on {_listed(rest, 'or those on')} are missed more than others is not shown."
+        yield f"Removing the heads on {_listed(rest, 'or on')} is not shown to cost more than removing as many others."
 
 
 def _plain(value: object) -> object:
@@ -6674,12 +6674,12 @@ figure img { max-width: 100%; min-width: min(100%, 34rem); height: auto; backgro
 @media (prefers-color-scheme: dark) { figure img { filter: brightness(.8); } }
 figcaption, .evidence { color: var(--soft); font-size: .9rem; }
 .evidence { white-space: pre-line; }
-.lead { background: var(--panel); border-radius: 6px; padding: .25rem 1rem; font-size: 1.05rem; }
+.lead { background: var(--panel); border-radius: 6px; padding: .25rem 1rem; font-size: 1.05rem; max-width: 46rem; }
 nav ul { columns: 2; max-width: 40rem; padding-left: 1.25rem; }
 .statement { border-left: 4px solid var(--line); margin: .75rem 0; padding: 0 0 0 .75rem; }
 .statement p { margin: .15rem 0; }
 .supported { border-color: #009e73; } .undecided { border-color: #e69f00; } .not { border-color: #999999; }
-.verdict { font-weight: 600; }
+.verdict { font-weight: 600; display: inline-block; }
 .verdict::first-letter { text-transform: uppercase; }
 .scroll { overflow: auto; max-height: 32rem; }
 table { border-collapse: collapse; font-size: .88rem; margin: .5rem 0; }
