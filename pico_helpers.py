@@ -5037,7 +5037,7 @@ def _specialised_sentence(study: Study) -> str:
             parts[-1] += f", mostly {HEAD_ACTIONS[kinds.mode()[0]].removeprefix('looks at ')}"
     n_special = int(heads["class"].isin(SPECIALISED_CLASSES).sum())
     if not n_special:
-        return f"None of the {len(heads)} heads specialises on held-out text."
+        return f"No head of {len(heads)} specialises on held-out text."
     return f"{n_special} of the {len(heads)} heads specialise on held-out text: {_listed(parts)}."
 
 
@@ -5100,6 +5100,8 @@ def _table(rows: Sequence[dict], columns: Mapping[str, str], by: str = "", digit
     frame = pd.DataFrame(rows)
     if {"layer", "head"} <= set(frame):
         frame["head"] = list(map(head_name, frame["layer"], frame["head"]))
+    if frame.empty:
+        return ""
     frame = frame.sort_values(by, ascending=False) if by else frame
     frame = frame[[name for name in columns if name in frame]].rename(columns=columns)
     show = {bool: lambda value: "yes" if value else "", str: lambda value: CLASS_LABELS.get(value, value)}
@@ -6736,7 +6738,7 @@ and how much of that an untrained model would show as well.</p>
 {% for picture in section.pictures if picture.name.endswith("_sentences") %}
 <details><summary>The same on the study's sentences</summary>{{ show(picture) }}</details>
 {% endfor %}
-{% for title, table in section.tables.items() %}
+{% for title, table in section.tables.items() if table %}
 <details><summary>{{ title }}</summary>
 <div class="scroll" tabindex="0" role="region" aria-label="{{ title }}">{{ table|safe }}</div></details>
 {% endfor %}

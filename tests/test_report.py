@@ -10,6 +10,7 @@ import time
 import zlib
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from study_data import make_capture, make_study
@@ -66,7 +67,7 @@ def test_the_lead_says_in_words_what_was_found():
 def test_nothing_is_found_where_nothing_is():
     findings = pico.study_findings(make_study(3, 4, trained=False))
     assert {row["verdict"] for row in findings["statements"]} <= {"not supported", "undecided"}
-    assert "finds nothing" in findings["headline"][0] and findings["headline"][1].startswith("None of the 12 heads")
+    assert "finds nothing" in findings["headline"][0] and findings["headline"][1].startswith("No head of 12")
     evidence = {row["claim"]: row["evidence"] for row in findings["statements"]}
     assert re.fullmatch(r"No head does this \(highest score 0\.0\d\)\.", evidence["A head looks at punctuation"])
 
@@ -233,6 +234,14 @@ def test_tables_are_short_sorted_and_named(report):
     losses = re.search(r"standard error</th>.*?<tbody>(.*?)</tbody>", text, re.S)[1]
     losses = [float(row) for row in re.findall(r"<td>L\dH\d</td>\s*<td>(-?\d\.\d{3})</td>", losses)]
     assert len(losses) == 4 and losses == sorted(losses, reverse=True)
+
+
+def test_report_of_a_study_without_language_or_classes(tmp_path):
+    nothing = {name: pd.DataFrame() for name in ("language", "categories", "history", "metrics")}
+    study = make_study(2, 2, trained=False)
+    study = dataclasses.replace(study, **nothing, class_ablation=study.class_ablation[:0])
+    page = pico.write_report(tmp_path / "report.html", pico.study_findings(study), []).read_text("utf-8")
+    assert "Loss without each" in page and "The claims in numbers" not in page and "<img" not in page
 
 
 def test_report_folds_the_sentences_and_leaves_out_what_says_nothing(tmp_path):
