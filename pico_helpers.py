@@ -55,7 +55,6 @@ import tempfile
 import textwrap
 import threading
 import time
-import types
 import unicodedata
 import urllib.request
 import warnings
@@ -3699,316 +3698,226 @@ def study_model(
 
 # ======================================================================================================================
 # FIGURES
-# Every picture is a matplotlib Figure of its own (no pyplot), so it draws in a thread, a process or a notebook alike.
-# Attention maps are laid out in inches on one sheet: placing text and images by hand is several times faster than axes.
+# Every picture is a matplotlib Figure of its own, never pyplot's, so it draws in a thread or a notebook alike; seaborn
+# draws what is a map. A colour means the same in every picture, and all that carries meaning stands out 3:1 from white.
 # ======================================================================================================================
 
-CLASS_COLORS = {  # Okabe & Ito's colours, told apart by readers with any colour vision
-    "Diagonal/Self": "#0072B2",
-    "Local Context": "#56B4E9",
-    "Token-Specific": "#E69F00",
-    "Global/Broad": "#009E73",
-    "Mixed": "#BBBBBB",
-    "Resting": "#666666",
-}
-MODEL_NAMES = {  # the rows of Study.shares and .baselines, in the order in which pictures show them
+CLASS_COLORS = dict(  # apart for any colour vision; white text is readable on each
+    zip(HEAD_CLASSES, ("#0d3a86", "#3d78e6", "#d05a00", "#00763a", "#7a7a7a", "#222222"), strict=True)
+)
+MODEL_NAMES = {  # the models of Study.shares and .baselines, in the order in which pictures show them
     "trained": "this model",
     "shuffled": "this model, shuffled tokens",
     "untrained": "untrained models",
     "uniform": "uniform head",
 }
-_SOURCE_NAMES = {"windows": "held-out text", "sentences": "the study's sentences"}
-_MODEL_COLORS = {"trained": "#0072B2", "shuffled": "#CC79A7", "untrained": "#555555", "uniform": "#BBBBBB"}
-_SCORE_NAMES = {  # columns of Study.scores that are drawn as maps
-    "sink": "Sink: the first token",
-    "self": "Self: the token itself",
-    "previous": "Previous: one token back",
-    "local": "Local: up to two back",
-    "duplicate": "Duplicate: same token before",
-    "induction": "Induction: what followed it",
-    "punctuation": "Punctuation",
-    "rare": "Rare: least frequent token",
-    "broad": "Broad: evenly spread",
+MODEL_COLORS = {"trained": "#000000", "shuffled": "#8a5a00", "untrained": "#a3347f", "uniform": "#007a8a"}
+_GREY = "#767676"  # thresholds and random sets
+_SCORES = {  # a score, what it looks at, and the class that heads of a high score belong to
+    "previous": ("one token back", "Diagonal/Self"),
+    "self": ("the token itself", "Diagonal/Self"),
+    "local": ("up to two tokens back", "Local Context"),
+    "induction": ("what followed an earlier copy", "Token-Specific"),
+    "duplicate": ("an earlier copy", "Token-Specific"),
+    "punctuation": ("punctuation marks", "Token-Specific"),
+    "rare": ("the rarest token so far", "Token-Specific"),
+    "sink": ("the first token", "Resting"),
+    "broad": ("all tokens alike", "Global/Broad"),
 }
-_EMERGENCE_COLORS = {
-    "previous": "#0072B2",
-    "induction": "#D55E00",
-    "sink": "#555555",
-    "duplicate": "#009E73",
-    "self": "#CC79A7",
-}
-_NO_KEY = "#d5d5d5"  # the upper triangle: tokens that come later cannot be looked at
-_MAX_LABELS = 40  # on a heatmap
-_MAX_NODES = 20  # in a flow graph
-_DPI = 110
-_PARALLEL_FROM = 40  # pictures; starting a process costs as much as a dozen
+_EMERGING = ("previous", "self", "induction", "duplicate", "sink")
+_MAX_LABELS = 40  # tokens in a heatmap
+_MAX_NODES = 20  # tokens in a flow graph
 
 
-def save_figure(figure: Figure, path: str | Path) -> list[Path]:
-    """Writes `path`.png and `path`.svg atomically; returns both paths.
-
-    The PNG has 256 colours of its own choice, no visible loss at a third of the size.
-    """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from PIL import Image
-
-    png, svg = Path(f"{path}.png"), Path(f"{path}.svg")
-    figure.set_dpi(_DPI)
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    image = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
-    with atomic_write(png) as temporary:
-        image.quantize(256, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE).save(temporary)
-    with atomic_write(svg) as temporary:
-        figure.savefig(temporary)
-    return [png, svg]
-
-
-# -- Sheets, text and maps
-
-
-def _figure(width: float, height: float, **options) -> Figure:
+def new_figure(width: float, height: float, title: str = "") -> Figure:
+    """A white figure in inches whose parts find their places themselves, with a bold title that is wrapped to fit."""
     from matplotlib.figure import Figure
 
-    return Figure(figsize=(width, height), facecolor="white", **options)
+    warnings.filterwarnings("ignore", r"Glyph \d+ .* missing from font")  # a box stands for what the font lacks
+    figure = Figure(figsize=(width, height), facecolor="white", layout="constrained")
+    if title:
+        lines = textwrap.wrap(_plain(title), int(9.5 * width), max_lines=4, placeholder=" …")
+        figure.suptitle("\n".join(lines), x=0.01, ha="left", fontsize=10, weight="bold")
+    return figure
 
 
-def _sheet(width: float, height: float, title: str, text: str = "", note: str = "") -> tuple[Figure, Axes]:
-    """A figure with one invisible axes whose unit is the inch, (0, 0) at the top left.
-
-    `text` (a sentence) stands below the title, `note` at the bottom; 0.65 and 0.35 inches hold two lines of each.
-    """
-    figure = _figure(width, height)
-    sheet = figure.add_axes((0, 0, 1, 1))
-    sheet.set_axis_off()
-    sheet.set(xlim=(0, width), ylim=(height, 0), autoscale_on=False)
-    _write(sheet, 0.15, 0.1, title, 11, va="top", weight="bold")
-    _write(sheet, 0.15, 0.34, _wrap(text, width, 8.5, 2), 8.5, va="top", color="#333333")
-    _write(sheet, 0.15, height - 0.08, _wrap(note, width, 7, 2), 7, va="bottom", color="#555555")
-    return figure, sheet
+def save_figure(figure: Figure, path: str | Path, svg: bool = True) -> list[Path]:
+    """Writes `path`.png of 200 dots per inch and, if wanted, `path`.svg atomically; returns the paths."""
+    paths = [Path(f"{path}.{kind}") for kind in ("png", "svg")[: 1 + svg]]
+    for each in paths:
+        with atomic_write(each) as temporary:
+            figure.savefig(temporary, dpi=200)
+    return paths
 
 
-def _wrap(text: str, width: float, size: float, max_lines: int) -> str:
-    per_line = int((width - 0.3) * 72 / (0.56 * size))
-    return "\n".join(textwrap.wrap(text, max(per_line, 20), max_lines=max_lines, placeholder=" …"))
+def tidy_axes(axes: Axes, title: str = "", **labels) -> None:
+    """Small text, no frame at the top and right, title at the left; `labels` as of Axes.set."""
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.set_title(title, loc="left", fontsize=9.5)
+    axes.set(**labels)
+    axes.tick_params(labelsize=8)
+    axes.xaxis.label.set_size(8.5)
+    axes.yaxis.label.set_size(8.5)
 
 
-def _write(sheet: Axes, x: float, y: float, text: str, size: float, **options) -> None:
-    """Text in a font that has its characters; never read as a formula."""
-    text, fonts = readable_text(text)
-    if len(fonts) > 1:
-        options.pop("weight", None)  # the bold cut of another font may lack the characters
-    sheet.text(x, y, text, fontsize=size, fontfamily=fonts, parse_math=False, **options)
+def draw_heatmap(axes: Axes, values: pd.DataFrame | np.ndarray, title: str = "", **options) -> None:
+    """seaborn's heatmap in small text, grey where there is no value; `options` as of seaborn.heatmap."""
+    import seaborn
+
+    seaborn.heatmap(values, ax=axes, **{"cbar": False, "fmt": "", "annot_kws": {"fontsize": 7}} | options)
+    axes.set_facecolor("#d5d5d5")
+    tidy_axes(axes, title)
+    axes.tick_params(length=0, labelsize=7)
+    axes.tick_params(axis="y", labelrotation=0)
 
 
-def readable_text(text: str) -> tuple[str, list[str]]:
-    """(text, font families) such that matplotlib can draw it: characters in no installed font become [U+65E5]."""
-    fonts, characters = ["DejaVu Sans"], []
-    for character in text:
-        font = "DejaVu Sans" if character == "\n" else _font_for(character)
-        if font and font not in fonts:
-            fonts.append(font)
-        characters.append(character if font else f"[U+{ord(character):04X}]")
-    return "".join(characters), fonts
+def _color_bar(panels: Sequence[Axes], label: str) -> None:
+    """The one scale of all panels."""
+    bar = panels[0].figure.colorbar(panels[0].collections[0], ax=list(panels), shrink=0.6, pad=0.02)
+    bar.set_label(label, fontsize=8.5)
+    bar.ax.tick_params(labelsize=7.5)
+    bar.outline.set_visible(False)
 
 
-@functools.cache
-def _font_for(character: str) -> str | None:
-    """Family of an installed font that draws this character, matplotlib's own DejaVu Sans first."""
-    from matplotlib.font_manager import fontManager
-
-    if unicodedata.category(character) in ("Cc", "Cf", "Cs", "Co", "Cn"):
-        return None  # control and format characters are invisible or unassigned
-    fonts: dict[str, str] = {}
-    for entry in sorted(fontManager.ttflist, key=lambda e: (e.style != "normal", e.weight not in (400, "normal"))):
-        if not entry.name.startswith("Last Resort"):  # matplotlib's own, which has a box for every character
-            fonts.setdefault(entry.name, entry.fname)
-    for name in sorted(fonts, key=lambda name: (name != "DejaVu Sans", "Noto" not in name, name)):
-        if ord(character) in _characters_of(fonts[name]):
-            return name
-    return None
+def _plain(text: str) -> str:
+    """Text that matplotlib does not take for a formula."""
+    return text.replace("$", r"\$")
 
 
-@functools.cache
-def _characters_of(font_path: str) -> frozenset[int]:
-    from matplotlib.ft2font import FT2Font
-
-    try:
-        return frozenset(FT2Font(font_path).get_charmap())
-    except (OSError, RuntimeError):  # bitmap fonts such as colour emoji cannot be drawn
-        return frozenset()
-
-
-def _number_repeats(labels: Sequence[str]) -> list[str]:
+def number_repeats(labels: Sequence[str]) -> list[str]:
     """The second copy of a token becomes `the²`, the third `the³`, so that each label names one position."""
-    seen: dict[str, int] = {}
-    numbered = []
+    copies, numbered = dict.fromkeys(labels, 0), []
     for label in labels:
-        seen[label] = count = seen.get(label, 0) + 1
-        numbered.append(
-            label if count == 1 else label + str(count).translate(str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹"))
-        )
+        copies[label] += 1
+        raised = str(copies[label]).translate(str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹"))
+        numbered.append(label if copies[label] == 1 else label + raised)
     return numbered
 
 
 def _short_labels(labels: Sequence[str], limit: int) -> list[str]:
-    return _number_repeats([label if len(label) <= 14 else f"{label[:12]}…" for label in labels[:limit]])
+    return number_repeats([_plain(label if len(label) <= 14 else f"{label[:12]}…") for label in labels[:limit]])
 
 
-def _cut_note(n_tokens: int, limit: int) -> str:
-    return f" Shown: the first {limit} of {n_tokens} tokens." if n_tokens > limit else ""
+def _sentence_title(capture: AttentionCapture, limit: int) -> str:
+    n = len(capture.labels)
+    return f"“{capture.text}”" + (f" (first {limit} of {n} tokens)" if n > limit else "")
 
 
-def _map_colors(weights: np.ndarray, cmap: str = "viridis", low: float = 0.0, high: float = 1.0) -> np.ndarray:
-    """Colours (..., T, T, 4) uint8 of maps (..., T, T); the upper triangle is grey: impossible, not zero."""
-    import matplotlib
-
-    n = weights.shape[-1]
-    hidden = np.broadcast_to(~np.tri(n, dtype=bool), weights.shape)
-    scaled = np.ma.masked_array((weights - low) / (high - low), hidden)
-    return matplotlib.colormaps[cmap].with_extremes(bad=_NO_KEY)(scaled, bytes=True)
+def on_windows(table: pd.DataFrame) -> pd.DataFrame:
+    """The rows that were measured on held-out text, of a table that may have other sources too."""
+    return table[table["source"] == "windows"] if "source" in table else table
 
 
-def _place_image(sheet: Axes, colors: np.ndarray, x: float, y: float, width: float, height: float) -> None:
-    fits = max(colors.shape[1] / width, colors.shape[0] / height) <= _DPI
-    extent = (x, x + width, y + height, y)
-    sheet.imshow(colors, extent=extent, aspect="auto", interpolation="none" if fits else "antialiased")
+def head_kinds(scores: pd.DataFrame) -> pd.DataFrame:
+    """What each (layer, head) is on held-out text: class, kind (the score that stands for it), strength, words.
+
+    `scores` as in Study or of `score_heads`. A mixed head has the kind of its largest score.
+    """
+    table = on_windows(scores).set_index(["layer", "head"]).sort_index()
+    of_class = {name: [kind for kind in _SCORES if _SCORES[kind][1] == name] for name in HEAD_CLASSES}
+    of_class["Mixed"] = [kind for kind in KAPPAS if kind != "sink"]
+    kinds = [max(of_class[row["class"]], key=row.get) for _, row in table.iterrows()]
+    strengths = [table.at[head, kind] for head, kind in zip(table.index, kinds, strict=True)]
+    named = zip(table["class"], kinds, strengths, strict=True)
+    words = [f"{CLASS_LABELS[name]}: {kind} {number(strength)}" for name, kind, strength in named]
+    return table[["class"]].assign(kind=kinds, strength=strengths, words=words)
 
 
-def _place_map(
-    sheet: Axes,
-    weights: np.ndarray,
-    labels: Sequence[str],
-    x: float,
-    y: float,
-    cell: float,
-    rows: bool = True,
-    columns: bool = True,
-    **scale,
-) -> None:
-    """One attention map (T, T), with labels of rows and columns where wanted; `cell` is in inches."""
-    n, size = len(labels), min(8.0, cell * 72 * 0.8)
-    _place_image(sheet, _map_colors(weights, **scale), x, y, n * cell, n * cell)
-    for index, label in enumerate(labels):
-        middle = (index + 0.5) * cell
-        if rows:
-            _write(sheet, x - 0.04, y + middle, label, size, ha="right", va="center_baseline")
-        if columns:
-            _write(sheet, x + middle, y + n * cell + 0.04, label, size, ha="center", va="top", rotation=90)
+def choose_heads(scores: pd.DataFrame, n: int = 4) -> list[tuple[int, int]]:
+    """(layer, head) of at most n heads worth a picture: the strongest of each kind in turn, specialised kinds first."""
+    kinds = head_kinds(scores).sort_values("strength", ascending=False, kind="stable")
+    turn = kinds.groupby(["class", "kind"]).cumcount()
+    order = kinds["class"].map(lambda name: 0 if name in SPECIALISED_CLASSES else HEAD_CLASSES.index(name))
+    chosen = kinds.assign(order=order, turn=turn).sort_values(["order", "turn"], kind="stable").index[:n]
+    return [(int(layer), int(head)) for layer, head in chosen]
 
 
-def _place_color_bar(
-    figure: Figure,
-    x: float,
-    y: float,
-    height: float,
-    label: str,
-    cmap: str = "viridis",
-    low: float = 0.0,
-    high: float = 1.0,
-) -> None:
-    """A colour bar at (x, y), in inches from the top left of the sheet."""
-    width, total = figure.get_size_inches()
-    bar = figure.add_axes((x / width, 1 - (y + height) / total, 0.11 / width, height / total))
-    shades = np.linspace(low, high, 256)[:, None]
-    bar.imshow(shades, cmap=cmap, aspect="auto", origin="lower", extent=(0, 1, low, high), interpolation="none")
-    bar.set_xticks([])
-    bar.set_yticks([low, (low + high) / 2, high], [f"{value:.2g}" for value in (low, (low + high) / 2, high)])
-    bar.yaxis.tick_right()
-    bar.yaxis.set_label_position("right")
-    bar.set_ylabel(label, fontsize=7.5)
-    bar.tick_params(labelsize=7, length=2)
+# -- Sentences
 
 
-def _label_room(labels: Sequence[str], cell: float) -> float:
-    """Inches that the longest label needs."""
-    size = min(8.0, cell * 72 * 0.8)
-    return 0.12 + max(len(readable_text(label)[0]) for label in labels) * size * 0.66 / 72
+def _pattern(capture: AttentionCapture, head: tuple[int, int], limit: int) -> np.ndarray:
+    """A head's map of the first tokens, (T, T); later tokens, which a row cannot see, are NaN."""
+    n_layer, n_head = capture.weights.shape[:2]
+    if not (0 <= head[0] < n_layer and 0 <= head[1] < n_head):
+        raise PicoError(f"There is no {head_name(*head)}; layers are 0-{n_layer - 1}, heads 0-{n_head - 1}.")
+    weights = np.asarray(capture.weights[tuple(head)])[:limit, :limit]
+    return np.where(np.tri(len(weights), dtype=bool), weights, np.nan)
 
 
-# -- Pictures of one sentence. `capture` is an AttentionCapture; layers and heads are counted from 0.
+def _draw_map(axes: Axes, values: np.ndarray, labels: Sequence[str], columns: bool = True, **options) -> None:
+    """A map of tokens (T, T) on the scale of attention: each row is the token doing the looking."""
+    scale = {"vmin": 0, "vmax": 1, "cmap": "viridis", "square": True}
+    draw_heatmap(axes, values, xticklabels=False, yticklabels=False, **scale | options)
+    places = np.arange(len(labels)) + 0.5
+    axes.set_yticks(places, labels)
+    if columns:
+        axes.set_xticks(places, labels, rotation=90)
+        axes.set(xlabel="token looked at", ylabel="token that looks")
 
 
-def plot_attention_heatmap(capture: AttentionCapture, layer: int, head: int, note: str = "") -> Figure:
-    """One head's attention map: rows look, columns are looked at."""
-    return plot_chosen_heads(capture, [(layer, head, note)])
+def plot_attention_heatmap(capture: AttentionCapture, layer: int, head: int) -> Figure:
+    """The map of one head: each row is the token doing the looking, its colours say where it looks."""
+    return plot_chosen_heads(capture, [(layer, head)])
 
 
-def plot_chosen_heads(capture: AttentionCapture, heads: Sequence[tuple[int, int, str]]) -> Figure:
-    """Attention maps of a few heads (layer, head, why it was chosen) on one scale from 0 to 1."""
-    weights = np.asarray(capture.weights)
-    labels = _short_labels(capture.labels, _MAX_LABELS)
-    n = len(labels)
-    cell = min(0.3, max(2.7 / n, 0.105))
-    room, side = _label_room(labels, cell), n * cell
-    column = max(side, 1.8) + 0.2  # wide enough for the text above a map
-    per_row = min(len(heads), 4 if n <= 26 else 2)
-    n_rows = math.ceil(len(heads) / per_row)
-    width = max(room + per_row * column + 0.7, 5.0)
-    step = side + room + 0.42
-    note = "Each row is a token that looks; its colours say where. Grey: later tokens, which it cannot see."
-    note += _cut_note(len(capture.labels), _MAX_LABELS)
-    figure, sheet = _sheet(width, 0.6 + n_rows * step + 0.3, "Where single heads look", capture.text, note)
-    for index, (layer, head, why) in enumerate(heads):
-        x = room + (index % per_row) * column
-        y = 0.6 + 0.42 + (index // per_row) * step
-        _write(sheet, x, y - 0.2, f"Layer {layer}, head {head}", 8.5, va="bottom", weight="bold")
-        _write(sheet, x, y - 0.05, why, 7.5, va="bottom", color="#444444")
-        _place_map(sheet, weights[layer, head, :n, :n], labels, x, y, cell, rows=index % per_row == 0)
-    _place_color_bar(figure, room + per_row * column, 1.02, min(side, 2.5), "share of attention")
+def plot_chosen_heads(
+    capture: AttentionCapture, heads: Sequence[tuple[int, int]], scores: pd.DataFrame | None = None
+) -> Figure:
+    """The maps of some (layer, head); `scores`, as in Study, add what each head is."""
+    labels, kinds = _short_labels(capture.labels, _MAX_LABELS), None if scores is None else head_kinds(scores)
+    n_columns, side = min(2, len(heads)), max(2.6, 0.15 * len(labels))
+    n_rows = math.ceil(len(heads) / n_columns)
+    size = max(4.5, n_columns * (side + 0.8) + 0.8), n_rows * (side + 1.0) + 0.5
+    figure = new_figure(*size, _sentence_title(capture, _MAX_LABELS))
+    panels = list(figure.subplots(n_rows, n_columns, squeeze=False).flat)
+    for axes in panels[len(heads) :]:
+        axes.remove()
+    for axes, head in zip(panels, heads, strict=False):
+        _draw_map(axes, _pattern(capture, head, _MAX_LABELS), labels)
+        _name_head(axes, head, kinds)
+    _color_bar(panels[: len(heads)], "share of attention")
     return figure
+
+
+def _name_head(axes: Axes, head: tuple[int, int], kinds: pd.DataFrame | None) -> None:
+    words = "" if kinds is None else "\n" + kinds.words[head].replace(": ", "\n")
+    axes.set_title(head_name(*head) + words, loc="left", fontsize=9)
 
 
 def plot_all_heads(capture: AttentionCapture) -> Figure:
-    """Maps of every layer and head as one tiled image: a row of tiles a layer, a column a head."""
-    from matplotlib.collections import LineCollection
-
-    weights = np.asarray(capture.weights)
-    n_layer, n_head, n, _ = weights.shape
-    tile = min(0.85, 7.0 / max(n_layer, n_head))
-    x0, y0, across, down = 0.75, 0.95, n_head * tile, n_layer * tile
-    width = max(x0 + across + 0.9, 5.0)
-    tokens = " ".join(_short_labels(capture.labels, 60)) + (" …" if n > 60 else "")
-    note = f"In each tile: rows look, columns are looked at, both from the first token on. {n} tokens: {tokens}"
-    figure, sheet = _sheet(width, y0 + down + 0.4, "Every head at once", capture.text, note)
-    tiles = _map_colors(weights).transpose(0, 2, 1, 3, 4).reshape(n_layer * n, n_head * n, 4)
-    _place_image(sheet, tiles, x0, y0, across, down)
-    across_lines = [[(x0, y0 + i * tile), (x0 + across, y0 + i * tile)] for i in range(n_layer + 1)]
-    down_lines = [[(x0 + i * tile, y0), (x0 + i * tile, y0 + down)] for i in range(n_head + 1)]
-    sheet.add_collection(LineCollection(across_lines + down_lines, colors="white", linewidths=2))
-    for layer in range(n_layer):
-        _write(sheet, x0 - 0.06, y0 + (layer + 0.5) * tile, f"layer {layer}", 8, ha="right", va="center")
-    for head in range(n_head):
-        _write(sheet, x0 + (head + 0.5) * tile, y0 - 0.05, f"head {head}", 8, ha="center", va="bottom")
-    _place_color_bar(figure, width - 0.7, y0, min(down, 3.0), "share of attention")
+    """Maps of every layer and head as one tiled map: a row of tiles a layer, a column a head."""
+    n_layer, n_head, n, _ = capture.weights.shape
+    tile = min(0.95, 8.0 / max(n_layer, n_head))
+    figure = new_figure(max(4.5, n_head * tile + 1.6), n_layer * tile + 1.2, _sentence_title(capture, n))
+    axes = figure.subplots()
+    weights = np.where(np.tri(n, dtype=bool), np.asarray(capture.weights), np.nan)
+    _draw_map(axes, weights.transpose(0, 2, 1, 3).reshape(n_layer * n, n_head * n), [], columns=False)
+    axes.hlines(np.arange(n_layer + 1) * n, 0, n_head * n, "white", linewidth=2)
+    axes.vlines(np.arange(n_head + 1) * n, 0, n_layer * n, "white", linewidth=2)
+    axes.set_xticks((np.arange(n_head) + 0.5) * n, range(n_head))
+    axes.set_yticks((np.arange(n_layer) + 0.5) * n, range(n_layer))
+    axes.set(xlabel="head", ylabel="layer")
+    _color_bar([axes], "share of attention")
     return figure
 
 
-def plot_category(captures: Sequence[AttentionCapture], category: str, heads: Sequence[tuple[int, int, str]]) -> Figure:
-    """A grid for one category: a row a sentence, a column a chosen head."""
-    counts = [min(len(capture.labels), _MAX_LABELS) for capture in captures]
-    sides = [min(3.0, max(1.6, 0.1 * n)) for n in counts]
-    labels = [_short_labels(capture.labels, _MAX_LABELS) for capture in captures]
-    cells = [side / n for side, n in zip(sides, counts, strict=True)]
-    room = max(_label_room(names, cell) for names, cell in zip(labels, cells, strict=True))
-    column = max(sides) + 0.25
-    width, height = room + len(heads) * column + 0.75, 0.9 + sum(sides) + 0.4 * len(sides) + 0.35
-    note = "Rows look, columns are looked at; the columns are the same tokens from left to right."
-    note += "".join(_cut_note(n, _MAX_LABELS) for n in {max(len(c.labels) for c in captures)})
-    figure, sheet = _sheet(width, height, f"{category}: the same heads on every sentence", note=note)
-    for index, (layer, head, why) in enumerate(heads):
-        x = room + index * column
-        _write(sheet, x, 0.62, f"Layer {layer}, head {head}", 8.5, va="bottom", weight="bold")
-        _write(sheet, x, 0.78, why, 7.5, va="bottom", color="#444444")
-    y = 0.9
-    for capture, names, side, cell in zip(captures, labels, sides, cells, strict=True):
-        n, weights = len(names), np.asarray(capture.weights)
-        _write(sheet, room, y + 0.2, _wrap(capture.text, width - room, 8, 1), 8, va="bottom", color="#333333")
-        for index, (layer, head, _) in enumerate(heads):
-            x = room + index * column
-            _place_map(sheet, weights[layer, head, :n, :n], names, x, y + 0.25, cell, rows=index == 0, columns=False)
-        y += side + 0.4
-    _place_color_bar(figure, width - 0.65, 1.15, 1.6, "share of attention")
+def plot_category(
+    captures: Sequence[AttentionCapture], heads: Sequence[tuple[int, int]], scores: pd.DataFrame | None = None
+) -> Figure:
+    """The sheet of a category: a row a sentence, a column a chosen head."""
+    counts, kinds = [min(len(c.labels), _MAX_LABELS) for c in captures], None if scores is None else head_kinds(scores)
+    cell = 2.1 / max(*counts, 14)
+    figure = new_figure(1.8 + 2.2 * len(heads), 1.1 + cell * sum(counts) + 0.12 * len(counts))
+    panels = figure.subplots(len(captures), len(heads), squeeze=False, height_ratios=counts)
+    for (row, column), axes in np.ndenumerate(panels):
+        labels = _short_labels(captures[row].labels, _MAX_LABELS)
+        pattern = _pattern(captures[row], heads[column], _MAX_LABELS)
+        _draw_map(axes, pattern, [] if column else labels, columns=False)
+        axes.tick_params(labelsize=min(7, 72 * cell))
+        axes.set(anchor="NW", xlim=(0, max(counts)))
+        if row == 0:
+            _name_head(axes, heads[column], kinds)
+    _color_bar(list(panels.flat), "share of attention")
     return figure
 
 
@@ -4032,63 +3941,35 @@ def attention_graph(
     return graph
 
 
-def _flow_layers(n_layer: int) -> list[int]:
-    """First, middle and last."""
-    return sorted({0, n_layer // 2, n_layer - 1})
+def plot_attention_flow(
+    capture: AttentionCapture, heads: Sequence[tuple[int, int]], scores: pd.DataFrame | None = None
+) -> Figure:
+    """Arrows from each token to the earlier ones that a head looks at, a panel for each of some (layer, head).
 
-
-def plot_attention_flow(capture: AttentionCapture, layers: Sequence[int] | None = None) -> Figure:
-    """Arcs from each token up to the earlier tokens that it looks at, mean over heads, one panel a layer.
-
-    The width of an arc is its weight; a dot is a look at the token itself; arcs to the first token are light, since
-    that is where heads park attention. Default layers: first, middle and last.
+    The width of an arrow is its weight, a ring is a look at the token itself; see `attention_graph`. With `scores`, as
+    in Study, each head is in the colour of its class.
     """
-    weights = np.asarray(capture.weights).mean(axis=1)  # (n_layer, T, T)
-    n_layer = len(weights)
-    layers = _flow_layers(n_layer) if layers is None else list(layers)
-    n = min(len(capture.labels), _MAX_NODES)
-    room = _label_room(_short_labels(capture.labels, n), 0.2)
-    panel, spacing = room + 2.1, 0.22
-    width, height = max(0.3 + len(layers) * panel, 5.0), 0.85 + n * spacing + 0.45
-    note = "A token looks up at earlier ones; wider arc: more attention. Dot: at itself. Light: at the first token. "
-    note += "At most three looks a token, each 5 points above an even spread." + _cut_note(
-        len(capture.labels), _MAX_NODES
-    )
-    title = "Attention flow, mean of the heads of a layer"
-    figure, sheet = _sheet(width, height, title, capture.text, note)
-    for index, layer in enumerate(layers):
-        graph = attention_graph(weights[layer], capture.labels)
-        x, y = 0.15 + index * panel + room, 0.85
-        _write(sheet, x, y - 0.06, f"Layer {layer}", 8.5, va="bottom", weight="bold")
-        for node, label in graph.nodes(data="label"):
-            _write(sheet, x - 0.1, y + (node + 0.5) * spacing, label, 8, ha="right", va="center_baseline")
-        _place_arcs(sheet, graph, x, y, spacing, 1.8)
+    import networkx
+
+    n, kinds = min(len(capture.labels), _MAX_NODES), None if scores is None else head_kinds(scores)
+    reach = 0.32 * n + 1  # of the longest arc, in rows
+    figure = new_figure(len(heads) * max(2.4, 1.1 + 0.27 * reach), 1.3 + 0.27 * n, _sentence_title(capture, _MAX_NODES))
+    for axes, head in zip(figure.subplots(1, len(heads), squeeze=False).flat, heads, strict=True):
+        color = "#222222" if kinds is None else CLASS_COLORS[kinds["class"][head]]
+        graph = attention_graph(_pattern(capture, head, n), capture.labels)
+        arcs = {(i, j): weight for i, j, weight in graph.edges(data="weight") if i != j}
+        rings = [graph.edges[i, i]["weight"] if graph.has_edge(i, i) else 0 for i in graph]
+        axes.scatter([0] * n, range(n), s=6, color=_GREY)
+        axes.scatter([0] * n, range(n), s=110 * np.array(rings), facecolors="none", edgecolors=color)
+        axes.set(xlim=(-0.6, reach), ylim=(n - 0.4, -0.6), aspect="equal", anchor="NW")
+        style = {"width": [0.4 + 2 * weight for weight in arcs.values()], "edge_color": color, "node_size": 12}
+        places = {node: (0, node) for node in graph}
+        networkx.draw_networkx_edges(graph, places, list(arcs), ax=axes, connectionstyle="arc3,rad=0.6", **style)
+        axes.spines[:].set_visible(False)
+        axes.tick_params(left=False, labelleft=True, labelsize=8)
+        axes.set_yticks(range(n), [label for _, label in graph.nodes(data="label")])
+        _name_head(axes, head, kinds)
     return figure
-
-
-def _place_arcs(sheet: Axes, graph: networkx.DiGraph, x: float, y: float, spacing: float, reach: float) -> None:
-    from matplotlib.collections import PathCollection
-    from matplotlib.path import Path as Curve
-
-    nodes = np.arange(len(graph))
-    heights = y + (nodes + 0.5) * spacing
-    sheet.scatter(np.full(len(nodes), x), heights, s=5, color="#999999", zorder=3)
-    for first_token in (True, False):  # light arcs first, so that the others lie on top
-        arcs = [(i, j, w) for i, j, w in graph.edges(data="weight") if i != j and (j == 0) == first_token]
-        curves = []
-        for i, j, _ in arcs:
-            bulge = x + reach * (0.25 + 0.75 * (i - j) / max(len(nodes) - 1, 1)) / 0.75
-            points = [(x, heights[i]), (bulge, heights[i]), (bulge, heights[j]), (x, heights[j])]
-            curves.append(Curve(points, [Curve.MOVETO, Curve.CURVE4, Curve.CURVE4, Curve.CURVE4]))
-        if curves:
-            color = "#c9c9c9" if first_token else "#0072B2"
-            widths = [0.4 + 6 * w for _, _, w in arcs]
-            style = {"edgecolors": color, "linewidths": widths, "alpha": 0.75, "capstyle": "round"}
-            sheet.add_collection(PathCollection(curves, facecolors="none", **style))
-    loops = [(i, w) for i, j, w in graph.edges(data="weight") if i == j and i > 0]
-    if loops:
-        rows, sizes = zip(*loops, strict=True)
-        sheet.scatter(np.full(len(rows), x), heights[list(rows)], s=120 * np.array(sizes), color="#E69F00", zorder=4)
 
 
 def attention_rollout(weights: np.ndarray) -> np.ndarray:
@@ -4102,351 +3983,271 @@ def attention_rollout(weights: np.ndarray) -> np.ndarray:
     return functools.reduce(lambda below, layer: (layer + identity) / 2 @ below, layers, identity)
 
 
-def _rollout_difference(weights: np.ndarray) -> np.ndarray:
-    """Rollout of (n_layer, H, T, T) minus that of uniform heads, (T, T)."""
+def rollout_difference(weights: np.ndarray) -> np.ndarray:
+    """Rollout of (n_layer, H, T, T) minus that of uniform heads, (T, T); NaN where a token cannot look."""
     n_layer, _, n_tokens, _ = weights.shape
-    return attention_rollout(weights) - attention_rollout(uniform_attention(n_layer, n_tokens))
+    difference = attention_rollout(weights) - attention_rollout(uniform_attention(n_layer, n_tokens))
+    return np.where(np.tri(n_tokens, dtype=bool), difference, np.nan)
 
 
 def plot_rollout(capture: AttentionCapture) -> Figure:
     """Attention rollout minus that of uniform heads: blue where more, red where less of an input arrives."""
-    difference = _rollout_difference(np.asarray(capture.weights))
     labels = _short_labels(capture.labels, _MAX_LABELS)
-    n = len(labels)
-    difference = difference[:n, :n]
-    limit = max(float(np.abs(difference).max()), 0.05)  # noise stays pale
-    cell = min(0.3, max(3.2 / n, 0.12))
-    room = _label_room(labels, cell)
-    width = max(room + n * cell + 1.1, 5.0)
-    note = "Attention followed through all layers, minus what uniform heads would give; 0 means no difference."
-    note += _cut_note(len(capture.labels), _MAX_LABELS)
-    height = 0.8 + n * cell + room + 0.4
-    figure, sheet = _sheet(width, height, "Rollout: what reaches each position", capture.text, note)
-    scale = {"cmap": "RdBu", "low": -limit, "high": limit}
-    _place_map(sheet, difference, labels, room, 0.8, cell, **scale)
-    _place_color_bar(figure, room + n * cell + 0.2, 0.8, min(n * cell, 2.5), "more (blue) or less (red)", **scale)
+    difference = rollout_difference(capture.weights)[: len(labels), : len(labels)]
+    limit = max(float(np.nanmax(np.abs(difference))), 0.05)  # noise stays pale
+    side = max(3.2, 0.16 * len(labels))
+    figure = new_figure(side + 2.0, side + 1.2, _sentence_title(capture, _MAX_LABELS))
+    axes = figure.subplots()
+    _draw_map(axes, difference, labels, cmap="RdBu", vmin=-limit, vmax=limit)
+    axes.set(xlabel="token that it comes from", ylabel="position that it reaches")
+    _color_bar([axes], "rollout minus that of uniform heads")
     return figure
 
 
-# -- Pictures of the model
+# -- The model
 
 
-def plot_loss_curve(rows: Sequence[dict], title: str = "Training", uniform_loss: float = math.log(50257)) -> Figure:
-    """Training and validation loss by step. `rows`: dicts with step, train_loss, val_loss (None or NaN: not measured).
+def plot_loss_curve(rows: Sequence[dict] | pd.DataFrame, uniform_loss: float = math.log(50257)) -> Figure:
+    """Training and validation loss by step; `rows` have step, train_loss, val_loss (missing: not measured).
 
     The dotted line is the loss of a model that guesses every token alike, ln of the vocabulary.
     """
-    figure = _figure(7, 4, layout="constrained")
+    import pandas as pd
+
+    figure = new_figure(7, 4)
     axes = figure.subplots()
-    _draw_losses(axes, rows)
-    axes.axhline(uniform_loss, color="#999999", linestyle=":", linewidth=1, label=f"guessing ({uniform_loss:.2f})")
-    axes.set(xlabel="step", ylabel="loss (nats per token)", xlim=(0, None))
-    axes.set_title(title, loc="left", fontsize=11, weight="bold", parse_math=False)
+    metrics = pd.DataFrame(rows, columns=None if len(rows) else ["step"]).set_index("step")
+    for key, name, style in (
+        ("train_loss", "training", {"color": _GREY, "linewidth": 1.2}),
+        ("val_loss", "held-out text", {"color": MODEL_COLORS["trained"], "marker": "o", "markersize": 3.5}),
+    ):
+        losses = pd.to_numeric(metrics.get(key, pd.Series(dtype=float)), errors="coerce").dropna()
+        if len(losses):
+            axes.plot(losses.index, losses, label=f"{name} (last {losses.iloc[-1]:.2f})", **style)
+    label = f"guessing all tokens alike ({uniform_loss:.2f})"
+    axes.axhline(uniform_loss, color=MODEL_COLORS["uniform"], linestyle=":", linewidth=1.5, label=label)
+    tidy_axes(axes, xlabel="step", ylabel="loss (nats per token)", xlim=(0, None))
     axes.grid(alpha=0.25)
     axes.legend(frameon=False, fontsize=8)
     return figure
 
 
-def _draw_losses(axes: Axes, rows: Sequence[dict], per_step: float = 1) -> None:
-    """Training and validation loss by step, or by step x `per_step`."""
-    for key, name, style in (
-        ("train_loss", "training", {"color": "#56B4E9", "linewidth": 1.2}),
-        ("val_loss", "held-out text", {"color": "#0072B2", "linewidth": 1.8, "marker": "o", "markersize": 3.5}),
-    ):
-        points = [(row["step"] * per_step, float(row[key])) for row in rows if row.get(key) not in (None, "")]
-        points = [point for point in points if math.isfinite(point[1])]
-        if points:
-            name += f" (last {points[-1][1]:.2f})"
-            axes.plot(*zip(*points, strict=True), label=name, **style)
-
-
 def plot_head_emergence(
-    head_rows: Sequence[dict] | pd.DataFrame, metrics: Sequence[dict], thresholds: ScoreThresholds | None = None
+    history: Sequence[dict] | pd.DataFrame,
+    metrics: Sequence[dict] | pd.DataFrame = (),
+    thresholds: ScoreThresholds | None = None,
 ) -> Figure:
-    """Loss (top) and scores of heads (bottom) by tokens of training, on a log scale.
+    """The highest score of a head of each kind by tokens of training, on a log scale.
 
-    `head_rows`: what `run_training` keeps in `{name}_heads.csv`; `metrics`: the rows of training, without which the
-    unit is the step. Thick lines are the highest head of each kind, thin ones the mean of all heads, dotted ones the
-    highest head of the untrained model; dashed is the threshold, a circle the first head beyond it.
+    `history`: what `run_training` keeps in `{name}_heads.csv`; `metrics`: the rows of training, without which the unit
+    is the step.
     """
     import pandas as pd
+    import seaborn
 
-    heads = pd.DataFrame(head_rows)
-    per_step = next((row["tokens"] / row["step"] for row in metrics if row.get("tokens")), None)
-    figure = _figure(7.5, 6, layout="constrained")
-    top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(1, 1.5))
-    _draw_losses(top, metrics, per_step or 1)
-    _clean(top, "Loss during training", ylabel="loss (nats per token)")
-    by_step = heads.groupby("step")
-    thresholds = thresholds or ScoreThresholds()
-    first = first_snapshots(heads, thresholds)
-    for tau in {thresholds.tau[score] for score in _EMERGENCE_COLORS}:
-        bottom.axhline(tau, color="#999999", linestyle="--", linewidth=0.8)
-    for score, color in _EMERGENCE_COLORS.items():
-        best, mean = by_step[score].max(), by_step[score].mean()
-        if best.index[0] == 0:
-            bottom.axhline(best[0], color=color, linestyle=":", linewidth=1)
-        best, mean = best[best.index > 0], mean[mean.index > 0]
-        x = best.index * (per_step or 1)
-        bottom.plot(x, best, color=color, linewidth=1.8, marker=".", label=_SCORE_NAMES[score])
-        bottom.plot(x, mean, color=color, linewidth=0.8)
-        if first[score]:
-            style = {"markersize": 9, "markerfacecolor": "none", "markeredgewidth": 1.6}
-            bottom.plot(first[score] * (per_step or 1), best[first[score]], "o", color=color, **style)
-    bottom.set_xscale("log")
-    _clean(bottom, "Highest score of a head (0: chance, 1: ideal)", ylim=(min(-0.05, bottom.get_ylim()[0]), 1))
-    signs = "thin: mean of all heads; dotted: highest before training; dashed: threshold; circle: first beyond it"
-    bottom.set(xlabel=f"{'tokens of training' if per_step else 'step'}\n({signs})", ylabel="score")
-    for axes, place in ((top, "lower left"), (bottom, "upper left")):
-        axes.grid(alpha=0.25)
-        if axes.get_legend_handles_labels()[1]:
-            axes.legend(frameon=False, fontsize=8, loc=place)
-    return figure
-
-
-def _clean(axes: Axes, title: str = "", **labels) -> None:
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.set_title(title, loc="left", fontsize=10, weight="bold")
-    axes.set(**labels)
-    axes.tick_params(labelsize=8)
-    axes.xaxis.label.set_size(8.5)
-    axes.yaxis.label.set_size(8.5)
-
-
-def plot_class_shares(scores: pd.DataFrame, source: str = "windows") -> Figure:
-    """Classes of the heads: the original study's pie, and a stacked bar a layer. `scores` as in Study."""
-    heads = scores[scores["source"] == source]
-    counts = heads["class"].value_counts()
-    names = [name for name in CLASS_COLORS if counts.get(name, 0)]
-    colors = [CLASS_COLORS[name] for name in names]
-    figure = _figure(9.5, 4.2, layout="constrained")
-    pie, bars = figure.subplots(1, 2, width_ratios=(1, 1.6))
-    legend = [f"{name}  {counts[name] / len(heads):.1%} ({counts[name]})" for name in names]
-    wedges = pie.pie([counts[name] for name in names], colors=colors, startangle=90, counterclock=False)[0]
-    for wedge in wedges:
-        wedge.set(edgecolor="white", linewidth=1.5)
-    where = _SOURCE_NAMES[source]
-    pie.set_title(f"All {len(heads)} heads on {where}", loc="left", fontsize=10, weight="bold")
-    pie.legend(wedges, legend, loc="upper center", bbox_to_anchor=(0.5, 0.02), frameon=False, fontsize=8)
-    table = heads.groupby(["layer", "class"]).size().unstack(fill_value=0)
-    below = np.zeros(len(table))
-    for name, color in zip(names, colors, strict=True):
-        bars.bar(table.index, table[name], bottom=below, color=color, label=name, width=0.75, edgecolor="white")
-        below += table[name].to_numpy()
-    _clean(bars, "By layer", xlabel="layer", ylabel="heads")
-    bars.set_xticks(table.index)
-    bars.yaxis.get_major_locator().set_params(integer=True)
-    return figure
-
-
-def plot_class_baselines(shares: pd.DataFrame, source: str = "windows") -> Figure:
-    """Share of each class with its interval, beside shuffled tokens, untrained models and a uniform head."""
-    figure = _figure(8, 3.8, layout="constrained")
+    best, thresholds = pd.DataFrame(history).groupby("step")[list(_EMERGING)].max(), thresholds or ScoreThresholds()
+    rates = [row["tokens"] / row["step"] for row in pd.DataFrame(metrics).to_dict("records") if row.get("tokens")]
+    best.index *= rates[0] if rates else 1
+    figure = new_figure(8, 4.5)
     axes = figure.subplots()
-    table = shares[shares["source"] == source]
-    names = [name for name in CLASS_COLORS if (table["class"] == name).any()]
-    models = [model for model in MODEL_NAMES if (table["model"] == model).any()]
-    for offset, model in enumerate(models):
-        rows = table[table["model"] == model].set_index("class").reindex(names)
-        x = np.arange(len(names)) + (offset - (len(models) - 1) / 2) * 0.2
-        share, low, high = (100 * rows[column].to_numpy(float) for column in ("share", "low", "high"))
-        axes.bar(x, share, 0.18, color=_MODEL_COLORS[model], label=MODEL_NAMES[model])
-        reach = np.nan_to_num(np.clip([share - low, high - share], 0, None))
-        axes.errorbar(x, share, reach, fmt="none", ecolor="black", elinewidth=1, capsize=2)
-    where = _SOURCE_NAMES[source]
-    _clean(axes, f"Classes of heads on {where}, beside their baselines", ylabel="share of heads (%)", ylim=(0, 105))
-    axes.set_xticks(range(len(names)), names)
-    axes.grid(axis="y", alpha=0.25)
-    axes.legend(frameon=False, fontsize=8, ncols=len(models), loc="upper center", bbox_to_anchor=(0.5, -0.1))
+    colors = {name: CLASS_COLORS[_SCORES[name][1]] for name in _EMERGING}
+    seaborn.lineplot(best[best.index > 0], palette=colors, markers=True, linewidth=1.8, ax=axes)
+    for tau in sorted({thresholds.tau[name] for name in _EMERGING}):
+        axes.axhline(tau, color=_GREY, linestyle="--", linewidth=1, label=f"threshold ({tau:.2f})")
+    if 0 in best.index:
+        style = {"color": MODEL_COLORS["untrained"], "linestyle": ":", "linewidth": 1.5}
+        axes.axhline(best.loc[0].max(), label=f"highest before training ({best.loc[0].max():.2f})", **style)
+    tidy_axes(axes, "Highest score of a head (0: chance, 1: ideal)", xscale="log", ylim=(-0.05, 1), ylabel="score")
+    axes.set_xlabel("tokens of training" if rates else "step")
+    handles, labels = axes.get_legend_handles_labels()
+    labels = [f"{name}: {_SCORES[name][0]}" if name in _SCORES else name for name in labels]
+    axes.legend(handles, labels, frameon=False, fontsize=8, loc="upper left", handlelength=4)
+    axes.grid(alpha=0.25)
     return figure
 
 
-def _head_grid(scores: pd.DataFrame, column: str) -> np.ndarray:
-    """(n_layer, n_head) array of a column."""
-    return scores.pivot(index="layer", columns="head", values=column).to_numpy(float)
+def _draw_class_bars(axes: Axes, table: pd.DataFrame) -> None:
+    """A bar of 100 % for each row of `table`, whose columns are classes and whose values are shares of the heads."""
+    start = np.zeros(len(table))
+    for name in HEAD_CLASSES:
+        shares = table[name].to_numpy(float)
+        style = {"color": CLASS_COLORS[name], "edgecolor": "white", "linewidth": 0.8, "height": 0.72}
+        bars = axes.barh(range(len(table)), shares, left=start, label=CLASS_LABELS[name], **style)
+        words = [f"{share:.0%}" if share >= 0.04 else "" for share in shares]
+        axes.bar_label(bars, words, label_type="center", color="white", fontsize=8)
+        start += shares
+    axes.set_yticks(range(len(table)), [_plain(str(name)) for name in table.index])
+    tidy_axes(axes, xlim=(0, 1), ylim=(len(table) - 0.5, -0.5), xlabel="share of the heads")
+    axes.xaxis.set_major_formatter("{x:.0%}")
+    axes.legend(frameon=False, fontsize=8, ncols=3, loc="lower left", bbox_to_anchor=(0, 1))
 
 
-def _draw_head_grid(axes: Axes, grid: np.ndarray, title: str, **options):
-    image = axes.imshow(grid, interpolation="none", **options)
-    axes.set_title(title, loc="left", fontsize=8.5)
-    axes.set_xticks(range(grid.shape[1]))
-    axes.set_yticks(range(grid.shape[0]))
-    axes.tick_params(labelsize=6.5, length=0)
-    return image
-
-
-def plot_score_maps(scores: pd.DataFrame, source: str = "windows") -> Figure:
-    """Layer x head maps of every score on one scale: 0 is chance (and what is below it), 1 the ideal head."""
-    heads = scores[scores["source"] == source]
-    columns = [column for column in _SCORE_NAMES if column in heads]
-    n_layer, n_head = heads["layer"].nunique(), heads["head"].nunique()
-    n_rows = math.ceil(len(columns) / 5)
-    size = 1.9 * max(0.6, min(1.6, n_layer / n_head))
-    figure = _figure(11.5, 0.8 + n_rows * (size + 0.55), layout="constrained")
-    grid = figure.subplots(n_rows, 5, squeeze=False)
-    for axes, column in zip(grid.flat, columns, strict=False):
-        image = _draw_head_grid(axes, _head_grid(heads, column), _SCORE_NAMES[column], vmin=0, vmax=1, cmap="viridis")
-    for axes in list(grid.flat)[len(columns) :]:
-        axes.set_axis_off()
-    figure.supxlabel("head", fontsize=8.5)
-    figure.supylabel("layer", fontsize=8.5)
-    figure.colorbar(image, ax=grid, shrink=0.6, pad=0.01).ax.tick_params(labelsize=7)
-    where = _SOURCE_NAMES[source]
-    figure.suptitle(f"Scores of every head on {where}", x=0.01, ha="left", fontsize=11, weight="bold")
+def plot_class_baselines(shares: pd.DataFrame) -> Figure:
+    """Classes of the heads on held-out text: this model, shuffled tokens, untrained models, a uniform head."""
+    table = on_windows(shares).pivot(index="model", columns="class").reindex(list(MODEL_NAMES))
+    figure = new_figure(8, 3.2)
+    axes = figure.subplots()
+    _draw_class_bars(axes, table["share"].rename(index=MODEL_NAMES).reindex(columns=HEAD_CLASSES).fillna(0))
+    low, high = table["low", "Specialised"], table["high", "Specialised"]
+    axes.hlines(np.arange(len(table)) + 0.42, low, high, "black", linewidth=2)
     return figure
 
 
-def plot_ablation(ablation: pd.DataFrame, n_windows: int) -> Figure:
+def plot_category_classes(categories: pd.DataFrame, shares: pd.DataFrame) -> Figure:
+    """Classes of the heads on each category's sentences, and on held-out text."""
+    import pandas as pd
+
+    held_out = on_windows(shares).query("model == 'trained'").assign(category="Held-out text")
+    table = pd.concat([held_out, categories])
+    names = table["category"].unique()
+    table = table.pivot(index="category", columns="class", values="share").reindex(names, columns=HEAD_CLASSES)
+    figure = new_figure(8.5, 1.2 + 0.36 * len(table))
+    _draw_class_bars(figure.subplots(), table.fillna(0))
+    return figure
+
+
+def plot_head_classes(scores: pd.DataFrame) -> Figure:
+    """The original study's pie of the classes, and the class and score of each head, layer by layer."""
+    kinds = head_kinds(scores)
+    counts = kinds["class"].value_counts().reindex(HEAD_CLASSES).dropna().astype(int)
+    words = kinds["kind"] + "\n" + kinds["strength"].map(number)
+    words = words.where(~kinds["class"].isin(["Mixed", "Resting"]), kinds["class"].str.lower()).unstack()
+    codes = kinds["class"].map(HEAD_CLASSES.index).unstack()
+    widths = 3.2, max(2.5, 0.78 * codes.shape[1])
+    figure = new_figure(sum(widths) + 0.8, max(3.6, 1 + 0.46 * len(codes)))
+    pie, grid = figure.subplots(1, 2, width_ratios=widths)
+    colors = [CLASS_COLORS[name] for name in counts.index]
+    legend = [f"{CLASS_LABELS[name]}: {count} ({count / len(kinds):.0%})" for name, count in counts.items()]
+    wedges = pie.pie(counts, colors=colors, startangle=90, counterclock=False, wedgeprops={"edgecolor": "white"})[0]
+    pie.legend(wedges, legend, loc="upper center", bbox_to_anchor=(0.5, 0.02), frameon=False, fontsize=8)
+    pie.set_title(f"All {len(kinds)} heads", loc="left", fontsize=9.5)
+    options = {"cmap": list(CLASS_COLORS.values()), "vmin": -0.5, "vmax": len(HEAD_CLASSES) - 0.5, "linewidths": 1}
+    draw_heatmap(grid, codes, "Each head", annot=words, annot_kws={"fontsize": 7, "color": "white"}, **options)
+    return figure
+
+
+def plot_score_maps(scores: pd.DataFrame, thresholds: ScoreThresholds | None = None) -> Figure:
+    """Layer x head maps of every score; cells beyond the threshold are outlined, kinds that were found come first."""
+    from matplotlib.patches import Rectangle
+    from matplotlib.patheffects import withStroke
+
+    heads, thresholds = on_windows(scores), thresholds or ScoreThresholds()
+    limits = thresholds.tau | {"broad": thresholds.broad}
+    grids = {name: heads.pivot(index="layer", columns="head", values=name) for name in _SCORES}
+    n_layer, n_head = grids["self"].shape
+    figure = new_figure(1.2 + 3 * max(2.2, 0.42 * n_head), 3 * max(1.4, 0.75 + 0.28 * n_layer))
+    panels = list(figure.subplots(3, 3).flat)
+    names = sorted(_SCORES, key=lambda name: not (grids[name] >= limits[name]).any(axis=None))
+    outline = {"fill": False, "edgecolor": "white", "linewidth": 1.2, "clip_on": False, "zorder": 3}
+    for axes, name in zip(panels, names, strict=True):
+        title = f"{name.capitalize()}: {_SCORES[name][0]}"
+        draw_heatmap(axes, grids[name], title, annot=grids[name].map(number), vmin=0, vmax=1, cmap="mako_r")
+        for layer, head in np.argwhere(grids[name] >= limits[name]):
+            stroke = [withStroke(linewidth=3, foreground="black")]
+            axes.add_patch(Rectangle((head, layer), 1, 1, path_effects=stroke, **outline))
+    _color_bar(panels, "score (0: chance, 1: ideal)")
+    return figure
+
+
+def plot_ablation(ablation: pd.DataFrame) -> Figure:
     """Loss increase on held-out text when a head is replaced by its mean, layer x head, in thousandths of a nat.
 
     Numbers in bold are of heads that matter, see `heads_that_matter`; all others may be noise.
     """
-    matters = _head_grid(ablation.assign(matters=heads_that_matter(ablation, n_windows)[0]), "matters")
-    grid = 1000 * _head_grid(ablation, "loss_increase")
-    limit = max(float(np.abs(grid).max()), 1.0)
-    n_layer, n_head = grid.shape
-    figure = _figure(max(5, 1.8 + 0.62 * n_head), 1.2 + 0.45 * n_layer, layout="constrained")
+    table = ablation.pivot(index="layer", columns="head")
+    grid = 1000 * table["loss_increase"]
+    limit = max(float(grid.abs().max(axis=None)), 1.0)
+    figure = new_figure(max(5, 1.8 + 0.62 * grid.shape[1]), max(2.2, 1 + 0.4 * len(grid)))
     axes = figure.subplots()
-    image = axes.imshow(grid, cmap="RdBu_r", vmin=-limit, vmax=limit, interpolation="none", aspect="auto")
-    for (layer, head), value in np.ndenumerate(grid):
-        style = {"weight": "bold"} if matters[layer, head] else {}
-        color = "white" if abs(value) > 0.6 * limit else "black"
-        text = _number(value, 1 if abs(value) < 10 else 0)
-        axes.text(head, layer, text, fontsize=7, color=color, ha="center", va="center", **style)
-    axes.set_xticks(range(n_head))
-    axes.set_yticks(range(n_layer))
-    _clean(axes, "What a head is worth (bold: beyond noise)", xlabel="head", ylabel="layer")
-    bar = figure.colorbar(image, ax=axes)
-    bar.set_label("loss increase without the head\n(thousandths of a nat per token)", fontsize=8)
-    bar.ax.tick_params(labelsize=7)
+    words = grid.map(lambda value: number(value, 1 if abs(value) < 10 else 0))
+    draw_heatmap(axes, grid, annot=words, cmap="RdBu_r", vmin=-limit, vmax=limit, annot_kws={"fontsize": 7.5})
+    for text, matters in zip(axes.texts, table["matters"].to_numpy().flat, strict=True):
+        text.set_weight("bold" if matters else "normal")
+    _color_bar([axes], "loss increase without the head\n(thousandths of a nat per token)")
     return figure
 
 
-def plot_head_similarity(
-    distances: np.ndarray, n_head: int, classes: Sequence[str] = (), noise_floor: float | None = None, title: str = ""
-) -> Figure:
-    """Distances between all heads (layer-major), ordered by an average-linkage dendrogram drawn on top.
+def plot_head_similarity(distances: np.ndarray, scores: pd.DataFrame, noise_floor: float) -> Figure:
+    """Distances between all heads (layer-major), ordered by the average-linkage dendrogram on top.
 
-    Labels `3.2` are layer 3, head 2, coloured by class; the dashed line is the noise floor of `head_similarity`.
+    The dashed line is the noise floor of `head_similarity`; labels are in the colours of the heads' classes.
     """
-    from matplotlib.collections import LineCollection
     from scipy.cluster.hierarchy import dendrogram, linkage
     from scipy.spatial.distance import squareform
 
-    n = len(distances)
-    tree = dendrogram(linkage(squareform(distances, checks=False), "average"), no_plot=True)
-    order = tree["leaves"]
-    figure = _figure(7.6, 8.6, layout="constrained")
-    top, bottom = figure.subplots(2, 1, height_ratios=(1, 4.2), sharex=True)
-    branches = [
-        np.column_stack([(np.array(x) - 5) / 10, y]) for x, y in zip(tree["icoord"], tree["dcoord"], strict=True)
-    ]
-    top.add_collection(LineCollection(branches, colors="#333333", linewidths=0.8))
-    top.set(xlim=(-0.5, n - 0.5), ylim=(0, 1.05 * max(max(y) for y in tree["dcoord"])))
-    if noise_floor is not None:
-        top.axhline(
-            noise_floor, color="#D55E00", linestyle="--", linewidth=1, label=f"same head, other text: {noise_floor:.2f}"
-        )
-        top.legend(frameon=False, fontsize=7.5, loc="lower right", bbox_to_anchor=(1, 1))
-    _clean(top, title or "Which heads look alike", ylabel="distance")
-    top.tick_params(bottom=False, labelbottom=False)
-    scale = {"vmin": 0, "vmax": min(1, max(distances.max(), 2 * (noise_floor or 0), 1e-6)), "cmap": "viridis_r"}
-    image = bottom.imshow(distances[np.ix_(order, order)], **scale, interpolation="none", aspect="auto")
-    names = [f"{index // n_head}.{index % n_head}" for index in order]
-    size = max(4.0, min(8.0, 330 / n))
-    bottom.set_xticks(range(n), names, rotation=90, fontsize=size)
-    bottom.set_yticks(range(n), names, fontsize=size)
-    bottom.tick_params(length=0)
-    for labels in (bottom.get_xticklabels(), bottom.get_yticklabels()) if len(classes) else ():
-        for label, index in zip(labels, order, strict=True):
-            label.set_color("#777777" if classes[index] == "Mixed" else CLASS_COLORS.get(classes[index], "black"))
-    bar = figure.colorbar(image, ax=bottom, shrink=0.6)
-    bar.set_label("distance (0: the same)", fontsize=8)
-    bar.ax.tick_params(labelsize=7)
+    kinds, n = head_kinds(scores), len(distances)
+    figure = new_figure(8, 9)
+    top, bottom = figure.subplots(2, 1, height_ratios=(1, 4.5))
+    tree = linkage(squareform(distances, checks=False), "average")  # seaborn.clustermap would need pyplot
+    order = dendrogram(tree, ax=top, no_labels=True, color_threshold=0, above_threshold_color="#222222")["leaves"]
+    label = f"a head and itself on other text: {number(noise_floor)}"
+    top.axhline(noise_floor, color=MODEL_COLORS["shuffled"], linestyle="--", linewidth=1.5, label=label)
+    top.legend(frameon=False, fontsize=8, loc="lower left", bbox_to_anchor=(0, 1))
+    tidy_axes(top, ylabel="distance", xlim=(0, 10 * n), ylim=(0, 1.05 * max(tree[:, 2].max(), noise_floor)))
+    limit = min(1, max(distances.max(), 2 * noise_floor, 1e-6))
+    names = [head_name(*kinds.index[index]) for index in order]
+    _draw_map(bottom, distances[np.ix_(order, order)], names, vmax=limit, cmap="viridis_r", square=False)
+    bottom.set(xlabel="", ylabel="")
+    for text, index in zip([*bottom.get_xticklabels(), *bottom.get_yticklabels()], order * 2, strict=True):
+        text.set(color=CLASS_COLORS[kinds["class"].iloc[index]], fontsize=max(4.5, min(8, 380 / n)))
+    _color_bar([bottom, top], "distance (0: the same)")
     return figure
 
 
-def plot_entropy_distance(
-    scores: pd.DataFrame, baselines: pd.DataFrame | None = None, source: str = "windows"
-) -> Figure:
-    """Entropy and mean attention distance of every head by layer, with the range of untrained models."""
-    heads = scores[scores["source"] == source]
-    figure = _figure(9, 3.6, layout="constrained")
-    for axes, (column, title, unit) in zip(
-        figure.subplots(1, 2),
-        (
-            ("entropy", "How spread out (entropy)", "entropy (nats)"),
-            ("mean_distance", "How far back (mean distance)", "distance (tokens)"),
-        ),
-        strict=True,
-    ):
-        jitter = (heads["head"] - heads["head"].mean()) / heads["head"].nunique() * 0.4
-        colors = heads["class"].map(CLASS_COLORS)
-        axes.scatter(
-            heads["layer"] + jitter, heads[column], c=colors, s=22, zorder=3, edgecolors="white", linewidths=0.5
-        )
+def plot_spread(scores: pd.DataFrame, baselines: pd.DataFrame) -> Figure:
+    """Entropy and mean distance of every head by layer, with the range of untrained models and a uniform head."""
+    import seaborn
+
+    heads = on_windows(scores)
+    base = on_windows(baselines).query("statistic == 'mean'").set_index(["model", "score"])
+    order = [name for name in HEAD_CLASSES if (heads["class"] == name).any()]
+    figure = new_figure(9, 4)
+    panels = figure.subplots(1, 2)
+    for axes, column in zip(panels, ("entropy", "mean_distance"), strict=True):
+        options = {"hue": "class", "hue_order": order, "palette": CLASS_COLORS, "size": 5.5, "jitter": 0.25}
+        seaborn.stripplot(heads, x="layer", y=column, ax=axes, native_scale=True, **options)
         means = heads.groupby("layer")[column].mean()
-        axes.plot(means.index, means, color="#333333", linewidth=1.2, label="mean of the layer")
-        if baselines is not None:
-            _draw_baseline(axes, baselines, source, column)
-        _clean(axes, title, xlabel="layer", ylabel=unit, ylim=(0, 1.1 * axes.get_ylim()[1]))
-        axes.set_xticks(means.index)
+        axes.plot(means.index, means, color=MODEL_COLORS["trained"], linewidth=1.2, label="mean of the layer")
+        for model, line in (("untrained", "--"), ("uniform", ":")):
+            row, color = base.loc[(model, column)], MODEL_COLORS[model]
+            axes.axhline(row["mean"], color=color, linestyle=line, linewidth=1.5, label=MODEL_NAMES[model])
+            axes.axhspan(row["low"], row["high"], color=color, alpha=0.2, linewidth=0)
+        axes.get_legend().remove()
         axes.grid(axis="y", alpha=0.25)
-        axes.legend(frameon=False, fontsize=7.5, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.16))
+    tidy_axes(panels[0], "How widely heads look", ylabel="entropy (nats)", ylim=(0, None), xticks=means.index)
+    tidy_axes(panels[1], "How far back heads look", ylabel="mean distance (tokens)", ylim=(0, None), xticks=means.index)
+    handles, labels = panels[0].get_legend_handles_labels()
+    labels = [CLASS_LABELS.get(label, label) for label in labels]
+    figure.legend(handles, labels, frameon=False, fontsize=8, ncols=4, loc="outside lower center")
     return figure
-
-
-def _draw_baseline(axes: Axes, baselines: pd.DataFrame, source: str, column: str) -> None:
-    for model, style in (("untrained", "--"), ("uniform", ":")):
-        rows = baselines[
-            (baselines["source"] == source)
-            & (baselines["model"] == model)
-            & (baselines["score"] == column)
-            & (baselines["statistic"] == "mean")
-        ]
-        for row in rows.itertuples():
-            color = _MODEL_COLORS[model]
-            axes.axhline(row.mean, color=color, linestyle=style, linewidth=1, label=MODEL_NAMES[model])
-            if math.isfinite(row.low) and math.isfinite(row.high):
-                axes.axhspan(row.low, row.high, color=color, alpha=0.2, linewidth=0)
 
 
 def plot_language(language: pd.DataFrame) -> Figure:
     """Minimal pairs by phenomenon: accuracy, attention to the target, and what removing the chosen heads costs.
 
-    Each beside the highest of the untrained models or the cost of random heads, and the null region of `verdict`.
+    Each beside what it must exceed: the highest of the untrained models, or what random sets of heads cost.
     """
-    n = len(language)
-    y = np.arange(n)
-    figure = _figure(11, 1.7 + 0.42 * n, layout="constrained")
-    left, middle, right = figure.subplots(1, 3, sharey=True)
-    table = language.assign(margin_excess=language["margin_drop"] - language["random_margin_drop"])
-
-    def draw(axes: Axes, name: str, columns: str, none: float, null: float, *titles: str, untrained: str = "") -> None:
-        value, low, high = (table[column].to_numpy(float) for column in (name, f"{columns}_low", f"{columns}_high"))
-        reach = np.clip([value - low, high - value], 0, None)
-        axes.axvspan(2 * none - null, null, color="#eeeeee", label="null region", zorder=0)
-        axes.axvline(none, color="#999999", linestyle=":", linewidth=1)
-        axes.errorbar(
-            value, y, xerr=reach, fmt="o", color=_MODEL_COLORS["trained"], capsize=2, ms=4, label="this model"
-        )
-        if untrained:
-            grey = {"facecolors": "none", "edgecolors": _MODEL_COLORS["untrained"], "s": 22, "zorder": 3}
-            axes.scatter(table[untrained], y, label="highest of the untrained models", **grey)
-        start, stop = axes.get_xlim()
-        _clean(axes, titles[0], xlabel=titles[1], xlim=(min(start, none - 0.06), max(stop, none + 0.12)))
-        axes.locator_params(axis="x", nbins=4)
-
-    highest = "untrained_accuracy_highest"
-    draw(left, "accuracy", "accuracy", 0.5, NULL_ACCURACY, "Prefers the good sentence", "accuracy", untrained=highest)
-    left.set_xlim(0, 1.02)
-    words, highest = ("Looks at the right word", "attention to target minus distractor"), "untrained_attention_highest"
-    draw(middle, "attention_difference", "attention", 0, NULL_ATTENTION, *words, untrained=highest)
-    words = "Needs those heads", "margin lost beyond random heads (nats)"
-    draw(right, "margin_excess", "margin_excess", 0, NULL_MARGIN, *words)
-    left.set_yticks(y, language["phenomenon"], fontsize=8, parse_math=False)
-    left.set_ylim(n - 0.5, -0.5)
-    figure.legend(*left.get_legend_handles_labels(), frameon=False, fontsize=8, loc="outside lower center", ncols=3)
+    y = np.arange(len(language))
+    figure = new_figure(10, 1.5 + 0.36 * len(language))
+    prefers, looks, needs = figure.subplots(1, 3, sharey=True)
+    own, untrained = MODEL_COLORS["trained"], MODEL_COLORS["untrained"]
+    for axes, value, name in ((prefers, "accuracy", "accuracy"), (looks, "attention_difference", "attention")):
+        axes.hlines(y, language[f"{name}_low"], language[f"{name}_high"], own, linewidth=1.5)
+        axes.plot(language[value], y, "o", color=own, markersize=5, label=MODEL_NAMES["trained"])
+        style = {"markerfacecolor": "none", "markersize": 6, "label": "highest of the untrained models"}
+        axes.plot(language[f"untrained_{name}_highest"], y, "o", color=untrained, **style)
+    low, high = language["random_margin_low"], language["random_margin_high"]
+    needs.hlines(y, low, high, _GREY, linewidth=5, label="random sets of heads")
+    needs.plot(language["margin_drop"], y, "o", color=own, markersize=5)
+    for axes, none in ((prefers, 0.5), (looks, 0), (needs, 0)):
+        axes.axvline(none, color=_GREY, linestyle=":", linewidth=1)
+        axes.grid(axis="x", alpha=0.25)
+    tidy_axes(prefers, "Prefers the right word", xlabel="share of pairs", xlim=(0, 1.02), ylim=(len(y) - 0.5, -0.5))
+    tidy_axes(looks, "Looks at the word that decides", xlabel="attention beyond that to the distractor")
+    tidy_axes(needs, "Needs those heads", xlabel="margin lost without them (nats)")
+    prefers.set_yticks(y, [_plain(name) for name in language["phenomenon"]])
+    handles = [handle for axes in (prefers, needs) for handle in axes.get_legend_handles_labels()[0]]
+    figure.legend(handles=handles, frameon=False, fontsize=8, loc="outside lower center", ncols=3)
     return figure
 
 
@@ -4455,314 +4256,231 @@ def plot_language(language: pd.DataFrame) -> Figure:
 
 @dataclass(frozen=True)
 class Picture:
-    """A file of the study: `path` is the PNG, the SVG lies beside it."""
+    """A file of the study: `path` is the PNG; beside pictures of the model lies an SVG."""
 
     path: Path
-    group: str  # "Model" or the sentence's category
+    group: str  # "Model" or the sentences' category
     title: str
     alt: str  # what a reader who cannot see it needs to know
     caption: str
 
 
-def choose_heads(scores: pd.DataFrame, n: int = 4, source: str = "windows") -> list[tuple[int, int, str]]:
-    """Heads worth a picture: the highest of each score in turn, none twice; (layer, head, why it was chosen).
+@dataclass(frozen=True)
+class StudyFigure:
+    """A line of the tables of pictures. Functions get the Study or, for sentences, (captures, chosen heads, Study)."""
 
-    Scores that no head shows (below 0.1) come last.
-    """
-    rest = scores[scores["source"] == source].set_index(["layer", "head"])
-    columns = ["previous", "induction", "local", "broad", "self", "duplicate", "punctuation", "rare"]
-    chosen = []
-    for column in sorted(columns, key=lambda column: rest[column].max() < 0.1):
-        if len(chosen) < n and not rest.empty:
-            layer, head = rest[column].fillna(-math.inf).idxmax()
-            chosen.append(
-                (int(layer), int(head), f"highest {column} score: {_number(rest.loc[(layer, head), column])}")
-            )
-            rest = rest.drop((layer, head))
-    return chosen
+    name: str  # of the file
+    title: str  # the question
+    caption: str | Callable[..., str]  # how to read it
+    alt: Callable[..., str]
+    draw: Callable[..., Figure]
+    needs: Callable[..., bool] = lambda *subject: True
 
 
-def draw_study(
-    captures: dict[str, list[AttentionCapture]],
-    study: Study,
-    language: pd.DataFrame | None,
-    folder: str | Path,
-    metrics: Sequence[dict] = (),
-    head_rows: Sequence[dict] = (),
-) -> list[Picture]:
-    """Draws every picture of the study into `folder` as PNG and SVG, with a progress bar; pictures of the model first.
-
-    `captures` maps each category to its sentences, `metrics` are the rows of training, `head_rows` the scores of heads
-    on the way. The pictures of sentences are drawn by as many processes as there are cores, at most four.
-    """
-    folder = Path(folder)
-    heads = choose_heads(study.scores)
-    model_plan = list(_plan_model(study, language, metrics, head_rows))
-    jobs, pictures, of_model = [], [], []
-    for number, (category, members) in enumerate(captures.items(), start=1):
-        place = folder / f"{number:02d}_{re.sub(r'[^a-z0-9]+', '_', category.lower()).strip('_')}"
-        for picture, job in _plan_category(category, members, heads, place):
-            pictures.append(picture)
-            jobs.append(job)
-    with progress(total=len(model_plan) + len(jobs), desc="Drawing", unit="picture") as bar, _drawing(jobs) as draw_all:
-        for name, title, alt, caption, draw in model_plan:
-            png, _ = save_figure(draw(), folder / "model" / name)
-            of_model.append(Picture(png, "Model", title, alt, caption))
-            bar.update()
-        draw_all(bar)
-    return of_model + pictures
+def _listed(values: Mapping | pd.Series, digits: int = 2) -> str:
+    return "; ".join(f"{name} {number(value, digits)}" for name, value in values.items())
 
 
-def _plan_model(
-    study: Study, language: pd.DataFrame | None, metrics: Sequence[dict], head_rows: Sequence[dict]
-) -> Iterator[tuple]:
-    """(file name, title, alt text, caption, function that draws it) of every picture of the model."""
-    import pandas as pd
+def _class_list(bars: pd.DataFrame, by: str) -> str:
+    """The shares of the classes of each bar, in words."""
+    bars = bars[bars["class"].isin(HEAD_CLASSES) & (bars["share"] > 0)]
+    words = bars.assign(words=bars["class"].map(CLASS_LABELS) + bars["share"].map(" {:.0%}".format))
+    listed = words.groupby(by, sort=False)["words"].agg(", ".join)
+    return "; ".join(f"{MODEL_NAMES.get(name, name)}: {shares}" for name, shares in listed.items())
 
-    scores, ablation = study.scores, study.ablation
-    n_head = scores["head"].nunique()
-    if metrics:
-        last = [row["train_loss"] for row in metrics if row.get("train_loss") not in (None, "")][-1:]
-        ending = f" It ends at {float(last[0]):.2f}." if last else ""
-        yield (
-            "loss_curve",
-            "Training",
-            f"Line chart of the loss by training step.{ending}",
-            "How wrong the next-token guesses were during training; lower is better.",
-            lambda: plot_loss_curve(metrics),
-        )
-    if len(head_rows):
-        history = pd.DataFrame(head_rows)
-        best = history.groupby("step")[list(_EMERGENCE_COLORS)].max()
-        listed = "; ".join(f"{name} {_number(best[name].iloc[0])} to {_number(best[name].iloc[-1])}" for name in best)
-        yield (
-            "head_emergence",
-            "Heads over training",
-            "Line chart of the loss and of the highest score of a head by tokens of training. From the first to the "
-            f"last snapshot: {listed}.",
-            describe_emergence(history, study.thresholds),
-            lambda: plot_head_emergence(history, metrics, study.thresholds),
-        )
-    for source, where in _SOURCE_NAMES.items():
-        heads = scores[scores["source"] == source]
-        if heads.empty:
-            continue
-        shares = heads["class"].value_counts(normalize=True)
-        listed = ", ".join(f"{name} {share:.1%}" for name, share in shares.items())
-        strongest = "; ".join(f"{name} {_number(heads[name].max())}" for name in _SCORE_NAMES if name in heads)
-        yield (
-            f"class_baselines_{source}",
-            f"Head classes and their baselines on {where}",
-            f"Bars of head classes on {where} beside shuffled tokens, untrained models, a uniform head: {listed}.",
-            "A share means something only where it differs from the grey bars. Lines: 95% interval over texts, "
-            "for untrained models the range over seeds.",
-            lambda source=source: plot_class_baselines(study.shares, source),
-        )
-        yield (
-            f"class_shares_{source}",
-            f"Head classes on {where}",
-            f"Pie and stacked bars by layer of head classes on {where}: {listed}.",
-            "The original study's two pictures, with classes corrected for chance.",
-            lambda source=source: plot_class_shares(scores, source),
-        )
-        yield (
-            f"score_maps_{source}",
-            f"Scores of every head on {where}",
-            f"Layer by head colour maps of each score on {where}. Highest values: {strongest}.",
-            "0 (dark) is what a uniform head reaches, 1 (yellow) the ideal head of that kind.",
-            lambda source=source: plot_score_maps(scores, source),
-        )
-        means = heads.groupby("layer")[["entropy", "mean_distance"]].mean()
-        by_layer = "; ".join(
-            f"layer {i}: {row.entropy:.2f} nats, {row.mean_distance:.1f} tokens" for i, row in means.iterrows()
-        )
-        yield (
-            f"entropy_distance_{source}",
-            f"Spread and reach on {where}",
-            f"Entropy and mean attention distance of every head by layer on {where}. Means: {by_layer}.",
-            "Dots are heads in the colour of their class; the dashed line and band are untrained models.",
-            lambda source=source: plot_entropy_distance(scores, study.baselines, source),
-        )
-    top = ablation.loc[ablation["loss_increase"].idxmax()]
-    yield (
-        "ablation",
-        "What each head is worth",
-        "Layer by head map of the loss increase when a head's output is replaced by its mean. The largest is "
-        f"{1000 * top['loss_increase']:.2f} thousandths of a nat, at layer {top['layer']:.0f}, head {top['head']:.0f}.",
-        "Red: the model gets worse without the head; blue: better. Numbers that are not bold may be noise.",
-        lambda: plot_ablation(ablation, study.settings["ablation_windows"]),
-    )
-    classes = list(scores[scores["source"] == "windows"].sort_values(["layer", "head"])["class"])
-    for name, suffix, distances, floor in (
-        ("similarity", "", study.similarity, study.noise_floor),
-        (
-            "similarity_without_sink",
-            ", first token left out",
-            study.similarity_without_sink,
-            study.noise_floor_without_sink,
+
+def _highest_heads(scores: pd.DataFrame) -> str:
+    heads = on_windows(scores).set_index(["layer", "head"])
+    return _listed({f"{name} ({head_name(*heads[name].idxmax())})": heads[name].max() for name in _SCORES})
+
+
+def _strongest_looks(capture: AttentionCapture, heads: Sequence[tuple[int, int]]) -> str:
+    """The strongest look of each head at a token that is neither the first nor the looking one, in words."""
+    names, looks = number_repeats(capture.labels), []
+    for head in heads:
+        others = np.tril(np.asarray(capture.weights[head]), -1)
+        others[:, 0] = 0
+        row, key = np.unravel_index(others.argmax(), others.shape)
+        found = f"{names[row]} looks at {names[key]} with {others[row, key]:.0%}" if others[row, key] else "none"
+        looks.append(f"{head_name(*head)}: {found}")
+    return f"“{capture.text}” Strongest looks at other tokens than the first: {'; '.join(looks)}."
+
+
+def _largest_change(capture: AttentionCapture) -> str:
+    change, names = rollout_difference(capture.weights), number_repeats(capture.labels)
+    row, key = np.unravel_index(np.nanargmax(np.abs(change)), change.shape)
+    return f"“{capture.text}” Largest difference: {change[row, key]:+.2f}, from {names[key]} to {names[row]}."
+
+
+_SIMILARITY = (
+    "How different two heads are on the same text: mean square root of the Jensen-Shannon divergence of their rows. "
+    "Heads that meet below the dashed line differ less than a head does from itself when the text changes."
+)
+MODEL_FIGURES = (
+    StudyFigure(
+        "loss_curve",
+        "Does it learn?",
+        "How wrong the guesses of the next token were; lower is better.",
+        lambda study: f"Line chart of the loss over {study.metrics['step'].max():,} steps of training.",
+        lambda study: plot_loss_curve(study.metrics),
+        needs=lambda study: len(study.metrics) > 0,
+    ),
+    StudyFigure(
+        "head_emergence",
+        "When do heads of each kind appear?",
+        lambda study: describe_emergence(study.history, study.thresholds),
+        lambda study: (
+            "Line chart of the highest score of a head while training. At the end: "
+            + _listed(study.history.query("step == step.max()")[list(_EMERGING)].max())
         ),
-    ):
-        pairs = distances[np.triu_indices(len(distances), 1)]
-        yield (
-            name,
-            f"Which heads look alike{suffix}",
-            f"Heatmap of the distance between every two heads with a dendrogram{suffix}; distances run from "
-            f"{pairs.min():.2f} to {pairs.max():.2f}, the same head on another text is {floor:.2f} away.",
-            "Mean square root of the Jensen-Shannon divergence between the rows of two heads on the same text. Dashed: "
-            "how far one head is from itself on other texts. Labels: layer.head, in the colours of the classes.",
-            lambda distances=distances, suffix=suffix, floor=floor: plot_head_similarity(
-                distances, n_head, classes, floor, f"Which heads look alike{suffix}"
-            ),
-        )
-    if language is not None and len(language):
-        listed = ", ".join(f"{row.phenomenon} {row.accuracy:.0%}" for row in language.itertuples())
-        yield (
-            "language",
-            "Linguistic tests",
-            "Accuracy on minimal pairs, attention to the target, and cost of removing the chosen heads. Accuracy: "
-            f"{listed}.",
-            "Blue: this model, with 95% intervals. Hollow: the highest of the untrained models. Grey: the null "
-            "region; an interval that does not reach beyond it on the right counts as evidence of no effect, unless an "
-            "accuracy still lies above chance and the untrained models. Right panel: the cost beyond that of random "
-            "heads of the same layers.",
-            lambda: plot_language(language),
-        )
+        lambda study: plot_head_emergence(study.history, study.metrics, study.thresholds),
+        needs=lambda study: len(study.history) > 0,
+    ),
+    StudyFigure(
+        "head_classes",
+        "What kind of head is each one?",
+        "The original study's pie, and the heads that it counts: a row a layer, a column a head, in the colour of the "
+        "class, with the score that stands for it. Mixed: no score reaches its threshold.",
+        lambda study: (
+            "Pie and grid of the heads' classes. "
+            + "; ".join(f"{head_name(*head)} {words}" for head, words in head_kinds(study.scores).words.items())
+        ),
+        lambda study: plot_head_classes(study.scores),
+    ),
+    StudyFigure(
+        "class_baselines",
+        "Is that more than chance?",
+        "Classes of the heads on held-out text. Black line below a bar: where the first three classes, the specialised "
+        "heads, may end (95% interval over texts; for untrained models the range over seeds).",
+        lambda study: f"Bars of 100%. {_class_list(on_windows(study.shares), 'model')}.",
+        lambda study: plot_class_baselines(study.shares),
+    ),
+    StudyFigure(
+        "category_classes",
+        "Does the kind of sentence change what heads do?",
+        "Classes of the same heads, measured on each category's sentences. Few short sentences tell classes apart less "
+        "well than held-out text.",
+        lambda study: f"Bars of 100%. {_class_list(study.categories, 'category')}.",
+        lambda study: plot_category_classes(study.categories, study.shares),
+        needs=lambda study: len(study.categories) > 0,
+    ),
+    StudyFigure(
+        "score_maps",
+        "How strongly does each head do each thing?",
+        "A row a layer, a column a head. 0 is what a uniform head reaches, 1 the ideal head of that kind. Outlined: "
+        "beyond the threshold.",
+        lambda study: f"Nine maps of all heads. Highest scores: {_highest_heads(study.scores)}.",
+        lambda study: plot_score_maps(study.scores, study.thresholds),
+    ),
+    StudyFigure(
+        "ablation",
+        "What is each head worth?",
+        "A row a layer, a column a head. Red: the model gets worse without the head; blue: better. Bold: beyond noise.",
+        lambda study: (
+            f"Map of the loss increase without each head, between {1000 * study.ablation['loss_increase'].min():.1f} "
+            f"and {1000 * study.ablation['loss_increase'].max():.1f} thousandths of a nat; "
+            f"{study.ablation['matters'].sum()} heads are beyond noise."
+        ),
+        lambda study: plot_ablation(study.ablation),
+    ),
+    StudyFigure(
+        "similarity",
+        "Which heads look alike?",
+        _SIMILARITY,
+        lambda study: f"Heatmap and dendrogram; the dashed line is at a distance of {number(study.noise_floor)}.",
+        lambda study: plot_head_similarity(study.distances, study.scores, study.noise_floor),
+        needs=lambda study: len(study.distances) > 1,
+    ),
+    StudyFigure(
+        "similarity_without_sink",
+        "Which heads look alike when the first token is left out?",
+        _SIMILARITY,
+        lambda study: f"The same without the first token; the line is at {number(study.noise_floor_without_sink)}.",
+        lambda study: plot_head_similarity(study.distances_without_sink, study.scores, study.noise_floor_without_sink),
+        needs=lambda study: len(study.distances) > 1 and on_windows(study.scores)["sink_flag"].any(),
+    ),
+    StudyFigure(
+        "spread",
+        "How widely and how far back do heads look?",
+        "A dot is a head in the colour of its class. Dashed: untrained models and their range.",
+        lambda study: (
+            "Entropy and mean attention distance of every head by layer. Mean entropy: "
+            + _listed(on_windows(study.scores).groupby("layer")["entropy"].mean().rename("layer {}".format))
+        ),
+        lambda study: plot_spread(study.scores, study.baselines),
+    ),
+    StudyFigure(
+        "language",
+        "Does it follow rules of language, and through which heads?",
+        "Black: this model, with 95% intervals; hollow: the highest of the untrained models; grey: random sets of as "
+        "many heads. A claim holds if black lies beyond the others in all three panels.",
+        lambda study: f"Three panels. Accuracy: {_listed(study.language.set_index('phenomenon')['accuracy'])}.",
+        lambda study: plot_language(study.language),
+        needs=lambda study: len(study.language) > 0,
+    ),
+)
+_READING = "Each row is the token doing the looking; grey: later tokens, which it cannot see."
+SENTENCE_FIGURES = (
+    StudyFigure(
+        "sentences",
+        "Do the chosen heads do the same on every sentence?",
+        f"A row a sentence, a column a head. {_READING} Columns of a map are the same tokens from left to right.",
+        lambda captures, heads, study: (
+            f"Maps of {', '.join(head_name(*head) for head in heads)} on: {' '.join(c.text for c in captures)}"
+        ),
+        lambda captures, heads, study: plot_category(captures, heads, study.scores),
+    ),
+    StudyFigure(
+        "every_head",
+        "What does every head do on the first sentence?",
+        f"A row of tiles a layer, a column a head. In each tile: {_READING[0].lower()}{_READING[1:]}",
+        lambda captures, heads, study: (
+            f"“{captures[0].text}” Maps of all heads; "
+            f"{captures[0].weights[..., 0].mean():.0%} of the attention is on the first token."
+        ),
+        lambda captures, heads, study: plot_all_heads(captures[0]),
+    ),
+    StudyFigure(
+        "chosen_heads",
+        "What do the chosen heads do on the first sentence?",
+        _READING,
+        lambda captures, heads, study: f"Maps of chosen heads. {_strongest_looks(captures[0], heads)}",
+        lambda captures, heads, study: plot_chosen_heads(captures[0], heads, study.scores),
+    ),
+    StudyFigure(
+        "flow",
+        "Who looks at whom in the first sentence?",
+        "An arrow points at the token looked at; wider is more, a ring is a look at itself. Up to three arcs per "
+        "token, each at least 5 percentage points above uniform.",
+        lambda captures, heads, study: f"Arrows between tokens. {_strongest_looks(captures[0], heads)}",
+        lambda captures, heads, study: plot_attention_flow(captures[0], heads, study.scores),
+    ),
+    StudyFigure(
+        "rollout",
+        "What reaches each position of the first sentence?",
+        "Attention followed through all layers (rollout), minus what uniform heads would give. Blue: more; red: less.",
+        lambda captures, heads, study: f"Map of a rollout. {_largest_change(captures[0])}",
+        lambda captures, heads, study: plot_rollout(captures[0]),
+    ),
+)
 
 
-def _plan_category(
-    category: str, members: Sequence[AttentionCapture], heads: Sequence[tuple[int, int, str]], folder: Path
-) -> Iterator[tuple[Picture, tuple]]:
-    """The pictures of a category, each with the job that draws it: (file stem, kind, plain captures, arguments)."""
-    plain = [(capture.text, list(capture.labels), np.asarray(capture.weights)) for capture in members]
+def draw_study(study: Study, captures: Mapping[str, Sequence[AttentionCapture]], folder: str | Path) -> list[Picture]:
+    """Draws every picture of the study into `folder`, with a progress bar; pictures of the model first.
 
-    def plan(
-        kind: str, stem: str, texts: list, title: str, alt: str, caption: str, *arguments
-    ) -> tuple[Picture, tuple]:
-        picture = Picture(folder / f"{stem}_{kind}.png", category, title, alt, caption)
-        return picture, (folder / f"{stem}_{kind}", kind, texts, arguments)
-
-    named = ", ".join(f"layer {layer} head {head} ({why})" for layer, head, why in heads)
-    yield plan(
-        "grid",
-        "category",
-        plain,
-        f"{category}: chosen heads on every sentence",
-        f"Grid of attention maps of {category}, {len(plain)} sentences by {len(heads)} heads: {named}.",
-        "A head that does the same on every sentence shows the same shape in each row.",
-        category,
-        heads,
-    )
-    for number, (text, labels, weights) in enumerate(plain, start=1):
-        stem, one, names = f"{number:02d}", [(text, labels, weights)], _number_repeats(labels)
-        means = weights.mean(axis=1)
-        first = weights[:, :, 1:, 0].mean() if len(labels) > 1 else 1.0
-        cut = _cut_note(len(labels), _MAX_LABELS)
-        yield plan(
-            "every_head",
-            stem,
-            one,
-            f"Every head: {text}",
-            f"Attention maps of all {weights.shape[0] * weights.shape[1]} heads on the sentence “{text}”; "
-            f"on average {first:.0%} of the attention goes to the first token.",
-            "One tile a head; a row of tiles is a layer.",
-        )
-        looks = "; ".join(
-            f"layer {layer} head {head}: {_strongest_look(weights[layer, head], names)}" for layer, head, _ in heads
-        )
-        yield plan(
-            "heads",
-            stem,
-            one,
-            f"Chosen heads: {text}",
-            f"Attention maps of chosen heads. {looks}.",
-            f"Rows look.{cut}",
-            heads,
-        )
-        looks = "; ".join(
-            f"layer {layer}: {_strongest_look(means[layer], names)}" for layer in _flow_layers(len(means))
-        )
-        cut = _cut_note(len(labels), _MAX_NODES)
-        yield plan("flow", stem, one, f"Flow: {text}", f"Arcs between tokens. {looks}.", f"Wider is stronger.{cut}")
-        change = _rollout_difference(weights)
-        row, key = np.unravel_index(np.abs(change).argmax(), change.shape)
-        cut = _cut_note(len(labels), _MAX_LABELS)
-        yield plan(
-            "rollout",
-            stem,
-            one,
-            f"Rollout: {text}",
-            f"Attention rollout minus that of uniform heads. The largest difference is {change[row, key]:+.2f}, "
-            f"from {names[key]} to {names[row]}.",
-            f"Blue: more than uniform attention brings; red: less.{cut}",
-        )
-
-
-def _strongest_look(weights: np.ndarray, names: Sequence[str]) -> str:
-    """The strongest look of a map (T, T) at a token that is neither the first nor the looking one, in words."""
-    others = np.tril(weights, -1)
-    others[:, 0] = 0
-    row, key = np.unravel_index(others.argmax(), others.shape)
-    return (
-        f"{names[row]} looks at {names[key]} with {others[row, key]:.0%}" if others[row, key] > 0 else "one token only"
-    )
-
-
-_PLOTS_OF_TEXT = {
-    "every_head": plot_all_heads,
-    "heads": plot_chosen_heads,
-    "flow": plot_attention_flow,
-    "rollout": plot_rollout,
-    "grid": plot_category,
-}
-
-
-def _draw_job(job: tuple) -> None:
-    stem, kind, texts, arguments = job
-    captures = [types.SimpleNamespace(text=text, labels=labels, weights=weights) for text, labels, weights in texts]
-    save_figure(_PLOTS_OF_TEXT[kind](captures if kind == "grid" else captures[0], *arguments), stem)
-
-
-def _draw_jobs_of_file(path: str) -> None:
-    """What a drawing process runs; each line that it prints says that one more job is done."""
-    for job in pickle.loads(Path(path).read_bytes()):
-        _draw_job(job)
-        print("done", flush=True)
-
-
-@contextlib.contextmanager
-def _drawing(jobs: list[tuple]) -> Iterator[Callable[[tqdm], None]]:
-    """Starts processes that draw a share of the jobs; yields a function that draws the rest and waits for them.
-
-    Plain processes, since multiprocessing would run a user's script again in each of them, or fork PyTorch's threads.
-    A job that a process did not finish, for whatever reason, is drawn here.
+    `captures` maps each category to its sentences: one sheet shows all of them, the other pictures the first one.
     """
-    workers = min(os.cpu_count() or 1, 4) if len(jobs) >= _PARALLEL_FROM else 1
-    shares = [jobs[start::workers] for start in range(workers)]
-    code = (
-        "import sys; sys.path.insert(0, sys.argv[1]); import pico_helpers; pico_helpers._draw_jobs_of_file(sys.argv[2])"
-    )
-    children: list[subprocess.Popen] = []
-
-    def draw_all(bar: tqdm) -> None:
-        for turn in itertools.zip_longest(*shares):
-            for child, job in zip([None, *children], turn, strict=True):
-                if job is not None and (child is None or not child.stdout.readline()):
-                    _draw_job(job)
-                bar.update(job is not None)
-
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            for number, share in enumerate(shares[1:]):
-                path = Path(folder) / f"{number}.pickle"
-                path.write_bytes(pickle.dumps(share))
-                command = [sys.executable, "-c", code, str(Path(__file__).resolve().parent), str(path)]
-                children.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL))
-            yield draw_all
-        finally:
-            for child in children:
-                child.kill()
-                child.wait()
-                child.stdout.close()
+    folder, heads = Path(folder), choose_heads(study.scores)
+    plan = [("Model", folder / "model", figure, (study,)) for figure in MODEL_FIGURES if figure.needs(study)]
+    for index, (name, members) in enumerate(captures.items(), start=1):
+        place = folder / f"{index:02d}_{re.sub(r'[^a-z0-9]+', '_', name.lower()).strip('_')}"
+        plan += [(name, place, figure, (members, heads, study)) for figure in SENTENCE_FIGURES]
+    pictures = []
+    for group, place, figure, subject in progress(plan, desc="Drawing", unit="picture"):
+        png, *_ = save_figure(figure.draw(*subject), place / figure.name, svg=group == "Model")
+        caption = figure.caption if isinstance(figure.caption, str) else figure.caption(*subject)
+        pictures.append(Picture(png, group, figure.title, figure.alt(*subject), caption))
+    return pictures
 
 
 # ======================================================================================================================
@@ -5282,7 +5000,7 @@ def explorer_html(
             {
                 "category": name,
                 "text": capture.text,
-                "labels": _number_repeats(capture.labels),
+                "labels": number_repeats(capture.labels),
                 "maps": _pack_maps(np.asarray(capture.weights)),
             }
             for name, capture in flat
