@@ -3736,7 +3736,7 @@ def new_figure(width: float, height: float, title: str = "") -> Figure:
     warnings.filterwarnings("ignore", r"Glyph \d+ .* missing from font")  # a box stands for what the font lacks
     figure = Figure(figsize=(width, height), facecolor="white", layout="constrained")
     if title:
-        lines = textwrap.wrap(_plain(title), int(9.5 * width), max_lines=4, placeholder=" …")
+        lines = textwrap.wrap(_literal(title), int(9.5 * width), max_lines=4, placeholder=" …")
         figure.suptitle("\n".join(lines), x=0.01, ha="left", fontsize=10, weight="bold")
     return figure
 
@@ -3779,7 +3779,7 @@ def _color_bar(panels: Sequence[Axes], label: str) -> None:
     bar.outline.set_visible(False)
 
 
-def _plain(text: str) -> str:
+def _literal(text: str) -> str:
     """Text that matplotlib does not take for a formula."""
     return text.replace("$", r"\$")
 
@@ -3795,12 +3795,12 @@ def number_repeats(labels: Sequence[str]) -> list[str]:
 
 
 def _short_labels(labels: Sequence[str], limit: int) -> list[str]:
-    return number_repeats([_plain(label if len(label) <= 14 else f"{label[:12]}…") for label in labels[:limit]])
+    return number_repeats([_literal(label if len(label) <= 14 else f"{label[:12]}…") for label in labels[:limit]])
 
 
 def _sentence_title(capture: AttentionCapture, limit: int) -> str:
     n = len(capture.labels)
-    return f"“{capture.text}”" + (f" (first {limit} of {n} tokens)" if n > limit else "")
+    return (f"First {limit} of {n} tokens of " if n > limit else "") + f"“{capture.text}”"
 
 
 def on_windows(table: pd.DataFrame) -> pd.DataFrame:
@@ -4076,7 +4076,7 @@ def _draw_class_bars(axes: Axes, table: pd.DataFrame) -> None:
         words = [f"{share:.0%}" if share >= 0.04 else "" for share in shares]
         axes.bar_label(bars, words, label_type="center", color="white", fontsize=8)
         start += shares
-    axes.set_yticks(range(len(table)), [_plain(str(name)) for name in table.index])
+    axes.set_yticks(range(len(table)), [_literal(str(name)) for name in table.index])
     tidy_axes(axes, xlim=(0, 1), ylim=(len(table) - 0.5, -0.5), xlabel="share of the heads")
     axes.xaxis.set_major_formatter("{x:.0%}")
     axes.legend(frameon=False, fontsize=8, ncols=3, loc="lower left", bbox_to_anchor=(0, 1))
@@ -4201,11 +4201,13 @@ def plot_spread(scores: pd.DataFrame, baselines: pd.DataFrame) -> Figure:
     heads = on_windows(scores)
     base = on_windows(baselines).query("statistic == 'mean'").set_index(["model", "score"])
     order = [name for name in HEAD_CLASSES if (heads["class"] == name).any()]
+    beside = (
+        heads["layer"] + 0.5 * (heads["head"] / heads["head"].max() - 0.5) if heads["head"].any() else heads["layer"]
+    )
     figure = new_figure(9, 4)
     panels = figure.subplots(1, 2)
     for axes, column in zip(panels, ("entropy", "mean_distance"), strict=True):
-        options = {"hue": "class", "hue_order": order, "palette": CLASS_COLORS, "size": 5.5, "jitter": 0.25}
-        seaborn.stripplot(heads, x="layer", y=column, ax=axes, native_scale=True, **options)
+        seaborn.scatterplot(heads, x=beside, y=column, hue="class", hue_order=order, palette=CLASS_COLORS, ax=axes)
         means = heads.groupby("layer")[column].mean()
         axes.plot(means.index, means, color=MODEL_COLORS["trained"], linewidth=1.2, label="mean of the layer")
         for model, line in (("untrained", "--"), ("uniform", ":")):
@@ -4214,8 +4216,9 @@ def plot_spread(scores: pd.DataFrame, baselines: pd.DataFrame) -> Figure:
             axes.axhspan(row["low"], row["high"], color=color, alpha=0.2, linewidth=0)
         axes.get_legend().remove()
         axes.grid(axis="y", alpha=0.25)
-    tidy_axes(panels[0], "How widely heads look", ylabel="entropy (nats)", ylim=(0, None), xticks=means.index)
-    tidy_axes(panels[1], "How far back heads look", ylabel="mean distance (tokens)", ylim=(0, None), xticks=means.index)
+    style = {"xlabel": "layer", "ylim": (0, None), "xticks": means.index}
+    tidy_axes(panels[0], "How widely heads look", ylabel="entropy (nats)", **style)
+    tidy_axes(panels[1], "How far back heads look", ylabel="mean distance (tokens)", **style)
     handles, labels = panels[0].get_legend_handles_labels()
     labels = [CLASS_LABELS.get(label, label) for label in labels]
     figure.legend(handles, labels, frameon=False, fontsize=8, ncols=4, loc="outside lower center")
@@ -4236,7 +4239,7 @@ def plot_language(language: pd.DataFrame) -> Figure:
         axes.plot(language[value], y, "o", color=own, markersize=5, label=MODEL_NAMES["trained"])
         style = {"markerfacecolor": "none", "markersize": 6, "label": "highest of the untrained models"}
         axes.plot(language[f"untrained_{name}_highest"], y, "o", color=untrained, **style)
-    low, high = language["random_margin_low"], language["random_margin_high"]
+    low, high = (language.get(f"random_margin_{end}", language["random_margin_drop"]) for end in ("low", "high"))
     needs.hlines(y, low, high, _GREY, linewidth=5, label="random sets of heads")
     needs.plot(language["margin_drop"], y, "o", color=own, markersize=5)
     for axes, none in ((prefers, 0.5), (looks, 0), (needs, 0)):
@@ -4245,7 +4248,7 @@ def plot_language(language: pd.DataFrame) -> Figure:
     tidy_axes(prefers, "Prefers the right word", xlabel="share of pairs", xlim=(0, 1.02), ylim=(len(y) - 0.5, -0.5))
     tidy_axes(looks, "Looks at the word that decides", xlabel="attention beyond that to the distractor")
     tidy_axes(needs, "Needs those heads", xlabel="margin lost without them (nats)")
-    prefers.set_yticks(y, [_plain(name) for name in language["phenomenon"]])
+    prefers.set_yticks(y, [_literal(name) for name in language["phenomenon"]])
     handles = [handle for axes in (prefers, needs) for handle in axes.get_legend_handles_labels()[0]]
     figure.legend(handles=handles, frameon=False, fontsize=8, loc="outside lower center", ncols=3)
     return figure
@@ -4337,7 +4340,7 @@ MODEL_FIGURES = (
         needs=lambda study: len(study.history) > 0,
     ),
     StudyFigure(
-        "head_classes",
+        "class_grid",
         "What kind of head is each one?",
         "The original study's pie, and the heads that it counts: a row a layer, a column a head, in the colour of the "
         "class, with the score that stands for it. Mixed: no score reaches its threshold.",
@@ -4356,7 +4359,7 @@ MODEL_FIGURES = (
         lambda study: plot_class_baselines(study.shares),
     ),
     StudyFigure(
-        "category_classes",
+        "categories",
         "Does the kind of sentence change what heads do?",
         "Classes of the same heads, measured on each category's sentences. Few short sentences tell classes apart less "
         "well than held-out text.",
@@ -4400,7 +4403,7 @@ MODEL_FIGURES = (
         needs=lambda study: len(study.distances) > 1 and on_windows(study.scores)["sink_flag"].any(),
     ),
     StudyFigure(
-        "spread",
+        "entropy_distance",
         "How widely and how far back do heads look?",
         "A dot is a head in the colour of its class. Dashed: untrained models and their range.",
         lambda study: (
@@ -4422,7 +4425,7 @@ MODEL_FIGURES = (
 _READING = "Each row is the token doing the looking; grey: later tokens, which it cannot see."
 SENTENCE_FIGURES = (
     StudyFigure(
-        "sentences",
+        "category_grid",
         "Do the chosen heads do the same on every sentence?",
         f"A row a sentence, a column a head. {_READING} Columns of a map are the same tokens from left to right.",
         lambda captures, heads, study: (
@@ -4945,7 +4948,7 @@ def write_report(path: str | Path, findings: dict, pictures: Sequence[Picture]) 
 _STUDY_PICTURE = re.compile(  # the names that studies, also earlier ones, give their pictures
     r"(model/(loss_curve|head_emergence|ablation|language|categories|class_grid|similarity(_without_sink)?"
     r"|(class_baselines|class_shares|entropy_distance|score_maps)(_windows|_sentences)?)"
-    r"|\d\d_[a-z0-9_]*/(category_grid|\d\d_(every_head|heads|flow|rollout)))\.(png|svg)"
+    r"|\d\d_[a-z0-9_]*/(category_grid|(\d\d_)?(every_head|heads|chosen_heads|flow|rollout)))\.(png|svg)"
 )
 
 
@@ -6034,8 +6037,7 @@ def run_analysis(
     findings = study_findings(study, about) | {"measured": here | {"seconds": seconds}}
     repeats = {"Repeats": [capture_attention(model, text) for text in REPEATED_TEXTS]}
     remove_old_pictures(results / "attention")
-    context = captures, study, study.language, results / "attention", saved.metrics, context["history"]
-    pictures = draw_study(*context)
+    pictures = draw_study(study, captures, results / "attention")
     print(*findings["headline"], sep="\n")
     return [
         write_report(results / "attention_report.html", findings, pictures),

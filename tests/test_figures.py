@@ -1,7 +1,9 @@
-"""Figures: what is drawn is what was measured, on any text, and quickly enough."""
+"""Figures: what is drawn is what was measured, on any text, in colours and words that everybody can read."""
 
 import dataclasses
+import itertools
 import math
+import threading
 import warnings
 import xml.etree.ElementTree as ElementTree
 
@@ -9,6 +11,7 @@ import matplotlib
 import numpy as np
 import pandas as pd
 import pytest
+from matplotlib.colors import to_rgb
 from PIL import Image
 from study_data import make_capture, make_language, make_study
 
@@ -17,12 +20,22 @@ import pico_helpers as pico
 SENTENCE = "The cat saw the dog and the dog saw the cat."
 
 
-def texts_of(figure):
-    return [text.get_text() for axes in figure.axes for text in axes.texts]
+def maps_of(figure):
+    """The heatmaps of a figure, the colour bar left out: values with NaN where nothing is drawn."""
+    meshes = [axes.collections[0] for axes in figure.axes if axes.collections and axes.get_label() != "<colorbar>"]
+    return [np.ma.filled(mesh.get_array().astype(float), np.nan) for mesh in meshes]
 
 
-def images_of(figure):
-    return [image for axes in figure.axes for image in axes.images]
+def words_of(figure):
+    texts = [text.get_text() for text in figure.findobj(matplotlib.text.Text)]
+    return " ".join(texts).replace("\n", " ")
+
+
+def labels_of(axis):
+    return [label.get_text() for label in axis.get_ticklabels()]
+
+
+# --- sentences --------------------------------------------------------------------------------------------------------
 
 
 def test_rollout_of_uniform_heads_is_the_known_number():
@@ -39,39 +52,69 @@ def test_rollout_multiplies_layers_in_order():
     np.testing.assert_allclose(rollout, (two_back + np.eye(4)) / 2 @ (one_back + np.eye(4)) / 2)
 
 
-def test_heatmap_shows_the_weights_with_a_grey_future():
+def test_heatmap_shows_the_weights_and_nothing_where_a_token_cannot_look():
     capture = make_capture(SENTENCE)
     figure = pico.plot_attention_heatmap(capture, 1, 0)
-    colors = images_of(figure)[0].get_array()
-    n = len(capture.labels)
-    expected = matplotlib.colormaps["viridis"](capture.weights[1, 0].numpy(), bytes=True)
-    lower = np.tri(n, dtype=bool)
-    np.testing.assert_array_equal(colors[lower], expected[lower])
-    grey = np.round(255 * np.array(matplotlib.colors.to_rgba("#d5d5d5"))).astype(int)
-    assert np.all(colors[~lower] == grey)
-    assert {"·dog", "·dog²", "·the³"} <= set(texts_of(figure))  # each label names one position
+    (values,) = maps_of(figure)
+    lower = np.tri(len(capture.labels), dtype=bool)
+    np.testing.assert_allclose(values[lower], capture.weights[1, 0].numpy()[lower])
+    assert np.isnan(values[~lower]).all() and to_rgb(figure.axes[0].get_facecolor()) == to_rgb("#d5d5d5")
+    assert {"·dog", "·dog²", "·the³"} <= set(labels_of(figure.axes[0].yaxis))  # each label names one position
+    assert "L1H0" in words_of(figure) and "token that looks" in words_of(figure)
 
 
-def test_all_heads_are_tiled_layer_by_layer_on_one_scale():
+def test_all_heads_are_tiled_layer_by_layer():
     capture = make_capture(SENTENCE, n_layer=3, n_head=2)
-    n = len(capture.labels)
-    tiles = images_of(pico.plot_all_heads(capture))[0].get_array()
-    assert tiles.shape == (3 * n, 2 * n, 4)
-    expected = matplotlib.colormaps["viridis"](capture.weights[2, 1].numpy(), bytes=True)
+    n, (tiles,) = len(capture.labels), maps_of(pico.plot_all_heads(capture))
+    assert tiles.shape == (3 * n, 2 * n)
     lower = np.tri(n, dtype=bool)
-    np.testing.assert_array_equal(tiles[2 * n :, n:][lower], expected[lower])
+    np.testing.assert_allclose(tiles[2 * n :, n:][lower], capture.weights[2, 1].numpy()[lower])
 
 
-def test_long_sentences_are_cut_and_the_caption_says_so():
+def test_a_sheet_has_a_row_for_each_sentence_and_a_column_for_each_head():
+    captures = [make_capture(text) for text in (SENTENCE, "Short one.")]
+    heads = [(0, 0), (1, 1)]
+    figure = pico.plot_category(captures, heads)
+    wanted = [capture.weights[head].numpy() for capture in captures for head in heads]
+    for values, weights in zip(maps_of(figure), wanted, strict=True):
+        np.testing.assert_allclose(np.nan_to_num(values), weights, atol=1e-7)
+
+
+def test_heads_are_shown_with_their_own_class_and_score():
+    study, capture = make_study(3, 3), make_capture(SENTENCE, 3, 3)
+    heads = pico.choose_heads(study.scores)
+    scores = study.scores.query("source == 'windows'").set_index(["layer", "head"])
+    for plot in (pico.plot_chosen_heads, pico.plot_attention_flow):
+        words = words_of(plot(capture, heads, study.scores))
+        for layer, head in heads:
+            row, kinds = scores.loc[(layer, head)], ("previous", "local", "induction")
+            kind = kinds[layer] if row["class"] != "Global/Broad" else "broad"
+            if row["class"] != "Mixed":
+                label = pico.CLASS_LABELS[row["class"]]
+                assert f"L{layer}H{head} {label} {kind} {row[kind]:.2f}" in words
+        assert "highest" not in words
+
+
+def test_chosen_heads_are_the_strongest_of_each_kind():
+    study = make_study(3, 3)
+    windows = study.scores.query("source == 'windows'").set_index(["layer", "head"])
+    heads = pico.choose_heads(study.scores, 3)
+    assert {windows[kind].idxmax() for kind in ("previous", "local", "induction")} == set(heads)
+    assert len(set(pico.choose_heads(study.scores, 9))) == 9
+    assert len(pico.choose_heads(make_study(1, 2).scores)) == 2  # a model with fewer heads
+    with pytest.raises(pico.PicoError, match="There is no L7H0; layers are 0-2, heads 0-2"):
+        pico.plot_attention_heatmap(make_capture(SENTENCE, 3, 3), 7, 0)
+
+
+def test_long_sentences_are_cut_and_the_picture_says_so():
     capture = make_capture(" ".join(["word another"] * 35))
     n = len(capture.labels)
     assert n > 60
     heatmap = pico.plot_attention_heatmap(capture, 0, 0)
-    assert images_of(heatmap)[0].get_array().shape[:2] == (40, 40)
-    assert f"first 40 of {n} tokens" in " ".join(texts_of(heatmap)).replace("\n", " ")
-    assert f"first 20 of {n} tokens" in " ".join(texts_of(pico.plot_attention_flow(capture))).replace("\n", " ")
+    assert maps_of(heatmap)[0].shape == (40, 40)
+    assert f"First 40 of {n} tokens" in words_of(heatmap) and f"First 40 of {n}" in words_of(pico.plot_rollout(capture))
+    assert f"First 20 of {n} tokens" in words_of(pico.plot_attention_flow(capture, [(0, 0)]))
     assert len(pico.attention_graph(capture.weights[0, 0], capture.labels)) == 20
-    assert f"first 40 of {n} tokens" in " ".join(texts_of(pico.plot_rollout(capture))).replace("\n", " ")
 
 
 def test_attention_graph_keeps_the_strongest_looks():
@@ -83,6 +126,14 @@ def test_attention_graph_keeps_the_strongest_looks():
     assert list(dict(graph.nodes(data="label")).values()) == ["a", "b", "a²", "c"]
 
 
+def test_flow_draws_an_arrow_for_each_look_at_another_token():
+    capture = make_capture(SENTENCE)
+    graph = pico.attention_graph(capture.weights[0, 1], capture.labels)
+    (axes,) = pico.plot_attention_flow(capture, [(0, 1)]).axes
+    arrows = [patch for patch in axes.patches if isinstance(patch, matplotlib.patches.FancyArrowPatch)]
+    assert len(arrows) == sum(i != j for i, j in graph.edges) > 5
+
+
 @pytest.mark.parametrize(
     "text", ["日本語のテキスト", "I ❤️ 🎉🎉 parties", "cost $x$ and $\\frac{1}{0$", "\x00\x1b bell", "שלום مرحبا", "a"]
 )
@@ -90,189 +141,76 @@ def test_any_text_is_drawn_without_a_warning(text, tmp_path):
     capture = make_capture(text)
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # missing glyphs, formulas that do not parse
-        for plot in (pico.plot_all_heads, pico.plot_attention_flow, pico.plot_rollout):
-            pico.save_figure(plot(capture), tmp_path / plot.__name__)
-        pico.save_figure(pico.plot_attention_heatmap(capture, 0, 0), tmp_path / "heatmap")
-        pico.save_figure(pico.plot_category([capture], text, [(0, 0, "")]), tmp_path / "category")
+        for plot in (pico.plot_all_heads, pico.plot_rollout):
+            pico.save_figure(plot(capture), tmp_path / plot.__name__, svg=False)
+        for plot in (pico.plot_chosen_heads, pico.plot_attention_flow):
+            figure = plot(capture, [(0, 0), (1, 1)])
+            pico.save_figure(figure, tmp_path / plot.__name__, svg=False)
+        pico.save_figure(pico.plot_category([capture], [(0, 0)]), tmp_path / "category", svg=False)
+    title = figure.get_suptitle().replace(r"\$", "$").replace("\n", " ")
+    assert "$" not in text or text in title  # the dollar is shown, not read as a formula
 
 
-def test_characters_without_a_font_become_their_code():
-    text, fonts = pico.readable_text("a\U0010fffd\u200db")
-    assert text == "a[U+10FFFD][U+200D]b"
-    assert fonts == ["DejaVu Sans"]
+def test_pictures_are_drawn_in_a_thread_and_leave_nothing_to_pyplot(tmp_path):
+    from matplotlib import pyplot
+
+    study, found = make_study(3, 2), []
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        figures = [f for f in pico.MODEL_FIGURES if f.name in ("similarity", "score_maps", "spread")]
+        work = threading.Thread(
+            target=lambda: found.extend(pico.save_figure(f.draw(study), tmp_path / f.name) for f in figures)
+        )
+        work.start()
+        work.join()
+    assert len(found) == 3 and not pyplot.get_fignums()
 
 
-def test_other_installed_fonts_help_out(monkeypatch):
-    from matplotlib.font_manager import FontEntry, fontManager
+# --- colours ----------------------------------------------------------------------------------------------------------
 
-    for function in (pico._font_for, pico._characters_of):
-        function.cache_clear()
-    monkeypatch.setattr(fontManager, "ttflist", [FontEntry(fname="cjk", name="Some CJK", style="normal", weight=400)])
-    monkeypatch.setattr(pico, "_characters_of", lambda path: {ord("日")} if path == "cjk" else set())
-    assert pico.readable_text("日本") == ("日[U+672C]", ["DejaVu Sans", "Some CJK"])
-    pico._font_for.cache_clear()
-
-
-def test_the_font_of_last_resort_is_not_readable():
-    from matplotlib.font_manager import fontManager
-
-    text, fonts = pico.readable_text("日🎉")
-    assert not any("Last Resort" in font for font in fonts)
-    assert set(fonts) <= {entry.name for entry in fontManager.ttflist}
-    assert ("U+65E5" in text) == (len(fonts) == 1)  # drawn if the machine has a font for it, else its code
+VISION = {  # Machado et al. 2009, severity 1, on linear RGB
+    "normal": np.eye(3),
+    "protanopia": [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],
+    "deuteranopia": [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.01182, 0.04294, 0.968881]],
+}
+TO_XYZ = np.array(
+    [[0.4124564, 0.3575761, 0.1804375], [0.2126729, 0.7151522, 0.072175], [0.0193339, 0.119192, 0.9503041]]
+)
 
 
-def test_save_figure_writes_png_and_svg_and_leaves_nothing_else(tmp_path):
-    paths = pico.save_figure(pico.plot_rollout(make_capture(SENTENCE)), tmp_path / "a" / "rollout")
-    assert sorted(path.name for path in (tmp_path / "a").iterdir()) == ["rollout.png", "rollout.svg"]
-    with Image.open(paths[0]) as image:
-        assert min(image.size) > 300
-        assert len(image.convert("RGB").getcolors(10**6)) > 20  # more than an empty sheet
-    assert ElementTree.parse(paths[1]).getroot().tag.endswith("svg")
-    (tmp_path / "file").write_text("")
-    with pytest.raises(pico.PicoError, match="Cannot write"):
-        pico.save_figure(pico.plot_loss_curve([]), tmp_path / "file" / "loss")
+def linear(color):
+    rgb = np.array(to_rgb(color))
+    return np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
 
 
-def test_png_colours_stay_true(tmp_path):
-    figure = pico.plot_all_heads(make_capture(SENTENCE, 4, 4))
-    png, _ = pico.save_figure(figure, tmp_path / "heads")
-    figure.savefig(tmp_path / "plain.png", dpi=110)
-    ours, plain = (np.asarray(Image.open(p).convert("RGB")).astype(int) for p in (png, tmp_path / "plain.png"))
-    assert np.abs(ours - plain).max() <= 8
-    assert png.stat().st_size < (tmp_path / "plain.png").stat().st_size / 2
+def lab(color, vision):
+    x, y, z = np.cbrt(np.clip(TO_XYZ @ np.clip(vision @ linear(color), 0, 1) / (0.95047, 1, 1.08883), 1e-6, None))
+    return np.array([116 * y - 16, 500 * (x - y), 200 * (y - z)])
+
+
+@pytest.mark.parametrize("vision", VISION)
+def test_classes_differ_for_every_reader(vision):
+    matrix = np.array(VISION[vision])
+    for a, b in itertools.combinations(pico.CLASS_COLORS.values(), 2):
+        assert np.linalg.norm(lab(a, matrix) - lab(b, matrix)) > 20, f"{a} and {b}"  # of 100 from black to white
+
+
+def test_colours_stand_out_from_white_and_mean_one_thing():
+    colors = [*pico.CLASS_COLORS.values(), *pico.MODEL_COLORS.values()]
+    assert all(1.05 / (TO_XYZ[1] @ linear(color) + 0.05) >= 3 for color in colors)
+    assert len(set(colors)) == len(colors) and tuple(pico.CLASS_COLORS) == pico.HEAD_CLASSES
+
+
+# --- the model --------------------------------------------------------------------------------------------------------
 
 
 def test_loss_curve_leaves_out_what_was_not_measured():
-    rows = [
-        {"step": 0, "train_loss": 10.8, "val_loss": None},
-        {"step": 10, "train_loss": 9.0, "val_loss": float("nan")},
-    ]
+    rows = [{"step": 0, "train_loss": 10.8, "val_loss": None}, {"step": 10, "train_loss": 9.0, "val_loss": math.nan}]
     rows.append({"step": 20, "train_loss": 8.0, "val_loss": 8.5})
     curves = pico.plot_loss_curve(rows).axes[0].lines
     assert [list(line.get_xdata()) for line in curves[:2]] == [[0, 10, 20], [20]]
     assert curves[2].get_ydata()[0] == pytest.approx(math.log(50257))
-
-
-def test_pie_and_bars_show_the_shares():
-    study = make_study(4, 4)
-    pie, bars = pico.plot_class_shares(study.scores).axes
-    shares = study.scores[study.scores["source"] == "windows"]["class"].value_counts(normalize=True)
-    angles = [abs(wedge.theta2 - wedge.theta1) / 360 for wedge in pie.patches]
-    assert sorted(angles) == pytest.approx(sorted(shares))
-    assert sum(bar.get_height() for bar in bars.patches) == 16
-    assert "held-out text" in pie.get_title("left")
-
-
-def test_baseline_bars_have_their_intervals():
-    study = make_study(4, 4)
-    axes = pico.plot_class_baselines(study.shares).axes[0]
-    rows = study.shares[(study.shares["source"] == "windows") & (study.shares["model"] == "trained")].set_index("class")
-    names = [label.get_text() for label in axes.get_xticklabels()]
-    heights = [bar.get_height() for bar in axes.containers[0]]
-    np.testing.assert_allclose(heights, 100 * rows.loc[names, "share"])
-    ends = [segment[:, 1] for segment in axes.collections[0].get_segments()]
-    np.testing.assert_allclose(ends, 100 * rows.loc[names, ["low", "high"]])
-
-
-def test_ablation_map_is_centred_on_zero():
-    ablation = make_study(3, 2).ablation.copy()
-    ablation["loss_increase"] = [0.03, -0.01, 0, 0, 0, 0]
-    ablation["standard_error"] = [0.001, 0.001, 1e-6, 1e-6, 1e-6, 1e-6]
-    figure = pico.plot_ablation(ablation, n_windows=8)
-    image = images_of(figure)[0]
-    assert [text.get_text() for text in figure.axes[0].texts if text.get_weight() == "bold"] == ["30"]
-    assert image.norm.vmin == pytest.approx(-30) and image.norm.vmax == pytest.approx(30)
-    np.testing.assert_allclose(image.get_array(), [[30, -10], [0, 0], [0, 0]])
-
-
-def test_language_picture_shows_every_baseline_on_a_scale_that_keeps_noise_small():
-    language = make_language(trained=False)
-    panels = pico.plot_language(language).axes
-    for axes, name in zip(panels, ("untrained_accuracy_highest", "untrained_attention_highest"), strict=False):
-        hollow = next(c for c in axes.collections if c.get_label() == "highest of the untrained models")
-        np.testing.assert_allclose(hollow.get_offsets()[:, 0], language[name])
-    ends = [segment[:, 0] for segment in panels[2].containers[0].lines[2][0].get_segments()]
-    np.testing.assert_allclose(ends, language[["margin_excess_low", "margin_excess_high"]])
-    tiny = language.assign(attention_difference=0.001, attention_low=0.0005, attention_high=0.0015)
-    low, high = pico.plot_language(tiny.assign(untrained_attention_highest=0.0)).axes[1].get_xlim()
-    assert low <= -pico.NULL_ATTENTION and high >= 0.1
-
-
-def test_no_number_is_minus_zero():
-    assert [pico._number(value) for value in (-0.001, 0.0, -0.006, 0.125)] == ["0.00", "0.00", "-0.01", "0.12"]
-    scores = make_study(2, 2, trained=False).scores
-    scores["previous"] = -1e-4
-    assert "highest previous score: 0.00" in [why for *_, why in pico.choose_heads(scores, 8)]
-
-
-def test_similar_heads_stand_together():
-    kinds = np.array([0, 1, 0, 1, 1, 0])
-    rng = np.random.default_rng(0)
-    distances = np.where(kinds[:, None] == kinds, 0.1, 0.7) + rng.uniform(0, 0.05, (6, 6))
-    distances = (distances + distances.T) / 2 * (1 - np.eye(6))
-    tree, heatmap = pico.plot_head_similarity(distances, n_head=2, noise_floor=0.2).axes[:2]
-    names = [label.get_text() for label in heatmap.get_yticklabels()]
-    order = [int(layer) * 2 + int(head) for layer, head in (name.split(".") for name in names)]
-    assert len(set(kinds[order][:3])) == 1 and len(set(kinds[order][3:])) == 1
-    np.testing.assert_allclose(heatmap.images[0].get_array(), distances[np.ix_(order, order)])
-    assert tree.lines[0].get_ydata()[0] == 0.2
-
-
-def test_chosen_heads_are_the_highest_and_differ():
-    study = make_study(3, 3)
-    heads = pico.choose_heads(study.scores)
-    windows = study.scores[study.scores["source"] == "windows"]
-    top = windows.loc[windows["previous"].idxmax()]
-    assert heads[0][:2] == (top["layer"], top["head"])
-    assert len({head[:2] for head in heads}) == 4
-    assert len(pico.choose_heads(make_study(1, 2).scores)) == 2  # a model with fewer heads
-
-
-@pytest.fixture
-def small_study():
-    captures = {"Simple": [make_capture("The cat sat.")], "Quotes & <tags>": [make_capture("He <b>said</b> & left.")]}
-    return captures, make_study(2, 2), make_language()
-
-
-def test_every_picture_has_a_file_and_words(small_study, tmp_path):
-    captures, study, language = small_study
-    rows = [{"step": 1, "train_loss": 9.0, "val_loss": None}]
-    pictures = pico.draw_study(captures, study, language, tmp_path, rows)
-    files = {path.relative_to(tmp_path) for path in tmp_path.glob("**/*.*")}
-    assert len(pictures) == 13 + 2 * 5
-    assert files == {p.path.with_suffix(s).relative_to(tmp_path) for p in pictures for s in (".png", ".svg")}
-    assert all(len(picture.alt) > 20 and picture.caption and picture.title for picture in pictures)
-    assert [picture.group for picture in pictures[:13]] == ["Model"] * 13
-    assert len({picture.alt for picture in pictures}) == len(pictures)
-    flow = next(p for p in pictures if p.path.stem == "01_flow")
-    assert "looks at" in flow.alt
-
-
-@pytest.mark.parametrize("python", ["this one", "/bin/false"])
-def test_other_processes_draw_the_same_pictures(small_study, tmp_path, monkeypatch, python):
-    captures, study, _ = small_study
-    monkeypatch.setattr(pico, "_plan_model", lambda *_: [])
-    pico.draw_study(captures, study, None, tmp_path / "alone")
-    monkeypatch.setattr(pico, "_PARALLEL_FROM", 2)
-    monkeypatch.setattr(pico.os, "cpu_count", lambda: 2)
-    if python != "this one":
-        monkeypatch.setattr(pico.sys, "executable", python)  # processes that fail: their share is drawn here
-    pictures = pico.draw_study(captures, study, None, tmp_path / "together")
-    for picture in pictures:
-        alone = tmp_path / "alone" / picture.path.relative_to(tmp_path / "together")
-        assert alone.read_bytes() == picture.path.read_bytes()
-
-
-def test_a_capture_of_a_real_model_is_drawn(tmp_path):
-    config = pico.ModelConfig(d_model=32, n_layer=2, n_head=2, d_ff=32)
-    capture = pico.capture_attention(pico.PicoLLM(config), SENTENCE)
-    figure = pico.plot_chosen_heads(dataclasses.replace(capture), [(0, 0, "why"), (1, 1, "why not")])
-    assert len(images_of(figure)) == 3  # two maps and the colour bar
-    assert "Layer 1, head 1" in texts_of(figure)
-
-
-# --- heads over training ----------------------------------------------------------------------------------------------
+    assert len(pico.plot_loss_curve([]).axes[0].lines) == 1
 
 
 def history_of(**best: list[float]) -> list[dict]:
@@ -285,49 +223,127 @@ def history_of(**best: list[float]) -> list[dict]:
     ]
 
 
-def test_emergence_shows_best_mean_and_untrained_by_tokens():
-    rows = history_of(previous=[0.02, 0.1, 0.5, 0.9], induction=[0.01, 0.0, 0.1, 0.2])
-    metrics = [{"step": step, "tokens": 64 * step, "train_loss": 9.0, "val_loss": None} for step in (20, 1000)]
-    figure = pico.plot_head_emergence(rows, metrics)
-    top, bottom = figure.axes
-    assert bottom.get_xscale() == "log" and "tokens" in bottom.get_xlabel()
-    lines = [line for line in bottom.lines if line.get_color() == pico._EMERGENCE_COLORS["previous"]]
-    untrained, best, mean, circle = (np.array(line.get_xydata(), float) for line in lines)
-    np.testing.assert_allclose(untrained[:, 1], 0.02)
-    np.testing.assert_allclose(best, [[640, 0.1], [6400, 0.5], [64000, 0.9]])
-    np.testing.assert_allclose(mean[:, 1], [0.075, 0.375, 0.675])
-    np.testing.assert_allclose(circle, [[6400, 0.5]])
-    np.testing.assert_allclose(top.lines[0].get_xdata(), [1280, 64000])
-    induction = [line for line in bottom.lines if line.get_color() == pico._EMERGENCE_COLORS["induction"]]
-    assert len(induction) == 3, "it reaches no threshold, so there is no circle"
-    assert pico.plot_head_emergence(rows, []).axes[1].get_xlabel().startswith("step")
+def test_emergence_shows_the_best_heads_by_tokens_and_a_legend_of_every_line():
+    history = history_of(previous=[0.02, 0.1, 0.5, 0.9], induction=[0.01, 0.0, 0.1, 0.2])
+    metrics = [{"step": step, "tokens": 64 * step, "train_loss": 9.0} for step in (0, 20, 1000)]
+    (axes,) = pico.plot_head_emergence(history, metrics).axes
+    drawn = [line.get_xydata().astype(float) for line in axes.lines if len(line.get_xdata()) == 3]
+    np.testing.assert_allclose(drawn[0], [[640, 0.1], [6400, 0.5], [64000, 0.9]])
+    assert axes.get_xscale() == "log" and "tokens" in axes.get_xlabel()
+    legend = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert len(legend) == len(drawn) + 2
+    assert {"previous: one token back", "threshold (0.30)", "highest before training (0.02)"} <= set(legend)
+    (axes,) = pico.plot_head_emergence(history).axes
+    assert axes.get_xlabel() == "step"
 
 
-def test_emergence_in_words():
-    thresholds = pico.ScoreThresholds()
-    rows = pd.DataFrame(history_of(previous=[0.02, 0.1, 0.5, 0.9], induction=[0.01, 0.0, 0.1, 0.2]))
-    assert pico.describe_emergence(rows, thresholds) == (
-        "The first previous-token head appears between steps 10 and 100 (threshold 0.30); no induction head appears "
-        "(highest score 0.20, threshold 0.30)."
-    )
-    higher = dataclasses.replace(thresholds, tau=thresholds.tau | {"previous": 0.6})
-    assert "between steps 100 and 1,000 (threshold 0.60)" in pico.describe_emergence(rows, higher)
-    there = pd.DataFrame(history_of(previous=[0.4] * 4, induction=[0.0, 0.3, 0.1, 0.1]))
-    text = pico.describe_emergence(there, thresholds)
-    assert "from step 0 on, the first one scored" in text and "induction head appears between steps 0 and 10" in text
-    assert (
-        pico.first_snapshots(there, thresholds)["induction"] == 10
-        and not pico.first_snapshots(rows, thresholds)["sink"]
-    )
+def test_pie_and_grid_show_each_head_in_its_class():
+    study = make_study(4, 4)
+    classes = study.scores.query("source == 'windows'").pivot(index="layer", columns="head", values="class")
+    figure = pico.plot_head_classes(study.scores)
+    shares = [abs(wedge.theta2 - wedge.theta1) / 360 for wedge in figure.axes[0].patches]
+    assert sorted(shares) == pytest.approx(sorted(classes.stack().value_counts(normalize=True)))
+    np.testing.assert_array_equal(maps_of(figure)[0], classes.map(pico.HEAD_CLASSES.index))
+    labels = [text.get_text() for text in figure.axes[1].texts]
+    assert [label.split("\n")[0] for label in labels[:4]] == ["previous", "mixed", "previous", "broad"]
 
 
-def test_the_study_holds_the_picture_when_the_scores_are_there(tmp_path):
-    rows = history_of(previous=[0.02, 0.1, 0.5, 0.9])
-    study, captures = make_study(), {"Simple": [make_capture(SENTENCE)]}
-    pictures = {p.path.stem: p for p in pico.draw_study(captures, study, None, tmp_path / "with", head_rows=rows)}
-    picture = pictures["head_emergence"]
-    assert picture.path.exists() and picture.caption == pico.describe_emergence(pd.DataFrame(rows), study.thresholds)
-    assert "previous 0.02 to 0.90" in picture.alt
-    findings = pico.study_findings(study)
-    report = pico.write_report(tmp_path / "report.html", findings, list(pictures.values())).read_text()
-    assert picture.caption in report
+@pytest.mark.parametrize("plot", ["baselines", "categories"])
+def test_bars_of_classes_add_up_and_show_the_shares(plot):
+    study = make_study(4, 4)
+    held_out = study.shares.query("source == 'windows' and model == 'trained'").set_index("class")["share"]
+    if plot == "baselines":
+        (axes,) = pico.plot_class_baselines(study.shares).axes
+        assert labels_of(axes.yaxis) == list(pico.MODEL_NAMES.values())
+        rows = study.shares.query("source == 'windows' and `class` == 'Specialised'").set_index("model")
+        ends = [segment[:, 0] for segment in axes.collections[0].get_segments()]
+        np.testing.assert_allclose(ends, rows.loc[list(pico.MODEL_NAMES), ["low", "high"]])
+    else:
+        (axes,) = pico.plot_category_classes(study.categories, study.shares).axes
+        assert labels_of(axes.yaxis) == ["Held-out text", *pico.ALL_TEST_CATEGORIES]
+    widths = np.array([[bar.get_width() for bar in bars] for bars in axes.containers])  # (classes, rows)
+    np.testing.assert_allclose(widths.sum(axis=0), 1)
+    np.testing.assert_allclose(widths[:, 0], held_out.reindex(pico.HEAD_CLASSES).fillna(0))
+
+
+def test_score_maps_outline_what_is_beyond_the_threshold_and_begin_with_it():
+    study = make_study(3, 2)
+    scores = study.scores.query("source == 'windows'")
+    panels = [axes for axes in pico.plot_score_maps(study.scores).axes if axes.get_label() != "<colorbar>"]
+    outlined = {}
+    for axes in panels:
+        name = axes.get_title("left").split(":")[0].lower()
+        outlined[name] = sorted((patch.get_y(), patch.get_x()) for patch in axes.patches)
+        beyond = scores[scores[name] >= (0.9 if name == "broad" else 0.3)]
+        assert outlined[name] == sorted(zip(beyond["layer"], beyond["head"], strict=True))
+        assert [text.get_text() for text in axes.texts] == [pico.number(value) for value in scores[name]]
+    found = [bool(cells) for cells in outlined.values()]
+    assert found == sorted(found, reverse=True) and any(found) and not all(found)
+
+
+def test_ablation_map_is_centred_on_zero():
+    ablation = make_study(3, 2).ablation.assign(loss_increase=[0.03, -0.01, 0, 0, 0, 0], matters=[True] + 5 * [False])
+    figure = pico.plot_ablation(ablation)
+    mesh = figure.axes[0].collections[0]
+    assert [text.get_text() for text in figure.axes[0].texts if text.get_weight() == "bold"] == ["30"]
+    assert (mesh.norm.vmin, mesh.norm.vmax) == (pytest.approx(-30), pytest.approx(30))
+    np.testing.assert_allclose(maps_of(figure)[0], [[30, -10], [0, 0], [0, 0]])
+
+
+def test_similar_heads_stand_together():
+    kinds, rng = np.array([0, 1, 0, 1, 1, 0]), np.random.default_rng(0)
+    distances = np.where(kinds[:, None] == kinds, 0.1, 0.7) + rng.uniform(0, 0.05, (6, 6))
+    distances = (distances + distances.T) / 2 * (1 - np.eye(6))
+    scores = make_study(3, 2).scores
+    tree, heatmap = pico.plot_head_similarity(distances, scores, noise_floor=0.2).axes[:2]
+    names = labels_of(heatmap.yaxis)
+    order = [int(name[1]) * 2 + int(name[3]) for name in names]
+    assert len(set(kinds[order][:3])) == 1 and len(set(kinds[order][3:])) == 1
+    np.testing.assert_allclose(heatmap.collections[0].get_array(), distances[np.ix_(order, order)])
+    assert tree.lines[0].get_ydata()[0] == 0.2
+    classes = pico.head_kinds(scores)["class"].iloc[order]
+    assert [label.get_color() for label in heatmap.get_yticklabels()] == [pico.CLASS_COLORS[name] for name in classes]
+
+
+def test_language_picture_shows_what_each_number_must_exceed():
+    language = make_language(trained=False)
+    figure = pico.plot_language(language)
+    for axes, name in zip(figure.axes, ("accuracy", "attention"), strict=False):
+        lines = {line.get_label(): line.get_xdata() for line in axes.lines}
+        np.testing.assert_allclose(lines["highest of the untrained models"], language[f"untrained_{name}_highest"])
+        ends = [segment[:, 0] for segment in axes.collections[0].get_segments()]
+        np.testing.assert_allclose(ends, language[[f"{name}_low", f"{name}_high"]])
+    assert [text.get_text() for text in figure.legends[0].get_texts()][-1] == "random sets of heads"
+
+
+# --- the whole study --------------------------------------------------------------------------------------------------
+
+
+def test_every_picture_has_a_file_and_words(tmp_path):
+    captures = {"Simple": [make_capture("The cat sat."), make_capture("A dog ran.")]}
+    captures["Quotes & <tags>"] = [make_capture("He <b>said</b> & left.")]
+    study = make_study(2, 2)
+    pictures = pico.draw_study(study, captures, tmp_path)
+    names = [figure.name for figure in pico.MODEL_FIGURES]
+    assert [picture.path.stem for picture in pictures if picture.group == "Model"] == names
+    files = {path.relative_to(tmp_path) for path in tmp_path.rglob("*.*")}
+    assert files == {picture.path.relative_to(tmp_path) for picture in pictures} | {
+        picture.path.with_suffix(".svg").relative_to(tmp_path) for picture in pictures if picture.group == "Model"
+    }
+    assert len(pictures) == len(names) + 2 * len(pico.SENTENCE_FIGURES)
+    assert all(len(picture.alt) > 20 and picture.caption and picture.title.endswith("?") for picture in pictures)
+    assert len({picture.alt for picture in pictures}) == len(pictures)
+    assert ElementTree.parse(pictures[0].path.with_suffix(".svg")).getroot().tag.endswith("svg")
+    with Image.open(pictures[-1].path) as image:
+        assert min(image.size) > 600 and len(image.convert("RGB").getcolors(10**6)) > 20
+
+
+def test_pictures_without_their_data_are_left_out(tmp_path):
+    study, none = make_study(2, 2), pd.DataFrame()
+    bare = dataclasses.replace(study, metrics=none, history=none, language=none, categories=none)
+    bare = dataclasses.replace(bare, scores=study.scores.assign(sink_flag=False))
+    left_out = {figure.name for figure in pico.MODEL_FIGURES if not figure.needs(bare)}
+    assert left_out == {"loss_curve", "head_emergence", "category_classes", "language", "similarity_without_sink"}
+    (tmp_path / "file").write_text("")
+    with pytest.raises(pico.PicoError, match="Cannot write"):
+        pico.save_figure(pico.plot_loss_curve([]), tmp_path / "file" / "loss")
