@@ -55,6 +55,7 @@ import tempfile
 import textwrap
 import threading
 import time
+import types
 import unicodedata
 import urllib.request
 import warnings
@@ -4280,7 +4281,7 @@ class StudyFigure:
     needs: Callable[..., bool] = lambda *subject: True
 
 
-def _listed(values: Mapping | pd.Series, digits: int = 2) -> str:
+def _in_words(values: Mapping | pd.Series, digits: int = 2) -> str:
     return "; ".join(f"{name} {number(value, digits)}" for name, value in values.items())
 
 
@@ -4294,7 +4295,7 @@ def _class_list(bars: pd.DataFrame, by: str) -> str:
 
 def _highest_heads(scores: pd.DataFrame) -> str:
     heads = on_windows(scores).set_index(["layer", "head"])
-    return _listed({f"{name} ({head_name(*heads[name].idxmax())})": heads[name].max() for name in _SCORES})
+    return _in_words({f"{name} ({head_name(*heads[name].idxmax())})": heads[name].max() for name in _SCORES})
 
 
 def _strongest_looks(capture: AttentionCapture, heads: Sequence[tuple[int, int]]) -> str:
@@ -4334,7 +4335,7 @@ MODEL_FIGURES = (
         lambda study: describe_emergence(study.history, study.thresholds),
         lambda study: (
             "Line chart of the highest score of a head while training. At the end: "
-            + _listed(study.history.query("step == step.max()")[list(_EMERGING)].max())
+            + _in_words(study.history.query("step == step.max()")[list(_EMERGING)].max())
         ),
         lambda study: plot_head_emergence(study.history, study.metrics, study.thresholds),
         needs=lambda study: len(study.history) > 0,
@@ -4408,7 +4409,7 @@ MODEL_FIGURES = (
         "A dot is a head in the colour of its class. Dashed: untrained models and their range.",
         lambda study: (
             "Entropy and mean attention distance of every head by layer. Mean entropy: "
-            + _listed(on_windows(study.scores).groupby("layer")["entropy"].mean().rename("layer {}".format))
+            + _in_words(on_windows(study.scores).groupby("layer")["entropy"].mean().rename("layer {}".format))
         ),
         lambda study: plot_spread(study.scores, study.baselines),
     ),
@@ -4417,7 +4418,7 @@ MODEL_FIGURES = (
         "Does it follow rules of language, and through which heads?",
         "Black: this model, with 95% intervals; hollow: the highest of the untrained models; grey: random sets of as "
         "many heads. A claim holds if black lies beyond the others in all three panels.",
-        lambda study: f"Three panels. Accuracy: {_listed(study.language.set_index('phenomenon')['accuracy'])}.",
+        lambda study: f"Three panels. Accuracy: {_in_words(study.language.set_index('phenomenon')['accuracy'])}.",
         lambda study: plot_language(study.language),
         needs=lambda study: len(study.language) > 0,
     ),

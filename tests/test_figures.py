@@ -157,7 +157,7 @@ def test_pictures_are_drawn_in_a_thread_and_leave_nothing_to_pyplot(tmp_path):
     study, found = make_study(3, 2), []
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        figures = [f for f in pico.MODEL_FIGURES if f.name in ("similarity", "score_maps", "spread")]
+        figures = [f for f in pico.MODEL_FIGURES if f.name in ("similarity", "score_maps", "entropy_distance")]
         work = threading.Thread(
             target=lambda: found.extend(pico.save_figure(f.draw(study), tmp_path / f.name) for f in figures)
         )
@@ -343,7 +343,7 @@ def test_pictures_without_their_data_are_left_out(tmp_path):
     bare = dataclasses.replace(study, metrics=none, history=none, language=none, categories=none)
     bare = dataclasses.replace(bare, scores=study.scores.assign(sink_flag=False))
     left_out = {figure.name for figure in pico.MODEL_FIGURES if not figure.needs(bare)}
-    assert left_out == {"loss_curve", "head_emergence", "category_classes", "language", "similarity_without_sink"}
+    assert left_out == {"loss_curve", "head_emergence", "categories", "language", "similarity_without_sink"}
     (tmp_path / "file").write_text("")
     with pytest.raises(pico.PicoError, match="Cannot write"):
         pico.save_figure(pico.plot_loss_curve([]), tmp_path / "file" / "loss")
