@@ -45,6 +45,7 @@ import json
 import math
 import os
 import pickle
+import platform
 import re
 import shlex
 import shutil
@@ -64,9 +65,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from random import Random
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
+import nvtx
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -155,21 +157,30 @@ class TrainConfig:
     grad_clip: float = 1.0
     seed: int = 0
     precision: str = "auto"  # auto | fp32 | fp16 | bf16
-    compile: bool | None = None  # torch.compile; None: on a GPU
+    compile: bool | None = None  # torch.compile; None: on a GPU, and on a CPU when the run is long enough
+    loss_chunk: int | None = None  # rows (or words) of logits held at a time; None: by device
+    init_from: str | None = None  # a finished checkpoint of the same shape whose weights the run begins with
     log_interval: int = 20  # steps
     eval_interval: int = 500  # steps
     checkpoint_seconds: float = 60.0
 
     def __post_init__(self) -> None:
-        if not re.fullmatch(r"[\w.-]+", self.name):
+        if not re.fullmatch(r"[\w.-]+", self.name) or self.name.endswith((".partial", ".finished")):
             raise PicoError(f"The name {self.name!r} would not do in a file name; use letters, digits, '-' and '_'.")
-        counts = "max_sequences max_steps batch_size micro_batch_size log_interval eval_interval"
+        counts = "max_sequences max_steps batch_size micro_batch_size loss_chunk log_interval eval_interval"
         for name in counts.split():
             if (value := getattr(self, name)) is not None and value < 1:
                 raise PicoError(f"{name} must be at least 1, not {value}.")
         for name in ("epochs", "learning_rate", "matrix_learning_rate", "grad_clip"):
             if not 0 < (value := getattr(self, name)) < math.inf:
                 raise PicoError(f"{name} must be a positive number, not {value}.")
+        for name in ("warmup_steps", "weight_decay", "matrix_weight_decay", "checkpoint_seconds"):
+            if not 0 <= (value := getattr(self, name)) < math.inf:
+                raise PicoError(f"{name} must not be negative, nor infinite: {value}.")
+        if not 0 <= self.seed < 2**32:
+            raise PicoError(f"seed must be a whole number from 0 to {2**32 - 1:,}, not {self.seed}.")
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise PicoError(f"betas must be two numbers from 0 to below 1, not {self.betas}.")
         if self.batch_size % (self.micro_batch_size or self.batch_size):
             raise PicoError(
                 f"batch_size {self.batch_size} is not a multiple of micro_batch_size {self.micro_batch_size}."
@@ -1281,7 +1292,7 @@ def newest_checkpoint(results: str | Path = "results") -> Path:
 
 # ======================================================================================================================
 # TRAINING
-# `_train` reads from top to bottom as the run itself. Every random choice follows from (seed, step), the order of the
+# `train` reads from top to bottom as the run itself. Every random choice follows from (seed, step), the order of the
 # data and the dropout of each micro-batch: so a resumed run repeats the uninterrupted one, and N processes repeat one.
 # Nothing in a step waits for the device; losses are read back with the lines of metrics.
 # ======================================================================================================================
@@ -1290,46 +1301,121 @@ def newest_checkpoint(results: str | Path = "results") -> Path:
 @contextlib.contextmanager
 def profiler_range(name: str) -> Iterator[None]:
     """Names a stretch of work in the timelines of Nsight Systems (NVTX) and of the PyTorch profiler."""
-    with torch.profiler.record_function(name):
-        if not torch.cuda.is_available():
-            yield
-            return
-        torch.cuda.nvtx.range_push(name)
-        try:
-            yield
-        finally:
-            torch.cuda.nvtx.range_pop()
+    with nvtx.annotate(name), torch.profiler.record_function(name):
+        yield
+
+
+# -- How this machine computes
 
 
 def choose_precision(name: str, device: torch.device) -> torch.dtype:
-    """Data type of the matrix products: bf16 where the GPU has it, fp16 on older GPUs, fp32 on a CPU.
-
-    bf16 on a CPU without the instructions was measured 19 times slower than fp32.
-    """
+    """Data type of the matrix products; `auto`: bf16 where the device is fast in it, else fp16 (GPU) or fp32 (CPU)."""
     if name != "auto":
         return {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[name]
-    if device.type != "cuda":
-        return torch.float32
-    return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
+    return torch.bfloat16 if bf16_is_faster() else torch.float32
+
+
+@functools.cache
+def bf16_is_faster(n: int = 512, repeats: int = 5) -> bool:
+    """Whether this CPU multiplies n x n matrices at least 1.3 times as fast in bf16 as in fp32. Timed once a process.
+
+    With AMX the ratio is about 8, with AVX-512 BF16 about 2; without instructions bf16 was measured 19 times slower.
+    """
+    matrices = [torch.ones(n, n, dtype=dtype) for dtype in (torch.float32, torch.bfloat16)]
+    seconds = [math.inf, math.inf]
+    for _ in range(1 + repeats):  # in turn, so that other work on the machine hits both
+        for index, matrix in enumerate(matrices):
+            started = time.perf_counter()
+            matrix @ matrix
+            seconds[index] = min(seconds[index], time.perf_counter() - started)
+    return seconds[0] > 1.3 * seconds[1]
+
+
+@functools.cache
+def compiler_problem(device_type: str) -> str | None:
+    """Why torch.compile does not work here, or None. A tiny function is compiled to find out, once a process."""
+    try:
+        torch.compile(lambda x: x.sin() + 1)(torch.zeros(64, device=device_type))
+    except Exception as error:  # compilers and their absence raise all kinds
+        return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return None
+
+
+def choose_compile(asked: bool | None, device: torch.device, flops: float) -> bool:
+    """Whether a run of so many FLOPs goes through torch.compile: as asked (None: where it pays), if a compiler works.
+
+    One line says why not.
+    """
+    if asked is False:
+        return False
+    # a CPU of two cores computes some 1e11 FLOP/s and compiles for half a minute to two minutes
+    if asked is None and device.type == "cpu" and flops < 1e13:
+        problem = "a run this short would not win the compilation back"
+    else:
+        problem = compiler_problem(device.type)
+    if problem:
+        print(f"The model is not compiled: {problem}.")
+    return problem is None
+
+
+def compile_function(function: Callable) -> Callable:
+    """torch.compile that fails after 64 shapes, where PyTorch by default goes on eagerly after 8, without a word."""
+    torch._dynamo.config.recompile_limit = 64
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
+    return torch.compile(function)
+
+
+def make_forward(model: PicoLLM, device: torch.device, compiled: bool) -> nn.Module:
+    """The model as a step calls it: shared between processes, compiled."""
+    forward: nn.Module = model
+    if ranks()[1] > 1:
+        ids = [device] if device.type == "cuda" else None
+        forward = nn.parallel.DistributedDataParallel(model, ids, gradient_as_bucket_view=True)
+    return compile_function(forward) if compiled else forward
 
 
 # -- Optimizer
 
 
-def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:
+def orthogonalize(matrices: Tensor, dtype: torch.dtype = torch.float32, steps: int = 5) -> Tensor:
     """The nearest matrices with all singular values near 1 (0.7 to 1.2), of (N, rows, columns).
 
-    Newton-Schulz iteration with the quintic of Jordan et al. 2024. A GPU with bf16 computes it in bf16; anything else
-    in float32, since a CPU without bf16 instructions needs seconds for a matrix.
+    Newton-Schulz iteration in `dtype` with the quintic of Jordan et al. 2024.
     """
     is_tall = matrices.shape[1] > matrices.shape[2]
     x = matrices.mT if is_tall else matrices
-    x = x / (torch.linalg.matrix_norm(x, keepdim=True) + 1e-7)
-    x = x.to(torch.bfloat16 if choose_precision("auto", x.device) == torch.bfloat16 else torch.float32)
+    x = (x / (torch.linalg.matrix_norm(x, keepdim=True) + 1e-7)).to(dtype)
     for _ in range(steps):
         a = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(a, a, a, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
     return (x.mT if is_tall else x).to(matrices.dtype)
+
+
+def muon_update(
+    parameters: list[Tensor],
+    gradients: list[Tensor],
+    momentum: Tensor,
+    rate: Tensor,
+    weight_decay: float,
+    inertia: float,
+    split: int,
+    dtype: torch.dtype,
+    found_inf: Tensor | None,
+) -> None:
+    """One step of Muon for n parameters (rows, columns) with `momentum` (n, rows, columns); all change in place."""
+    gradient = torch.stack(gradients)
+    if found_inf is not None:
+        gradient = torch.where(found_inf > 0, momentum, gradient)  # which leaves the momentum as it is
+        rate = rate * (1 - found_inf)
+    momentum.lerp_(gradient, 1 - inertia)
+    update = gradient.lerp(momentum, inertia)  # Nesterov
+    pieces = update.unflatten(1, (split, -1)).flatten(0, 1)  # (n x split, rows / split, columns)
+    scale = math.sqrt(max(1.0, pieces.shape[1] / pieces.shape[2]))
+    update = orthogonalize(pieces, dtype).reshape(update.shape) * (scale * rate)
+    torch._foreach_mul_(parameters, 1 - rate * weight_decay)
+    torch._foreach_sub_(parameters, list(update))
 
 
 class Muon(torch.optim.AdamW):
@@ -1342,37 +1428,35 @@ class Muon(torch.optim.AdamW):
     """
 
     found_inf: Tensor | None = None  # 1 on the device: leave everything as it is; PyTorch's own name for this
+    dtype = torch.float32  # of Newton-Schulz
+    update = staticmethod(muon_update)  # or the same compiled
 
     @torch.no_grad()
     def step(self, closure: Callable | None = None) -> None:
         for group in self.param_groups:
             if "split" not in group:
                 continue
-            parameters, inertia = group["params"], group["momentum"]
-            gradient = torch.stack([p.grad for p in parameters])  # (n, rows, columns)
+            parameters = group["params"]
+            gradients = [p.grad for p in parameters]
             state = self.state[parameters[0]]  # holds the momentum of the whole group
             if not state:
-                state["momentum_buffer"] = torch.zeros_like(gradient)
-                state["step"] = torch.zeros((), device=gradient.device)  # AdamW's load_state_dict looks for it
-            momentum = state["momentum_buffer"]
-            rate = group["lr"]
-            if self.found_inf is not None:
-                gradient = torch.where(self.found_inf > 0, momentum, gradient)  # which leaves the momentum as it is
-                rate = rate * (1 - self.found_inf)
-            momentum.lerp_(gradient, 1 - inertia)
-            update = gradient.lerp(momentum, inertia)  # Nesterov
-            pieces = update.unflatten(1, (group["split"], -1)).flatten(0, 1)  # (n x split, rows / split, columns)
-            scale = math.sqrt(max(1.0, pieces.shape[1] / pieces.shape[2]))
-            update = orthogonalize(pieces).reshape(update.shape) * (scale * rate)
-            torch._foreach_mul_(parameters, 1 - rate * group["weight_decay"])
-            torch._foreach_sub_(parameters, list(update))
+                state["momentum_buffer"] = torch.stack([torch.zeros_like(p) for p in parameters])
+                state["step"] = torch.zeros((), device=parameters[0].device)  # AdamW's load_state_dict looks for it
+            rate = torch.full((), group["lr"], device=parameters[0].device)  # a tensor, or each rate would be compiled
+            settings = group["weight_decay"], group["momentum"], group["split"], self.dtype, self.found_inf
+            self.update(parameters, gradients, state["momentum_buffer"], rate, *settings)
             for p in parameters:
                 p.grad = None  # AdamW below leaves out what has no gradient
         super().step(closure)
 
 
-def make_optimizer(model: PicoLLM, config: TrainConfig) -> torch.optim.Optimizer:
-    """AdamW, or Muon for the blocks' matrices and AdamW for the rest. Norms do not decay."""
+def make_optimizer(
+    model: PicoLLM, config: TrainConfig, dtype: torch.dtype = torch.float32, compiled: bool = False
+) -> torch.optim.Optimizer:
+    """AdamW, or Muon for the blocks' matrices and AdamW for the rest. Norms do not decay.
+
+    `dtype` is that of the matrix products; `compiled` puts Muon's many small kernels together.
+    """
     named = dict(model.named_parameters())
     groups = []
     if config.optimizer == "muon":
@@ -1384,28 +1468,28 @@ def make_optimizer(model: PicoLLM, config: TrainConfig) -> torch.optim.Optimizer
     groups.append({"params": [p for p in named.values() if p.ndim < 2], "weight_decay": 0.0})
     kind = Muon if config.optimizer == "muon" else torch.optim.AdamW
     optimizer = kind(groups, lr=config.learning_rate, betas=config.betas, fused=True)
+    if isinstance(optimizer, Muon):
+        is_slow = dtype == torch.float16 and model.rope_cos.device.type == "cpu"
+        optimizer.dtype = torch.float32 if is_slow else dtype
+        optimizer.update = compile_function(muon_update) if compiled else muon_update
     for group in optimizer.param_groups:
         group["peak_lr"] = group["lr"]
     return optimizer
 
 
-def _schedule(step: int, total_steps: int, warmup_steps: int) -> float:
-    """Share of the peak rate: linear warm-up, then linear decay to zero (Bergsma et al. 2025)."""
-    warmup = min(warmup_steps, total_steps // 2)
+def learning_rate_at(step: int, total_steps: int, config: TrainConfig, peak: float | None = None) -> float:
+    """AdamW's rate (or that with another peak): linear warm-up, then linear decay to zero (Bergsma et al. 2025)."""
+    peak = config.learning_rate if peak is None else peak
+    warmup = min(config.warmup_steps, total_steps // 2)
     if step < warmup:
-        return (step + 1) / warmup
-    return (total_steps - step) / max(1, total_steps - warmup)
+        return peak * (step + 1) / warmup
+    return peak * (total_steps - step) / max(1, total_steps - warmup)
 
 
-def learning_rate_at(step: int, total_steps: int, config: TrainConfig) -> float:
-    """AdamW's rate at a step."""
-    return config.learning_rate * _schedule(step, total_steps, config.warmup_steps)
-
-
-def _set_rates(optimizer: torch.optim.Optimizer, step: int, total_steps: int, config: TrainConfig) -> None:
-    rate = _schedule(step, total_steps, config.warmup_steps)
+def set_rates(optimizer: torch.optim.Optimizer, step: int, total_steps: int, config: TrainConfig) -> None:
+    """Gives each group of `make_optimizer` its learning rate for a step."""
     for group in optimizer.param_groups:
-        group["lr"] = group["peak_lr"] * rate
+        group["lr"] = learning_rate_at(step, total_steps, config, group["peak_lr"])
 
 
 # -- Loaders
@@ -1433,10 +1517,18 @@ def make_loader(
     places = (range(step * batch_size + rank * part, step * batch_size + (rank + 1) * part) for step in steps)
     if kind == "resident":
         return _resident_batches(stream, places, device)
-    options = {"num_workers": workers, "pin_memory": device.type == "cuda"} if kind == "workers" else {}
+    options = {}
+    if kind == "workers":
+        options = {"num_workers": workers, "pin_memory": device.type == "cuda", "worker_init_fn": ignore_signals}
     # a generator of its own, or starting the loader would draw from the global one
     loader = torch.utils.data.DataLoader(stream, batch_sampler=places, generator=torch.Generator(), **options)
     return iter(loader)
+
+
+def ignore_signals(_: int = 0) -> None:
+    """For worker processes: a signal to the whole group must not kill them, this process ends them in time."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def choose_loader(stream: SequenceStream, device: torch.device) -> str:
@@ -1481,9 +1573,9 @@ def _resident_batches(stream: SequenceStream, places: Iterable[range], device: t
 class LossGuard:
     """Keeps bad steps from the weights, and decides on the device, which nothing has to wait for.
 
-    A step is bad when its loss is NaN or `margin` nats above the running mean, or when a gradient is not finite (with
-    fp16 a few at the start are, while the scaler looks for its scale). After `patience` bad steps in a row every
-    further one counts as bad, so that a run that is lost stays as it was when `train` notices.
+    A step is good when its loss is below the running mean plus `margin` nats and its gradient is finite (with fp16 a
+    few at the start are not, while the scaler looks for its scale). After `patience` bad steps in a row none is good
+    any more, so that a run that is lost stays as it was when `train` notices.
     """
 
     patience = 10
@@ -1494,21 +1586,21 @@ class LossGuard:
         # and number of the good losses
         self.state = torch.tensor([math.log(vocab_size), 0, 0, 0, 0], device=device)
 
-    def judge(self, loss: Tensor, gradient_norm: Tensor) -> Tensor:
-        """1.0 for a bad step, else 0.0, a scalar on the device."""
+    def is_good(self, loss: Tensor, gradient_norm: Tensor | float = 0.0, patience: int = patience) -> Tensor:
+        """Whether a step with this loss and gradient is good: a boolean scalar on the device."""
+        mean, in_a_row = self.state[0], self.state[1]
+        return (loss < mean + self.margin) & (gradient_norm < math.inf) & (in_a_row < patience)
+
+    def count(self, loss: Tensor, gradient_norm: Tensor) -> Tensor:
+        """Takes a step into account; 0.0 for a good one, 1.0 for a bad one, a scalar on the device."""
+        good = self.is_good(loss, gradient_norm)
         mean, in_a_row, skipped, loss_sum, n_good = self.state.unbind()
-        good = (loss < mean + self.margin) & (gradient_norm < math.inf) & (in_a_row < self.patience)
-        good_loss = torch.where(good, loss, mean)
         loss_sum += torch.where(good, loss, 0.0)
         n_good += good
         skipped += ~good
         in_a_row.copy_(torch.where(good, 0.0, in_a_row + 1))
-        mean.lerp_(good_loss, 0.05)
+        mean.lerp_(torch.where(good, loss, mean), 0.05)
         return (~good).float()
-
-    def accepts(self, loss: Tensor) -> bool:
-        """Whether weights with this loss are fit to be kept. Waits for the device."""
-        return bool((loss < self.state[0] + self.margin) & (self.state[1] == 0))
 
     def read(self) -> tuple[float, int]:
         """Mean loss since the last call, and the number of bad steps so far. Waits for the device.
@@ -1539,7 +1631,7 @@ def train_step(
 
     Returns the mean loss over all processes, a scalar there. `guard` keeps bad steps out.
     """
-    rank, n_ranks = _ranks()
+    rank, n_ranks = ranks()
     micro_batches = batch.split(min(config.micro_batch_size or len(batch), len(batch)))
     total = torch.zeros((), device=batch.device)
     for index, micro_batch in enumerate(micro_batches):
@@ -1560,7 +1652,7 @@ def train_step(
         scaler.unscale_(optimizer)
         norm = nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
         # fused optimizers read this on the device; it is what GradScaler.step sets too
-        optimizer.found_inf = guard.judge(total, norm) if guard else (~norm.isfinite()).float()
+        optimizer.found_inf = guard.count(total, norm) if guard else (~norm.isfinite()).float()
         optimizer.step()
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
@@ -1581,10 +1673,14 @@ class Evaluation:
         return math.exp(min(self.loss * self.n_tokens / self.n_words, 700.0))
 
 
-def evaluate(model: nn.Module, file: TokenFile, context_length: int, batch_size: int = 16) -> Evaluation:
-    """Mean loss over the whole file, cut into windows of `context_length`; the last one may be shorter."""
+def evaluate(
+    model: nn.Module, file: TokenFile, context_length: int, batch_size: int = 16, dtype: torch.dtype = torch.float32
+) -> Evaluation:
+    """Mean loss over the whole file, cut into windows of `context_length`; the last one may be shorter.
+
+    `dtype` is that of the matrix products.
+    """
     device = next(model.parameters()).device
-    dtype = choose_precision("auto", device)
     targets = len(file.tokens) - 1
     total = torch.zeros((), dtype=torch.float64, device=device)
     size = batch_size * context_length
@@ -1604,19 +1700,22 @@ def evaluate(model: nn.Module, file: TokenFile, context_length: int, batch_size:
 # -- Speed
 
 _PEAKS = {  # device's name: GB/s of memory, dense TFLOP/s of fp32, tf32, fp16, 8 bit (the vendor's data sheets)
-    r"B200": (8000, 75, 1125, 2250, 4500),
-    r"H200": (4800, 67, 494, 989, 1979),
-    r"H100 PCIe": (2039, 51, 378, 756, 1513),
-    r"H100 NVL": (3938, 60, 417, 835, 1671),
-    r"H100": (3350, 67, 494, 989, 1979),
-    r"A100-(SXM4|PCIE)-40GB": (1555, 19.5, 156, 312, 624),
-    r"A100": (2039, 19.5, 156, 312, 624),
-    r"L40S": (864, 91.6, 183, 362, 733),
-    r"L4\b": (300, 30.3, 60, 121, 242),
-    r"A10G": (600, 31.5, 35, 70, 140),
-    r"A10\b": (600, 31.2, 62.5, 125, 250),
-    r"V100": (900, 15.7, 15.7, 125, 62),
-    r"T4\b": (320, 8.1, 8.1, 65, 130),
+    r"\bB200": (8000, 75, 1125, 2250, 4500),
+    r"GH200": (4000, 67, 494, 989, 1979),
+    r"\bH200 NVL": (4800, 60, 417, 835, 1671),
+    r"\bH200": (4800, 67, 494, 989, 1979),
+    r"\bH100 PCIe": (2039, 51, 378, 756, 1513),
+    r"\bH100 NVL": (3938, 60, 417, 835, 1671),
+    r"\bH100": (3350, 67, 494, 989, 1979),
+    r"\bA100-(SXM4|PCIE)-40GB": (1555, 19.5, 156, 312, 624),
+    r"\bA100 80GB PCIe": (1935, 19.5, 156, 312, 624),
+    r"\bA100": (2039, 19.5, 156, 312, 624),
+    r"\bL40S": (864, 91.6, 183, 362, 733),
+    r"\bL4\b": (300, 30.3, 60, 121, 242),
+    r"\bA10G": (600, 31.5, 35, 70, 140),
+    r"\bA10\b": (600, 31.2, 62.5, 125, 250),
+    r"\bV100": (900, 15.7, 15.7, 125, 62),
+    r"\bT4\b": (320, 8.1, 8.1, 65, 130),
     r"RTX 4090": (1008, 82.6, 82.6, 165, 330),
     r"RTX 3090": (936, 35.6, 35.6, 71, 284),
 }
@@ -1624,6 +1723,8 @@ _PEAKS = {  # device's name: GB/s of memory, dense TFLOP/s of fp32, tf32, fp16, 
 
 def device_peaks(device_name: str) -> tuple[float, ...] | None:
     """GB/s of memory, dense TFLOP/s of fp32, tf32, fp16 (or bf16) and 8 bit; None for a device not in the table."""
+    if device_name.startswith("CPU"):
+        return None
     return next((values for pattern, values in _PEAKS.items() if re.search(pattern, device_name)), None)
 
 
@@ -1638,10 +1739,22 @@ def flops_per_token(config: ModelConfig, n_parameters: int) -> float:
     return 6 * n_parameters + 12 * config.n_layer * config.context_length * config.d_model
 
 
+@functools.cache
+def cpu_name() -> str:
+    """The processor and its instructions for bf16, such as "AMD EPYC 9554 (avx512_bf16)"."""
+    text = ""
+    with contextlib.suppress(OSError):
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    name = re.search(r"^model name\s*: (.+)", text, re.M)
+    flags = [flag for flag in ("amx_bf16", "avx512_bf16", "bf16") if re.search(rf"\b{flag}\b", text)]
+    about = ", ".join(flags) or "no bf16 instructions"
+    return f"{name[1].strip() if name else platform.processor() or platform.machine()} ({about})"
+
+
 def measured_on(device: torch.device) -> dict[str, str | None]:
     """What identifies a measurement, as columns: device, driver (of an NVIDIA GPU), torch, date (ISO)."""
     n, driver = torch.get_num_threads(), None
-    name = f"CPU, {n} thread{'s' if n > 1 else ''}"
+    name = f"CPU, {n} thread{'s' if n > 1 else ''} of {cpu_name()}"
     if device.type == "cuda":
         name, command = torch.cuda.get_device_name(device), ["nvidia-smi", "--query-gpu=driver_version"]
         with contextlib.suppress(OSError, subprocess.SubprocessError):  # nvidia-smi may be missing or refuse
@@ -1664,19 +1777,21 @@ class _Stopwatch:
     def pause(self) -> Iterator[None]:
         self._wait()  # what the device has yet to do is training
         paused = time.perf_counter()
-        yield
-        self._wait()
-        self.started += time.perf_counter() - paused
+        try:
+            yield
+        finally:
+            self._wait()
+            self.started += time.perf_counter() - paused
 
     def _wait(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
 
-# -- The run
+# -- Several processes, signals, errors
 
 
-def _ranks() -> tuple[int, int]:
+def ranks() -> tuple[int, int]:
     """(number of this process, number of processes)."""
     is_group = dist.is_available() and dist.is_initialized()
     return (dist.get_rank(), dist.get_world_size()) if is_group else (0, 1)
@@ -1699,7 +1814,7 @@ def _process_group(device: torch.device) -> Iterator[torch.device]:
 
 def _from_first(make: Callable[[], object]) -> object:
     """What the first process makes, in all processes."""
-    rank, n_ranks = _ranks()
+    rank, n_ranks = ranks()
     result = [make() if rank == 0 else None]
     if n_ranks > 1:
         dist.broadcast_object_list(result)
@@ -1709,7 +1824,7 @@ def _from_first(make: Callable[[], object]) -> object:
 @contextlib.contextmanager
 def readable_errors(config: TrainConfig) -> Iterator[None]:
     """Turns a lack of memory and the loss of another process into a PicoError."""
-    n_ranks = _ranks()[1]
+    n_ranks = ranks()[1]
     try:
         yield
     except (RuntimeError, MemoryError) as error:
@@ -1741,7 +1856,7 @@ def _stop_requests() -> Iterator[threading.Event]:
         return
 
     def request(number: int, frame) -> None:
-        if event.is_set() and number == signal.SIGINT and _ranks()[1] == 1:
+        if event.is_set() and number == signal.SIGINT and ranks()[1] == 1:
             raise KeyboardInterrupt
         event.set()
 
@@ -1755,11 +1870,39 @@ def _stop_requests() -> Iterator[threading.Event]:
 
 def _any_process(flag: bool, device: torch.device) -> bool:
     """Whether `flag` is set in any process; all must ask at the same step."""
-    if _ranks()[1] == 1:
+    if ranks()[1] == 1:
         return flag
     box = torch.tensor(int(flag), device=device)
     dist.all_reduce(box, dist.ReduceOp.MAX)
     return bool(box)
+
+
+# -- The run
+
+
+class RunFiles(NamedTuple):
+    """Where a run keeps its model, its metrics and the scores of its heads."""
+
+    model: Path
+    metrics: Path
+    heads: Path
+
+    def move(self, target: RunFiles) -> None:
+        """Renames what is there of the three."""
+        for old, new in zip(self, target, strict=True):
+            if old.exists():
+                os.replace(old, new)
+
+
+def run_files(results: str | Path, name: str) -> RunFiles:
+    """The files of the run of that name; while it is unfinished, of the name with `.partial` behind it."""
+    return RunFiles(checkpoint_path(results, name), *(Path(results) / f"{name}_{x}.csv" for x in ("metrics", "heads")))
+
+
+def unused_files(results: str | Path, name: str) -> RunFiles:
+    """Files of the first name that no model has yet; `name` holds a place {} for a number from 1 on."""
+    numbered = (run_files(results, name.format(n)) for n in itertools.count(1))
+    return next(files for files in numbered if not files.model.exists())
 
 
 @dataclass(frozen=True)
@@ -1772,225 +1915,77 @@ class TrainResult:
     finished: bool
 
 
-def train(
-    model_config: ModelConfig,
-    config: TrainConfig,
-    results: str | Path = "results",
-    data_folder: str | Path = "data",
-    *,
-    device: torch.device | str | None = None,
-    on_log: Callable[[list[dict]], None] | None = None,
-    on_snapshot: Callable[[PicoLLM, int], None] | None = None,
-    corpus: Corpus | None = None,
-) -> TrainResult:
-    """Trains a model and writes its checkpoint and metrics CSV to `results`.
-
-    An unfinished run with the same settings is resumed; on a CPU its weights end up bit-for-bit equal to those of an
-    uninterrupted run. Ctrl-C saves and returns. `on_log(rows)` is called after each line of metrics. A row holds step,
-    tokens, epoch, train_loss and val_loss (nats per token; val_loss where it was measured), word_perplexity,
-    learning_rate (AdamW's), tokens_per_second, mfu (share of the device's 16-bit peak that the model's FLOPs make up,
-    output projection included; None for a device of unknown peak), seconds (of training so far, over all parts of a
-    resumed run, compilation included), peak_memory_mb (that PyTorch held on the GPU since this part began; None on a
-    CPU) and skipped_steps (so far, see LossGuard). Evaluation and snapshots count in none of the times.
-
-    `on_snapshot(model, step)` is called at `snapshot_steps`, by the first process, in evaluation mode and without
-    gradients; the run is the same with and without it. `corpus` is given when it was chosen already.
-
-    Under torchrun the processes share each batch (DistributedDataParallel); the first one alone prints and writes. The
-    losses are those of one process up to rounding; with dropout only if `micro_batch_size` is set, since its random
-    numbers belong to a micro-batch. Raises PicoError when memory runs out, when another process is lost, and when the
-    loss is NaN or explodes for several steps in a row; the last good checkpoint then stays.
-    """
-    with _process_group(torch.device(device or default_device())) as device, readable_errors(config):
-        return _train(model_config, config, results, data_folder, device, on_log, on_snapshot, corpus)
-
-
-def _train(
-    model_config: ModelConfig,
-    config: TrainConfig,
-    results: str | Path,
-    data_folder: str | Path,
-    device: torch.device,
-    on_log: Callable[[list[dict]], None] | None,
-    on_snapshot: Callable[[PicoLLM, int], None] | None = None,
-    corpus: Corpus | None = None,
-) -> TrainResult:
-    rank, n_ranks = _ranks()
-    say = print if rank == 0 else lambda text: None
-    if config.batch_size % (n_ranks * (config.micro_batch_size or 1)):
-        raise PicoError(
-            f"batch_size {config.batch_size} is not a multiple of {n_ranks} processes x {config.micro_batch_size or 1} "
-            "sequences; change batch_size or micro_batch_size."
-        )
-    dtype = choose_precision(config.precision, device)
-    final, partial = checkpoint_path(results, config.name), checkpoint_path(results, config.name, partial=True)
-
-    about, corpus_key, training, validation = _from_first(lambda: _open_corpus(config, data_folder, corpus))
-    stream = SequenceStream(training, model_config.context_length, config.max_sequences, config.seed)
-    total_steps = int(config.epochs * stream.n_sequences / config.batch_size)
-    total_steps = max(1, min(total_steps, config.max_steps or total_steps))
-    say(
-        f"Read {len(training.tokens):,} tokens in {training.n_documents:,} documents; using {stream.n_sequences:,} "
-        f"sequences of {model_config.context_length}. Held out: {len(validation.tokens):,} tokens."
-    )
-
-    run = TrainingRun(model_config, config, about, device, dtype)
-    resumed = _from_first(lambda: _resumable(partial, model_config, config, corpus_key))
-    if resumed:
-        run.restore(resumed)
-        say(f"Resuming {partial} at step {run.step:,} of {total_steps:,}.")
-    body, everything = run.model.count_parameters()
-    shared = f", {n_ranks} processes" if n_ranks > 1 else ""
-    say(
-        f"Model: {body / 1e6:.2f}M parameters without embeddings, {everything / 1e6:.2f}M with them. "
-        f"{total_steps:,} steps of {config.batch_size} sequences on {device}{shared} in {str(dtype)[6:]}."
-    )
-
-    def save(path: Path, is_finished: bool = False) -> None:
-        save_checkpoint(path, run.checkpoint(None if is_finished else corpus_key))
-        write_csv(Path(results) / f"{config.name}_metrics.csv", run.rows)
-
-    if rank == 0:
-        save(partial)  # a folder that cannot be written is found now, not after hours
-    forward = make_forward(run.model, config, device)
-    steps = range(run.step, total_steps)
-    loader = choose_loader(stream, device)
-    batches = make_loader(loader, stream, config.batch_size, steps, device, rank=rank, n_ranks=n_ranks)
-    tokens_per_step = config.batch_size * model_config.context_length
-    snapshots = snapshot_steps(total_steps) if on_snapshot and rank == 0 else []
-    peak, flops = peak_flops(run.environment["device"]), flops_per_token(model_config, everything)
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-
-    def take_snapshot() -> None:
-        if run.step in snapshots:
-            with clock.pause(), evaluating(run.model):
-                on_snapshot(run.model, run.step)
-
-    logged_step, logged_seconds, saved_at = run.step, run.seconds, time.monotonic()
-    clock = _Stopwatch(device, run.seconds)
-    bar = progress(total=total_steps, initial=run.step, desc=f"train {config.name}", unit="step", disable=rank > 0)
-    with bar, _stop_requests() as stop, torch.random.fork_rng([device] if device.type == "cuda" else []):
-        if run.step == 0:
-            take_snapshot()
-        for step in steps:
-            with profiler_range("data"):
-                batch = next(batches)
-            with profiler_range("host-to-device"):
-                batch = batch.to(device, non_blocking=True)
-            _set_rates(run.optimizer, step, total_steps, config)
-            train_step(forward, run.optimizer, run.scaler, batch, config, step, dtype, run.guard)
-            run.step += 1
-            bar.update()
-
-            is_last = run.step == total_steps
-            is_evaluated = is_last or run.step % config.eval_interval == 0
-            is_logged = is_evaluated or run.step % config.log_interval == 0
-            if is_logged:
-                loss, skipped = run.guard.read()  # the only wait for the device
-                run.seconds = clock.read()
-                speed = (run.step - logged_step) * tokens_per_step / (run.seconds - logged_seconds)
-                logged_step, logged_seconds = run.step, run.seconds
-                bar.set_postfix_str(f"loss {loss:.3f}, {speed:,.0f} tokens/s")
-                with clock.pause():
-                    evaluation = None
-                    if is_evaluated and rank == 0:
-                        evaluation = evaluate(run.model, validation, model_config.context_length)
-                    row = {
-                        "step": run.step,
-                        "tokens": run.step * tokens_per_step,
-                        "epoch": round(run.step * config.batch_size / stream.n_sequences, 4),
-                        "train_loss": loss,
-                        "val_loss": evaluation and evaluation.loss,
-                        "word_perplexity": evaluation and evaluation.word_perplexity,
-                        "learning_rate": learning_rate_at(step, total_steps, config),
-                        "tokens_per_second": round(speed, 1),
-                        "mfu": peak and round(speed * flops / (peak * n_ranks), 4),
-                        "seconds": round(run.seconds, 2),
-                        "peak_memory_mb": _peak_memory_mb(device),
-                        "skipped_steps": skipped,
-                    }
-                    run.rows.append(row)
-                    if on_log and rank == 0:
-                        on_log(run.rows)
-            take_snapshot()
-            if is_last:
-                break
-            # several processes can only stop together; they agree on it with the metrics
-            is_stopped = (n_ranks == 1 or is_logged) and _any_process(stop.is_set(), device)
-            is_due = is_stopped or time.monotonic() - saved_at > config.checkpoint_seconds
-            if rank == 0 and is_due and run.is_sound(batch):
-                run.seconds = clock.read()
-                try:
-                    save(partial)
-                except PicoError as error:
-                    if is_stopped:
-                        raise
-                    print(f"{error} Training goes on without this checkpoint.", file=sys.stderr)  # the run is fine
-                saved_at = time.monotonic()
-            if is_stopped:
-                say(f"Stopped at step {run.step:,}; run it again to go on from there.")
-                return TrainResult(run.model.eval(), partial, run.rows, finished=False)
-
-    if rank == 0:
-        if final.exists():
-            kept = final.with_name(f"{final.stem}.previous.pt")
-            os.replace(final, kept)
-            print(f"The model that was {final.name} is now {kept.name}.")
-        try:
-            save(final, is_finished=True)
-        except PicoError as error:
-            rescue = save_checkpoint(Path(tempfile.gettempdir()) / final.name, run.checkpoint())
-            raise PicoError(f"{error} The trained model is safe in {rescue}.") from error
-        partial.unlink(missing_ok=True)
-    if stop.is_set():  # asked for during the last step; all is saved
-        raise KeyboardInterrupt
-    return TrainResult(run.model.eval(), final, run.rows, finished=True)
-
-
 def snapshot_steps(total_steps: int, n: int = 12) -> list[int]:
     """0, then about n steps that grow geometrically from total_steps / 500 to total_steps."""
     first = max(1.0, total_steps / 500)
     return sorted({0, *(round(first * (total_steps / first) ** (k / (n - 1))) for k in range(n))})
 
 
-def _peak_memory_mb(device: torch.device) -> float | None:
-    return round(torch.cuda.max_memory_allocated(device) / 1e6, 1) if device.type == "cuda" else None
-
-
 class TrainingRun:
     """What changes from step to step, and how a checkpoint keeps it."""
 
     def __init__(
-        self, model_config: ModelConfig, config: TrainConfig, corpus: str, device: torch.device, dtype: torch.dtype
+        self,
+        model_config: ModelConfig,
+        config: TrainConfig,
+        corpus: str,
+        device: torch.device,
+        dtype: torch.dtype,
+        compiled: bool = False,
     ) -> None:
         self.model_config, self.config, self.corpus = model_config, config, corpus
+        self.device, self.dtype, self.compiled = device, dtype, compiled
         self.model = PicoLLM(model_config, config.seed).to(device).train()
-        self.optimizer = make_optimizer(self.model, config)
+        self.model.loss_chunk = config.loss_chunk or self.model.loss_chunk
+        self.forward = make_forward(self.model, device, compiled)
+        self.optimizer = make_optimizer(self.model, config, dtype, compiled and device.type == "cuda")
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
         self.guard = LossGuard(model_config.vocab_size, device)
         self.rows: list[dict] = []
         self.step = 0  # steps done
         self.seconds = 0.0  # of training
-        self.device, self.dtype = device, dtype
+        self.started_from: str | None = None  # the model whose weights it began with, for the reader
+        self.tokens_before = 0  # that this model had seen
 
     @functools.cached_property
-    def environment(self) -> dict[str, str | None]:
-        """What a checkpoint tells of the machine. Asked once and on need: on a GPU it starts nvidia-smi."""
-        here, n_ranks = measured_on(self.device), _ranks()[1]
-        name = f"{n_ranks} x {here['device']}" if n_ranks > 1 else here["device"]
-        return here | {"device": name, "precision": str(self.dtype)[6:]}
+    def machine(self) -> dict[str, str | None]:
+        """Asked once and on need: on a GPU it starts nvidia-smi."""
+        here, n_ranks = measured_on(self.device), ranks()[1]
+        return here | {"device": f"{n_ranks} x {here['device']}" if n_ranks > 1 else here["device"]}
 
-    def is_sound(self, batch: Tensor) -> bool:
+    @property
+    def environment(self) -> dict[str, str | None]:
+        """What a checkpoint tells of the machine and of what the run came from."""
+        here = self.machine | {"precision": str(self.dtype)[6:], "compiled": "yes" if self.compiled else "no"}
+        return here | ({"started_from": self.started_from} if self.started_from else {})
+
+    def take_step(self, batch: Tensor) -> Tensor:
+        """One step (see `train_step`). When the compiler fails, one line says so and the run goes on without it."""
+        rest = self.optimizer, self.scaler, batch, self.config, self.step, self.dtype, self.guard
+        try:
+            loss = train_step(self.forward, *rest)
+        except Exception as error:
+            if not self.compiled or not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+                raise
+            print(f"The compiler failed, training goes on without it: {str(error).strip().splitlines()[0]}")
+            self.compiled, self.forward = False, make_forward(self.model, self.device, False)
+            if isinstance(self.optimizer, Muon):
+                self.optimizer.update = muon_update
+            self.optimizer.zero_grad()
+            loss = train_step(self.forward, *rest)
+        self.step += 1
+        return loss
+
+    def is_good(self, batch: Tensor) -> bool:
         """Whether the weights are worth keeping: an update may have spoilt them, as only the next loss would show."""
         with evaluating(self.model):
-            return self.guard.accepts(self.model(batch[:4, :-1], batch[:4, 1:]))
+            return bool(self.guard.is_good(self.model(batch[:4, :-1], batch[:4, 1:]), patience=1))
 
     def checkpoint(self, corpus_key: str | None = None) -> Checkpoint:
         """With `corpus_key` a checkpoint to resume from."""
         weights = {name: value.detach().cpu() for name, value in self.model.state_dict().items()}
         state = {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(), "corpus": corpus_key}
-        state |= {"guard": self.guard.state, "seconds": self.seconds}
+        state |= {"guard": self.guard.state, "seconds": self.seconds, "tokens_before": self.tokens_before}
         return Checkpoint(
             self.model_config,
             self.config,
@@ -2010,6 +2005,78 @@ class TrainingRun:
             self.scaler.load_state_dict(state["scaler"])
         self.guard.state.copy_(state["guard"])
         self.step, self.rows, self.seconds = checkpoint.step, checkpoint.metrics, state.get("seconds", 0.0)
+        self.tokens_before = state.get("tokens_before", 0)
+        self.started_from = checkpoint.environment.get("started_from")
+
+    def start_from(self, path: str | Path) -> None:
+        """Takes the weights of a finished checkpoint. Raises PicoError for any other file and for another shape."""
+        found = load_checkpoint(path)
+        if found.training_state:
+            raise PicoError(f"{path} is an unfinished run; finish it, or name a finished model for init_from.")
+        free = {"context_length": 1, "max_positions": 1, "dropout": 0.0}  # no weights depend on these
+        ours, theirs = (asdict(dataclasses.replace(c, **free)) for c in (self.model_config, found.model_config))
+        if other := [f"{name} {value}, not {ours[name]}" for name, value in theirs.items() if value != ours[name]]:
+            raise PicoError(f"{path} has another shape ({'; '.join(other)}); train a model of the same shape.")
+        self.model.load_state_dict(model_from_checkpoint(found).state_dict())
+        last = found.metrics[-1] if found.metrics else {}
+        here = found.step * found.train_config.batch_size * found.model_config.context_length
+        self.tokens_before = int(last.get("tokens_total") or last.get("tokens") or here)
+        self.started_from = f"{Path(path).name} ({self.tokens_before:,} tokens, the last of them of {found.corpus})"
+
+
+def train(
+    model_config: ModelConfig,
+    config: TrainConfig,
+    results: str | Path = "results",
+    data_folder: str | Path = "data",
+    *,
+    device: torch.device | str | None = None,
+    on_log: Callable[[list[dict]], None] | None = None,
+    on_snapshot: Callable[[PicoLLM, int], None] | None = None,
+    corpus: Corpus | None = None,
+) -> TrainResult:
+    """Trains a model and writes its checkpoint and metrics CSV to `results` (see `run_files`).
+
+    An unfinished run with the same settings is resumed; on a CPU its weights end up bit-for-bit equal to those of an
+    uninterrupted run. Ctrl-C saves and returns. A finished run of the same name is kept under another one.
+
+    `on_log(rows)` is called after each line of metrics (their columns: `_Loop.row`), `on_snapshot(model, step)` at
+    `snapshot_steps`, in evaluation mode and without gradients; the run is the same with and without it. `corpus` is
+    given when it was chosen already.
+
+    Under torchrun the processes share each batch (DistributedDataParallel); the first one alone prints and writes. The
+    losses are those of one process up to rounding; with dropout only if `micro_batch_size` is set, since its random
+    numbers belong to a micro-batch. Raises PicoError when memory runs out, when another process is lost, and when the
+    loss is NaN or explodes for several steps in a row; the last good checkpoint then stays.
+    """
+    with _process_group(torch.device(device or default_device())) as device, readable_errors(config):
+        rank, n_ranks = ranks()
+        if config.batch_size % (n_ranks * (config.micro_batch_size or 1)):
+            raise PicoError(
+                f"batch_size {config.batch_size} is not a multiple of {n_ranks} processes x "
+                f"{config.micro_batch_size or 1} sequences; change batch_size or micro_batch_size."
+            )
+        about, corpus_key, training, validation = _from_first(lambda: _open_corpus(config, data_folder, corpus))
+        stream = SequenceStream(training, model_config.context_length, config.max_sequences, config.seed)
+        steps = int(config.epochs * stream.n_sequences / config.batch_size)
+        steps = max(1, min(steps, config.max_steps or steps))
+        final, partial = run_files(results, config.name), run_files(results, f"{config.name}.partial")
+        found = _from_first(lambda: _unfinished(partial, model_config, config, corpus_key))
+        run = _begin(model_config, config, about, device, steps, found)
+        if rank == 0:
+            print(
+                f"Read {len(training.tokens):,} tokens in {training.n_documents:,} documents; using "
+                f"{stream.n_sequences:,} sequences of {model_config.context_length}. Held out: "
+                f"{len(validation.tokens):,} tokens.\n{_describe(run, steps)}"
+            )
+        loop = _Loop(run, steps, stream, validation, partial, corpus_key, on_log, on_snapshot)
+        with _stop_requests() as stop, torch.random.fork_rng([device] if device.type == "cuda" else []):
+            is_finished = loop.go(stop)
+            if is_finished and rank == 0:
+                _finish(run, results, partial, final)
+        if is_finished and stop.is_set():  # asked for during the last step; all is saved
+            raise KeyboardInterrupt
+        return TrainResult(run.model.eval(), (final if is_finished else partial).model, run.rows, is_finished)
 
 
 def _open_corpus(
@@ -2022,36 +2089,213 @@ def _open_corpus(
     return corpus.about, corpus.key, training, validation
 
 
-def make_forward(model: PicoLLM, config: TrainConfig, device: torch.device) -> nn.Module:
-    """The model as a step calls it: shared between processes, compiled."""
-    forward: nn.Module = model
-    if _ranks()[1] > 1:
-        ids = [device] if device.type == "cuda" else None
-        forward = nn.parallel.DistributedDataParallel(model, ids, gradient_as_bucket_view=True)
-    is_compiled = device.type == "cuda" if config.compile is None else config.compile
-    return torch.compile(forward) if is_compiled else forward
-
-
-def _resumable(path: Path, model_config: ModelConfig, config: TrainConfig, corpus_key: str) -> Checkpoint | None:
-    """The unfinished run at `path` if it has these settings; one with other settings is moved aside, never lost."""
-    if not path.exists():
+def _unfinished(files: RunFiles, model_config: ModelConfig, config: TrainConfig, corpus_key: str) -> Checkpoint | None:
+    """The unfinished run there if it has these settings; one with other settings is moved aside, never lost."""
+    if not files.model.exists():
         return None
     problem = "it has other settings"
-    free = {"micro_batch_size": None, "compile": None, "checkpoint_seconds": 0.0}  # may change, as another machine asks
+    # may change, as another machine asks
+    free = {"micro_batch_size": None, "compile": None, "loss_chunk": None, "checkpoint_seconds": 0.0}
     try:
-        found = load_checkpoint(path)
+        found = load_checkpoint(files.model)
         same = found.training_state and found.training_state["corpus"] == corpus_key
         same = same and dataclasses.replace(found.train_config, **free) == dataclasses.replace(config, **free)
         if same and found.model_config == model_config:
             return found
-        if found.step == 0:  # nothing to lose
+        if found.training_state and found.step == 0:  # nothing to lose
             return None
     except PicoError as error:
         problem = str(error)
-    kept = path.with_name(f"{path.name}.{time.strftime('%Y%m%d-%H%M%S')}.old")
-    os.replace(path, kept)
-    print(f"The unfinished run {path} is not resumed, {problem}; it was moved to {kept.name}.")
+    kept = unused_files(files.model.parent, f"{config.name}.unfinished-{{}}.partial")
+    files.move(kept)
+    print(f"The unfinished run {files.model} is not resumed, {problem}; it was moved to {kept.model.name}.")
     return None
+
+
+def _begin(
+    model_config: ModelConfig,
+    config: TrainConfig,
+    about: str,
+    device: torch.device,
+    steps: int,
+    found: Checkpoint | None,
+) -> TrainingRun:
+    """A new run, one from the weights of another model, or the unfinished one as far as it came."""
+    dtype, asked = choose_precision(config.precision, device), config.compile
+    before = found.environment if found else {}
+    if before.get("device", "").endswith(measured_on(device)["device"]):  # there the run goes on bit for bit
+        dtype = getattr(torch, before["precision"]) if config.precision == "auto" else dtype
+        asked = before.get("compiled") == "yes" if asked is None else asked
+    with torch.device("meta"):
+        flops = flops_per_token(model_config, PicoLLM(model_config).count_parameters()[1])
+    flops *= steps * config.batch_size * model_config.context_length
+    compiled = _from_first(lambda: choose_compile(asked, device, flops))
+    run = TrainingRun(model_config, config, about, device, dtype, compiled)
+    if found:
+        run.restore(found)
+    elif config.init_from:
+        run.start_from(config.init_from)
+    return run
+
+
+def _describe(run: TrainingRun, steps: int) -> str:
+    """What the run is, in a few lines."""
+    body, everything = run.model.count_parameters()
+    n_ranks = ranks()[1]
+    shared = f", {n_ranks} processes" if n_ranks > 1 else ""
+    lines = [f"Resuming {run.config.name} at step {run.step:,} of {steps:,}."] if run.step else []
+    lines += [f"Going on from {run.started_from}."] if run.started_from else []
+    lines += [
+        f"Model: {body / 1e6:.2f}M parameters without embeddings, {everything / 1e6:.2f}M with them. "
+        f"{steps:,} steps of {run.config.batch_size} sequences on {run.device}{shared} in {str(run.dtype)[6:]}"
+        f"{', compiled' if run.compiled else ''}."
+    ]
+    return "\n".join(lines)
+
+
+@dataclass
+class _Loop:
+    """The steps of a run and what happens between them."""
+
+    run: TrainingRun
+    total_steps: int
+    stream: SequenceStream
+    validation: TokenFile
+    files: RunFiles  # while it is unfinished
+    corpus_key: str
+    on_log: Callable[[list[dict]], None] | None
+    on_snapshot: Callable[[PicoLLM, int], None] | None
+
+    def __post_init__(self) -> None:
+        (self.rank, self.n_ranks), run = ranks(), self.run
+        self.tokens_per_step = run.config.batch_size * run.model_config.context_length
+        self.snapshots = snapshot_steps(self.total_steps) if self.on_snapshot and self.rank == 0 else []
+        self.logged_step, self.logged_seconds = run.step, run.seconds
+        if run.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(run.device)
+
+    def go(self, stop: threading.Event) -> bool:
+        """True at the end of the run, False when a stop was asked for."""
+        run, config = self.run, self.run.config
+        if self.rank == 0:
+            self.save()  # a folder that cannot be written is found now, not after hours
+        kind, steps = choose_loader(self.stream, run.device), range(run.step, self.total_steps)
+        batches = make_loader(
+            kind, self.stream, config.batch_size, steps, run.device, rank=self.rank, n_ranks=self.n_ranks
+        )
+        self.clock, saved_at = _Stopwatch(run.device, run.seconds), time.monotonic()
+        options = {"total": self.total_steps, "initial": run.step, "desc": f"train {config.name}", "unit": "step"}
+        with progress(**options, disable=self.rank > 0) as bar:
+            if run.step == 0:
+                self.snapshot()
+            for step in steps:
+                with profiler_range("data"):
+                    batch = next(batches)
+                with profiler_range("host-to-device"):
+                    batch = batch.to(run.device, non_blocking=True)
+                set_rates(run.optimizer, step, self.total_steps, config)
+                run.take_step(batch)
+                bar.update()
+                is_evaluated = run.step == self.total_steps or run.step % config.eval_interval == 0
+                is_logged = is_evaluated or run.step % config.log_interval == 0
+                if is_logged:
+                    bar.set_postfix_str(self.log(is_evaluated))
+                self.snapshot()
+                # several processes can only stop together; they agree on it with the metrics
+                is_stopped = (self.n_ranks == 1 or is_logged) and _any_process(stop.is_set(), run.device)
+                if run.step < self.total_steps and (
+                    is_stopped or time.monotonic() - saved_at > config.checkpoint_seconds
+                ):
+                    self.save_if_good(batch, is_stopped)
+                    saved_at = time.monotonic()
+                if is_stopped and run.step < self.total_steps:
+                    if self.rank == 0:
+                        print(f"Stopped at step {run.step:,}; run it again to go on from there.")
+                    return False
+        return True
+
+    def log(self, is_evaluated: bool) -> str:
+        """Adds a line of metrics; returns the essence of it."""
+        run = self.run
+        loss, skipped = run.guard.read()  # the only wait for the device
+        run.seconds = self.clock.read()
+        speed = (run.step - self.logged_step) * self.tokens_per_step / (run.seconds - self.logged_seconds)
+        self.logged_step, self.logged_seconds = run.step, run.seconds
+        with self.clock.pause():
+            evaluation = None
+            if is_evaluated and self.rank == 0:
+                context_length = run.model_config.context_length
+                evaluation = evaluate(run.model, self.validation, context_length, dtype=run.dtype)
+            run.rows.append(self.row(loss, evaluation, speed, skipped))
+            if self.on_log and self.rank == 0:
+                self.on_log(run.rows)
+        return f"loss {loss:.3f}, {speed:,.0f} tokens/s"
+
+    def row(self, loss: float, evaluation: Evaluation | None, speed: float, skipped: int) -> dict:
+        """A line of metrics. Losses are nats per token; evaluation, snapshots and checkpoints count in no time."""
+        run, device = self.run, self.run.device
+        n_parameters, peak = run.model.count_parameters()[1], peak_flops(run.machine["device"])
+        flops, tokens = flops_per_token(run.model_config, n_parameters), run.step * self.tokens_per_step
+        memory = round(torch.cuda.max_memory_allocated(device) / 1e6, 1) if device.type == "cuda" else None
+        return {
+            "step": run.step,
+            "tokens": tokens,
+            "tokens_total": run.tokens_before + tokens,  # with those of the model that it started from
+            "epoch": round(run.step * run.config.batch_size / self.stream.n_sequences, 4),
+            "train_loss": loss,
+            "val_loss": evaluation and evaluation.loss,  # where it was measured
+            "word_perplexity": evaluation and evaluation.word_perplexity,
+            "learning_rate": learning_rate_at(run.step - 1, self.total_steps, run.config),  # AdamW's
+            "tokens_per_second": round(speed, 1),
+            "mfu": peak and round(speed * flops / (peak * self.n_ranks), 4),  # share of the devices' 16-bit peak
+            "seconds": round(run.seconds, 2),  # of training so far, over all parts of a resumed run, with compilation
+            "peak_memory_mb": memory,  # that PyTorch held on the GPU since this part began
+            "skipped_steps": skipped,  # so far, see LossGuard
+        }
+
+    def snapshot(self) -> None:
+        if self.run.step in self.snapshots:
+            with self.clock.pause(), evaluating(self.run.model):
+                self.on_snapshot(self.run.model, self.run.step)
+
+    def save(self) -> None:
+        save_checkpoint(self.files.model, self.run.checkpoint(self.corpus_key))
+        write_csv(self.files.metrics, self.run.rows)
+
+    def save_if_good(self, batch: Tensor, is_stopped: bool) -> None:
+        """Saves the run unless its weights are spoilt. A full disk costs this checkpoint, not the run."""
+        if self.rank > 0:
+            return
+        self.run.seconds = self.clock.read()
+        with self.clock.pause():
+            if not self.run.is_good(batch):
+                return
+            try:
+                self.save()
+            except PicoError as error:
+                if is_stopped:
+                    raise
+                print(f"{error} Training goes on without this checkpoint.", file=sys.stderr)
+
+
+def _finish(run: TrainingRun, results: str | Path, partial: RunFiles, final: RunFiles) -> None:
+    """Puts the finished model in its place. What lay there is kept under another name, and only when all is written."""
+    done = run_files(results, f"{run.config.name}.finished")
+    try:
+        save_checkpoint(done.model, run.checkpoint())
+        write_csv(done.metrics, run.rows)
+    except PicoError as error:
+        rescue = save_checkpoint(Path(tempfile.gettempdir()) / final.model.name, run.checkpoint())
+        raise PicoError(f"{error} The trained model is safe in {rescue}.") from error
+    if final.model.exists():
+        kept = unused_files(results, f"{run.config.name}.previous-{{}}")
+        final.move(kept)
+        print(f"The model that was {final.model.name} is now {kept.model.name}.")
+    if partial.heads.exists():
+        os.replace(partial.heads, done.heads)
+    done.move(final)
+    for path in partial:
+        path.unlink(missing_ok=True)
 
 
 # ======================================================================================================================
@@ -5941,9 +6185,10 @@ def run_training(
     config = chosen.train
     if config.corpus == "auto":  # a checkpoint names the one that it was
         config = dataclasses.replace(config, corpus=corpus.name)
-    files = [results / f"{config.name}_metrics.csv", results / f"{config.name}_heads.csv"]
-    hooks = {"on_log": _live_loss_curve(), "on_snapshot": _head_recorder(files[1], corpus, data_folder)}
+    recorder = _head_recorder(run_files(results, f"{config.name}.partial").heads, corpus, data_folder)
+    hooks = {"on_log": _live_loss_curve(), "on_snapshot": recorder}
     result = train(chosen.model, config, results, data_folder, corpus=corpus, **hooks)
+    files = list(run_files(results, config.name if result.finished else f"{config.name}.partial"))[1:]
     if result.metrics:
         last = result.metrics[-1]
         files += save_figure(plot_loss_curve(result.metrics), results / "loss_curve")

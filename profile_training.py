@@ -138,9 +138,9 @@ class Contestant:
         self.kind, self.loader, self.config, self.device = kind, loader, preset.train, device
         self.held_before = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0  # by the others
         self.dtype = pico.choose_precision(self.config.precision, device)
-        self.run = pico.TrainingRun(preset.model, self.config, "", device, self.dtype)
+        compiled = pico.choose_compile(self.config.compile, device, float("inf"))
+        self.run = pico.TrainingRun(preset.model, self.config, "", device, self.dtype, compiled)
         self.run.model.loss_chunk = loss_chunk or self.run.model.loss_chunk
-        self.forward = pico.make_forward(self.run.model, self.config, device)
         self.batches = pico.make_loader(
             loader, stream, self.config.batch_size, range(self.n_steps), device, workers=workers
         )
@@ -157,12 +157,10 @@ class Contestant:
         with profiler_range("host-to-device"):
             batch = batch.to(self.device, non_blocking=self.loader != "naive")
         self.update(batch)
-        self.run.step += 1
         return waited
 
     def update(self, batch: Tensor) -> None:
-        run = self.run
-        pico.train_step(self.forward, run.optimizer, run.scaler, batch, self.config, run.step, self.dtype, run.guard)
+        self.run.take_step(batch)
 
     def warm_up(self, steps: int) -> None:
         """The first step compiles and allocates, so the peak of memory is that of the later ones."""
@@ -231,6 +229,7 @@ class PlainLoop(Contestant):
             torch.nn.utils.clip_grad_norm_(self.run.model.parameters(), self.config.grad_clip)
             self.run.optimizer.step()
             self.run.optimizer.zero_grad()
+        self.run.step += 1
 
 
 # -- Measuring and reporting
@@ -308,7 +307,7 @@ def describe(contestants: list[Contestant], steps: int, measured_rate: float | N
                 "peak_memory_mb": memory and round(memory / 1e6, 1),
                 "flops_per_token": flops,
                 "precision": str(contestant.dtype)[6:],
-                "compiled": contestant.forward is not model,
+                "compiled": contestant.run.compiled,
                 "batch_size": batch_size,
                 "loss_chunk": model.loss_chunk if contestant.kind != "plain loop" else None,
                 "context_length": model.config.context_length,

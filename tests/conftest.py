@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import torch
 
 import pico_helpers as pico
 
@@ -58,4 +59,13 @@ def tiny_train(corpus_folder) -> pico.TrainConfig:
         log_interval=3,
         eval_interval=6,
         checkpoint_seconds=0.0,
+        precision="fp32",
+        compile=False,
     )
+
+
+@pytest.fixture(autouse=True)
+def on_the_cpu(request, monkeypatch) -> None:
+    """Only tests marked `gpu` use one, since bits differ there."""
+    if "gpu" not in request.keywords:
+        monkeypatch.setattr(pico, "default_device", lambda: torch.device("cpu"))

@@ -117,7 +117,7 @@ def test_schedules_reach_every_group(tiny_model):
     config = pico.TrainConfig(optimizer="muon", warmup_steps=10)
     optimizer = pico.make_optimizer(tiny_model, config)
     for step in range(100):
-        pico._set_rates(optimizer, step, 100, config)
+        pico.set_rates(optimizer, step, 100, config)
         share = pico.learning_rate_at(step, 100, config) / config.learning_rate
         assert optimizer.param_groups[0]["lr"] == pytest.approx(config.matrix_learning_rate * share)
         assert optimizer.param_groups[-1]["lr"] == pytest.approx(config.learning_rate * share)
@@ -268,7 +268,7 @@ def test_an_exploding_run_stops_and_keeps_the_last_good_checkpoint(
 def test_a_lost_run_stands_still_until_it_is_noticed():
     guard = pico.LossGuard(50257, CPU)
     nan, one = torch.tensor(float("nan")), torch.tensor(1.0)
-    verdicts = [float(guard.judge(loss, one)) for loss in [one] + [nan] * guard.patience + [one, one]]
+    verdicts = [float(guard.count(loss, one)) for loss in [one] + [nan] * guard.patience + [one, one]]
     assert verdicts == [0.0] + [1.0] * (guard.patience + 2)
     with pytest.raises(PicoError, match="has exploded"):
         guard.read()
@@ -412,7 +412,7 @@ def driver(folder: Path, data_folder: Path, model: pico.ModelConfig, config: pic
         config = pico.TrainConfig(**{dataclasses.asdict(config)!r})
         try:
             snapshot = lambda model, step: print("snapshot", step, flush=True)
-            pico.train(model, config, folder / "results", {str(data_folder)!r}, on_snapshot=snapshot)
+            pico.train(model, config, folder / "results", {str(data_folder)!r}, device="cpu", on_snapshot=snapshot)
         except pico.PicoError as error:
             sys.exit(f"Error: {{error}}")
     """)
@@ -428,8 +428,8 @@ def torchrun(script: Path, n: int, **options) -> subprocess.Popen:
     )
 
 
-def read_metrics(folder: Path) -> list[dict]:
-    with open(folder / "results" / "tiny_metrics.csv") as file:
+def read_metrics(folder: Path, name: str = "tiny") -> list[dict]:
+    with open(pico.run_files(folder / "results", name).metrics) as file:
         return list(csv.DictReader(file))
 
 
@@ -458,8 +458,10 @@ def test_two_processes_have_the_losses_of_one(tiny_config, tiny_train, tmp_path,
 
 def wait_for_rows(folder: Path, n: int, process: subprocess.Popen) -> None:
     for _ in range(1200):
-        path = folder / "results" / "tiny_metrics.csv"
-        if path.exists() and len(read_metrics(folder)) >= n:
+        if (
+            pico.run_files(folder / "results", "tiny.partial").metrics.exists()
+            and len(read_metrics(folder, "tiny.partial")) >= n
+        ):
             return
         assert process.poll() is None, process.stdout.read()
         time.sleep(0.05)
@@ -496,9 +498,9 @@ def test_an_interrupt_stops_both_processes_at_the_same_step(tiny_config, tiny_tr
 
 
 def test_a_batch_must_split_evenly(tiny_config, tiny_train, data_folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(pico, "_ranks", lambda: (0, 3))
+    monkeypatch.setattr(pico, "ranks", lambda: (0, 3))
     with pytest.raises(PicoError, match="batch_size 4 is not a multiple of 3 processes"):
-        pico._train(tiny_config, tiny_train, tmp_path, data_folder, CPU, None)
+        pico.train(tiny_config, tiny_train, tmp_path, data_folder)
 
 
 # --- profile ----------------------------------------------------------------------------------------------------------

@@ -42,9 +42,11 @@ def finished(tmp_path_factory, corpus_folder, data_folder):
         log_interval=3,
         eval_interval=6,
         checkpoint_seconds=0.0,
+        precision="fp32",
+        compile=False,
     )
     assert config.dropout > 0
-    return config, train, pico.train(config, train, tmp_path_factory.mktemp("results"), data_folder)
+    return config, train, pico.train(config, train, tmp_path_factory.mktemp("results"), data_folder, device="cpu")
 
 
 def test_the_loss_falls_from_the_logarithm_of_the_vocabulary(finished):
@@ -97,14 +99,14 @@ def test_ctrl_c_saves_and_the_resumed_run_ends_bit_for_bit_equal(finished, data_
 
 def test_ctrl_c_in_the_last_step_saves_the_finished_model_and_stops(finished, data_folder, tmp_path, monkeypatch):
     config, train, expected = finished
-    original = pico._set_rates
+    original = pico.set_rates
 
     def interrupted(optimizer, step, total_steps, settings):
         if step == total_steps - 1:
             os.kill(os.getpid(), signal.SIGINT)
         original(optimizer, step, total_steps, settings)
 
-    monkeypatch.setattr(pico, "_set_rates", interrupted)
+    monkeypatch.setattr(pico, "set_rates", interrupted)
     with pytest.raises(KeyboardInterrupt):
         pico.train(config, train, tmp_path, data_folder)
     saved = pico.load_checkpoint(pico.checkpoint_path(tmp_path, "tiny"))
@@ -125,7 +127,8 @@ def test_kill_9_at_any_point_loses_nothing(finished, data_folder, tmp_path):
         pico.train_step = slow
         config = pico.ModelConfig(**{dataclasses.asdict(config)!r})
         train = pico.TrainConfig(**{dataclasses.asdict(train)!r})
-        pico.train(config, train, {str(tmp_path)!r}, {str(data_folder)!r}, on_log=lambda rows: print("row", flush=True))
+        log = lambda rows: print("row", flush=True)
+        pico.train(config, train, {str(tmp_path)!r}, {str(data_folder)!r}, device="cpu", on_log=log)
         print("finished", flush=True)
     """)
     seen = []
@@ -161,7 +164,7 @@ def test_an_unfinished_run_with_other_settings_is_moved_aside(finished, data_fol
     train_one_step(config, train, tmp_path, data_folder)
     pico.train(config, dataclasses.replace(train, learning_rate=5e-3, max_steps=2), tmp_path, data_folder)
     assert "is not resumed, it has other settings" in capsys.readouterr().out
-    (kept,) = tmp_path.glob("*.old")
+    (kept,) = tmp_path.glob("*.unfinished-1.partial.pt")
     assert pico.load_checkpoint(kept).step == 1
 
 
@@ -204,7 +207,6 @@ def test_validation_covers_the_whole_split(tiny_model, corpus_folder, data_folde
 
 
 def test_precision_follows_the_device():
-    assert pico.choose_precision("auto", torch.device("cpu")) == torch.float32
     assert pico.choose_precision("bf16", torch.device("cpu")) == torch.bfloat16
     with pytest.raises(PicoError, match="Unknown precision 'fp8'"):
         pico.TrainConfig(precision="fp8")
@@ -406,8 +408,8 @@ def test_a_finished_model_survives_the_next_run(finished, data_folder, tmp_path,
     short = dataclasses.replace(train, max_steps=1)
     first = pico.train(config, short, tmp_path, data_folder)
     pico.train(config, dataclasses.replace(short, seed=5), tmp_path, data_folder)
-    assert "The model that was pico_llm_tiny.pt is now pico_llm_tiny.previous.pt" in capsys.readouterr().out
-    kept = pico.load_checkpoint(tmp_path / "pico_llm_tiny.previous.pt")
+    assert "The model that was pico_llm_tiny.pt is now pico_llm_tiny.previous-1.pt" in capsys.readouterr().out
+    kept = pico.load_checkpoint(tmp_path / "pico_llm_tiny.previous-1.pt")
     assert weights_equal(kept.weights, first.model.state_dict())
 
 
