@@ -1936,7 +1936,7 @@ class TrainingRun:
         self.model_config, self.config, self.corpus = model_config, config, corpus
         self.device, self.dtype, self.compiled = device, dtype, compiled
         self.model = PicoLLM(model_config, config.seed).to(device).train()
-        self.model.loss_chunk = config.loss_chunk or self.model.loss_chunk
+        self.model.loss_chunk = config.loss_chunk
         self.forward = make_forward(self.model, device, compiled)
         self.optimizer = make_optimizer(self.model, config, dtype, compiled and device.type == "cuda")
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
@@ -6178,6 +6178,10 @@ def run_training(
     written; under torchrun the first process alone scores, draws and prints.
     """
     chosen, results = get_preset(preset).changed(changes), Path(results)
+    if chosen.train.init_from:  # the shape is that model's; a run that is under way holds it itself
+        partial = run_files(results, f"{chosen.train.name}.partial").model
+        began = load_checkpoint(partial if partial.exists() else chosen.train.init_from)
+        chosen = dataclasses.replace(chosen, model=began.model_config).changed(changes)
     if int(os.environ.get("RANK", 0)) > 0:
         return train(chosen.model, chosen.train, results, data_folder), []
     print(f"Training: {chosen.about}.")
@@ -6241,7 +6245,9 @@ def open_corpus(
 
 def head_history(path: Path, saved: Checkpoint) -> list[dict]:
     """The scores of heads on the way to this checkpoint, if they lie beside it; those of another run do not count."""
-    rows = read_head_rows(path.with_name(f"{saved.train_config.name}_heads.csv"), saved.step)
+    name = saved.train_config.name  # of the run; a model of it that was kept has another one
+    name = path.stem.removeprefix("pico_llm_") if path.stem.startswith("pico_llm_") else name
+    rows = read_head_rows(run_files(path.parent, name).heads, saved.step)
     is_other = ".previous" in path.name or (not saved.training_state and rows and rows[-1]["step"] != saved.step)
     return [] if is_other else rows
 
