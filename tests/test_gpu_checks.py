@@ -1,0 +1,148 @@
+"""What can be checked of the GPU half without a GPU: what compiles, what pip would install, what a step waits for."""
+
+import dataclasses
+import importlib.util
+import json
+import math
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import pico_helpers as pico
+
+# ---- compilation for CUDA ----
+
+slow = pytest.mark.slow
+can_compile = pytest.mark.skipif(
+    not (importlib.util.find_spec("triton") and shutil.which("g++")) or torch.version.cuda is not None,
+    reason="needs PyTorch's CPU build, Triton and g++",
+)
+
+
+@slow
+@can_compile
+@pytest.mark.parametrize("capability, attention", [("7 5", "efficient"), ("9 0", "flash")])
+def test_the_training_step_compiles_for_cuda(capability, attention):
+    """Forward, loss and backward become machine code in one graph, and the logits never exist in float32."""
+    script = Path(__file__).with_name("cuda_stand_in.py")
+    answer = subprocess.run(
+        [sys.executable, str(script), *capability.split(), "auto"], capture_output=True, text=True, timeout=600
+    )
+    assert answer.returncode == 0, answer.stderr[-3000:]
+    made = json.loads(answer.stdout)
+    assert made["graphs"] == 1, "a graph break"
+    assert all(n == 1 for n in made["compiled"]) and len(made["compiled"]) > 20
+    forward, backward = made["kernels"]  # launches for two layers and three parts of the loss
+    assert forward <= 55 and backward <= 60
+    kind = f"_scaled_dot_product_{attention}_attention"
+    assert sorted(made["attention"]) == [kind] * 2 + [f"{kind}_backward"] * 2, "one kernel a layer and direction"
+    vocabulary = pico.ModelConfig().padded_vocab_size
+    logits = [(shape, kind) for shape, kind in made["buffers"] if shape[-1:] == [vocabulary]]
+    assert logits and all(kind != "float32" and shape[0] <= 8192 for shape, kind in logits)
+    limit = 64 * vocabulary  # the gradient of the embedding
+    assert max(math.prod(shape) for shape, kind in made["buffers"] if kind == "float32") <= limit
+
+
+def test_what_users_vary_is_compiled_once_each(tiny_config):
+    """Batch size, length, evaluation and dropout cost one graph each, whole, and the second time none."""
+    torch._dynamo.reset()
+    graphs, model = [], pico.PicoLLM(dataclasses.replace(tiny_config, n_layer=1))
+    compiled = torch.compile(model, backend=lambda graph, inputs: graphs.append(graph) or graph, fullgraph=True)
+
+    def sweep() -> int:
+        for batch, length in ((2, 32), (2, 32), (3, 16)):
+            idx = torch.zeros(batch, length + 1, dtype=torch.int64)
+            compiled(idx[:, :-1], idx[:, 1:])
+        return len(graphs)
+
+    model.train()
+    assert sweep() <= 2
+    with pico.evaluating(model):
+        assert sweep() <= 4
+    assert sweep() <= 4, "coming back to training compiles nothing"
+    for part in model.modules():  # another recipe
+        if isinstance(part, torch.nn.Dropout):
+            part.p = 0.0
+    assert sweep() <= 6
+
+
+# ---- a step ----
+
+
+class NoReadback(TorchDispatchMode):
+    """Fails on whatever would make the host wait for values on the device: `.item()`, `if tensor:`, `nonzero`."""
+
+    WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "unique")
+
+    def __torch_dispatch__(self, function, kinds, arguments=(), options=None):
+        name = function.overloadpacket.__name__
+        assert name not in self.WAITS, f"{name} reads a value back"
+        return function(*arguments, **options or {})
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_nothing_in_a_step_reads_a_value_back(tiny_config, optimizer):
+    config = pico.TrainConfig(optimizer=optimizer, batch_size=4, micro_batch_size=2)
+    model = pico.PicoLLM(tiny_config).train()
+    cpu = torch.device("cpu")
+    guard, chosen = pico.LossGuard(tiny_config.vocab_size, cpu), pico.make_optimizer(model, config)
+    batch, scaler = torch.zeros(4, 33, dtype=torch.int64), torch.amp.GradScaler("cpu", enabled=False)
+    with pytest.raises(AssertionError, match="reads a value back"), NoReadback():
+        bool(torch.ones(()) > 0)  # it sees such things
+    with NoReadback():
+        for step in range(2):
+            pico.train_step(model, chosen, scaler, batch, config, step, torch.float32, guard)
+
+
+# ---- pip ----
+
+PAIRS = [("2.11.0+cu128", "12.8"), ("2.11.0+cu130", "13.0"), ("2.13.0+cu130", "13.0")]  # Colab's first
+
+
+def would_install(*arguments: str) -> dict[str, dict]:
+    """What pip would install on Linux with Python 3.12: name -> metadata. Skips where no index can be reached."""
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "--dry-run",
+        "--quiet",
+        "--no-deps",
+        "--retries=0",
+        "--timeout=5",
+    ]
+    command += ["--target=unused", "--python-version=3.12", "--platform=manylinux_2_28_x86_64", "--only-binary=:all:"]
+    answer = subprocess.run([*command, "--report=-", *arguments], capture_output=True, text=True)
+    if answer.returncode:
+        pytest.skip(f"pip cannot tell here: {answer.stderr.strip().splitlines()[-1]}")
+    return {item["metadata"]["name"]: item["metadata"] for item in json.loads(answer.stdout)["install"]}
+
+
+@slow
+@pytest.mark.parametrize("torch_version, cuda", PAIRS)
+def test_pip_would_install_one_tensorrt_and_no_torch(torch_version, cuda):
+    release = pico.tensorrt_release(torch_version, cuda)
+    from_pypi = [argument for argument in release if not argument.startswith("--")]  # the builds for CUDA 13
+    found = would_install(*from_pypi)
+    assert list(found) == ["torch_tensorrt"]
+    requirements = found["torch_tensorrt"]["requires_dist"]
+    minor = torch_version.rsplit(".", 1)[0]
+    assert any(re.match(rf"torch<[\d.]+,>={re.escape(minor)}", requirement) for requirement in requirements)
+    if cuda.startswith("12."):
+        with pytest.raises(pico.PicoError, match="not for CUDA"):
+            pico.tensorrt_libraries(requirements, cuda)
+        # the builds for CUDA 12, on PyTorch's own index, ask for the same with another suffix
+        requirements = [requirement.replace("cu13", "cu12") for requirement in requirements]
+    libraries = [argument for argument in pico.tensorrt_libraries(requirements, cuda) if not argument.startswith("--")]
+    on_pypi = [name for name in libraries if not re.match(r"tensorrt-cu\d+(<|-libs)", name)]  # the rest is NVIDIA's
+    suffixes = set(re.findall(r"cu\d+", " ".join([*libraries, *would_install(*on_pypi)])))
+    assert suffixes == {f"cu{cuda[:2]}"}
+    assert not any(re.match(r"(torch|tensorrt)\b(?!-cu)", name) for name in libraries)
+    assert len(libraries) >= 5
