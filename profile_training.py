@@ -607,7 +607,9 @@ def start_all(
 
 
 def run_profile(options: argparse.Namespace, preset: Preset, device: torch.device) -> list[dict]:
-    corpus = pico.choose_corpus(preset.train.corpus, preset.train.corpus_fraction, options.data)
+    corpus = pico.choose_corpus(
+        preset.train.corpus, preset.train.corpus_fraction, options.data, preset.train.text_style
+    )
     print(f"Corpus: {corpus.about}.")
     torch._inductor.config.cpp.enable_kernel_profile = True  # names the compiled kernels in the CPU's traces
     contestants, on_gpu = start_all(options, preset, corpus, device), device.type == "cuda"

@@ -3,8 +3,11 @@
 import hashlib
 import http.server
 import json
+import os
+import re
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -30,7 +33,7 @@ def test_damaged_vocabulary_files_are_refused(monkeypatch, tmp_path):
     (tmp_path / "data").mkdir()
     for name in ("vocab.bpe", "encoder.json"):
         (tmp_path / "data" / name).write_text("{}")
-    monkeypatch.setattr(pico, "_package_folder", lambda package: tmp_path)
+    monkeypatch.setattr(pico, "package_folder", lambda package: tmp_path)
     with pytest.raises(PicoError, match=r"is not GPT-2's vocab\.bpe; reinstall it"):
         pico.Tokenizer()
 
@@ -139,7 +142,7 @@ def test_the_hub_is_judged_within_seconds(monkeypatch, delay, expected):
         monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
         monkeypatch.setenv("no_proxy", "127.0.0.1")
         started = time.monotonic()
-        problem = pico._hub_problem(timeout=1.0)
+        problem = pico.hub_problem(timeout=1.0)
         assert time.monotonic() - started < 4
         assert problem is None if expected is None else expected in problem
         server.shutdown()
@@ -156,7 +159,7 @@ def test_wikitext_rows_come_from_the_hub_in_the_original_split(monkeypatch, tmp_
         return datasets.Dataset.from_dict({"text": [" = A = \n", " Text . \n", " = B = \n", " More . \n"]})
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    monkeypatch.setattr(pico, "_hub_problem", lambda: None)
+    monkeypatch.setattr(pico, "hub_problem", lambda: None)
     corpus = pico.choose_corpus("auto", data_folder=tmp_path)
     file = pico.prepare_tokens(corpus, "train", tmp_path)
     pico.prepare_tokens(corpus, "validation", tmp_path)
@@ -166,28 +169,139 @@ def test_wikitext_rows_come_from_the_hub_in_the_original_split(monkeypatch, tmp_
     ]
     assert file.n_documents == 2 and corpus.about.startswith("WikiText-103 (train[:20%]")
     # once tokenised, it needs no hub
-    monkeypatch.setattr(pico, "_hub_problem", lambda: "the hub is down")
+    monkeypatch.setattr(pico, "hub_problem", lambda: "the hub is down")
     assert pico.choose_corpus("auto", data_folder=tmp_path).key == corpus.key
 
 
-def test_bad_corpora_say_what_is_wrong(tmp_path):
-    with pytest.raises(PicoError, match="Unknown corpus 'nowhere'"):
-        pico.choose_corpus("nowhere")
-    with pytest.raises(PicoError, match="No parquet files"):
-        pico.choose_corpus(str(tmp_path))
-    pq.write_table(pa.table({"content": ["x"], "id": [1]}), tmp_path / "train.parquet")
-    with pytest.raises(PicoError, match=r"no column 'text' \(it has: content, id\)"):
-        pico.choose_corpus(str(tmp_path))
-    (tmp_path / "train.parquet").write_bytes(b"PAR1 and then nothing")
-    with pytest.raises(PicoError, match=r"Cannot read .* as parquet"):
-        pico.choose_corpus(str(tmp_path))
-    pq.write_table(pa.table({"text": [1, 2]}), tmp_path / "train.parquet")
-    with pytest.raises(PicoError, match="holds int64; it must hold strings"):
-        pico.choose_corpus(str(tmp_path))
-    with pytest.raises(PicoError, match="fraction must lie in"):
-        pico.choose_corpus("offline", fraction=1.5)
-    with pytest.raises(PicoError, match="read in whole percent, not 12"):
-        pico.choose_corpus("wikitext103", fraction=0.125)
+def parquet(path, column, name="text"):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.table({name: column}), path)
+
+
+BAD_CORPORA = {
+    "No parquet files": lambda folder: None,
+    r"no column 'text' \(it has: content\)": lambda folder: parquet(folder / "a.parquet", ["x"], "content"),
+    r"Cannot read .*a\.parquet as parquet": lambda folder: (folder / "a.parquet").write_bytes(b"PAR1 and then nothing"),
+    r"Cannot read .*empty\.parquet as parquet": lambda folder: (folder / "empty.parquet").touch(),
+    r"Cannot read .*b\.parquet as parquet": lambda folder: (folder / "b.parquet").mkdir(),
+    "holds int64; it must hold strings": lambda folder: parquet(folder / "a.parquet", [1, 2]),
+    "holds list<.*>; it must hold strings": lambda folder: parquet(folder / "a.parquet", [["a"], ["b"]]),
+    "none is left to train on": lambda folder: parquet(folder / "test" / "0.parquet", ["a"]),
+    r"train split .* holds no text": lambda folder: parquet(folder / "a.parquet", ["", "  ", None]),
+}
+
+
+@pytest.mark.parametrize("message", BAD_CORPORA)
+def test_bad_folders_say_what_is_wrong(tmp_path, message):
+    BAD_CORPORA[message](tmp_path)
+    with pytest.raises(PicoError, match=message) as error:
+        pico.prepare_tokens(pico.choose_corpus(str(tmp_path)), "train", tmp_path / "data")
+    assert "\n" not in str(error.value)
+    assert not [path for path in tmp_path.glob("data/*")]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nowhere"], "Unknown corpus 'nowhere'"),
+        (["offline", 1.5], "fraction must lie in"),
+        (["offline", float("nan")], "fraction must lie in"),
+        (["wikitext103", 0.125], "read in whole percent, not 12"),
+        (["offline", None, "data", "moses"], "Unknown text_style 'moses'; choose one of: natural, stored"),
+    ],
+)
+def test_bad_choices_of_a_corpus_say_what_is_wrong(arguments, message):
+    with pytest.raises(PicoError, match=message):
+        pico.choose_corpus(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("path", "split"),
+    [
+        ("train/0000.parquet", "train"),
+        ("validation/0000.parquet", "validation"),
+        ("wikitext/test/0000.parquet", "test"),
+        ("default/partial-dev/0.parquet", "validation"),
+        ("val.parquet", "validation"),
+        ("valid-1.parquet", "validation"),
+        ("train/validation/0.parquet", "validation"),  # in doubt it is held out
+        ("wikitext-test.parquet", "test"),
+        ("Test_00.parquet", "test"),
+        ("train-00000-of-00002.parquet", "train"),
+        ("values.parquet", "train"),
+        ("contest/latest.parquet", "train"),
+    ],
+)
+def test_any_part_of_the_path_names_the_split(path, split):
+    assert pico.split_of(Path(path)) == split
+
+
+def test_held_out_folders_are_never_trained_on(tmp_path):
+    for split in ("train", "validation", "test"):
+        parquet(tmp_path / "testbed" / split / "0000.parquet", [f"{split} document {k}" for k in range(60)])
+    corpus = pico.choose_corpus(str(tmp_path))
+    assert "1 test files not read" in corpus.about
+    for split in ("train", "validation"):
+        texts = [document.text for document in corpus.documents(split)]
+        assert texts == [f"{split} document {k}" for k in range(60)]
+
+
+# --- text as people write it ------------------------------------------------------------------------------------------
+
+
+def moses(line: str) -> str:
+    """Puts a line into WikiText's style, as the Moses tokenizer does."""
+    line = re.sub(r"(?<=\w)-(?=\w)", " @-@ ", line)
+    line = re.sub(r"(?<=\d)([.,])(?=\d)", r" @\1@ ", line)
+    line = re.sub(r"(?<!\w)'|'(?!\w)", " ' ", line)
+    line = re.sub(r"(?<=\w)'(?=\w)", " '", line)  # ship 's
+    line = re.sub(r"([^\w\s.,'@-])", r" \1 ", line)
+    line = re.sub(r"(?<!@)([.,])(?= |$)(?!@)", r" \1 ", line)
+    return " " + " ".join(line.split()) + " \n"
+
+
+ORIGINALS = """The ship's crew (4,386 men) didn't sail; they'd wait 0.75 hours: 79% had left by 10:30.
+"It's a well-known up-to-date song", said O'Neill, "isn't it?"
+The red-tipped lobster costs $5.70, US$3 or £1,000 and/or less; at 30 °C it dies!
+He called the "so-called 'free' men" [sic] in the dogs' kennel.
+"A quotation that goes on in the next paragraph
+The players' clubs, the boys' and the girls' teams won 3:1.
+She moved in the '80s – and came back.
+It lay at 45° N; the word 'means' means it (he said: "stop").
+= A title: the king's =
+== A section ==
+=== One below, it's short ==="""
+
+
+@pytest.mark.parametrize("original", ORIGINALS.split("\n"))
+def test_natural_text_restores_the_original(original):
+    stored = moses(original)
+    assert stored.count(" ") > original.count(" ") + 1
+    assert pico.natural_text(stored) == original + "\n"
+    assert pico.natural_text(stored * 3) == (original + "\n") * 3  # line by line
+
+
+def test_text_style_is_a_choice_and_words_are_counted_as_stored(tmp_path):
+    lines = [moses(line) for line in ORIGINALS.split("\n")]
+    parquet(tmp_path / "train.parquet", [" = Title = \n", *lines])
+    parquet(tmp_path / "valid.parquet", [" = Title = \n", *lines])
+    natural, stored = (pico.choose_corpus(str(tmp_path), text_style=style) for style in ("natural", "stored"))
+    assert natural.key != stored.key
+    assert "Moses style undone" in natural.about and "in Moses style" in stored.about
+    for split in ("train", "validation"):
+        a, b = (pico.prepare_tokens(corpus, split, tmp_path / "data") for corpus in (natural, stored))
+        assert a.folder != b.folder and len(a.tokens) < len(b.tokens)
+        assert a.n_words == b.n_words == sum(len(line.split()) + 1 for line in [" = Title = \n", *lines])
+        assert "4,386 men" in pico.get_tokenizer().decode(a.tokens)
+        assert "4 @,@ 386 men" in pico.get_tokenizer().decode(b.tokens)
+
+
+def test_text_that_is_natural_stays_untouched(tmp_path):
+    texts = ["An English text, with commas, and ' a \" b ( c.", "Another, say /usr / bin , once."]
+    parquet(tmp_path / "a.parquet", texts * 3)
+    corpora = [pico.choose_corpus(str(tmp_path), text_style=style) for style in pico.TEXT_STYLES]
+    assert {d.text for d in corpora[0].documents("train")} == set(texts)
+    assert corpora[0].key == corpora[1].key and "Moses" not in corpora[0].about
 
 
 def test_a_folder_is_read_in_part_and_holds_out_without_validation_files(tmp_path):
@@ -248,6 +362,50 @@ def test_tokens_are_made_once_for_each_corpus_and_settings(corpus_folder, tmp_pa
     assert len(half.tokens) < len(first.tokens) and half.folder != first.folder
     monkeypatch.setattr(pico.Tokenizer, "encode_batch", lambda *_: pytest.fail("tokenised a second time"))
     assert np.array_equal(pico.prepare_tokens(corpus, "train", tmp_path).tokens, first.tokens)
+
+
+def zero_half(path):
+    with open(path, "rb+") as file:
+        file.seek(path.stat().st_size // 2)
+        file.write(bytes(path.stat().st_size // 2))
+
+
+DAMAGES = {
+    "half": lambda folder: os.truncate(folder / "tokens.bin", (folder / "tokens.bin").stat().st_size // 2),
+    "odd": lambda folder: os.truncate(folder / "tokens.bin", (folder / "tokens.bin").stat().st_size - 1),
+    "zeros": lambda folder: zero_half(folder / "tokens.bin"),
+    "empty": lambda folder: os.truncate(folder / "tokens.bin", 0),
+    "no starts": lambda folder: (folder / "starts.bin").unlink(),
+    "wrong starts": lambda folder: zero_half(folder / "starts.bin"),
+    "empty meta": lambda folder: os.truncate(folder / "meta.json", 0),
+    "other meta": lambda folder: (folder / "meta.json").write_text("[1]"),
+    "no checksum": lambda folder: (folder / "meta.json").write_text('{"corpus": "c", "about": "", "n_words": 1}'),
+    "no files": lambda folder: [path.unlink() for path in folder.iterdir()],
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_token_files_are_made_anew_with_one_line(tmp_path, corpus_folder, damage, capsys):
+    corpus = pico.choose_corpus(str(corpus_folder))
+    first = pico.prepare_tokens(corpus, "train", tmp_path)
+    tokens, starts, n_words = np.array(first.tokens), first.starts, first.n_words
+    del first
+    DAMAGES[damage](tmp_path / next(tmp_path.iterdir()).name)
+    capsys.readouterr()
+    again = pico.prepare_tokens(corpus, "train", tmp_path)
+    assert np.array_equal(again.tokens, tokens) and np.array_equal(again.starts, starts) and again.n_words == n_words
+    lines = [line for line in capsys.readouterr().out.splitlines() if "damaged" in line]
+    assert len(lines) == 1 and lines[0].endswith("; the corpus is tokenised anew.")
+    assert len(list(tmp_path.iterdir())) == 1
+    pico.prepare_tokens(corpus, "train", tmp_path)
+    assert "damaged" not in capsys.readouterr().out
+
+
+def test_opening_damaged_token_files_is_one_line(tmp_path, corpus_folder):
+    file = pico.prepare_tokens(pico.choose_corpus(str(corpus_folder)), "train", tmp_path)
+    os.truncate(file.folder / "tokens.bin", 100)
+    with pytest.raises(PicoError, match=r"are damaged \(50 tokens where [\d,]+ were written\); remove the folder"):
+        pico.open_tokens(file.folder)
 
 
 def test_an_interrupted_tokenisation_leaves_nothing_behind(tmp_path):
