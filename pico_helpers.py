@@ -76,7 +76,6 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 if TYPE_CHECKING:
-    import jinja2
     import networkx
     import pandas as pd
     from matplotlib.axes import Axes
@@ -4874,15 +4873,8 @@ def draw_study(study: Study, captures: Mapping[str, Sequence[AttentionCapture]],
 # The pages are templates filled with them; each is one file that needs no network.
 # ======================================================================================================================
 
-_VERDICTS = {"supported": "hold", "not supported": "do not hold", "undecided": "are undecided"}
+VERDICTS = ("supported", "not supported", "undecided")
 _ORIGINAL_BROAD = 0.857  # the original study: "85.7% broad, 14.3% specialised"
-_CLAIM_THRESHOLDS = {
-    "min_loss_increase": MIN_LOSS_INCREASE,
-    "significance": SIGNIFICANCE,
-    "null_accuracy": NULL_ACCURACY,
-    "null_attention": NULL_ATTENTION,
-    "null_margin": NULL_MARGIN,
-}
 HEAD_ACTIONS = {  # what a head does whose score of this name is high
     "sink": "parks its attention on the first token",
     "self": "looks at the token itself",
@@ -4893,20 +4885,18 @@ HEAD_ACTIONS = {  # what a head does whose score of this name is high
     "punctuation": "looks at punctuation",
     "rare": "looks at the least frequent token so far",
 }
-_CLASS_SCORES = {  # the scores that a class rests on
+_CLASS_SCORES = {  # of the specialised classes: the scores they rest on
     "Diagonal/Self": ("self", "previous"),
     "Local Context": ("local",),
     "Token-Specific": ("duplicate", "induction", "punctuation", "rare"),
 }
-_CLASS_TARGETS = {  # what the heads of a class look at
-    "Diagonal/Self": "the token itself or the one before it",
-    "Local Context": "the last three tokens",
-    "Token-Specific": "certain tokens",
-}
-_NO_ACTION = {  # what a head of the other classes does
-    "Global/Broad": "spreads its attention over all tokens",
-    "Mixed": "does nothing that these scores have a name for",
-    "Resting": "rests: nearly all of its attention is on the first token",
+_CLASS_ACTIONS = {  # of all classes: what their heads do
+    "Diagonal/Self": "look at the token itself or the one before it",
+    "Local Context": "look at the last three tokens",
+    "Token-Specific": "look at certain tokens",
+    "Global/Broad": "spread their attention over all tokens",
+    "Mixed": "do nothing that the scores have a name for",
+    "Resting": "rest, with nearly all of their attention on the first token",
 }
 
 
@@ -4923,48 +4913,38 @@ def study_findings(study: Study, about: Mapping[str, str] | None = None) -> dict
     ablating all its heads costs more than nearly all random sets of as many others (p < SIGNIFICANCE). "Not supported"
     needs an interval that excludes MIN_LOSS_INCREASE.
     """
-    statements = [
-        *_class_statements(study),
-        *_score_statements(study),
-        *_ablation_statements(study),
-        *_language_statements(study.language),
-    ]
-    return _plain(
-        {
-            "about": dict(about or {}),
-            "settings": study.settings | _language_settings(study.language),
-            "thresholds": vars(study.thresholds) | _CLAIM_THRESHOLDS,
-            "headline": _headline(study, statements),
-            "statements": statements,
-            "class_shares": study.shares,
-            "categories": study.categories,
-            "score_baselines": study.baselines,
-            "head_scores": study.scores,
-            "ablation": study.ablation,
-            "class_ablation": study.class_ablation,
-            "similarity": {
-                "noise_floor": study.noise_floor,
-                "noise_floor_without_sink": study.noise_floor_without_sink,
-                "distances": np.round(study.distances, 4),
-                "distances_without_sink": np.round(study.distances_without_sink, 4),
-            },
-            "language": study.language,
-        }
-    )
+    parts = (_class_statements, _score_statements, _ablation_statements, _language_statements)
+    keys = ("topic", "claim", "verdict", "evidence")
+    statements = [dict(zip(keys, row, strict=True)) for part in parts for row in part(study)]
+    claims = {"min_loss_increase": MIN_LOSS_INCREASE, "significance": SIGNIFICANCE, "null_accuracy": NULL_ACCURACY}
+    claims |= {"null_attention": NULL_ATTENTION, "null_margin": NULL_MARGIN}
+    findings = {
+        "about": dict(about or {}),
+        "settings": study.settings,
+        "thresholds": vars(study.thresholds) | claims,
+        "headline": _headline(study, statements),
+        "statements": statements,
+        "class_shares": study.shares,
+        "categories": study.categories,
+        "score_baselines": study.baselines,
+        "head_scores": study.scores,
+        "ablation": study.ablation,
+        "class_ablation": study.class_ablation,
+        "similarity": {
+            "noise_floor": study.noise_floor,
+            "noise_floor_without_sink": study.noise_floor_without_sink,
+            "distances": np.round(study.distances, 4),
+            "distances_without_sink": np.round(study.distances_without_sink, 4),
+        },
+        "language": study.language,
+    }
 
+    def plain(value: object) -> object:
+        if hasattr(value, "to_json"):
+            return json.loads(value.to_json(orient="records", double_precision=15))  # NaN becomes null
+        return value.tolist() if hasattr(value, "tolist") else str(value)
 
-def _language_settings(language: pd.DataFrame) -> dict:
-    names = [name for name in ("n_items", "n_heads", "n_draws") if name in language]
-    return {f"language_{name}": language[name].iloc[0] for name in names}
-
-
-def _statement(topic: str, claim: str, verdict: str, evidence: str) -> dict:
-    return {"topic": topic, "claim": claim, "verdict": verdict, "evidence": evidence}
-
-
-def _percent(row: Mapping[str, float]) -> str:
-    share, low, high = (f"{row[key]:.1%}" for key in ("share", "low", "high"))
-    return share if low == high else f"{share} ({low} to {high})"
+    return json.loads(json.dumps(findings, default=plain))
 
 
 def _windows(table: pd.DataFrame) -> pd.DataFrame:
@@ -4972,203 +4952,158 @@ def _windows(table: pd.DataFrame) -> pd.DataFrame:
     return table[table["source"] == "windows"]
 
 
+def _with_interval(row: Mapping[str, float], key: str, form: Callable[[float], str]) -> str:
+    value, low, high = (form(row[name]) for name in (key, "low", "high"))
+    return value if low == high else f"{value} ({low} to {high})"
+
+
+def _percent(row: Mapping[str, float]) -> str:
+    return _with_interval(row, "share", "{:.1%}".format)
+
+
 def _shares_of(study: Study, name: str) -> dict[str, pd.Series]:
     """Rows of study.shares for one class by model, on held-out text."""
-    rows = _windows(study.shares)
-    return {row["model"]: row for _, row in rows[rows["class"] == name].iterrows()}
+    rows = _windows(study.shares).query("`class` == @name")
+    return {row["model"]: row for _, row in rows.iterrows()}
 
 
-def _beyond_untrained(rows: dict[str, pd.Series]) -> bool:
+def _is_found(study: Study, name: str) -> bool:
+    """Whether the share of a class on held-out text is beyond that of untrained models."""
+    rows = _shares_of(study, name)
     return rows["trained"]["low"] > max(rows["untrained"]["high"], rows["uniform"]["high"])
 
 
-def _found_classes(study: Study) -> list[str]:
-    """The specialised classes whose share on held-out text is beyond that of untrained models."""
-    return [name for name in SPECIALISED_CLASSES if _beyond_untrained(_shares_of(study, name))]
+def _apart(one: Mapping[str, float], other: Mapping[str, float]) -> bool:
+    return one["low"] > other["high"] or one["high"] < other["low"]
 
 
-def _class_statements(study: Study) -> Iterator[dict]:
-    special, broad, found = _shares_of(study, "Specialised"), _shares_of(study, "Global/Broad"), _found_classes(study)
+def _class_statements(study: Study) -> Iterator[tuple[str, ...]]:
+    special, broad = _shares_of(study, "Specialised"), _shares_of(study, "Global/Broad")
     more = special["trained"]["share"] > special["untrained"]["high"]
-    yield _statement(
-        "Classes",
-        "Some heads are specialised, more than in untrained models",
-        "supported" if _beyond_untrained(special) else "undecided" if more else "not supported",
-        f"{_percent(special['trained'])} of the heads are, {_percent(special['untrained'])} in untrained models.",
-    )
+    verdict = "supported" if _is_found(study, "Specialised") else "undecided" if more else "not supported"
+    evidence = f"{_percent(special['trained'])} of the heads are, {_percent(special['untrained'])} in untrained models."
+    yield "Classes", "Some heads are specialised, more than in untrained models", verdict, evidence
+    found = {name: _shares_of(study, name) for name in SPECIALISED_CLASSES if _is_found(study, name)}
     if found:
-        changes = []
-        for name in found:
-            rows = _shares_of(study, name)
-            own, shuffled = rows["trained"], rows["shuffled"]
-            if own["low"] > shuffled["high"] or own["high"] < shuffled["low"]:
-                changes.append(f"“{CLASS_LABELS[name]}” {_percent(own)}, on shuffled tokens {_percent(shuffled)}")
+        changes = [
+            f"{CLASS_LABELS[name]}: {_percent(rows['trained'])}, on shuffled tokens {_percent(rows['shuffled'])}"
+            for name, rows in found.items()
+            if _apart(rows["trained"], rows["shuffled"])
+        ]
+        claim = "Which classes the heads fall into depends on the order of the words"
         evidence = "; ".join(changes) or "On shuffled tokens the share of every class stays within its interval"
-        yield _statement(
-            "Classes",
-            "Which classes the heads fall into depends on the order of the words",
-            "supported" if changes else "undecided",
-            f"{evidence}. Tested by the shares of the classes only.",
-        )
-    agrees = broad["trained"]["low"] <= _ORIGINAL_BROAD <= broad["trained"]["high"]
-    apart = broad["trained"]["high"] < broad["untrained"]["low"] or broad["trained"]["low"] > broad["untrained"]["high"]
-    yield _statement(
+        yield "Classes", claim, "supported" if changes else "undecided", evidence + "."
+    own, untrained = broad["trained"], broad["untrained"]
+    agrees = own["low"] <= _ORIGINAL_BROAD <= own["high"]
+    yield (
         "Classes",
         f"{_ORIGINAL_BROAD:.1%} of the heads attend broadly and the rest are specialised (the original study)",
-        "not supported" if not agrees else "supported" if apart else "undecided",
-        f"{_percent(broad['trained'])} attend broadly here; in untrained models {_percent(broad['untrained'])}: a "
-        "model has broad heads before it learns anything. The original's averages over short sentences mostly reflect "
-        "the length of the sentence, and it gave no baseline.",
+        "not supported" if not agrees else "supported" if _apart(own, untrained) else "undecided",
+        f"{_percent(own)} attend broadly here, in untrained models {_percent(untrained)}: a model has broad heads "
+        "before it learns anything. The original's averages over short sentences mostly reflect their length.",
     )
 
 
-def _score_statements(study: Study) -> Iterator[dict]:
-    best_scores, heads = _windows(study.baselines), _windows(study.scores)
-    best_scores = best_scores[best_scores["statistic"] == "max"]
+def _score_statements(study: Study) -> Iterator[tuple[str, ...]]:
+    highest, heads = _windows(study.baselines).query("statistic == 'max'"), _windows(study.scores)
     for score, action in HEAD_ACTIONS.items():
-        rows = {row["model"]: row for _, row in best_scores[best_scores["score"] == score].iterrows()}
-        own, untrained, tau = rows["trained"], rows["untrained"], study.thresholds.tau[score]
+        rows = {row["model"]: row for _, row in highest[highest["score"] == score].iterrows()}
+        own, limit, tau = rows["trained"], rows["untrained"]["high"], study.thresholds.tau[score]
         best = heads.loc[heads[score].idxmax()]
-        value = f"{number(own['mean'])} ({number(own['low'])} to {number(own['high'])})"
-        name = head_name(best["layer"], best["head"])
+        name, value = head_name(best["layer"], best["head"]), _with_interval(own, "mean", number)
         if own["mean"] < tau:
             verdict, evidence = "not supported", f"No head does this (highest score {number(own['mean'])})."
-        elif own["low"] >= tau and own["low"] > untrained["high"]:
-            verdict, evidence = "supported", f"{name} does so most, with a score of {value}"
-            evidence += f"; no untrained head exceeds {number(untrained['high'])}."
+        elif own["low"] >= tau and own["low"] > limit:
+            verdict, evidence = "supported", f"{name} scores {value}; no untrained head exceeds {number(limit)}."
         else:
-            verdict, evidence = (
-                "undecided",
-                f"{name} comes closest, with a score of {value}, which is not clearly above ",
-            )
-            evidence += f"the threshold of {number(tau)} or the best untrained head ({number(untrained['high'])})."
-        yield _statement("Heads", f"A head {action}", verdict, evidence)
+            verdict, evidence = "undecided", f"The best head, {name}, scores {value}: not clearly above the "
+            evidence += f"threshold of {number(tau)} and the best untrained head ({number(limit)})."
+        yield "Heads", f"A head {action}", verdict, evidence
 
 
-def _ablation_statements(study: Study) -> Iterator[dict]:
-    table, n_windows = study.ablation, study.settings["ablation_windows"]
-    matters, limit = heads_that_matter(table, n_windows)
+def _ablation_statements(study: Study) -> Iterator[tuple[str, ...]]:
+    table = study.ablation
+    matters, limit = heads_that_matter(table, study.settings["ablation_windows"])
     names = [head_name(row.layer, row.head) for row in table[matters].itertuples()]
-    top = table.loc[table["loss_increase"].idxmax()]
+    top = max(table.itertuples(), key=lambda row: row.loss_increase)
     bound = (table["loss_increase"] + limit * table["standard_error"]).max()
-    evidence = f"Replaced by its mean output, {head_name(int(top['layer']), int(top['head']))} costs most: "
-    evidence += (
-        f"{number(top['loss_increase'], 3)} nats per token (standard error {number(top['standard_error'], 3)}). "
-    )
-    if names:
-        evidence += f"Beyond noise, {len(names)} of {len(table)} heads matter: {', '.join(names)}."
-    else:
-        evidence += f"No head matters beyond noise, and none costs more than {number(bound, 4)}."
     verdict = "supported" if names else "not supported" if bound < MIN_LOSS_INCREASE else "undecided"
-    yield _statement("Ablation", "Single heads matter for the prediction of held-out text", verdict, evidence)
+    evidence = f"Beyond noise, {len(names)} of {len(table)} heads matter{': ' * bool(names)}{', '.join(names)}. "
+    evidence += f"Without {head_name(top.layer, top.head)} the loss rises most, by {number(top.loss_increase, 3)} nats "
+    evidence += f"per token (standard error {number(top.standard_error, 3)}); for any head by at most "
+    evidence += f"{number(bound, 3)} at the same confidence."
+    yield "Ablation", "Single heads matter for the prediction of held-out text", verdict, evidence
     for row in _tested_classes(study).itertuples():
-        cost = f"{number(row.loss_increase, 3)} nats per token ({number(row.low, 3)} to {number(row.high, 3)})"
-        evidence = f"Removed together, the {row.n_heads} heads cost {cost}"
+        evidence = f"Removed together, the {row.n_heads} heads cost {number(row.loss_increase, 3)} nats per token "
+        evidence += f"({number(row.low, 3)} to {number(row.high, 3)}); "
         if row.n_random_sets:
-            evidence += (
-                f"; {row.n_random_sets} random sets of as many other heads, of the same layers where they have enough, "
-                f"cost {number(row.random_loss_increase, 3)} on average (p = {row.p_value:.2g})."
-            )
+            evidence += f"{row.n_random_sets} random sets of as many others, of the same layers where possible, cost "
+            evidence += f"{number(row.random_loss_increase, 3)} on average (p = {row.p_value:.2g})."
         else:
-            evidence += f". Of {len(table)} heads too few others are left for a set of equal size to compare with."
-        claim = f"“{CLASS_LABELS[row.name]}” heads matter for the prediction, more than as many others"
-        yield _statement("Ablation", claim, row.verdict, evidence)
+            evidence += "too few others are left for a set of equal size to compare with."
+        claim = f"The heads that {_CLASS_ACTIONS[row.name]} matter more for the prediction than as many others"
+        yield "Ablation", claim, row.verdict, evidence
 
 
 def _tested_classes(study: Study) -> pd.DataFrame:
-    """study.class_ablation of the classes that were found, with columns name and verdict."""
-    table = study.class_ablation
-    table = table[table["class"].isin(_found_classes(study))].rename(columns={"class": "name"})
+    """study.class_ablation of the classes found on held-out text, with columns name and verdict."""
+    table = study.class_ablation.rename(columns={"class": "name"})
+    table = table[table["name"].isin([name for name in SPECIALISED_CLASSES if _is_found(study, name)])]
     exceeds = (table["loss_increase"] >= MIN_LOSS_INCREASE) & (table["p_value"] < SIGNIFICANCE)
-    excluded = table["high"] < MIN_LOSS_INCREASE
-    return table.assign(verdict=np.select([excluded, exceeds], ["not supported", "supported"], "undecided"))
+    verdicts = np.select([table["high"] < MIN_LOSS_INCREASE, exceeds], ["not supported", "supported"], "undecided")
+    return table.assign(verdict=verdicts)
 
 
-def _language_statements(language: pd.DataFrame) -> Iterator[dict]:
-    for row in language.itertuples():
-        scope = PHENOMENA[row.phenomenon].about if row.phenomenon in PHENOMENA else ""
+def _language_statements(study: Study) -> Iterator[tuple[str, ...]]:
+    for row in study.language.itertuples():
         cost = f"Without {row.heads} the loss on held-out text rises by {number(row.loss_increase, 3)} nats per token, "
         cost += f"without random heads by {number(row.random_loss_increase, 3)}."
-        evidence = "\n".join(filter(None, (row.reason, cost, scope)))
-        yield _statement("Language", row.claim, row.verdict, evidence)
+        scope = PHENOMENA[row.phenomenon].about if row.phenomenon in PHENOMENA else ""
+        yield "Language", row.claim, row.verdict, "\n".join([row.reason, cost, scope]).strip()
 
 
-def _listed(items: Sequence[str], word: str = "and") -> str:
-    return f" {word} ".join(filter(None, [", ".join(items[:-1]), *items[-1:]]))
+def _listed(items: Sequence[str]) -> str:
+    return " and ".join(filter(None, [", ".join(items[:-1]), *items[-1:]]))
 
 
 def _headline(study: Study, statements: Sequence[dict]) -> list[str]:
     """The lead of the report in words: what the heads do, beside baselines, what removing them costs, and language."""
-    lines = [_specialised_sentence(study)]
+    heads, rows = _windows(study.scores), _shares_of(study, "Specialised")
+    n, counts = len(heads), heads["class"].value_counts()
+    kinds = [f"{counts[name]} {_CLASS_ACTIONS[name]}" for name in SPECIALISED_CLASSES if name in counts]
+    if "Token-Specific" in counts:
+        targets = heads.loc[heads["class"] == "Token-Specific", list(_CLASS_SCORES["Token-Specific"])].idxmax(axis=1)
+        kinds[-1] += f", mostly at {HEAD_ACTIONS[targets.mode()[0]].removeprefix('looks at ')}"
+    n_special = sum(counts.get(name, 0) for name in SPECIALISED_CLASSES)
+    n_untrained, n_shuffled = round(n * rows["untrained"]["high"]), round(n * rows["shuffled"]["share"])
+    lines = [f"{n_special} of the {n} heads specialise on held-out text{': ' * bool(kinds)}{_listed(kinds)}."]
     if all(row["verdict"] != "supported" for row in statements):
-        lines = [f"This study finds nothing: none of the {len(statements)} claims tested is supported.", *lines]
-    rows = _shares_of(study, "Specialised")
-    heads = _windows(study.scores)
-    n, n_special = len(heads), int(heads["class"].isin(SPECIALISED_CLASSES).sum())
-    n_shuffled, n_untrained = (round(n * row) for row in (rows["shuffled"]["share"], rows["untrained"]["high"]))
-    untrained = f"at most {n_untrained} of {n} do" if n_untrained else "none does"
+        lines.insert(0, f"This study finds nothing: none of the {len(statements)} claims tested is supported.")
     lines.append(
-        f"In untrained models of the same shape {untrained}; on text whose words are shuffled, {n_shuffled} of {n} do"
+        f"In untrained models of the same shape {f'up to {n_untrained}' if n_untrained else 'none'} do. On text whose "
+        f"words are shuffled, {n_shuffled} still do"
         + (", so that the classes say little about the order of words." if 2 * n_shuffled > n_special > 0 else ".")
     )
-    lines += _cost_sentences(study)
-    verdicts = study.language["verdict"] if len(study.language) else []
-    parts = []
-    for verdict, words in _VERDICTS.items():
-        names = [row.phenomenon for row in study.language.itertuples() if row.verdict == verdict]
-        if names:
-            parts.append(f"{len(names)} {words if len(names) > 1 else words.replace('are', 'is')} ({_listed(names)})")
-    if parts:
-        lines.append(f"Of {len(verdicts)} claims about language, {_listed(parts)}.")
-    broad = int((heads["class"] == "Global/Broad").sum())
-    lines.append(
-        "The original study, the notebook that this project began with, sorted heads by the plain averages of their "
-        f"attention and found {_ORIGINAL_BROAD:.1%} of them to attend broadly. Corrected for chance, {broad} of {n} do."
-    )
-    return lines
-
-
-def _specialised_sentence(study: Study) -> str:
-    heads = _windows(study.scores)
-    parts = []
-    for name in SPECIALISED_CLASSES:
-        members = heads[heads["class"] == name]
-        if len(members):
-            parts.append(f"{len(members)} on {_CLASS_TARGETS[name]}")
-        if len(members) and name == "Token-Specific":
-            kinds = members[list(_CLASS_SCORES[name])].idxmax(axis=1)
-            parts[-1] += f", mostly {HEAD_ACTIONS[kinds.mode()[0]].removeprefix('looks at ')}"
-    n_special = int(heads["class"].isin(SPECIALISED_CLASSES).sum())
-    if not n_special:
-        return f"No head of {len(heads)} specialises on held-out text."
-    return f"{n_special} of the {len(heads)} heads specialise on held-out text: {_listed(parts)}."
-
-
-def _cost_sentences(study: Study) -> Iterator[str]:
     tested = _tested_classes(study)
     for row in tested[tested["verdict"] == "supported"].itertuples():
-        yield (
-            f"Removing the {row.n_heads} heads on {_CLASS_TARGETS[row.name]} raises the loss on held-out text by "
-            f"{number(row.loss_increase)} nats per token, removing as many others {number(row.random_loss_increase)}."
+        lines.append(
+            f"Without the {row.n_heads} heads that {_CLASS_ACTIONS[row.name]}, the loss on held-out text rises by "
+            f"{number(row.loss_increase)} nats per token, without as many others by {number(row.random_loss_increase)}."
         )
-    rest = [_CLASS_TARGETS[row.name] for row in tested[tested["verdict"] != "supported"].itertuples()]
-    if rest:
-        yield f"Removing the heads on {_listed(rest, 'or on')} is not shown to cost more than removing as many others."
-
-
-def _plain(value: object) -> object:
-    """The value as JSON holds it: tables as lists of rows, NaN and infinity as None."""
-    if hasattr(value, "to_dict") and hasattr(value, "columns"):
-        return _plain(value.to_dict("records"))
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, (np.ndarray, np.generic)):
-        return _plain(value.tolist())
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    return value if isinstance(value, (str, int, bool, type(None))) else str(value)
+    if rest := [f"“{CLASS_LABELS[name]}”" for name in tested.loc[tested["verdict"] != "supported", "name"]]:
+        lines.append(f"That the {_listed(rest)} heads matter more than as many others is not shown.")
+    groups = [
+        (name, [row.phenomenon for row in study.language.itertuples() if row.verdict == name]) for name in VERDICTS
+    ]
+    parts = [f"{len(g)} {'is' if len(g) == 1 else 'are'} {name} ({_listed(g)})" for name, g in groups if g]
+    if parts:
+        lines.append(f"Of {len(study.language)} claims about language, {_listed(parts)}.")
+    lines.append(
+        "The original study, the notebook that this project began with, sorted heads by the plain averages of their "
+        f"attention and found {_ORIGINAL_BROAD:.1%} of them to attend broadly. Corrected for chance, "
+        f"{counts.get('Global/Broad', 0)} of {n} do."
+    )
+    return lines
 
 
 def write_findings(path: str | Path, findings: dict) -> Path:
@@ -5179,21 +5114,12 @@ def write_findings(path: str | Path, findings: dict) -> Path:
 # -- Report
 
 
-@functools.cache
-def _template(text: str) -> jinja2.Template:
-    import jinja2
-
-    options = {"autoescape": True, "undefined": jinja2.StrictUndefined, "trim_blocks": True}
-    return jinja2.Environment(**options).from_string(text)
-
-
 def _render(template: str, **values: object) -> str:
     """Fills a template; every text is escaped unless the template says that it is HTML already."""
-    return _template(template).render(values)
+    from jinja2 import Environment, StrictUndefined
 
-
-def _page(title: str, style: str, body: str) -> str:
-    return _render(_PAGE_HTML, title=title, style=_PAGE_CSS + style, body=body)
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
+    return environment.from_string(template).render(values)
 
 
 def _table(rows: Sequence[dict], columns: Mapping[str, str], by: str = "", digits: int = 2) -> str:
@@ -5201,33 +5127,30 @@ def _table(rows: Sequence[dict], columns: Mapping[str, str], by: str = "", digit
     import pandas as pd
 
     frame = pd.DataFrame(rows)
-    if {"layer", "head"} <= set(frame):
-        frame["head"] = list(map(head_name, frame["layer"], frame["head"]))
     if frame.empty:
         return ""
+    if {"layer", "head"} <= set(frame):
+        frame["head"] = list(map(head_name, frame["layer"], frame["head"]))
     frame = frame.sort_values(by, ascending=False) if by else frame
-    frame = frame[[name for name in columns if name in frame]].rename(columns=columns)
     show = {bool: lambda value: "yes" if value else "", str: lambda value: CLASS_LABELS.get(value, value)}
     show[float] = lambda value: "–" if math.isnan(value) else number(value, digits)
-    return frame.map(lambda value: show.get(type(value), str)(value)).to_html(index=False, border=0)
+    frame = frame[list(columns)].map(lambda value: show.get(type(value), str)(value))
+    return frame.rename(columns=columns).to_html(index=False, border=0)
 
 
-def _crossed(rows: Sequence[dict], row: str, column: str, show: Callable[[dict], str]) -> list[dict]:
-    """Rows of (row, column, numbers) as one row for each value of `row`, with a cell for each value of `column`."""
-    crossed: dict[str, dict] = {}
-    for cell in rows:
-        crossed.setdefault(cell[row], {row: cell[row]})[cell[column]] = show(cell)
-    return list(crossed.values())
+def _settings_table(findings: dict) -> str:
+    limits = {name: value for name, value in findings["thresholds"].items() if name != "tau"}
+    limits |= {f"threshold of {name}": value for name, value in findings["thresholds"]["tau"].items()}
+    rows = [{"name": name.replace("_", " "), "value": str(v)} for name, v in (limits | findings["settings"]).items()]
+    return _table(rows, {"name": "what", "value": "value"})
 
 
 def _share_table(findings: dict) -> str:
-    rows = [row for row in findings["class_shares"] if row["source"] == "windows"]
-    return _table(_crossed(rows, "class", "model", _percent), {"class": "class", **MODEL_NAMES})
-
-
-def _category_table(findings: dict) -> str:
-    rows = _crossed(findings["categories"], "category", "class", lambda cell: f"{cell['share']:.0%}")
-    return _table(rows, {"category": "sentences", **CLASS_LABELS})
+    rows: dict[str, dict] = {}
+    for row in findings["class_shares"]:
+        if row["source"] == "windows":
+            rows.setdefault(row["class"], {"class": row["class"]})[row["model"]] = _percent(row)
+    return _table(list(rows.values()), {"class": "class", **MODEL_NAMES})
 
 
 def _score_table(findings: dict) -> str:
@@ -5236,38 +5159,21 @@ def _score_table(findings: dict) -> str:
     return _table(rows, {"head": "head", "class": "class", **{name: name.replace("_", " ") for name in HEAD_SCORES}})
 
 
-def _class_ablation_table(findings: dict) -> str:
-    columns = {"class": "class", "n_heads": "heads", "loss_increase": "nats per token", "low": "low", "high": "high"}
-    columns |= {"random_loss_increase": "random heads", "n_random_sets": "random sets", "p_value": "p"}
-    return _table(findings["class_ablation"], columns, "loss_increase", 3)
-
-
 def _ablation_table(findings: dict) -> str:
     columns = {"head": "head", "loss_increase": "nats per token", "standard_error": "standard error"}
     return _table(findings["ablation"], columns | {"matters": "beyond noise"}, "loss_increase", 3)
 
 
 def _language_table(findings: dict) -> str:
-    rows = [
-        row
-        | {
-            "prefers": f"{row['accuracy']:.0%} (untrained {row['untrained_accuracy']:.0%})",
-            "looks": f"{number(100 * row['attention_difference'], 1)} points (p = {row['p_value']:.2g})",
-            "needs": f"{number(row['margin_drop'])} nats (random {number(row['random_margin_drop'])})",
-        }
-        for row in findings["language"]
-    ]
+    def show(row: dict) -> dict:
+        prefers = f"{row['accuracy']:.0%} (untrained {row['untrained_accuracy']:.0%})"
+        looks = f"{number(100 * row['attention_difference'], 1)} points (p = {row['p_value']:.2g})"
+        needs = f"{number(row['margin_drop'])} nats (random {number(row['random_margin_drop'])})"
+        return row | {"prefers": prefers, "looks": looks, "needs": needs}
+
     columns = {"phenomenon": "claim", "verdict": "verdict", "prefers": "prefers the right word", "heads": "heads"}
     columns |= {"looks": "look at the target", "needs": "margin lost without them", "n_items": "items"}
-    return _table(rows, columns)
-
-
-def _settings_table(findings: dict) -> str:
-    limits = {name: value for name, value in findings["thresholds"].items() if name != "tau"}
-    limits |= {f"threshold of {name}": value for name, value in findings["thresholds"]["tau"].items()}
-    settings = (limits | findings["settings"]).items()
-    rows = [{"name": name.replace("_", " "), "value": str(value)} for name, value in settings]
-    return _table(rows, {"name": "what", "value": "value"})
+    return _table(list(map(show, findings["language"])), columns)
 
 
 @dataclass(frozen=True)
@@ -5278,53 +5184,46 @@ class _Section:
     title: str
     topic: str = ""  # of the statements it shows
     pictures: tuple[str, ...] = ()  # how the names of its pictures begin
-    tables: Mapping[str, Callable[[dict], str]] = field(default_factory=dict)  # title: made of the findings
+    table: tuple[str, Callable[[dict], str]] | None = None  # its title, what makes it of the findings
 
 
-_CLASS_TABLES = {"Share of the heads in each class": _share_table, "Classes by kind of sentence": _category_table}
-_ABLATION_TABLES = {"Loss without all heads of a class": _class_ablation_table, "Loss without each": _ablation_table}
 _SECTIONS = (
-    _Section("run", "What was run", "", ("loss",), {"Thresholds and settings": _settings_table}),
+    _Section("run", "What was run", "", ("loss",), ("Thresholds and settings", _settings_table)),
     _Section("read", "How to read an attention map"),
-    _Section("classes", "Classes of heads", "Classes", ("class_", "categor"), _CLASS_TABLES),
-    _Section("scores", "What single heads do", "Heads", ("score", "head_emergence"), {"All scores": _score_table}),
-    _Section("ablation", "Which heads matter", "Ablation", ("ablation",), _ABLATION_TABLES),
-    _Section("language", "Language", "Language", ("language",), {"The claims in numbers": _language_table}),
+    _Section("classes", "Classes of heads", "Classes", ("class_", "categor"), ("Shares in numbers", _share_table)),
+    _Section("scores", "What single heads do", "Heads", ("score", "head_"), ("Scores of every head", _score_table)),
+    _Section("ablation", "Which heads matter", "Ablation", ("ablation",), ("Loss without each head", _ablation_table)),
+    _Section("language", "Language", "Language", ("language",), ("The claims in numbers", _language_table)),
     _Section("spread", "Spread and reach", "", ("entropy",)),
     _Section("similarity", "Which heads look alike", "", ("similarity",)),
     _Section("sentences", "The sentences"),
     _Section("next", "What to try next"),
-    _Section("glossary", "Glossary"),
+    _Section("terms", "Terms"),
 )
 
 
 def write_report(path: str | Path, findings: dict, pictures: Sequence[Picture]) -> Path:
     """Writes the report as one HTML page. `findings` as of `study_findings`, `pictures` as of `draw_study`."""
-    shown = [dict(vars(p), name=p.path.stem, data=base64.b64encode(p.path.read_bytes()).decode()) for p in pictures]
-    of_model = [picture for picture in shown if picture["group"] == "Model"]
+    shown = [vars(p) | {"name": p.path.stem, "data": base64.b64encode(p.path.read_bytes()).decode()} for p in pictures]
     if not any(row["sink_flag"] for row in findings["head_scores"]):
-        of_model = [picture for picture in of_model if not picture["name"].endswith("_without_sink")]
-    groups: dict[str, list[dict]] = {}
-    for picture in shown:
-        if picture["group"] != "Model":
-            groups.setdefault(picture["group"], []).append(picture)
-    examples = [picture for members in groups.values() for picture in members if picture["name"].endswith("_heads")]
+        shown = [picture for picture in shown if not picture["name"].endswith("_without_sink")]
+    of_sentences = [picture for picture in shown if picture["group"] != "Model"]
     sections = []
     for section in _SECTIONS:
-        chosen = [picture for picture in of_model if picture["name"].startswith(section.pictures or ("?",))]
-        sections.append(
-            vars(section)
-            | {
-                "text": _REPORT_TEXTS[section.anchor].format(rule=CLASS_RULE),
-                "statements": [row for row in findings["statements"] if row["topic"] == section.topic],
-                "pictures": examples[:1] if section.anchor == "read" else chosen,
-                "tables": {title: make(findings) for title, make in section.tables.items()},
-                "groups": groups if section.anchor == "sentences" else {},
-                "about": findings["about"] if section.anchor == "run" else {},
-            }
-        )
+        begins = section.pictures or ("?",)
+        content = vars(section) | {
+            "text": _REPORT_TEXTS[section.anchor].replace("CLASS_RULE", CLASS_RULE),
+            "about": findings["about"] if section.anchor == "run" else {},
+            "statements": [row for row in findings["statements"] if row["topic"] == section.topic],
+            "pictures": [p for p in shown if p["group"] == "Model" and p["name"].startswith(begins)],
+            "table": (section.table[0], section.table[1](findings)) if section.table else (),
+            "folded": of_sentences if section.anchor == "sentences" else [],
+        }
+        if section.anchor == "read":
+            content["pictures"] = [p for p in of_sentences if p["name"].endswith("_heads")][:1]
+        sections.append(content)
     body = _render(_REPORT_HTML, headline=findings["headline"], sections=sections)
-    return write_text(path, _page("Attention report", _REPORT_CSS, body))
+    return write_text(path, _render(_PAGE_HTML, title="Attention report", style=_PAGE_CSS + _REPORT_CSS, body=body))
 
 
 _STUDY_PICTURE = re.compile(  # the names that studies, also earlier ones, give their pictures
@@ -5339,9 +5238,8 @@ def remove_old_pictures(folder: str | Path) -> None:
     folder = Path(folder)
     for path in [path for path in folder.glob("*/*") if _STUDY_PICTURE.fullmatch(path.relative_to(folder).as_posix())]:
         path.unlink()
-    for place in [place for place in folder.glob("*/") if not place.is_symlink()]:
         with contextlib.suppress(OSError):  # not empty
-            place.rmdir()
+            path.parent.rmdir()
 
 
 # -- Explorer
@@ -5369,26 +5267,20 @@ def explorer_html(
     if not flat:
         raise PicoError("The explorer needs at least one sentence.")
     n_layer, n_head = flat[0][1].weights.shape[:2]
-    pairs = [(layer, head) for layer in range(n_layer) for head in range(n_head)]
-    heads = [{"name": head_name(layer, head), "does": "", "scores": "", "best": ("", 0.0)} for layer, head in pairs]
+    pairs = itertools.product(range(n_layer), range(n_head))
+    heads = [{"name": head_name(*pair), "does": "", "scores": "", "best": "", "score": 0.0} for pair in pairs]
     for row in scores.to_dict("records") if scores is not None else ():
         heads[row["layer"] * n_head + row["head"]] |= _describe_head(row)
-    order = sorted(range(len(heads)), key=lambda i: (heads[i]["best"][0] != "induction", -heads[i]["best"][1]))
+    order = sorted(range(len(heads)), key=lambda i: (heads[i]["best"] != "induction", -heads[i]["score"]))
     repeats = [1 - len(set(capture.token_ids)) / len(capture.token_ids) for _, capture in flat]
-    opens_on_repeats = heads[order[0]]["best"][0] in ("induction", "duplicate")
     data = {
         "nHead": n_head,
         "heads": heads,
         "telling": order[:2],  # the heads that the page opens on, alone or side by side
-        "text": int(np.argmax(repeats)) if opens_on_repeats else 0,
+        "text": int(np.argmax(repeats)) if heads[order[0]]["best"] in ("induction", "duplicate") else 0,
         "texts": [
-            {
-                "category": name,
-                "text": capture.text,
-                "labels": number_repeats(capture.labels),
-                "maps": _pack_maps(np.asarray(capture.weights)),
-            }
-            for name, capture in flat
+            {"category": name, "text": c.text, "labels": number_repeats(c.labels), "maps": _pack_maps(c.weights)}
+            for name, c in flat
         ],
     }
     text = json.dumps(data, ensure_ascii=False).replace("<", "\\u003c")  # no text can end the script element
@@ -5396,25 +5288,20 @@ def explorer_html(
 
 
 def _describe_head(row: Mapping[str, object]) -> dict[str, object]:
-    """What a head does in words, its scores, and the (name, value) of the score that its class rests on."""
-    deciding = _CLASS_SCORES.get(row["class"], ())
-    best = max(deciding, key=lambda name: row[name], default="")
-    does = HEAD_ACTIONS[best] if best else _NO_ACTION[row["class"]]
-    if row["sink_flag"]:
-        does += " and " + HEAD_ACTIONS["sink"]
-    listed = sorted(KAPPAS, key=lambda name: -row[name])[:3]
-    values = ", ".join(f"{name} {number(row[name])}" for name in listed)
-    return {
-        "does": does,
-        "scores": f"Class: {CLASS_LABELS[row['class']]}. Highest scores: {values} (0 is chance, 1 ideal).",
-        "best": (best, float(row[best]) if best else 0.0),
-    }
+    """What a head does in words, its highest scores, and the score that its class rests on."""
+    best = max(_CLASS_SCORES.get(row["class"], ()), key=lambda name: row[name], default="")
+    does = HEAD_ACTIONS[best] if best else f"belongs to the heads that {_CLASS_ACTIONS[row['class']]}"
+    does += f" and {HEAD_ACTIONS['sink']}" if row["sink_flag"] else ""
+    highest = sorted(KAPPAS, key=lambda name: -row[name])[:3]
+    values = ", ".join(f"{name} {number(row[name])}" for name in highest)
+    text = f"Class: {CLASS_LABELS[row['class']]}. Highest scores: {values} (0 is chance, 1 ideal)."
+    return {"does": does, "scores": text, "best": best, "score": float(row[best]) if best else 0.0}
 
 
-def _pack_maps(weights: np.ndarray) -> str:
+def _pack_maps(weights: Tensor) -> str:
     """Lower triangles of (n_layer, H, T, T) as bytes 0..255, deflated and base64-encoded."""
     rows, columns = np.tril_indices(weights.shape[-1])
-    data = np.rint(255 * weights[:, :, rows, columns]).astype(np.uint8).tobytes()
+    data = np.rint(255 * np.asarray(weights)[:, :, rows, columns]).astype(np.uint8).tobytes()
     return base64.b64encode(zlib.compress(data, 9)).decode()
 
 
@@ -5424,8 +5311,9 @@ def write_explorer(
     scores: pd.DataFrame | None = None,
 ) -> Path:
     """Writes the explorer as one HTML page; arguments as in `explorer_html`."""
-    body = _render(_EXPLORER_PAGE_HTML, explorer=explorer_html(captures, scores, address=True))
-    return write_text(path, _page("Attention explorer", "", body))
+    has_report = Path(path).with_name("attention_report.html").exists()
+    body = _render(_EXPLORER_PAGE_HTML, explorer=explorer_html(captures, scores, address=True), has_report=has_report)
+    return write_text(path, _render(_PAGE_HTML, title="Attention explorer", style=_PAGE_CSS, body=body))
 
 
 # ======================================================================================================================
@@ -6781,23 +6669,21 @@ code { background: var(--panel); padding: .1em .3em; border-radius: 3px; overflo
 
 _REPORT_CSS = """
 figure { margin: 1rem 0; overflow-x: auto; }
-figure img { max-width: 100%; min-width: min(100%, 34rem); height: auto; background: #ffffff; padding: .5rem;
-  box-sizing: border-box; border: 1px solid var(--line); border-radius: 6px; }
+figure img { max-width: 100%; background: #ffffff; padding: .5rem; box-sizing: border-box; border-radius: 6px;
+  border: 1px solid var(--line); }
 @media (max-width: 40rem) { figure img { max-width: none; width: 34rem; } figcaption { position: sticky; left: 0; } }
 @media (prefers-color-scheme: dark) { figure img { filter: brightness(.8); } }
 figcaption, .evidence { color: var(--soft); font-size: .9rem; }
 .evidence { white-space: pre-line; }
 .lead { background: var(--panel); border-radius: 6px; padding: .25rem 1rem; font-size: 1.05rem; max-width: 46rem; }
 nav ul { columns: 2; max-width: 40rem; padding-left: 1.25rem; }
-.statement { border-left: 4px solid var(--line); margin: .75rem 0; padding: 0 0 0 .75rem; }
+.statement { border-left: 4px solid var(--line); margin: .75rem 0; padding-left: .75rem; }
 .statement p { margin: .15rem 0; }
 .supported { border-color: #009e73; } .undecided { border-color: #e69f00; } .not { border-color: #999999; }
-.verdict { font-weight: 600; display: inline-block; }
-.verdict::first-letter { text-transform: uppercase; }
+.statement strong { display: inline-block; } .statement strong::first-letter { text-transform: uppercase; }
 .scroll { overflow: auto; max-height: 32rem; }
-table { border-collapse: collapse; font-size: .88rem; margin: .5rem 0; }
-th, td { border-bottom: 1px solid var(--line); padding: .2rem .6rem; text-align: right; vertical-align: top;
-  font-variant-numeric: tabular-nums; }
+table { border-collapse: collapse; font-size: .88rem; margin: .5rem 0; font-variant-numeric: tabular-nums; }
+th, td { border-bottom: 1px solid var(--line); padding: .2rem .6rem; text-align: right; vertical-align: top; }
 th:first-child, td:first-child { text-align: left; }
 details { margin: .75rem 0; } summary { cursor: pointer; font-weight: 600; }
 dt { font-weight: 600; } dd { margin: 0 0 .5rem 1rem; }
@@ -6830,31 +6716,28 @@ and how much of that an untrained model would show as well.</p>
 {% for section in sections %}
 <h2 id="{{ section.anchor }}">{{ section.title }}</h2>
 {{ section.text|safe }}
-{% if section.about %}
-<dl>
 {% for name, value in section.about.items() %}
-<dt>{{ name }}</dt><dd>{{ value }}</dd>
+<p><strong>{{ name }}:</strong> {{ value }}</p>
 {% endfor %}
-</dl>
-{% endif %}
 {% for row in section.statements %}
 <div class="statement {{ row.verdict }}">
-<p><span class="verdict">{{ row.verdict }}</span> · {{ row.claim }}</p>
+<p><strong>{{ row.verdict }}</strong> · {{ row.claim }}</p>
 <p class="evidence">{{ row.evidence }}</p>
 </div>
 {% endfor %}
-{% for picture in section.pictures if not picture.name.endswith("_sentences") %}
-{{ show(picture) }}
-{% endfor %}
-{% for picture in section.pictures if picture.name.endswith("_sentences") %}
+{% for picture in section.pictures %}
+{% if picture.name.endswith("_sentences") %}
 <details><summary>The same on the study's sentences</summary>{{ show(picture) }}</details>
+{% else %}
+{{ show(picture) }}
+{% endif %}
 {% endfor %}
-{% for title, table in section.tables.items() if table %}
-<details><summary>{{ title }}</summary>
-<div class="scroll" tabindex="0" role="region" aria-label="{{ title }}">{{ table|safe }}</div></details>
-{% endfor %}
-{% for name, members in section.groups.items() %}
-<details><summary>{{ name }} ({{ members|length }} pictures)</summary>
+{% if section.table and section.table[1] %}
+<details><summary>{{ section.table[0] }}</summary>
+<div class="scroll" tabindex="0">{{ section.table[1]|safe }}</div></details>
+{% endif %}
+{% for group, members in section.folded|groupby("group") %}
+<details><summary>{{ group }} ({{ members|length }} pictures)</summary>
 {% for picture in members %}
 {{ show(picture) }}
 {% endfor %}
@@ -6873,8 +6756,8 @@ column is a head that parks its attention on the first token. <code>·</code> ma
 <p>Short maps mislead: in the first rows there is little to choose from, so every head seems to look at itself and at
 the first token. All scores are therefore corrected for chance: 0 is what a head gets that looks everywhere alike, at
 any length of text, and 1 is the ideal head. They are measured on long windows of held-out text.</p>""",
-    "classes": """<p>{rule} Thresholds are so high that untrained heads rarely reach them. Percentages are shares of all
-heads, with 95% bootstrap intervals over texts and, for untrained models, the range over seeds.</p>""",
+    "classes": """<p>CLASS_RULE Thresholds are so high that untrained heads rarely reach them. Percentages are shares of
+all heads, with 95% bootstrap intervals over texts and, for untrained models, the range over seeds.</p>""",
     "scores": """<p>Each kind of looking has a score; a head does it if its score reaches the threshold and lies beyond
 those of untrained models. Intervals are 95% bootstrap intervals over texts.</p>""",
     "ablation": """<p>A pattern is no proof of use. Here each head's output is replaced by its mean, and the loss on
@@ -6896,26 +6779,22 @@ head, the chosen heads, the flow between tokens, and rollout, which follows atte
 <li>Try a sentence of your own: <code>python pico_helpers.py explore "My sentence."</code></li>
 <li>Train a model of your own with <code>python pico_helpers.py train</code>, then study it with
 <code>python pico_helpers.py analyze</code>.</li>
-<li>Every number of this page is in <a href="findings.json">findings.json</a>, each head's scores in
+<li>Read every number of this page in <a href="findings.json">findings.json</a>, each head's scores in
 <a href="head_scores.csv">head_scores.csv</a>.</li>
 </ul>""",
-    "glossary": """<dl>
-<dt>Token</dt><dd>A piece of text, often a word with its leading space. The model reads and writes tokens.</dd>
-<dt>Attention sink</dt><dd>A head that puts its attention on the first token when it has nothing to do (Xiao et al.
-2023; Gu et al. 2024).</dd>
-<dt>Induction</dt><dd>Looking at what followed an earlier copy of the current token, which continues repeated text
-(Olsson et al. 2022). Measured on repeated random tokens with random gaps.</dd>
-<dt>Score (kappa)</dt><dd>Attention on a set of tokens beyond what a uniform head puts there, divided by the most that
-is possible beyond it, in the manner of Cohen's kappa.</dd>
-<dt>Ablation</dt><dd>Replacing a head's output by its mean to see what is lost.</dd>
-<dt>Rollout</dt><dd>Attention multiplied through the layers (Abnar &amp; Zuidema 2020), here minus that of uniform
-heads.</dd>
-<dt>Nat</dt><dd>The unit of loss: 0.69 nats are one bit.</dd>
-</dl>""",
+    "terms": """<p><strong>Token</strong>: a piece of text, often a word with its leading space.
+<strong>Attention sink</strong>: a head that puts its attention on the first token when it has nothing to do (Xiao et
+al. 2023; Gu et al. 2024). <strong>Induction</strong>: looking at what followed an earlier copy of the current token,
+which continues repeated text (Olsson et al. 2022); measured on repeated random tokens. <strong>Score</strong>:
+attention on a set of tokens beyond what a uniform head puts there, divided by the most that is possible beyond it
+(after Cohen's kappa). <strong>Rollout</strong>: attention multiplied through the layers (Abnar &amp; Zuidema 2020),
+here minus that of uniform heads. <strong>Nat</strong>: the unit of loss; 0.69 nats are one bit.</p>""",
 }
 
 _EXPLORER_PAGE_HTML = """<main>
+{% if has_report %}
 <p><a href="attention_report.html">← To the report</a></p>
+{% endif %}
 <h1>Attention explorer</h1>
 <p>For every token, each attention head of the model decides how much to look at the tokens so far. Point at a token to
 see where a head looks from there, click to hold on to it, and pick heads by their small maps.</p>
