@@ -4885,11 +4885,6 @@ HEAD_ACTIONS = {  # what a head does whose score of this name is high
     "punctuation": "looks at punctuation",
     "rare": "looks at the least frequent token so far",
 }
-_CLASS_SCORES = {  # of the specialised classes: the scores they rest on
-    "Diagonal/Self": ("self", "previous"),
-    "Local Context": ("local",),
-    "Token-Specific": ("duplicate", "induction", "punctuation", "rare"),
-}
 _CLASS_ACTIONS = {  # of all classes: what their heads do
     "Diagonal/Self": "look at the token itself or the one before it",
     "Local Context": "look at the last three tokens",
@@ -4947,11 +4942,6 @@ def study_findings(study: Study, about: Mapping[str, str] | None = None) -> dict
     return json.loads(json.dumps(findings, default=plain))
 
 
-def _windows(table: pd.DataFrame) -> pd.DataFrame:
-    """The rows of held-out text, which lead everywhere."""
-    return table[table["source"] == "windows"]
-
-
 def _with_interval(row: Mapping[str, float], key: str, form: Callable[[float], str]) -> str:
     value, low, high = (form(row[name]) for name in (key, "low", "high"))
     return value if low == high else f"{value} ({low} to {high})"
@@ -4963,7 +4953,7 @@ def _percent(row: Mapping[str, float]) -> str:
 
 def _shares_of(study: Study, name: str) -> dict[str, pd.Series]:
     """Rows of study.shares for one class by model, on held-out text."""
-    rows = _windows(study.shares).query("`class` == @name")
+    rows = on_windows(study.shares).query("`class` == @name")
     return {row["model"]: row for _, row in rows.iterrows()}
 
 
@@ -5005,7 +4995,7 @@ def _class_statements(study: Study) -> Iterator[tuple[str, ...]]:
 
 
 def _score_statements(study: Study) -> Iterator[tuple[str, ...]]:
-    highest, heads = _windows(study.baselines).query("statistic == 'max'"), _windows(study.scores)
+    highest, heads = on_windows(study.baselines).query("statistic == 'max'"), on_windows(study.scores)
     for score, action in HEAD_ACTIONS.items():
         rows = {row["model"]: row for _, row in highest[highest["score"] == score].iterrows()}
         own, limit, tau = rows["trained"], rows["untrained"]["high"], study.thresholds.tau[score]
@@ -5068,12 +5058,12 @@ def _listed(items: Sequence[str]) -> str:
 
 def _headline(study: Study, statements: Sequence[dict]) -> list[str]:
     """The lead of the report in words: what the heads do, beside baselines, what removing them costs, and language."""
-    heads, rows = _windows(study.scores), _shares_of(study, "Specialised")
+    heads, rows = on_windows(study.scores), _shares_of(study, "Specialised")
     n, counts = len(heads), heads["class"].value_counts()
     kinds = [f"{counts[name]} {_CLASS_ACTIONS[name]}" for name in SPECIALISED_CLASSES if name in counts]
     if "Token-Specific" in counts:
-        targets = heads.loc[heads["class"] == "Token-Specific", list(_CLASS_SCORES["Token-Specific"])].idxmax(axis=1)
-        kinds[-1] += f", mostly at {HEAD_ACTIONS[targets.mode()[0]].removeprefix('looks at ')}"
+        most = head_kinds(study.scores).query("`class` == 'Token-Specific'")["kind"].mode()[0]
+        kinds[-1] += f", mostly at {HEAD_ACTIONS[most].removeprefix('looks at ')}"
     n_special = sum(counts.get(name, 0) for name in SPECIALISED_CLASSES)
     n_untrained, n_shuffled = round(n * rows["untrained"]["high"]), round(n * rows["shuffled"]["share"])
     lines = [f"{n_special} of the {n} heads specialise on held-out text{': ' * bool(kinds)}{_listed(kinds)}."]
@@ -5205,8 +5195,6 @@ _SECTIONS = (
 def write_report(path: str | Path, findings: dict, pictures: Sequence[Picture]) -> Path:
     """Writes the report as one HTML page. `findings` as of `study_findings`, `pictures` as of `draw_study`."""
     shown = [vars(p) | {"name": p.path.stem, "data": base64.b64encode(p.path.read_bytes()).decode()} for p in pictures]
-    if not any(row["sink_flag"] for row in findings["head_scores"]):
-        shown = [picture for picture in shown if not picture["name"].endswith("_without_sink")]
     of_sentences = [picture for picture in shown if picture["group"] != "Model"]
     sections = []
     for section in _SECTIONS:
@@ -5220,7 +5208,7 @@ def write_report(path: str | Path, findings: dict, pictures: Sequence[Picture]) 
             "folded": of_sentences if section.anchor == "sentences" else [],
         }
         if section.anchor == "read":
-            content["pictures"] = [p for p in of_sentences if p["name"].endswith("_heads")][:1]
+            content["pictures"] = [p for p in of_sentences if p["name"] == "chosen_heads"][:1]
         sections.append(content)
     body = _render(_REPORT_HTML, headline=findings["headline"], sections=sections)
     return write_text(path, _render(_PAGE_HTML, title="Attention report", style=_PAGE_CSS + _REPORT_CSS, body=body))
@@ -5267,17 +5255,17 @@ def explorer_html(
     if not flat:
         raise PicoError("The explorer needs at least one sentence.")
     n_layer, n_head = flat[0][1].weights.shape[:2]
-    pairs = itertools.product(range(n_layer), range(n_head))
-    heads = [{"name": head_name(*pair), "does": "", "scores": "", "best": "", "score": 0.0} for pair in pairs]
-    for row in scores.to_dict("records") if scores is not None else ():
-        heads[row["layer"] * n_head + row["head"]] |= _describe_head(row)
-    order = sorted(range(len(heads)), key=lambda i: (heads[i]["best"] != "induction", -heads[i]["score"]))
+    names = itertools.starmap(head_name, itertools.product(range(n_layer), range(n_head)))
+    heads = [{"name": name, "does": "", "scores": "", "kind": "", "strength": 0.0} for name in names]
+    if scores is not None:
+        heads = [head | _describe_head(row) for head, row in zip(heads, _by_head(scores), strict=True)]
+    order = sorted(range(len(heads)), key=lambda i: (heads[i]["kind"] != "induction", -heads[i]["strength"]))
     repeats = [1 - len(set(capture.token_ids)) / len(capture.token_ids) for _, capture in flat]
     data = {
         "nHead": n_head,
         "heads": heads,
         "telling": order[:2],  # the heads that the page opens on, alone or side by side
-        "text": int(np.argmax(repeats)) if heads[order[0]]["best"] in ("induction", "duplicate") else 0,
+        "text": int(np.argmax(repeats)) if heads[order[0]]["kind"] in ("induction", "duplicate") else 0,
         "texts": [
             {"category": name, "text": c.text, "labels": number_repeats(c.labels), "maps": _pack_maps(c.weights)}
             for name, c in flat
@@ -5287,15 +5275,21 @@ def explorer_html(
     return _render(_EXPLORER_HTML, style=_EXPLORER_CSS, data=text, script=_EXPLORER_JS, address=address)
 
 
+def _by_head(scores: pd.DataFrame) -> list[dict]:
+    """Of each head in order, its scores with the columns of `head_kinds`."""
+    table = on_windows(scores).set_index(["layer", "head"]).drop(columns="class")
+    return table.join(head_kinds(scores)).sort_index().to_dict("records")
+
+
 def _describe_head(row: Mapping[str, object]) -> dict[str, object]:
-    """What a head does in words, its highest scores, and the score that its class rests on."""
-    best = max(_CLASS_SCORES.get(row["class"], ()), key=lambda name: row[name], default="")
-    does = HEAD_ACTIONS[best] if best else f"belongs to the heads that {_CLASS_ACTIONS[row['class']]}"
+    """What a head does in words, and what it is known by; only specialised heads are known by a kind."""
+    is_special = row["class"] in SPECIALISED_CLASSES
+    does = HEAD_ACTIONS[row["kind"]] if is_special else f"is one of the heads that {_CLASS_ACTIONS[row['class']]}"
     does += f" and {HEAD_ACTIONS['sink']}" if row["sink_flag"] else ""
-    highest = sorted(KAPPAS, key=lambda name: -row[name])[:3]
-    values = ", ".join(f"{name} {number(row[name])}" for name in highest)
+    values = ", ".join(f"{name} {number(row[name])}" for name in sorted(KAPPAS, key=row.get, reverse=True)[:3])
     text = f"Class: {CLASS_LABELS[row['class']]}. Highest scores: {values} (0 is chance, 1 ideal)."
-    return {"does": does, "scores": text, "best": best, "score": float(row[best]) if best else 0.0}
+    known = {"kind": row["kind"], "strength": row["strength"]} if is_special else {}
+    return {"does": does, "scores": text} | known
 
 
 def _pack_maps(weights: Tensor) -> str:
@@ -6726,11 +6720,7 @@ and how much of that an untrained model would show as well.</p>
 </div>
 {% endfor %}
 {% for picture in section.pictures %}
-{% if picture.name.endswith("_sentences") %}
-<details><summary>The same on the study's sentences</summary>{{ show(picture) }}</details>
-{% else %}
 {{ show(picture) }}
-{% endif %}
 {% endfor %}
 {% if section.table and section.table[1] %}
 <details><summary>{{ section.table[0] }}</summary>

@@ -184,11 +184,11 @@ class Page(html.parser.HTMLParser):
         self.words.append(data)
 
 
-def make_pictures(folder, names=("loss_curve", "class_grid", "score_maps", "score_maps_sentences", "ablation")):
+def make_pictures(folder, names=("loss_curve", "class_grid", "score_maps", "ablation")):
     from matplotlib.figure import Figure
 
     pictures = []
-    for name in (*(f"model/{name}" for name in names), "01_simple/01_heads"):
+    for name in (*(f"model/{name}" for name in names), "01_simple/chosen_heads"):
         path = folder / f"{name}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Figure(figsize=(8, 2)).savefig(path)
@@ -244,21 +244,6 @@ def test_report_of_a_study_without_language_or_classes(tmp_path):
     study = dataclasses.replace(study, **nothing, class_ablation=study.class_ablation[:0])
     page = pico.write_report(tmp_path / "report.html", pico.study_findings(study), []).read_text("utf-8")
     assert "Loss without each" in page and "The claims in numbers" not in page and "<img" not in page
-
-
-def test_report_folds_the_sentences_and_leaves_out_what_says_nothing(tmp_path):
-    study = make_study(2, 2)
-    pictures = make_pictures(tmp_path, ("similarity", "similarity_without_sink", "score_maps_sentences"))
-
-    def shows(name):
-        page = pico.write_report(tmp_path / "report.html", pico.study_findings(study), pictures).read_text("utf-8")
-        return f'alt="Alt of model/{name}"' in page, page
-
-    assert shows("similarity_without_sink")[0]
-    study.scores["sink_flag"] = False  # without such heads the picture would be that of `similarity` again
-    assert shows("similarity")[0] and not shows("similarity_without_sink")[0]
-    page = shows("similarity")[1]
-    assert "Title of model/score_maps_sentences" in "".join(re.findall("<details>.*?</details>", page, re.S))
 
 
 def test_report_escapes_every_text(report):
