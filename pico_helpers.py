@@ -5752,7 +5752,8 @@ class Variant:
         if self.failure:
             return None
         try:
-            self.run = self.run or self.build()
+            if self.run is None:
+                self.run = self.build()
             with self.scope(self.run) as run:
                 return work(run)
         except Exception as error:  # compilers and drivers raise all kinds; the table goes on without the row
@@ -5800,8 +5801,9 @@ def make_variants(model: PicoLLM, max_batch: int, length: int) -> list[Variant]:
     return [*rows, engine, dataclasses.replace(one, shape=(1, length))]
 
 
-def choose_variants(variants: Sequence[Variant], words: Sequence[str]) -> list[Variant]:
+def choose_variants(variants: Sequence[Variant], words: Sequence[str] | None) -> list[Variant]:
     """The rows whose names hold one of the words, and the baseline. Raises PicoError for a word that none holds."""
+    words = words or [""]
     for word in words:
         if not any(word.lower() in v.name.lower() for v in variants):
             raise PicoError(f"No row is called {word!r}; choose from: {'; '.join(v.name for v in variants)}.")
@@ -5860,7 +5862,7 @@ def benchmark(
     sequence_lengths: Sequence[int] = (64, 384),
     seconds: float | None = None,
     *,
-    variants: Sequence[str] = ("",),
+    variants: Sequence[str] | None = None,
     engines: dict[str, Engine] | None = None,
     on_shape: Callable[[pd.DataFrame], None] = lambda frame: None,
     bounds: Accuracy = ACCURACY_BOUNDS,
@@ -5949,7 +5951,7 @@ def advanced_tensorrt_optimization_demo(
     file: TokenFile | None = None,
     *,
     seconds: float | None = None,
-    variants: Sequence[str] = ("",),
+    variants: Sequence[str] | None = None,
     install: bool = True,
 ) -> pd.DataFrame:
     """Installs TensorRT, then compiles, checks, times, draws, saves and loads back; gives the table of `benchmark`.
@@ -6551,7 +6553,12 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("prompt", help="the beginning of a text, in quotes")
     for option, default in {"max-new-tokens": 100, "temperature": 0.8, "seed": 0}.items():
         sub.add_argument(f"--{option}", type=type(default), default=default, help="[%(default)s]")
-    command("optimize", "Compile for inference, check, benchmark and save.", checkpoint, corpus)
+    sub = command("optimize", "Compile for inference, check, benchmark and save.", checkpoint, corpus)
+    sub.add_argument("--batch-sizes", type=int, nargs="+", metavar="N", help="[1 8 32 on a GPU, 1 on a CPU]")
+    sub.add_argument("--lengths", type=int, nargs="+", metavar="N", default=[64, 384], help="of texts [64 384]")
+    sub.add_argument("--variants", nargs="+", metavar="WORD", help="rows whose names hold one of the words [all]")
+    sub.add_argument("--seconds", type=float, help="of timing for a row at a shape [1 on a GPU, 0.5 on a CPU]")
+    sub.add_argument("--no-install", action="store_true", help="do not ask pip for TensorRT")
     command("export", "Write a Hugging Face folder of a model.", checkpoint)
     note = ("--data-note", "a sentence on source and licence of the data, for the card")
     about = "Write a model, its study and its card for others."
@@ -6601,7 +6608,9 @@ def run_command(options: argparse.Namespace) -> list[Path]:
         return sorted(export_to_hf(model, Path(results) / "huggingface").iterdir())
     if options.command == "optimize":
         text = open_corpus(saved, options.corpus, data_folder)[2]
-        advanced_tensorrt_optimization_demo(model, results=results, file=text)
+        chosen = {name: getattr(options, name) for name in ("batch_sizes", "seconds", "variants")}
+        chosen |= {"sequence_lengths": options.lengths, "install": not options.no_install}
+        advanced_tensorrt_optimization_demo(model, results=results, file=text, **chosen)
     if options.command == "generate":
         sampling = {name: getattr(options, name) for name in ("max_new_tokens", "temperature", "seed")}
         for index, piece in enumerate(stream_text(model, options.prompt, **sampling)):

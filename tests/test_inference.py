@@ -5,6 +5,7 @@ import copy
 import dataclasses
 import json
 import math
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -615,7 +616,7 @@ def test_demo_on_a_cpu_tells_checks_times_and_saves(monkeypatch, model, file, tm
     assert "loaded back, it passes the accuracy gate" in out and "Traceback" not in out
     status = table.set_index("variant").status
     assert status[pico.BASELINE] == "ok" and status["TensorRT FP16"].startswith("TensorRT needs")
-    assert status["torch.compile FP32"] == "ok" or "torch.compile FP32: left out" in out
+    assert status["torch.compile FP32"] == "ok" or not shutil.which("g++")
     written = {path.name for path in (tmp_path / "out").iterdir()}
     tables = {f"inference_benchmark.{suffix}" for suffix in ("csv", "png", "svg")}
     assert written == tables | {"pico_llm_fp32.pt2", "pico_llm_fp32.json"}
