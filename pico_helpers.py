@@ -5284,10 +5284,11 @@ def _by_head(scores: pd.DataFrame) -> list[dict]:
 def _describe_head(row: Mapping[str, object]) -> dict[str, object]:
     """What a head does in words, and what it is known by; only specialised heads are known by a kind."""
     is_special = row["class"] in SPECIALISED_CLASSES
-    does = HEAD_ACTIONS[row["kind"]] if is_special else f"is one of the heads that {_CLASS_ACTIONS[row['class']]}"
+    label = CLASS_LABELS[row["class"]]
+    does = HEAD_ACTIONS[row["kind"]] if is_special else f"is {label.lower()}: such heads {_CLASS_ACTIONS[row['class']]}"
     does += f" and {HEAD_ACTIONS['sink']}" if row["sink_flag"] else ""
     values = ", ".join(f"{name} {number(row[name])}" for name in sorted(KAPPAS, key=row.get, reverse=True)[:3])
-    text = f"Class: {CLASS_LABELS[row['class']]}. Highest scores: {values} (0 is chance, 1 ideal)."
+    text = f"Class: {label}. Highest scores: {values} (0 is chance, 1 ideal)."
     known = {"kind": row["kind"], "strength": row["strength"]} if is_special else {}
     return {"does": does, "scores": text} | known
 
@@ -7085,10 +7086,6 @@ _EXPLORER_JS = r"""
       heads[panel] = index;
       update({ heads, active: panel });
     }
-    function compare(isOn) {
-      const other = data.telling.find((index) => index !== state.heads[0]) ?? state.heads[0];
-      update({ heads: [state.heads[0], isOn ? other : null], active: 0 });
-    }
 
     // another text, opened at the token in its middle third that looks most sharply, unless `change` names one
     async function pickText(text, change = {}) {
@@ -7151,7 +7148,6 @@ _EXPLORER_JS = r"""
       if (index % data.nHead === 0) find("thumbs").append(text(`L${index / data.nHead}`));
       const button = document.createElement("button");
       Object.assign(button, { type: "button", title: `${name} ${does}` });
-      button.setAttribute("aria-label", `${name} ${does}`);
       button.append(document.createElement("canvas"));
       button.addEventListener("click", (event) => pickHead(index, event.shiftKey ? 1 : state.active));
       find("thumbs").append(button);
@@ -7160,7 +7156,10 @@ _EXPLORER_JS = r"""
     find("text").addEventListener("change", (event) => pickText(Number(event.target.value)));
     find("lines").addEventListener("change", (event) => update({ lines: event.target.checked }));
     find("drop").addEventListener("change", (event) => update({ drop: event.target.checked }));
-    find("compare").addEventListener("change", (event) => compare(event.target.checked));
+    find("compare").addEventListener("change", (event) => {
+      const [first, other] = [state.heads[0], data.telling.find((index) => index !== state.heads[0]) ?? 0];
+      update({ heads: [first, event.target.checked ? other : null], active: 0 });
+    });
     panels.forEach((panel, i) => {
       const canvas = panel.querySelector("canvas");
       const at = (event) => {

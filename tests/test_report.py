@@ -23,8 +23,8 @@ SENTENCES = {
 }
 
 
-def verdicts(findings, topic):
-    return {row["claim"]: row["verdict"] for row in findings["statements"] if row["topic"] == topic}
+def verdicts(study, topic):
+    return {row["claim"]: row["verdict"] for row in pico.study_findings(study)["statements"] if row["topic"] == topic}
 
 
 def explorer_data(page):
@@ -39,15 +39,14 @@ def captures_of(sentences, n_layer=2, n_head=2):
 
 
 def test_verdicts_of_a_study_with_known_truth():
-    findings = pico.study_findings(make_study(3, 4), {"Model": "made up"})
-    heads = verdicts(findings, "Heads")
+    study = make_study(3, 4)
+    heads = verdicts(study, "Heads")
     found = {claim for claim, verdict in heads.items() if verdict == "supported"}
     names = ("first token", "previous token", "last three", "(induction)")
     assert len(found) == len(names) and all(any(name in claim for claim in found) for name in names)
-    assert list(verdicts(findings, "Classes").values()) == ["supported", "undecided", "not supported"]
-    assert set(verdicts(findings, "Ablation").values()) == {"supported"}
-    assert verdicts(findings, "Language")["The model handles subject and verb"] == "supported"
-    assert findings["about"] == {"Model": "made up"}
+    assert list(verdicts(study, "Classes").values()) == ["supported", "undecided", "not supported"]
+    assert set(verdicts(study, "Ablation").values()) == {"supported"}
+    assert verdicts(study, "Language")["The model handles subject and verb"] == "supported"
 
 
 def test_the_lead_says_in_words_what_was_found():
@@ -75,13 +74,10 @@ def test_nothing_is_found_where_nothing_is():
     assert re.fullmatch(r"No head does this \(highest score 0\.0\d\)\.", evidence["A head looks at punctuation"])
 
 
-def test_nothing_is_found_in_a_real_untrained_model():
-    config = pico.ModelConfig(d_model=32, n_layer=2, n_head=2, d_ff=32, dropout=0.0)
+def test_nothing_is_found_in_a_real_untrained_model(tiny_model):
     windows = torch.randint(0, 5000, (8, 64), generator=torch.Generator().manual_seed(0))
-    study = pico.study_heads(pico.PicoLLM(config, seed=3), SENTENCES["Simple"], windows, n_bootstrap=50)
-    findings = pico.study_findings(study)
-    assert [row for row in findings["statements"] if row["verdict"] == "supported"] == []
-    assert "finds nothing" in findings["headline"][0]
+    study = pico.study_heads(tiny_model, SENTENCES["Simple"], windows, n_bootstrap=50)
+    assert "finds nothing" in pico.study_findings(study)["headline"][0]
 
 
 def test_a_share_within_the_untrained_range_is_no_finding():
@@ -89,11 +85,10 @@ def test_a_share_within_the_untrained_range_is_no_finding():
     untrained = study.shares["model"] == "untrained"
     special = study.shares["class"].isin([*pico.SPECIALISED_CLASSES, "Specialised"])
     study.shares.loc[untrained & special, "high"] = 1 / 2 - 0.01  # this model: 1/2, interval down to 1/2 - 0.03
-    findings = pico.study_findings(study)
-    assert next(iter(verdicts(findings, "Classes").values())) == "undecided"
+    assert next(iter(verdicts(study, "Classes").values())) == "undecided"
+    assert len(verdicts(study, "Ablation")) == 1  # no claim about a class that was not found
     study.shares.loc[untrained & special, "high"] = 0.6
-    assert next(iter(verdicts(pico.study_findings(study), "Classes").values())) == "not supported"
-    assert len(verdicts(findings, "Ablation")) == 1  # no claim about a class that was not found
+    assert next(iter(verdicts(study, "Classes").values())) == "not supported"
 
 
 def test_classes_that_shuffling_changes_depend_on_word_order():
@@ -101,24 +96,19 @@ def test_classes_that_shuffling_changes_depend_on_word_order():
     study.shares.loc[study.shares["model"] == "shuffled", ["share", "low", "high"]] = 0.0
     findings = pico.study_findings(study)
     claim = "Which classes the heads fall into depends on the order of the words"
-    assert verdicts(findings, "Classes")[claim] == "supported"
+    assert verdicts(study, "Classes")[claim] == "supported"
     assert "little about the order" not in " ".join(findings["headline"])
 
 
-def single_heads(study):
-    return verdicts(pico.study_findings(study), "Ablation")["Single heads matter for the prediction of held-out text"]
-
-
 def test_single_heads_are_unimportant_only_where_the_data_exclude_it():
-    study = make_study(3, 4)
-    assert single_heads(study) == "supported"
+    study, claim = make_study(3, 4), "Single heads matter for the prediction of held-out text"
+    assert verdicts(study, "Ablation")[claim] == "supported"
     study.ablation["standard_error"] = 0.05
-    assert single_heads(study) == "undecided"  # none stands out, any may matter
-    study.ablation["loss_increase"] = 0.0005  # certain, but of no consequence
-    study.ablation["standard_error"] = 1e-5
-    assert single_heads(study) == "not supported"
+    assert verdicts(study, "Ablation")[claim] == "undecided"  # none stands out, any may matter
+    study.ablation[["loss_increase", "standard_error"]] = 0.0005, 1e-5  # certain, but of no consequence
+    assert verdicts(study, "Ablation")[claim] == "not supported"
     study.ablation.loc[0, "standard_error"] = 1e-3  # one head that was not measured well
-    assert single_heads(study) == "undecided"
+    assert verdicts(study, "Ablation")[claim] == "undecided"
 
 
 @pytest.mark.parametrize(
@@ -136,7 +126,7 @@ def test_a_class_matters_if_its_heads_together_cost_more_than_others(changes, ex
     study.class_ablation[list(changes)] = list(changes.values())
     findings = pico.study_findings(study)
     claim = "The heads that look at the last three tokens matter more for the prediction than as many others"
-    assert verdicts(findings, "Ablation")[claim] == expected
+    assert verdicts(study, "Ablation")[claim] == expected
     evidence = next(row["evidence"] for row in findings["statements"] if row["claim"] == claim)
     assert f"{study.class_ablation['high'].iloc[0]:.3f}" in evidence
     assert ("too few others" in evidence) == (changes.get("n_random_sets") == 0)
@@ -148,10 +138,7 @@ def test_findings_are_strict_json_with_every_number(tmp_path):
     findings = pico.study_findings(study)
     path = pico.write_findings(tmp_path / "findings.json", findings)
 
-    def refuse(name):
-        raise AssertionError(f"{name} is not JSON")
-
-    read = json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse)
+    read = json.loads(path.read_text(encoding="utf-8"), parse_constant=lambda name: pytest.fail(name))
     assert read == findings
     assert read["head_scores"][0]["induction"] is None
     assert read["head_scores"][1]["previous"] == pytest.approx(study.scores.loc[1, "previous"])
@@ -216,9 +203,7 @@ def test_report_is_one_page_with_every_picture_described(report):
     anchors = {f"#{attributes['id']}" for _, attributes in page.elements if "id" in attributes}
     links = [attributes["href"] for tag, attributes in page.elements if tag == "a"]
     assert {link for link in links if link.startswith("#")} == anchors  # the contents list every section
-    assert {link for link in links if link not in anchors} == {
-        "attention_explorer.html", "findings.json", "head_scores.csv"
-    }  # fmt: skip
+    assert set(links) - anchors == {"attention_explorer.html", "findings.json", "head_scores.csv"}
     words = " ".join("".join(page.words).split())
     for row in findings["statements"]:
         assert words.count(" ".join(row["claim"].split())) >= 1 and " ".join(row["evidence"].split()) in words
@@ -271,13 +256,9 @@ def test_only_pictures_of_a_study_are_removed(tmp_path):
 # -- The explorer
 
 
-def table_of(study):
-    return study.scores[study.scores["source"] == "windows"]
-
-
 def test_explorer_holds_every_weight_to_a_256th():
     captures = captures_of(SENTENCES, 3, 2)
-    data = explorer_data(pico.explorer_html(captures, table_of(make_study(3, 2))))
+    data = explorer_data(pico.explorer_html(captures, make_study(3, 2).scores))
     assert [head["name"] for head in data["heads"]] == ["L0H0", "L0H1", "L1H0", "L1H1", "L2H0", "L2H1"]
     flat = [capture for members in captures.values() for capture in members]
     assert [text["text"] for text in data["texts"]] == [capture.text for capture in flat]
@@ -292,14 +273,14 @@ def test_explorer_holds_every_weight_to_a_256th():
 def test_explorer_says_what_each_head_does_and_opens_on_the_most_telling():
     study = make_study(3, 4)
     captures = captures_of({"Plain": ["The cat sat."], "Repeats": ["one two three one two three"]}, 3, 4)
-    data = explorer_data(pico.explorer_html(captures, table_of(study)))
+    data = explorer_data(pico.explorer_html(captures, study.scores))
     heads = {head["name"]: head["does"] for head in data["heads"]}
     assert heads["L0H0"] == "looks at the previous token" and heads["L1H2"] == "looks at the last three tokens"
     assert heads["L0H1"].endswith("and parks its attention on the first token")
     assert heads[data["heads"][data["telling"][0]]["name"]].endswith("(induction)")  # though others score higher
     assert data["text"] == 1  # where induction can be seen
     study.scores.loc[study.scores["class"] == "Token-Specific", "class"] = "Mixed"
-    assert explorer_data(pico.explorer_html(captures, table_of(study)))["text"] == 0
+    assert explorer_data(pico.explorer_html(captures, study.scores))["text"] == 0
 
 
 def test_explorer_escapes_hostile_text_and_has_no_ids():
@@ -315,14 +296,11 @@ def test_explorer_escapes_hostile_text_and_has_no_ids():
 # -- In a browser without a network
 
 
-def _find(*names):
-    return next((path for path in map(shutil.which, names) if path), None)
-
-
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory):
     pytest.importorskip("selenium", reason="browser tests need selenium: pip install selenium")
-    chromium, driver = _find("chromium", "chromium-browser", "google-chrome"), _find("chromedriver")
+    found = [shutil.which(name) for name in ("chromium", "chromium-browser", "google-chrome")]
+    chromium, driver = next(filter(None, found), None), shutil.which("chromedriver")
     if not (chromium and driver):
         pytest.skip("browser tests need Chromium: apt-get install chromium chromium-driver")
     from selenium import webdriver
@@ -330,9 +308,7 @@ def browser(tmp_path_factory):
 
     options = webdriver.ChromeOptions()
     options.binary_location = chromium
-    flags = "headless no-sandbox disable-gpu disable-quic no-first-run disable-background-networking"
-    flags += " disable-component-update disable-sync disable-dev-shm-usage"
-    for flag in flags.split():
+    for flag in ("headless", "no-sandbox", "disable-gpu", "no-first-run", "disable-dev-shm-usage"):
         options.add_argument(f"--{flag}")
     options.add_argument(f"--user-data-dir={tmp_path_factory.mktemp('profile')}")
     options.add_argument("--host-resolver-rules=MAP * ~NOTFOUND")  # no name resolves: the network is cut
@@ -350,9 +326,8 @@ def open_page(browser, address, width=1200, dark=False):
     browser.get("about:blank")  # else a new hash alone does not load the page again
     browser.get_log("browser")
     browser.get(address)
-    ready = "return document.readyState === 'complete' && "
-    ready += "[...document.querySelectorAll('.pico-status')].every((e) => e.textContent.includes('looks at'))"
-    wait_for(browser, ready)
+    shown = "[...document.querySelectorAll('.pico-status')].every((e) => e.textContent !== 'Loading')"
+    wait_for(browser, f"return document.readyState === 'complete' && {shown}")
 
 
 def wait_for(browser, script, seconds=10):
@@ -393,7 +368,7 @@ NO_OVERFLOW = "return document.documentElement.scrollWidth <= window.innerWidth"
 def explorer(browser, tmp_path_factory):
     captures = captures_of({**SENTENCES, "Long": [" ".join(["one two three four"] * 32)]})
     path = tmp_path_factory.mktemp("explorer") / "attention_explorer.html"
-    return pico.write_explorer(path, captures, table_of(make_study(2, 2))).as_uri()
+    return pico.write_explorer(path, captures, make_study(2, 2).scores).as_uri()
 
 
 def test_a_click_pins_a_token_and_escape_lets_go(browser, explorer):
@@ -478,12 +453,11 @@ def test_every_sentence_opens_on_a_phone_in_light_and_dark(browser, explorer):
 
 def test_light_and_dark_follow_the_system(browser, explorer, report):
     for address in (explorer, report[0].as_uri()):
-        backs = []
         for dark in (False, True):
             open_page(browser, address, dark=dark)
             color = browser.execute_script("return getComputedStyle(document.body).backgroundColor")
-            backs.append(sum(map(int, re.findall(r"\d+", color)[:3])))
-        assert backs[0] > 700 and backs[1] < 120
+            back = sum(map(int, re.findall(r"\d+", color)[:3]))
+            assert back < 120 if dark else back > 700
     assert browser.execute_script("return getComputedStyle(document.querySelector('figure img')).filter") != "none"
     open_page(browser, explorer)
     light = pixels(browser)
@@ -513,25 +487,15 @@ def test_report_loads_without_network_and_fits_a_phone(browser, report):
     assert errors(browser) == []
 
 
-# -- Other people's viewers take the weights as they are
-
-
-@pytest.fixture(scope="module")
-def real_capture():
-    config = pico.ModelConfig(d_model=32, n_layer=2, n_head=2, d_ff=32)
-    return pico.capture_attention(pico.PicoLLM(config), "The cat sat on the mat.")
-
-
-def test_bertviz_takes_the_weights(real_capture):
+def test_other_peoples_viewers_take_the_weights():
     bertviz = pytest.importorskip("bertviz", reason="needs bertviz: pip install --no-deps bertviz")
-    page = bertviz.head_view(list(real_capture.weights[:, None]), real_capture.labels, html_action="return")
+    circuits = pytest.importorskip(
+        "circuitsvis.attention", reason="needs circuitsvis: pip install --no-deps circuitsvis"
+    )
+    model = pico.PicoLLM(pico.ModelConfig(d_model=32, n_layer=2, n_head=2, d_ff=32))
+    capture = pico.capture_attention(model, "The cat sat on the mat.")
+    page = bertviz.head_view(list(capture.weights[:, None]), capture.labels, html_action="return")
     numbers = json.loads(re.search(r'"attn": (\[\[\[\[.*?\]\]\]\])', page.data, re.S)[1])
-    np.testing.assert_allclose(np.array(numbers).squeeze(), real_capture.weights.numpy(), atol=1e-6)
-
-
-def test_circuitsvis_takes_the_weights(real_capture):
-    pytest.importorskip("circuitsvis", reason="needs circuitsvis: pip install --no-deps circuitsvis importlib_metadata")
-    from circuitsvis.attention import attention_patterns
-
-    shown = str(attention_patterns(tokens=real_capture.labels, attention=real_capture.weights[1]))
-    assert "AttentionPatterns" in shown and "·cat" in dataclasses.replace(real_capture).labels
+    np.testing.assert_allclose(np.array(numbers).squeeze(), capture.weights.numpy(), atol=1e-6)
+    shown = circuits.attention_patterns(tokens=capture.labels, attention=capture.weights[1])
+    assert "AttentionPatterns" in str(shown)
