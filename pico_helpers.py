@@ -6545,6 +6545,7 @@ def _parser() -> argparse.ArgumentParser:
     choice = ("--preset", f"one of: {', '.join(PRESETS)} [{default_preset()}]")
     for name, about in (("train", "Train a model."), ("both", "Train a model and study its attention.")):
         sub = command(name, about, choice)
+        sub.usage = "%(prog)s [options]"
         for title, config in (("model", preset.model), ("training", preset.train)):
             _add_config_options(sub.add_argument_group(f"{title} [values of preset {default_preset()!r}]"), config)
     command("analyze", "Study the attention of a model.", checkpoint, corpus)
@@ -6602,7 +6603,8 @@ def run_command(options: argparse.Namespace) -> list[Path]:
         checkpoint = options.checkpoint or newest_checkpoint("results")
         return publish(checkpoint, results, data_folder, options.corpus, options.data_note)
     if options.command == "explore":
-        return [explore(options.sentences, options.checkpoint, results)]
+        explore(options.sentences, options.checkpoint, results)  # it names its page
+        return []
     saved = load_checkpoint(options.checkpoint or newest_checkpoint(results))
     model = model_from_checkpoint(saved).to(default_device())
     if options.command == "export":
