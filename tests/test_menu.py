@@ -22,8 +22,8 @@ RUN = {"max_steps": 20, "batch_size": 4, "eval_interval": 20, "learning_rate": 2
 NOTE = "Made-up lines, in nobody's ownership."
 
 
-def train_tiny(results: Path, data_folder: Path, corpus: Path, **changes) -> pico.TrainResult:
-    return pico.run_training("tiny", results, data_folder, corpus=str(corpus), **TINY, **(RUN | changes))[0]
+def train_tiny(results: Path, data_folder: Path, corpus: Path) -> pico.TrainResult:
+    return pico.run_training("tiny", results, data_folder, corpus=str(corpus), **TINY, **RUN)[0]
 
 
 @pytest.fixture(scope="module")
@@ -45,29 +45,33 @@ def published(short_study, trained, data_folder, tmp_path_factory) -> Path:
     """What `publish` writes where another model was published before, beside files that are none of its business."""
     folder = tmp_path_factory.mktemp("project") / "results" / "pretrained"
     (folder / "attention").mkdir(parents=True)
-    for name in ("my_metrics.csv",):
-        (folder / name).write_text("mine\n")
+    mine = {folder / "my_metrics.csv", folder / "attention/my_thesis.tex"}
+    for path in (*mine, folder / "other_heads.csv"):
+        path.write_text("mine\n")
     saved = pico.load_checkpoint(trained.checkpoint)
     other = dataclasses.replace(saved, train_config=dataclasses.replace(saved.train_config, name="other"))
     pico.save_checkpoint(folder / "pico_llm.pt", other)
-    (folder / "other_heads.csv").write_text("of the model before\n")
     files = pico.publish(trained.checkpoint, folder, data_folder, data_note=NOTE)
-    mine = {folder / "my_metrics.csv"}
-    pictures = {path for path in folder.rglob("*.svg")}  # listed by their PNG
+    pictures = set(folder.rglob("*.svg"))  # listed by their PNG
     assert {path for path in folder.rglob("*") if path.is_file()} == {*files, *mine, *pictures}
     return folder
 
 
 @pytest.fixture
 def attended(monkeypatch):
-    monkeypatch.delenv("CI", raising=False)
-    monkeypatch.delenv("PICO_MENU", raising=False)
     monkeypatch.setattr(pico, "is_unattended", lambda: False)
 
 
-def answers(*texts: str):
+def answers(*texts: str | Exception):
     remaining = list(texts)
-    return lambda prompt: remaining.pop(0)
+
+    def ask(prompt: str) -> str:
+        answer = remaining.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    return ask
 
 
 # --- the menu ---------------------------------------------------------------------------------------------------------
@@ -83,40 +87,28 @@ def test_a_choice_is_taken_at_the_keyboard_and_from_the_variable(attended, monke
     assert pico.ask_choice(lambda prompt: pytest.fail("nobody is there to ask")) == expected
 
 
-def test_a_typo_is_asked_again_and_nobody_there_means_both(attended, capsys):
+def test_a_typo_is_asked_again_and_nobody_there_means_both(attended, monkeypatch, capsys):
     assert pico.ask_choice(answers("4", "trian", "1 2", "2")) == "analyze"
     output = capsys.readouterr().out
     assert all(f"{typo!r} is not on the menu; choose 1 (train)" in output for typo in ("4", "trian", "1 2"))
-
-    for error in (EOFError, NotImplementedError):
-
-        def ask(prompt, error=error):
-            raise error
-
-        assert pico.ask_choice(ask) == "both"
-
-
-def test_an_unknown_variable_says_so(monkeypatch):
+    assert pico.ask_choice(answers(EOFError())) == pico.ask_choice(answers(NotImplementedError())) == "both"
+    monkeypatch.setattr(pico, "is_unattended", lambda: True)
     monkeypatch.setenv("PICO_MENU", "7")
     with pytest.raises(PicoError, match=r"'7' is not on the menu; choose 1 \(train\)"):
         pico.ask_choice()
 
 
-def test_the_path_of_the_model_is_asked_until_it_is_good(attended, trained, tmp_path, capsys):
+def test_the_path_of_the_model_is_asked_until_it_is_good(attended, trained, tmp_path, monkeypatch, capsys):
     default = pico.save_checkpoint(tmp_path / "pico_llm_a.pt", pico.load_checkpoint(trained.checkpoint))
     assert pico.ask_checkpoint(tmp_path, answers("")) == default
     (tmp_path / "text.pt").write_text("no model")
     wrong = ("no-such.pt", str(tmp_path), str(tmp_path / "text.pt"))
     assert pico.ask_checkpoint(tmp_path, answers(*wrong, str(trained.checkpoint))) == trained.checkpoint
-    output = capsys.readouterr().out
-    assert output.count("There is no checkpoint") == 2 and "text.pt is not a Pico-LLM checkpoint" in output
-    assert output.count("\n") == 3
-
-
-def test_without_any_model_the_menu_says_what_to_do(monkeypatch, tmp_path, attended):
-    monkeypatch.setattr(pico, "__file__", str(tmp_path / "pico_helpers.py"))
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 3 and "There is no checkpoint" in lines[0] and "is not a Pico-LLM checkpoint" in lines[2]
+    monkeypatch.setattr(pico, "__file__", str(tmp_path / "elsewhere" / "pico_helpers.py"))
     with pytest.raises(PicoError, match=r"train one first \(menu choice 1 or 3"):
-        pico.main_menu(results=tmp_path, ask=answers("2", ""))
+        pico.main_menu(results=tmp_path / "empty", ask=answers("2", ""))
 
 
 def test_a_newcomer_studies_the_shipped_model_into_a_folder_of_their_own(
@@ -149,27 +141,23 @@ def test_what_was_written_is_five_lines(tmp_path, capsys):
         f"model     {tmp_path / 'pico_llm_quick.pt'}, quick_metrics.csv, quick_heads.csv",
         f"pictures  71 in {tmp_path}",
     ]
-    pico.print_files([])
-    assert capsys.readouterr().out == ""
 
 
 # --- what a study reads -----------------------------------------------------------------------------------------------
 
 
 def test_bad_sentences_are_left_out_and_named(tiny_model, capsys):
-    captures = pico.capture_sentences(tiny_model, {"Mine": ["A good sentence.", "", "word " * 100], "Empty": [" "]})
-    assert [c.text for c in captures["Mine"]] == ["A good sentence."]
-    output = capsys.readouterr().out
-    assert output.count("Left out of 'Mine'") == 2 and "Left out of 'Empty'" in output
+    captures = pico.capture_sentences(tiny_model, {"Mine": ["A good one.", "", "word " * 100], "One": "Not a list."})
+    assert [capture.text for members in captures.values() for capture in members] == ["A good one.", "Not a list."]
+    assert capsys.readouterr().out.count("Left out of 'Mine'") == 2
     with pytest.raises(PicoError, match="None of the sentences"):
         pico.capture_sentences(tiny_model, {"Mine": ["", None]})
-    assert len(pico.capture_sentences(tiny_model, {"Mine": "One text, not a list."})["Mine"]) == 1
 
 
-def test_a_model_whose_corpus_is_gone_is_studied_on_another(monkeypatch, tmp_path, corpus_folder, tiny_model, capsys):
+def test_a_model_whose_corpus_is_gone_is_studied_on_another(monkeypatch, tmp_path, corpus_folder, trained, capsys):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    train = pico.TrainConfig(corpus="/gone/corpus")
-    checkpoint = pico.Checkpoint(tiny_model.config, train, "a corpus of old", 0, [], tiny_model.state_dict())
+    config = pico.TrainConfig(corpus="/gone/corpus")
+    checkpoint = dataclasses.replace(pico.load_checkpoint(trained.checkpoint), train_config=config)
     about, training, _ = pico.open_corpus(checkpoint, data_folder=tmp_path)
     assert about.endswith("not WikiText-103, which is not what the model was trained on") and len(training.tokens) > 1e6
     assert "Unknown corpus '/gone/corpus'" in capsys.readouterr().out
@@ -198,9 +186,7 @@ def test_the_rows_of_heads_are_their_scores_on_the_way(trained, corpus_folder, d
                 assert row[name] == pytest.approx(head[name], abs=1e-3), name
 
 
-def test_a_resumed_run_continues_its_rows_and_a_new_one_starts_anew(
-    trained, corpus_folder, data_folder, tmp_path, monkeypatch
-):
+def test_a_resumed_run_continues_its_rows(trained, corpus_folder, data_folder, tmp_path, monkeypatch):
     path, original, steps = tmp_path / "tiny_heads.csv", pico.train_step, []
 
     def interrupted(*args):
@@ -211,17 +197,16 @@ def test_a_resumed_run_continues_its_rows_and_a_new_one_starts_anew(
 
     monkeypatch.setattr(pico, "train_step", interrupted)
     assert not train_tiny(tmp_path, data_folder, corpus_folder).finished
-    partial = pico.run_files(tmp_path, "tiny.partial").heads
-    rows = pico.read_head_rows(partial, 20)
+    rows = pico.read_head_rows(path, 20)
     assert rows[-1]["step"] == 5
-    pico.write_csv(partial, [*rows, rows[-1] | {"step": 7}])  # of steps that were lost with the process
-    train_tiny(tmp_path, data_folder, corpus_folder)
+    pico.write_csv(path, [*rows, rows[-1] | {"step": 7}])  # of steps that were lost with the process
+    model = train_tiny(tmp_path, data_folder, corpus_folder).checkpoint
     assert path.read_text() == trained.checkpoint.with_name("tiny_heads.csv").read_text()
-    model = tmp_path / "pico_llm_tiny.pt"
-    assert pico.head_history(model, pico.load_checkpoint(model)) == pico.read_head_rows(path, 20)
+    saved = pico.load_checkpoint(model)
+    assert pico.head_history(model, saved) == pico.read_head_rows(path, 20)
     for content in (b"", b"a,b\n1,2\n", b"step\nx\n", b"\xff\x00", b"step,layer\n1,2\n"):
         path.write_bytes(content)  # no scores of heads
-        assert pico.head_history(model, pico.load_checkpoint(model)) == []
+        assert pico.head_history(model, saved) == []
 
 
 # --- publishing -------------------------------------------------------------------------------------------------------
@@ -230,8 +215,7 @@ def test_a_resumed_run_continues_its_rows_and_a_new_one_starts_anew(
 def test_publish_writes_the_model_and_its_study(published, trained):
     saved, shipped = pico.load_checkpoint(trained.checkpoint), pico.load_checkpoint(published / "pico_llm.pt")
     assert shipped.training_state is None and (shipped.metrics, shipped.step) == (saved.metrics, saved.step)
-    for name, value in saved.weights.items():
-        assert torch.equal(shipped.weights[name], value.half())
+    assert all(torch.equal(shipped.weights[name], value.half()) for name, value in saved.weights.items())
     assert (published / "pico_llm.pt").stat().st_size < 0.55 * trained.checkpoint.stat().st_size
     for name in ("tiny_metrics.csv", "tiny_heads.csv"):
         text = trained.checkpoint.with_name(name).read_text()
@@ -243,10 +227,10 @@ def test_publish_writes_the_model_and_its_study(published, trained):
 
 
 def test_the_model_card_says_what_checkpoint_and_study_say(published, trained, corpus_folder, data_folder):
-    card = (published / "README.md").read_text()
+    card, last = (published / "README.md").read_text(), trained.metrics[-1]
+    saved = pico.load_checkpoint(published / "pico_llm.pt")
     validation = pico.open_corpus(pico.load_checkpoint(trained.checkpoint), None, data_folder)[2]
     evaluation = pico.evaluate(pico.load_model(published / "pico_llm.pt"), validation, 32)
-    last, findings = trained.metrics[-1], json.loads((published / "findings.json").read_text())
     for fact in (
         "0.01M parameters without embeddings, 1.62M with them: 2 layers of 2 heads, width 32, feed-forward 32, context",
         f"Trained on the parquet folder {corpus_folder.name} (100% of its training rows",
@@ -256,10 +240,9 @@ def test_the_model_card_says_what_checkpoint_and_study_say(published, trained, c
         "| tokens | 2,560 |",
         f"| train loss | {last['train_loss']:.4f} |",
         f"| val loss | {last['val_loss']:.4f} |",
-        f"| word perplexity | {last['word_perplexity']:,.4f} |",
         f"| FP16 weights | loss {evaluation.loss:.4f}, word perplexity {evaluation.word_perplexity:,.2f}",
         f"| torch | {torch.__version__} |",
-        *findings["headline"],
+        *json.loads((published / "findings.json").read_text())["headline"],
         'pico.load_model("pretrained/pico_llm.pt")',
         "python pico_helpers.py publish --checkpoint results/pico_llm_tiny.pt --out pretrained",
     ):
@@ -267,11 +250,15 @@ def test_the_model_card_says_what_checkpoint_and_study_say(published, trained, c
     for absent in ("WikiText", "Wikipedia", "mfu", "None", "nan", str(corpus_folder.parent), "{"):
         assert absent not in card, absent
     assert str(corpus_folder.parent).encode() not in (published / "pico_llm.pt").read_bytes()
+    card = pico.model_card(dataclasses.replace(saved, metrics=[]), published, evaluation, "some text")
+    assert "does not say where that text is from" in card and "val loss" not in card
+    config = dataclasses.replace(saved.train_config, corpus="offline")
+    card = pico.model_card(dataclasses.replace(saved, train_config=config), published, evaluation, "some text")
+    assert "by the contributors of English Wikipedia, CC BY-SA" in card
 
 
 def test_the_command_on_the_card_gives_the_same_settings(published, monkeypatch):
-    card = (published / "README.md").read_text()
-    (line,) = [line for line in card.splitlines() if "pico_helpers.py train" in line]
+    (line,) = [line for line in (published / "README.md").read_text().splitlines() if "pico_helpers.py train" in line]
     saved, seen = pico.load_checkpoint(published / "pico_llm.pt"), {}
 
     def run_training(*args, **changes):
@@ -287,24 +274,14 @@ def test_the_command_on_the_card_gives_the_same_settings(published, monkeypatch)
     assert command.endswith("--preset tiny --corpus 'my texts' --betas 0.8 0.9 --no-compile")
 
 
-def test_the_licence_is_told_only_of_corpora_that_are_known(published):
-    saved, evaluation = pico.load_checkpoint(published / "pico_llm.pt"), pico.Evaluation(5.0, 100, 80)
-    card = pico.model_card(saved, published, evaluation, "some text")
-    assert "does not say where that text is from" in card
-    config = dataclasses.replace(saved.train_config, corpus="offline")
-    card = pico.model_card(dataclasses.replace(saved, train_config=config, metrics=[]), published, evaluation, "text")
-    assert "by the contributors of English Wikipedia, CC BY-SA" in card
-    assert "word perplexity 518.01, measured when publishing on 100 tokens of text" in card and "val loss" not in card
-
-
-def test_what_cannot_be_published_leaves_the_folder_as_it_was(trained, tmp_path, data_folder, capsys):
+def test_what_cannot_be_published_leaves_the_folder_as_it_was(trained, tmp_path, data_folder):
     saved, out = pico.load_checkpoint(trained.checkpoint), tmp_path / "out"
     weights = saved.weights | {"final_norm.weight": torch.full((32,), 1e6)}
-    for name, changes, problem in (
-        ("a", {"training_state": {"optimizer": {}}}, "is an unfinished run"),
-        ("b", {"weights": weights}, "beyond the range of FP16"),
+    for changes, problem in (
+        ({"training_state": {"optimizer": {}}}, "is an unfinished run"),
+        ({"weights": weights}, "beyond the range of FP16"),
     ):
-        path = pico.save_checkpoint(tmp_path / f"{name}.pt", dataclasses.replace(saved, **changes))
+        path = pico.save_checkpoint(tmp_path / "a.pt", dataclasses.replace(saved, **changes))
         with pytest.raises(PicoError, match=problem):
             pico.publish(path, out, data_folder)
         assert not out.exists()
@@ -321,28 +298,26 @@ def test_what_cannot_be_published_leaves_the_folder_as_it_was(trained, tmp_path,
 
 
 def test_command_line_trains_explores_and_generates(tmp_path, corpus_folder, capsys):
+    results = tmp_path / "results"
+
     def run(*arguments: str) -> str:
-        assert pico.main([*arguments, "--results", str(tmp_path / "results")]) == 0
+        assert pico.main([*arguments, "--results", str(results)]) == 0
         return capsys.readouterr().out
 
-    run_options = ["--corpus", str(corpus_folder), "--max-steps", "3", "--learning-rate", "0.002"]
-    output = run("train", "--preset", "tiny", *run_options, "--data-folder", str(tmp_path / "data"))
+    options = ["--corpus", str(corpus_folder), "--max-steps", "3", "--learning-rate", "0.002"]
+    output = run("train", "--preset", "tiny", *options, "--data-folder", str(tmp_path / "data"))
     assert "Corpus: the parquet folder" in output and "A sample: 'The history of" in output
-    assert {path.name for path in (tmp_path / "results").iterdir()} == {
-        *("pico_llm_tiny.pt", "tiny_metrics.csv", "tiny_heads.csv"),
-        *(f"{name}.{kind}" for name in ("loss_curve", "head_emergence") for kind in ("png", "svg")),
-    }
-    assert f"model     {tmp_path / 'results' / 'pico_llm_tiny.pt'}, tiny_metrics.csv, tiny_heads.csv" in output
-    assert f"pictures  2 in {tmp_path / 'results'}" in output
-    assert pico.load_checkpoint(tmp_path / "results" / "pico_llm_tiny.pt").train_config.learning_rate == 0.002
+    assert f"model     {results / 'pico_llm_tiny.pt'}, tiny_metrics.csv, tiny_heads.csv" in output
+    assert f"pictures  2 in {results}" in output
+    assert pico.load_checkpoint(results / "pico_llm_tiny.pt").train_config.learning_rate == 0.002
     command = [sys.executable, "pico_helpers.py", "generate", "One day", "--max-new-tokens", "5"]
-    command += ["--checkpoint", str(tmp_path / "results" / "pico_llm_tiny.pt")]
+    command += ["--checkpoint", str(results / "pico_llm_tiny.pt")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.startswith("One day")
-    page = tmp_path / "results" / "my_explorer.html"
-    assert run("explore", "A very long journey.", "Another <b>one</b>.").startswith(f"{page} shows where the heads of")
-    text = page.read_text()
-    assert "A very long journey." in text and "Your sentences" in text and "Another <b>one" not in text
+    page = results / "my_explorer.html"
+    output = run("explore", "A very long journey.", "Another <b>one</b>.")
+    assert output.startswith(f"{page} shows where the heads of") and output.count("\n") == 1
+    assert "A very long journey." in page.read_text() and "Another <b>one" not in page.read_text()
 
 
 @pytest.mark.parametrize(
@@ -355,6 +330,10 @@ def test_command_line_trains_explores_and_generates(tmp_path, corpus_folder, cap
         (["train", "--seed", "one"], "Argument --seed: invalid int value: 'one'; see"),
         (["train", "--max", "5"], "Ambiguous option: --max could match --max-"),
         (["train", "--betas", "0.9"], "Argument --betas: expected 2 arguments"),
+        (["train", "--vocab-size", "1000"], "Unrecognized arguments: --vocab-size 1000"),
+        (["train", "--seed", "-1"], "seed must be"),
+        (["train", "--betas", "1.5", "0.9"], "betas must be"),
+        (["train", "--n-layer", "0"], "n_layer must be"),
         (["analyze", "--checkpoint", "README.md"], "README.md "),
         (["explore", ""], "The sentence is empty"),
         (["explore", "A good one.", "word " * 600], "A sentence of 601 tokens exceeds the model's 512"),
@@ -375,4 +354,4 @@ def test_help_explains_every_setting(capsys):
         pico.main(["train", "--help"])
     text = " ".join(capsys.readouterr().out.split())
     assert "--n-layer INT" in text and "--betas FLOAT FLOAT" in text and "model [values of preset" in text
-    assert "stops earlier than `epochs` [400]" in text or "stops earlier than `epochs` [None]" in text
+    assert "sequences per step [8]" in text
