@@ -6497,6 +6497,7 @@ def print_files(files: Sequence[Path]) -> None:
         "report": ("*_report.html",),
         "explorer": ("*explorer.html",),
         "findings": ("findings.json", "head_scores.csv"),
+        "benchmark": ("inference_benchmark.csv",),
         "model": ("*.pt", "README.md", "*_metrics.csv", "*_heads.csv", "*.safetensors", "*config.json", "tokenizer*"),
     }
     for kind, patterns in kinds.items():
@@ -6614,6 +6615,7 @@ def run_command(options: argparse.Namespace) -> list[Path]:
         chosen = {name: getattr(options, name) for name in ("batch_sizes", "seconds", "variants")}
         chosen |= {"sequence_lengths": options.lengths, "install": not options.no_install}
         advanced_tensorrt_optimization_demo(model, results=results, file=text, **chosen)
+        return sorted(Path(results).glob("inference_benchmark.*"))
     if options.command == "generate":
         sampling = {name: getattr(options, name) for name in ("max_new_tokens", "temperature", "seed")}
         for index, piece in enumerate(stream_text(model, options.prompt, **sampling)):
