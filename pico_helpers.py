@@ -6317,9 +6317,7 @@ def run_analysis(
     print(*findings["headline"], sep="\n")
     return [
         write_report(results / "attention_report.html", findings, pictures),
-        write_explorer(
-            results / "attention_explorer.html", captures | repeats, study.scores.query("source == 'windows'")
-        ),
+        write_explorer(results / "attention_explorer.html", captures | repeats, on_windows(study.scores)),
         write_findings(results / "findings.json", findings),
         write_csv(results / "head_scores.csv", study.scores.to_dict("records")),
         *(picture.path for picture in pictures),
