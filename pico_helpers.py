@@ -39,7 +39,6 @@ import functools
 import hashlib
 import importlib.metadata
 import importlib.util
-import inspect
 import itertools
 import json
 import math
@@ -6269,11 +6268,10 @@ def open_corpus(
 
 def head_history(path: Path, saved: Checkpoint) -> list[dict]:
     """The scores of heads on the way to this checkpoint, if they lie beside it; those of another run do not count."""
-    name = saved.train_config.name  # of the run; a model of it that was kept has another one
-    name = path.stem.removeprefix("pico_llm_") if path.stem.startswith("pico_llm_") else name
-    rows = read_head_rows(run_files(path.parent, name).heads, saved.step)
-    is_other = ".previous" in path.name or (not saved.training_state and rows and rows[-1]["step"] != saved.step)
-    return [] if is_other else rows
+    name = path.stem.removeprefix("pico_llm_")
+    own = run_files(path.parent, saved.train_config.name if name == path.stem else name).heads  # published: pico_llm.pt
+    rows = read_head_rows(own, saved.step)
+    return rows if saved.training_state or (rows and rows[-1]["step"] == saved.step) else []
 
 
 def run_analysis(
@@ -6372,8 +6370,11 @@ def publish(
         for kind in ("metrics", "heads"):
             (folder / f"{name}_{kind}.csv").unlink(missing_ok=True)
     card.unlink(missing_ok=True)  # it is written last, when all that it describes is there
-    # the corpus folder's name, not where it lies on this machine
-    config = dataclasses.replace(saved.train_config, corpus=Path(saved.train_config.corpus).resolve().name)
+    # names of the corpus folder and of the model it started from, not where they lie on this machine
+    config, start = saved.train_config, saved.train_config.init_from
+    config = dataclasses.replace(
+        config, corpus=Path(config.corpus).resolve().name, init_from=start and Path(start).name
+    )
     shipped = dataclasses.replace(saved, train_config=config, weights=weights)
     files = [save_checkpoint(folder / "pico_llm.pt", shipped)]
     for kind, rows in (("metrics", saved.metrics), ("heads", history)):
@@ -6396,7 +6397,7 @@ def model_card(saved: Checkpoint, folder: Path, evaluation: Evaluation, held_out
     for name, value in (saved.metrics[-1] if saved.metrics else {}).items():
         if value is not None and name not in ("step", "learning_rate", "skipped_steps"):
             table[name.replace("_", " ")] = f"{value:,}" if isinstance(value, int) else f"{value:,.4f}"
-    table |= {name: value for name, value in saved.environment.items() if value}
+    table |= {name.replace("_", " "): value for name, value in saved.environment.items() if value}
     table["FP16 weights"] = f"loss {evaluation.loss:.4f}, word perplexity {evaluation.word_perplexity:,.2f}, measured "
     table["FP16 weights"] += f"when publishing on {evaluation.n_tokens:,} tokens of {held_out}"
     return _MODEL_CARD.format(
@@ -6540,13 +6541,16 @@ def _parser() -> argparse.ArgumentParser:
             sub.add_argument(option, help=text)
         return sub
 
-    preset = get_preset()
+    preset, source = get_preset(), Path(__file__).read_text(encoding="utf-8")
+    source = source[source.index("class ModelConfig") : source.index("class Preset")]
+    comments = dict(re.findall(r"^    (\w+): .*?  # (.+)$", source, re.MULTILINE))  # of the settings
     choice = ("--preset", f"one of: {', '.join(PRESETS)} [{default_preset()}]")
     for name, about in (("train", "Train a model."), ("both", "Train a model and study its attention.")):
         sub = command(name, about, choice)
         sub.usage = "%(prog)s [options]"
         for title, config in (("model", preset.model), ("training", preset.train)):
-            _add_config_options(sub.add_argument_group(f"{title} [values of preset {default_preset()!r}]"), config)
+            group = sub.add_argument_group(f"{title} [values of preset {default_preset()!r}]")
+            _add_config_options(group, config, comments)
     command("analyze", "Study the attention of a model.", checkpoint, corpus)
     sub = command("explore", "See where each head looks in sentences of your own.", checkpoint)
     sub.add_argument("sentences", nargs="+", metavar="SENTENCE", help="in quotes")
@@ -6567,9 +6571,10 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_config_options(group: argparse._ArgumentGroup, config: ModelConfig | TrainConfig) -> None:
+def _add_config_options(
+    group: argparse._ArgumentGroup, config: ModelConfig | TrainConfig, comments: Mapping[str, str]
+) -> None:
     """One option for each setting, such as --n-layer and --learning-rate; the comment on its field is its help."""
-    comments = dict(re.findall(r"^    (\w+): .*?  # (.+)$", inspect.getsource(type(config)), re.MULTILINE))
     for item in dataclasses.fields(config):
         kind, value = item.type.split(" | ")[0], getattr(config, item.name)
         options: dict = {"help": f"{comments.get(item.name, '')} [{value}]".strip().replace("%", "%%")}

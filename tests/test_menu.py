@@ -189,17 +189,18 @@ def test_the_rows_of_heads_are_their_scores_on_the_way(trained, corpus_folder, d
 def test_a_resumed_run_continues_its_rows(trained, corpus_folder, data_folder, tmp_path, monkeypatch):
     path, original, steps = tmp_path / "tiny_heads.csv", pico.train_step, []
 
-    def interrupted(*args):
+    def interrupted(*args, **options):
         steps.append(args)
         if len(steps) == 6:
             os.kill(os.getpid(), signal.SIGINT)
-        return original(*args)
+        return original(*args, **options)
 
     monkeypatch.setattr(pico, "train_step", interrupted)
     assert not train_tiny(tmp_path, data_folder, corpus_folder).finished
-    rows = pico.read_head_rows(path, 20)
+    partial = pico.run_files(tmp_path, "tiny.partial").heads
+    rows = pico.read_head_rows(partial, 20)
     assert rows[-1]["step"] == 5
-    pico.write_csv(path, [*rows, rows[-1] | {"step": 7}])  # of steps that were lost with the process
+    pico.write_csv(partial, [*rows, rows[-1] | {"step": 7}])  # of steps that were lost with the process
     model = train_tiny(tmp_path, data_folder, corpus_folder).checkpoint
     assert path.read_text() == trained.checkpoint.with_name("tiny_heads.csv").read_text()
     saved = pico.load_checkpoint(model)
