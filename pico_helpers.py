@@ -95,7 +95,7 @@ class PicoError(Exception):
 class ModelConfig:
     """Shape of the decoder. The defaults are Pico-LLM: 11.94M parameters, 34.46M with the tied embedding."""
 
-    vocab_size: int = 50257  # GPT-2 byte pairs
+    vocab_size: int = field(default=50257, metadata={"option": False})  # GPT-2 byte pairs, what corpora are made of
     d_model: int = 448
     n_layer: int = 8
     n_head: int = 7  # heads of 64
