@@ -4092,7 +4092,7 @@ MODEL_NAMES = {  # the models of Study.shares and .baselines, in the order in wh
     "uniform": "uniform head",
 }
 MODEL_COLORS = {"trained": "#000000", "shuffled": "#8a5a00", "untrained": "#a3347f", "uniform": "#007a8a"}
-_GREY = "#767676"  # thresholds and random sets
+GREY = "#767676"  # thresholds and random sets
 _SCORES = {  # a score, what it looks at, and the class that heads of a high score belong to
     "previous": ("one token back", "Diagonal/Self"),
     "self": ("the token itself", "Diagonal/Self"),
@@ -4115,6 +4115,7 @@ def new_figure(width: float, height: float, title: str = "") -> Figure:
 
     warnings.filterwarnings("ignore", r"Glyph \d+ .* missing from font")  # a box stands for what the font lacks
     figure = Figure(figsize=(width, height), facecolor="white", layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.07, h_pad=0.07)
     if title:
         lines = textwrap.wrap(_literal(title), int(9.5 * width), max_lines=4, placeholder=" …")
         figure.suptitle("\n".join(lines), x=0.01, ha="left", fontsize=10, weight="bold")
@@ -4339,7 +4340,7 @@ def plot_attention_flow(
         graph = attention_graph(_pattern(capture, head, n), capture.labels)
         arcs = {(i, j): weight for i, j, weight in graph.edges(data="weight") if i != j}
         rings = [graph.edges[i, i]["weight"] if graph.has_edge(i, i) else 0 for i in graph]
-        axes.scatter([0] * n, range(n), s=6, color=_GREY)
+        axes.scatter([0] * n, range(n), s=6, color=GREY)
         axes.scatter([0] * n, range(n), s=110 * np.array(rings), facecolors="none", edgecolors=color)
         axes.set(xlim=(-0.6, reach), ylim=(n - 0.4, -0.6), aspect="equal", anchor="NW")
         style = {"width": [0.4 + 2 * weight for weight in arcs.values()], "edge_color": color, "node_size": 12}
@@ -4395,19 +4396,16 @@ def plot_loss_curve(rows: Sequence[dict] | pd.DataFrame, uniform_loss: float = m
     import pandas as pd
 
     figure = new_figure(7, 4)
-    axes = figure.subplots()
-    metrics = pd.DataFrame(rows, columns=None if len(rows) else ["step"]).set_index("step")
+    axes, table = figure.subplots(), pd.DataFrame(rows)
     for key, name, style in (
-        ("train_loss", "training", {"color": _GREY, "linewidth": 1.2}),
+        ("train_loss", "training", {"color": GREY, "linewidth": 1.2}),
         ("val_loss", "held-out text", {"color": MODEL_COLORS["trained"], "marker": "o", "markersize": 3.5}),
     ):
-        losses = pd.to_numeric(metrics.get(key, pd.Series(dtype=float)), errors="coerce").dropna()
-        if len(losses):
+        if key in table and len(losses := pd.to_numeric(table.set_index("step")[key], errors="coerce").dropna()):
             axes.plot(losses.index, losses, label=f"{name} (last {losses.iloc[-1]:.2f})", **style)
     label = f"guessing all tokens alike ({uniform_loss:.2f})"
     axes.axhline(uniform_loss, color=MODEL_COLORS["uniform"], linestyle=":", linewidth=1.5, label=label)
     tidy_axes(axes, xlabel="step", ylabel="loss (nats per token)", xlim=(0, None))
-    axes.grid(alpha=0.25)
     axes.legend(frameon=False, fontsize=8)
     return figure
 
@@ -4430,65 +4428,61 @@ def plot_head_emergence(
     best.index *= rates[0] if rates else 1
     figure = new_figure(8, 4.5)
     axes = figure.subplots()
-    colors = {name: CLASS_COLORS[_SCORES[name][1]] for name in _EMERGING}
-    seaborn.lineplot(best[best.index > 0], palette=colors, markers=True, linewidth=1.8, ax=axes)
-    for tau in sorted({thresholds.tau[name] for name in _EMERGING}):
-        axes.axhline(tau, color=_GREY, linestyle="--", linewidth=1, label=f"threshold ({tau:.2f})")
+    names = {kind: f"{kind}: {_SCORES[kind][0]}" for kind in _EMERGING}
+    colors = [CLASS_COLORS[_SCORES[kind][1]] for kind in _EMERGING]
+    seaborn.lineplot(best[best.index > 0].rename(columns=names), palette=colors, markers=True, linewidth=1.8, ax=axes)
+    for tau in sorted({thresholds.tau[kind] for kind in _EMERGING}):
+        axes.axhline(tau, color=GREY, linestyle="--", linewidth=1, label=f"threshold ({tau:.2f})")
     if 0 in best.index:
-        style = {"color": MODEL_COLORS["untrained"], "linestyle": ":", "linewidth": 1.5}
-        axes.axhline(best.loc[0].max(), label=f"highest before training ({best.loc[0].max():.2f})", **style)
+        style, untrained = {"color": MODEL_COLORS["untrained"], "linestyle": ":"}, best.loc[0].max()
+        axes.axhline(untrained, label=f"highest before training ({untrained:.2f})", **style)
     tidy_axes(axes, "Highest score of a head (0: chance, 1: ideal)", xscale="log", ylim=(-0.05, 1), ylabel="score")
     axes.set_xlabel("tokens of training" if rates else "step")
-    handles, labels = axes.get_legend_handles_labels()
-    labels = [f"{name}: {_SCORES[name][0]}" if name in _SCORES else name for name in labels]
-    axes.legend(handles, labels, frameon=False, fontsize=8, loc="upper left", handlelength=4)
-    axes.grid(alpha=0.25)
+    axes.legend(frameon=False, fontsize=8, loc="upper left", handlelength=4)
     return figure
 
 
 def _draw_class_bars(axes: Axes, table: pd.DataFrame) -> None:
     """A bar of 100 % for each row of `table`, whose columns are classes and whose values are shares of the heads."""
-    start = np.zeros(len(table))
-    for name in HEAD_CLASSES:
-        shares = table[name].to_numpy(float)
-        style = {"color": CLASS_COLORS[name], "edgecolor": "white", "linewidth": 0.8, "height": 0.72}
+    table, start = table.reindex(columns=HEAD_CLASSES).fillna(0), np.zeros(len(table))
+    for name, shares in table.items():
+        style = {"color": CLASS_COLORS[name], "edgecolor": "white", "height": 0.72}
         bars = axes.barh(range(len(table)), shares, left=start, label=CLASS_LABELS[name], **style)
         words = [f"{share:.0%}" if share >= 0.04 else "" for share in shares]
         axes.bar_label(bars, words, label_type="center", color="white", fontsize=8)
-        start += shares
+        start += shares.to_numpy()
     axes.set_yticks(range(len(table)), [_literal(str(name)) for name in table.index])
     tidy_axes(axes, xlim=(0, 1), ylim=(len(table) - 0.5, -0.5), xlabel="share of the heads")
     axes.xaxis.set_major_formatter("{x:.0%}")
     axes.legend(frameon=False, fontsize=8, ncols=3, loc="lower left", bbox_to_anchor=(0, 1))
 
 
-def plot_class_baselines(shares: pd.DataFrame) -> Figure:
+def plot_class_baselines(study: Study) -> Figure:
     """Classes of the heads on held-out text: this model, shuffled tokens, untrained models, a uniform head."""
-    table = on_windows(shares).pivot(index="model", columns="class").reindex(list(MODEL_NAMES))
+    table = on_windows(study.shares).pivot(index="model", columns="class").reindex(list(MODEL_NAMES))
     figure = new_figure(8, 3.2)
     axes = figure.subplots()
-    _draw_class_bars(axes, table["share"].rename(index=MODEL_NAMES).reindex(columns=HEAD_CLASSES).fillna(0))
+    _draw_class_bars(axes, table["share"].rename(index=MODEL_NAMES))
     low, high = table["low", "Specialised"], table["high", "Specialised"]
     axes.hlines(np.arange(len(table)) + 0.42, low, high, "black", linewidth=2)
     return figure
 
 
-def plot_category_classes(categories: pd.DataFrame, shares: pd.DataFrame) -> Figure:
+def plot_categories(study: Study) -> Figure:
     """Classes of the heads on each category's sentences, and on held-out text."""
     import pandas as pd
 
-    held_out = on_windows(shares).query("model == 'trained'").assign(category="Held-out text")
-    table = pd.concat([held_out, categories])
+    held_out = on_windows(study.shares).query("model == 'trained'").assign(category="Held-out text")
+    table = pd.concat([held_out, study.categories])
     names = table["category"].unique()
-    table = table.pivot(index="category", columns="class", values="share").reindex(names, columns=HEAD_CLASSES)
-    figure = new_figure(8.5, 1.2 + 0.36 * len(table))
-    _draw_class_bars(figure.subplots(), table.fillna(0))
+    figure = new_figure(8.5, 1.2 + 0.36 * len(names))
+    _draw_class_bars(figure.subplots(), table.pivot(index="category", columns="class", values="share").loc[names])
     return figure
 
 
-def plot_head_classes(scores: pd.DataFrame) -> Figure:
+def plot_class_grid(study: Study) -> Figure:
     """The original study's pie of the classes, and the class and score of each head, layer by layer."""
-    kinds = head_kinds(scores)
+    kinds = head_kinds(study.scores)
     counts = kinds["class"].value_counts().reindex(HEAD_CLASSES).dropna().astype(int)
     words = kinds["kind"] + "\n" + kinds["strength"].map(number)
     words = words.where(~kinds["class"].isin(["Mixed", "Resting"]), kinds["class"].str.lower()).unstack()
@@ -4500,135 +4494,129 @@ def plot_head_classes(scores: pd.DataFrame) -> Figure:
     legend = [f"{CLASS_LABELS[name]}: {count} ({count / len(kinds):.0%})" for name, count in counts.items()]
     wedges = pie.pie(counts, colors=colors, startangle=90, counterclock=False, wedgeprops={"edgecolor": "white"})[0]
     pie.legend(wedges, legend, loc="upper center", bbox_to_anchor=(0.5, 0.02), frameon=False, fontsize=8)
-    pie.set_title(f"All {len(kinds)} heads", loc="left", fontsize=9.5)
+    tidy_axes(pie, f"All {len(kinds)} heads")
     options = {"cmap": list(CLASS_COLORS.values()), "vmin": -0.5, "vmax": len(HEAD_CLASSES) - 0.5, "linewidths": 1}
     draw_heatmap(grid, codes, "Each head", annot=words, annot_kws={"fontsize": 7, "color": "white"}, **options)
     return figure
 
 
-def plot_score_maps(scores: pd.DataFrame, thresholds: ScoreThresholds | None = None) -> Figure:
+def plot_score_maps(study: Study) -> Figure:
     """Layer x head maps of every score; cells beyond the threshold are outlined, kinds that were found come first."""
     from matplotlib.patches import Rectangle
     from matplotlib.patheffects import withStroke
 
-    heads, thresholds = on_windows(scores), thresholds or ScoreThresholds()
-    limits = thresholds.tau | {"broad": thresholds.broad}
-    grids = {name: heads.pivot(index="layer", columns="head", values=name) for name in _SCORES}
+    limits = study.thresholds.tau | {"broad": study.thresholds.broad}
+    grids = {kind: on_windows(study.scores).pivot(index="layer", columns="head", values=kind) for kind in _SCORES}
     n_layer, n_head = grids["self"].shape
     figure = new_figure(1.2 + 3 * max(2.2, 0.42 * n_head), 3 * max(1.4, 0.75 + 0.28 * n_layer))
     panels = list(figure.subplots(3, 3).flat)
-    names = sorted(_SCORES, key=lambda name: not (grids[name] >= limits[name]).any(axis=None))
     outline = {"fill": False, "edgecolor": "white", "linewidth": 1.2, "clip_on": False, "zorder": 3}
-    for axes, name in zip(panels, names, strict=True):
-        title = f"{name.capitalize()}: {_SCORES[name][0]}"
-        draw_heatmap(axes, grids[name], title, annot=grids[name].map(number), vmin=0, vmax=1, cmap="mako_r")
-        for layer, head in np.argwhere(grids[name] >= limits[name]):
-            stroke = [withStroke(linewidth=3, foreground="black")]
-            axes.add_patch(Rectangle((head, layer), 1, 1, path_effects=stroke, **outline))
+    outline["path_effects"] = [withStroke(linewidth=3, foreground="black")]
+    kinds = sorted(grids, key=lambda kind: not (grids[kind] >= limits[kind]).any(axis=None))
+    for axes, kind in zip(panels, kinds, strict=True):
+        title = f"{kind.capitalize()}: {_SCORES[kind][0]}"
+        draw_heatmap(axes, grids[kind], title, annot=grids[kind].map(number), vmin=0, vmax=1, cmap="mako_r")
+        for layer, head in np.argwhere(grids[kind] >= limits[kind]):
+            axes.add_patch(Rectangle((head, layer), 1, 1, **outline))
     _color_bar(panels, "score (0: chance, 1: ideal)")
     return figure
 
 
-def plot_ablation(ablation: pd.DataFrame) -> Figure:
+def plot_ablation(study: Study) -> Figure:
     """Loss increase on held-out text when a head is replaced by its mean, layer x head, in thousandths of a nat.
 
     Numbers in bold are of heads that matter, see `heads_that_matter`; all others may be noise.
     """
-    table = ablation.pivot(index="layer", columns="head")
+    table = study.ablation.pivot(index="layer", columns="head")
     grid = 1000 * table["loss_increase"]
     limit = max(float(grid.abs().max(axis=None)), 1.0)
     figure = new_figure(max(5, 1.8 + 0.62 * grid.shape[1]), max(2.2, 1 + 0.4 * len(grid)))
     axes = figure.subplots()
     words = grid.map(lambda value: number(value, 1 if abs(value) < 10 else 0))
-    draw_heatmap(axes, grid, annot=words, cmap="RdBu_r", vmin=-limit, vmax=limit, annot_kws={"fontsize": 7.5})
+    draw_heatmap(axes, grid, annot=words, cmap="RdBu_r", vmin=-limit, vmax=limit)
     for text, matters in zip(axes.texts, table["matters"].to_numpy().flat, strict=True):
         text.set_weight("bold" if matters else "normal")
     _color_bar([axes], "loss increase without the head\n(thousandths of a nat per token)")
     return figure
 
 
-def plot_head_similarity(distances: np.ndarray, scores: pd.DataFrame, noise_floor: float) -> Figure:
-    """Distances between all heads (layer-major), ordered by the average-linkage dendrogram on top.
+def plot_similarity(study: Study, without_sink: bool = False) -> Figure:
+    """Distances between all heads, ordered by the average-linkage dendrogram on top; labels in the colours of classes.
 
-    The dashed line is the noise floor of `head_similarity`; labels are in the colours of the heads' classes.
+    The dashed line is the noise floor of `head_similarity`. `without_sink`: the first token left out.
     """
     from scipy.cluster.hierarchy import dendrogram, linkage
     from scipy.spatial.distance import squareform
 
-    kinds, n = head_kinds(scores), len(distances)
+    distances, floor, kinds = study.distances, study.noise_floor, head_kinds(study.scores)
+    if without_sink:
+        distances, floor = study.distances_without_sink, study.noise_floor_without_sink
     figure = new_figure(8, 9)
     top, bottom = figure.subplots(2, 1, height_ratios=(1, 4.5))
     tree = linkage(squareform(distances, checks=False), "average")  # seaborn.clustermap would need pyplot
     order = dendrogram(tree, ax=top, no_labels=True, color_threshold=0, above_threshold_color="#222222")["leaves"]
-    label = f"a head and itself on other text: {number(noise_floor)}"
-    top.axhline(noise_floor, color=MODEL_COLORS["shuffled"], linestyle="--", linewidth=1.5, label=label)
+    style = {"color": MODEL_COLORS["shuffled"], "linestyle": "--", "linewidth": 1.5}
+    top.axhline(floor, label=f"a head and itself on other text: {number(floor)}", **style)
     top.legend(frameon=False, fontsize=8, loc="lower left", bbox_to_anchor=(0, 1))
-    tidy_axes(top, ylabel="distance", xlim=(0, 10 * n), ylim=(0, 1.05 * max(tree[:, 2].max(), noise_floor)))
-    limit = min(1, max(distances.max(), 2 * noise_floor, 1e-6))
-    names = [head_name(*kinds.index[index]) for index in order]
-    _draw_map(bottom, distances[np.ix_(order, order)], names, vmax=limit, cmap="viridis_r", square=False)
+    tidy_axes(top, ylabel="distance", xlim=(0, 10 * len(order)), ylim=(0, 1.05 * max(tree[:, 2].max(), floor)))
+    scale = {"vmax": min(1, max(distances.max(), 2 * floor, 1e-6)), "cmap": "viridis_r", "square": False}
+    _draw_map(bottom, distances[np.ix_(order, order)], [head_name(*kinds.index[index]) for index in order], **scale)
     bottom.set(xlabel="", ylabel="")
     for text, index in zip([*bottom.get_xticklabels(), *bottom.get_yticklabels()], order * 2, strict=True):
-        text.set(color=CLASS_COLORS[kinds["class"].iloc[index]], fontsize=max(4.5, min(8, 380 / n)))
+        text.set(color=CLASS_COLORS[kinds["class"].iloc[index]], fontsize=max(4.5, min(8, 380 / len(order))))
     _color_bar([bottom, top], "distance (0: the same)")
     return figure
 
 
-def plot_spread(scores: pd.DataFrame, baselines: pd.DataFrame) -> Figure:
-    """Entropy and mean distance of every head by layer, with the range of untrained models and a uniform head."""
+def plot_entropy_distance(study: Study) -> Figure:
+    """Entropy and mean attention distance of every head by layer, with the range of untrained models."""
     import seaborn
 
-    heads = on_windows(scores)
-    base = on_windows(baselines).query("statistic == 'mean'").set_index(["model", "score"])
-    order = [name for name in HEAD_CLASSES if (heads["class"] == name).any()]
-    beside = (
-        heads["layer"] + 0.5 * (heads["head"] / heads["head"].max() - 0.5) if heads["head"].any() else heads["layer"]
-    )
+    heads = on_windows(study.scores).sort_values("class", key=lambda names: names.map(HEAD_CLASSES.index))
+    beside = heads["layer"] + 0.5 * (heads["head"] / max(heads["head"].max(), 1) - 0.5)
+    base = on_windows(study.baselines).query("statistic == 'mean'").set_index(["model", "score"])
     figure = new_figure(9, 4)
     panels = figure.subplots(1, 2)
-    for axes, column in zip(panels, ("entropy", "mean_distance"), strict=True):
-        seaborn.scatterplot(heads, x=beside, y=column, hue="class", hue_order=order, palette=CLASS_COLORS, ax=axes)
-        means = heads.groupby("layer")[column].mean()
-        axes.plot(means.index, means, color=MODEL_COLORS["trained"], linewidth=1.2, label="mean of the layer")
+    colors = {CLASS_LABELS[name]: color for name, color in CLASS_COLORS.items()}
+    for axes, score, *words in (
+        (panels[0], "entropy", "How widely heads look", "entropy (nats)"),
+        (panels[1], "mean_distance", "How far back heads look", "mean distance (tokens)"),
+    ):
+        hues = heads["class"].map(CLASS_LABELS)
+        seaborn.scatterplot(heads, x=beside, y=score, hue=hues, palette=colors, ax=axes)
         for model, line in (("untrained", "--"), ("uniform", ":")):
-            row, color = base.loc[(model, column)], MODEL_COLORS[model]
-            axes.axhline(row["mean"], color=color, linestyle=line, linewidth=1.5, label=MODEL_NAMES[model])
-            axes.axhspan(row["low"], row["high"], color=color, alpha=0.2, linewidth=0)
+            row, style = base.loc[(model, score)], {"color": MODEL_COLORS[model], "linestyle": line}
+            axes.axhline(row["mean"], label=MODEL_NAMES[model], **style)
+            axes.axhspan(row["low"], row["high"], color=style["color"], alpha=0.2, linewidth=0)
+        tidy_axes(axes, words[0], xlabel="layer", ylabel=words[1], ylim=(0, None), xticks=heads["layer"].unique())
         axes.get_legend().remove()
-        axes.grid(axis="y", alpha=0.25)
-    style = {"xlabel": "layer", "ylim": (0, None), "xticks": means.index}
-    tidy_axes(panels[0], "How widely heads look", ylabel="entropy (nats)", **style)
-    tidy_axes(panels[1], "How far back heads look", ylabel="mean distance (tokens)", **style)
     handles, labels = panels[0].get_legend_handles_labels()
-    labels = [CLASS_LABELS.get(label, label) for label in labels]
     figure.legend(handles, labels, frameon=False, fontsize=8, ncols=4, loc="outside lower center")
     return figure
 
 
-def plot_language(language: pd.DataFrame) -> Figure:
+def plot_language(study: Study) -> Figure:
     """Minimal pairs by phenomenon: accuracy, attention to the target, and what removing the chosen heads costs.
 
     Each beside what it must exceed: the highest of the untrained models, or what random sets of heads cost.
     """
-    y = np.arange(len(language))
-    figure = new_figure(10, 1.5 + 0.36 * len(language))
+    table, y, own = study.language, np.arange(len(study.language)), {"color": MODEL_COLORS["trained"]}
+    figure = new_figure(10, 1.5 + 0.36 * len(table))
     prefers, looks, needs = figure.subplots(1, 3, sharey=True)
-    own, untrained = MODEL_COLORS["trained"], MODEL_COLORS["untrained"]
     for axes, value, name in ((prefers, "accuracy", "accuracy"), (looks, "attention_difference", "attention")):
-        axes.hlines(y, language[f"{name}_low"], language[f"{name}_high"], own, linewidth=1.5)
-        axes.plot(language[value], y, "o", color=own, markersize=5, label=MODEL_NAMES["trained"])
-        style = {"markerfacecolor": "none", "markersize": 6, "label": "highest of the untrained models"}
-        axes.plot(language[f"untrained_{name}_highest"], y, "o", color=untrained, **style)
-    low, high = (language.get(f"random_margin_{end}", language["random_margin_drop"]) for end in ("low", "high"))
-    needs.hlines(y, low, high, _GREY, linewidth=5, label="random sets of heads")
-    needs.plot(language["margin_drop"], y, "o", color=own, markersize=5)
+        axes.hlines(y, table[f"{name}_low"], table[f"{name}_high"], linewidth=1.5, **own)
+        axes.plot(table[value], y, "o", markersize=5, label=MODEL_NAMES["trained"], **own)
+        style = {"color": MODEL_COLORS["untrained"], "markerfacecolor": "none"}
+        axes.plot(table[f"untrained_{name}_highest"], y, "o", label="highest of the untrained models", **style)
+    low, high = (table.get(f"random_margin_{end}", table["random_margin_drop"]) for end in ("low", "high"))
+    needs.hlines(y, low, high, GREY, linewidth=5, label="random sets of heads")
+    needs.plot(table["margin_drop"], y, "o", markersize=5, **own)
     for axes, none in ((prefers, 0.5), (looks, 0), (needs, 0)):
-        axes.axvline(none, color=_GREY, linestyle=":", linewidth=1)
-        axes.grid(axis="x", alpha=0.25)
+        axes.axvline(none, color=GREY, linestyle=":", linewidth=1)
     tidy_axes(prefers, "Prefers the right word", xlabel="share of pairs", xlim=(0, 1.02), ylim=(len(y) - 0.5, -0.5))
     tidy_axes(looks, "Looks at the word that decides", xlabel="attention beyond that to the distractor")
     tidy_axes(needs, "Needs those heads", xlabel="margin lost without them (nats)")
-    prefers.set_yticks(y, [_literal(name) for name in language["phenomenon"]])
+    prefers.set_yticks(y, map(_literal, table["phenomenon"]))
     handles = [handle for axes in (prefers, needs) for handle in axes.get_legend_handles_labels()[0]]
     figure.legend(handles=handles, frameon=False, fontsize=8, loc="outside lower center", ncols=3)
     return figure
@@ -4672,11 +4660,6 @@ def _class_list(bars: pd.DataFrame, by: str) -> str:
     return "; ".join(f"{MODEL_NAMES.get(name, name)}: {shares}" for name, shares in listed.items())
 
 
-def _highest_heads(scores: pd.DataFrame) -> str:
-    heads = on_windows(scores).set_index(["layer", "head"])
-    return _in_words({f"{name} ({head_name(*heads[name].idxmax())})": heads[name].max() for name in _SCORES})
-
-
 def _strongest_looks(capture: AttentionCapture, heads: Sequence[tuple[int, int]]) -> str:
     """The strongest look of each head at a token that is neither the first nor the looking one, in words."""
     names, looks = number_repeats(capture.labels), []
@@ -4687,12 +4670,6 @@ def _strongest_looks(capture: AttentionCapture, heads: Sequence[tuple[int, int]]
         found = f"{names[row]} looks at {names[key]} with {others[row, key]:.0%}" if others[row, key] else "none"
         looks.append(f"{head_name(*head)}: {found}")
     return f"“{capture.text}” Strongest looks at other tokens than the first: {'; '.join(looks)}."
-
-
-def _largest_change(capture: AttentionCapture) -> str:
-    change, names = rollout_difference(capture.weights), number_repeats(capture.labels)
-    row, key = np.unravel_index(np.nanargmax(np.abs(change)), change.shape)
-    return f"“{capture.text}” Largest difference: {change[row, key]:+.2f}, from {names[key]} to {names[row]}."
 
 
 _SIMILARITY = (
@@ -4728,7 +4705,7 @@ MODEL_FIGURES = (
             "Pie and grid of the heads' classes. "
             + "; ".join(f"{head_name(*head)} {words}" for head, words in head_kinds(study.scores).words.items())
         ),
-        lambda study: plot_head_classes(study.scores),
+        plot_class_grid,
     ),
     StudyFigure(
         "class_baselines",
@@ -4736,7 +4713,7 @@ MODEL_FIGURES = (
         "Classes of the heads on held-out text. Black line below a bar: where the first three classes, the specialised "
         "heads, may end (95% interval over texts; for untrained models the range over seeds).",
         lambda study: f"Bars of 100%. {_class_list(on_windows(study.shares), 'model')}.",
-        lambda study: plot_class_baselines(study.shares),
+        plot_class_baselines,
     ),
     StudyFigure(
         "categories",
@@ -4744,7 +4721,7 @@ MODEL_FIGURES = (
         "Classes of the same heads, measured on each category's sentences. Few short sentences tell classes apart less "
         "well than held-out text.",
         lambda study: f"Bars of 100%. {_class_list(study.categories, 'category')}.",
-        lambda study: plot_category_classes(study.categories, study.shares),
+        plot_categories,
         needs=lambda study: len(study.categories) > 0,
     ),
     StudyFigure(
@@ -4752,26 +4729,25 @@ MODEL_FIGURES = (
         "How strongly does each head do each thing?",
         "A row a layer, a column a head. 0 is what a uniform head reaches, 1 the ideal head of that kind. Outlined: "
         "beyond the threshold.",
-        lambda study: f"Nine maps of all heads. Highest scores: {_highest_heads(study.scores)}.",
-        lambda study: plot_score_maps(study.scores, study.thresholds),
+        lambda study: f"Nine maps. Highest scores: {_in_words(on_windows(study.scores)[list(_SCORES)].max())}.",
+        plot_score_maps,
     ),
     StudyFigure(
         "ablation",
         "What is each head worth?",
         "A row a layer, a column a head. Red: the model gets worse without the head; blue: better. Bold: beyond noise.",
         lambda study: (
-            f"Map of the loss increase without each head, between {1000 * study.ablation['loss_increase'].min():.1f} "
-            f"and {1000 * study.ablation['loss_increase'].max():.1f} thousandths of a nat; "
-            f"{study.ablation['matters'].sum()} heads are beyond noise."
+            f"Map of the loss increase without each head, at most {1000 * study.ablation['loss_increase'].max():.1f} "
+            f"thousandths of a nat; {study.ablation['matters'].sum()} heads are beyond noise."
         ),
-        lambda study: plot_ablation(study.ablation),
+        plot_ablation,
     ),
     StudyFigure(
         "similarity",
         "Which heads look alike?",
         _SIMILARITY,
         lambda study: f"Heatmap and dendrogram; the dashed line is at a distance of {number(study.noise_floor)}.",
-        lambda study: plot_head_similarity(study.distances, study.scores, study.noise_floor),
+        plot_similarity,
         needs=lambda study: len(study.distances) > 1,
     ),
     StudyFigure(
@@ -4779,7 +4755,7 @@ MODEL_FIGURES = (
         "Which heads look alike when the first token is left out?",
         _SIMILARITY,
         lambda study: f"The same without the first token; the line is at {number(study.noise_floor_without_sink)}.",
-        lambda study: plot_head_similarity(study.distances_without_sink, study.scores, study.noise_floor_without_sink),
+        lambda study: plot_similarity(study, without_sink=True),
         needs=lambda study: len(study.distances) > 1 and on_windows(study.scores)["sink_flag"].any(),
     ),
     StudyFigure(
@@ -4790,7 +4766,7 @@ MODEL_FIGURES = (
             "Entropy and mean attention distance of every head by layer. Mean entropy: "
             + _in_words(on_windows(study.scores).groupby("layer")["entropy"].mean().rename("layer {}".format))
         ),
-        lambda study: plot_spread(study.scores, study.baselines),
+        plot_entropy_distance,
     ),
     StudyFigure(
         "language",
@@ -4798,7 +4774,7 @@ MODEL_FIGURES = (
         "Black: this model, with 95% intervals; hollow: the highest of the untrained models; grey: random sets of as "
         "many heads. A claim holds if black lies beyond the others in all three panels.",
         lambda study: f"Three panels. Accuracy: {_in_words(study.language.set_index('phenomenon')['accuracy'])}.",
-        lambda study: plot_language(study.language),
+        plot_language,
         needs=lambda study: len(study.language) > 0,
     ),
 )
@@ -4842,7 +4818,7 @@ SENTENCE_FIGURES = (
         "rollout",
         "What reaches each position of the first sentence?",
         "Attention followed through all layers (rollout), minus what uniform heads would give. Blue: more; red: less.",
-        lambda captures, heads, study: f"Map of a rollout. {_largest_change(captures[0])}",
+        lambda captures, heads, study: f"Map of the rollout of “{captures[0].text}” minus that of uniform heads.",
         lambda captures, heads, study: plot_rollout(captures[0]),
     ),
 )

@@ -240,7 +240,7 @@ def test_emergence_shows_the_best_heads_by_tokens_and_a_legend_of_every_line():
 def test_pie_and_grid_show_each_head_in_its_class():
     study = make_study(4, 4)
     classes = study.scores.query("source == 'windows'").pivot(index="layer", columns="head", values="class")
-    figure = pico.plot_head_classes(study.scores)
+    figure = pico.plot_class_grid(study)
     shares = [abs(wedge.theta2 - wedge.theta1) / 360 for wedge in figure.axes[0].patches]
     assert sorted(shares) == pytest.approx(sorted(classes.stack().value_counts(normalize=True)))
     np.testing.assert_array_equal(maps_of(figure)[0], classes.map(pico.HEAD_CLASSES.index))
@@ -253,13 +253,13 @@ def test_bars_of_classes_add_up_and_show_the_shares(plot):
     study = make_study(4, 4)
     held_out = study.shares.query("source == 'windows' and model == 'trained'").set_index("class")["share"]
     if plot == "baselines":
-        (axes,) = pico.plot_class_baselines(study.shares).axes
+        (axes,) = pico.plot_class_baselines(study).axes
         assert labels_of(axes.yaxis) == list(pico.MODEL_NAMES.values())
         rows = study.shares.query("source == 'windows' and `class` == 'Specialised'").set_index("model")
         ends = [segment[:, 0] for segment in axes.collections[0].get_segments()]
         np.testing.assert_allclose(ends, rows.loc[list(pico.MODEL_NAMES), ["low", "high"]])
     else:
-        (axes,) = pico.plot_category_classes(study.categories, study.shares).axes
+        (axes,) = pico.plot_categories(study).axes
         assert labels_of(axes.yaxis) == ["Held-out text", *pico.ALL_TEST_CATEGORIES]
     widths = np.array([[bar.get_width() for bar in bars] for bars in axes.containers])  # (classes, rows)
     np.testing.assert_allclose(widths.sum(axis=0), 1)
@@ -269,7 +269,7 @@ def test_bars_of_classes_add_up_and_show_the_shares(plot):
 def test_score_maps_outline_what_is_beyond_the_threshold_and_begin_with_it():
     study = make_study(3, 2)
     scores = study.scores.query("source == 'windows'")
-    panels = [axes for axes in pico.plot_score_maps(study.scores).axes if axes.get_label() != "<colorbar>"]
+    panels = [axes for axes in pico.plot_score_maps(study).axes if axes.get_label() != "<colorbar>"]
     outlined = {}
     for axes in panels:
         name = axes.get_title("left").split(":")[0].lower()
@@ -282,8 +282,9 @@ def test_score_maps_outline_what_is_beyond_the_threshold_and_begin_with_it():
 
 
 def test_ablation_map_is_centred_on_zero():
-    ablation = make_study(3, 2).ablation.assign(loss_increase=[0.03, -0.01, 0, 0, 0, 0], matters=[True] + 5 * [False])
-    figure = pico.plot_ablation(ablation)
+    study = make_study(3, 2)
+    ablation = study.ablation.assign(loss_increase=[0.03, -0.01, 0, 0, 0, 0], matters=[True] + 5 * [False])
+    figure = pico.plot_ablation(dataclasses.replace(study, ablation=ablation))
     mesh = figure.axes[0].collections[0]
     assert [text.get_text() for text in figure.axes[0].texts if text.get_weight() == "bold"] == ["30"]
     assert (mesh.norm.vmin, mesh.norm.vmax) == (pytest.approx(-30), pytest.approx(30))
@@ -294,20 +295,20 @@ def test_similar_heads_stand_together():
     kinds, rng = np.array([0, 1, 0, 1, 1, 0]), np.random.default_rng(0)
     distances = np.where(kinds[:, None] == kinds, 0.1, 0.7) + rng.uniform(0, 0.05, (6, 6))
     distances = (distances + distances.T) / 2 * (1 - np.eye(6))
-    scores = make_study(3, 2).scores
-    tree, heatmap = pico.plot_head_similarity(distances, scores, noise_floor=0.2).axes[:2]
+    study = dataclasses.replace(make_study(3, 2), distances=distances, noise_floor=0.2)
+    tree, heatmap = pico.plot_similarity(study).axes[:2]
     names = labels_of(heatmap.yaxis)
     order = [int(name[1]) * 2 + int(name[3]) for name in names]
     assert len(set(kinds[order][:3])) == 1 and len(set(kinds[order][3:])) == 1
     np.testing.assert_allclose(heatmap.collections[0].get_array(), distances[np.ix_(order, order)])
     assert tree.lines[0].get_ydata()[0] == 0.2
-    classes = pico.head_kinds(scores)["class"].iloc[order]
+    classes = pico.head_kinds(study.scores)["class"].iloc[order]
     assert [label.get_color() for label in heatmap.get_yticklabels()] == [pico.CLASS_COLORS[name] for name in classes]
 
 
 def test_language_picture_shows_what_each_number_must_exceed():
     language = make_language(trained=False)
-    figure = pico.plot_language(language)
+    figure = pico.plot_language(dataclasses.replace(make_study(), language=language))
     for axes, name in zip(figure.axes, ("accuracy", "attention"), strict=False):
         lines = {line.get_label(): line.get_xdata() for line in axes.lines}
         np.testing.assert_allclose(lines["highest of the untrained models"], language[f"untrained_{name}_highest"])
