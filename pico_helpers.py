@@ -4097,7 +4097,7 @@ _SCORES = {  # a score, what it looks at, and the class that heads of a high sco
     "previous": ("one token back", "Diagonal/Self"),
     "self": ("the token itself", "Diagonal/Self"),
     "local": ("up to two tokens back", "Local Context"),
-    "induction": ("what followed an earlier copy", "Token-Specific"),
+    "induction": ("what followed before", "Token-Specific"),
     "duplicate": ("an earlier copy", "Token-Specific"),
     "punctuation": ("punctuation marks", "Token-Specific"),
     "rare": ("the rarest token so far", "Token-Specific"),
@@ -4114,10 +4114,10 @@ def new_figure(width: float, height: float, title: str = "") -> Figure:
     from matplotlib.figure import Figure
 
     warnings.filterwarnings("ignore", r"Glyph \d+ .* missing from font")  # a box stands for what the font lacks
-    figure = Figure(figsize=(width, height), facecolor="white", layout="constrained")
+    lines = textwrap.wrap(_literal(title), int(9.5 * width), max_lines=4, placeholder=" …")
+    figure = Figure(figsize=(width, height + 0.2 * len(lines)), facecolor="white", layout="constrained")
     figure.get_layout_engine().set(w_pad=0.07, h_pad=0.07)
-    if title:
-        lines = textwrap.wrap(_literal(title), int(9.5 * width), max_lines=4, placeholder=" …")
+    if lines:
         figure.suptitle("\n".join(lines), x=0.01, ha="left", fontsize=10, weight="bold")
     return figure
 
@@ -4205,11 +4205,12 @@ def head_kinds(scores: pd.DataFrame) -> pd.DataFrame:
 
 
 def choose_heads(scores: pd.DataFrame, n: int = 4) -> list[tuple[int, int]]:
-    """(layer, head) of at most n heads worth a picture: the strongest of each kind in turn, specialised kinds first."""
+    """(layer, head) of at most n heads worth a picture: the strongest of each kind in turn, mixed ones last."""
     kinds = head_kinds(scores).sort_values("strength", ascending=False, kind="stable")
     turn = kinds.groupby(["class", "kind"]).cumcount()
     order = kinds["class"].map(lambda name: 0 if name in SPECIALISED_CLASSES else HEAD_CLASSES.index(name))
-    chosen = kinds.assign(order=order, turn=turn).sort_values(["order", "turn"], kind="stable").index[:n]
+    kinds = kinds.assign(kindless=kinds["class"].isin(["Mixed", "Resting"]), turn=turn, order=order)
+    chosen = kinds.sort_values(["kindless", "turn", "order"], kind="stable").index[:n]
     return [(int(layer), int(head)) for layer, head in chosen]
 
 
@@ -4248,7 +4249,7 @@ def plot_chosen_heads(
     labels, kinds = _short_labels(capture.labels, _MAX_LABELS), None if scores is None else head_kinds(scores)
     n_columns, side = min(2, len(heads)), max(2.6, 0.15 * len(labels))
     n_rows = math.ceil(len(heads) / n_columns)
-    size = max(4.5, n_columns * (side + 0.8) + 0.8), n_rows * (side + 1.0) + 0.5
+    size = max(4.5, n_columns * (side + 0.8) + 0.8), n_rows * (side + 1.2) + 0.3
     figure = new_figure(*size, _sentence_title(capture, _MAX_LABELS))
     panels = list(figure.subplots(n_rows, n_columns, squeeze=False).flat)
     for axes in panels[len(heads) :]:
@@ -4288,7 +4289,7 @@ def plot_category(
     """The sheet of a category: a row a sentence, a column a chosen head."""
     counts, kinds = [min(len(c.labels), _MAX_LABELS) for c in captures], None if scores is None else head_kinds(scores)
     cell = 2.1 / max(*counts, 14)
-    figure = new_figure(1.8 + 2.2 * len(heads), 1.1 + cell * sum(counts) + 0.12 * len(counts))
+    figure = new_figure(1.8 + 2.2 * len(heads), max(2.4, 1.1 + cell * sum(counts) + 0.12 * len(counts)))
     panels = figure.subplots(len(captures), len(heads), squeeze=False, height_ratios=counts)
     for (row, column), axes in np.ndenumerate(panels):
         labels = _short_labels(captures[row].labels, _MAX_LABELS)
@@ -4347,7 +4348,7 @@ def plot_attention_flow(
         places = {node: (0, node) for node in graph}
         networkx.draw_networkx_edges(graph, places, list(arcs), ax=axes, connectionstyle="arc3,rad=0.6", **style)
         axes.spines[:].set_visible(False)
-        axes.tick_params(left=False, labelleft=True, labelsize=8)
+        axes.tick_params(left=False, bottom=False, labelleft=True, labelbottom=False, labelsize=8)
         axes.set_yticks(range(n), [label for _, label in graph.nodes(data="label")])
         _name_head(axes, head, kinds)
     return figure
@@ -4508,7 +4509,7 @@ def plot_score_maps(study: Study) -> Figure:
     limits = study.thresholds.tau | {"broad": study.thresholds.broad}
     grids = {kind: on_windows(study.scores).pivot(index="layer", columns="head", values=kind) for kind in _SCORES}
     n_layer, n_head = grids["self"].shape
-    figure = new_figure(1.2 + 3 * max(2.2, 0.42 * n_head), 3 * max(1.4, 0.75 + 0.28 * n_layer))
+    figure = new_figure(1.2 + 3 * max(2.5, 0.42 * n_head), 3 * max(1.4, 0.75 + 0.28 * n_layer))
     panels = list(figure.subplots(3, 3).flat)
     outline = {"fill": False, "edgecolor": "white", "linewidth": 1.2, "clip_on": False, "zorder": 3}
     outline["path_effects"] = [withStroke(linewidth=3, foreground="black")]
@@ -4551,7 +4552,8 @@ def plot_similarity(study: Study, without_sink: bool = False) -> Figure:
     distances, floor, kinds = study.distances, study.noise_floor, head_kinds(study.scores)
     if without_sink:
         distances, floor = study.distances_without_sink, study.noise_floor_without_sink
-    figure = new_figure(8, 9)
+    side = min(8, 3.5 + 0.09 * len(distances))
+    figure = new_figure(side, side + 1)
     top, bottom = figure.subplots(2, 1, height_ratios=(1, 4.5))
     tree = linkage(squareform(distances, checks=False), "average")  # seaborn.clustermap would need pyplot
     order = dendrogram(tree, ax=top, no_labels=True, color_threshold=0, above_threshold_color="#222222")["leaves"]
@@ -4600,24 +4602,34 @@ def plot_language(study: Study) -> Figure:
 
     Each beside what it must exceed: the highest of the untrained models, or what random sets of heads cost.
     """
-    table, y, own = study.language, np.arange(len(study.language)), {"color": MODEL_COLORS["trained"]}
+    table, y, dots = study.language, np.arange(len(study.language)), {"marker": "o", "linestyle": "none"}
     figure = new_figure(10, 1.5 + 0.36 * len(table))
     prefers, looks, needs = figure.subplots(1, 3, sharey=True)
-    for axes, value, name in ((prefers, "accuracy", "accuracy"), (looks, "attention_difference", "attention")):
-        axes.hlines(y, table[f"{name}_low"], table[f"{name}_high"], linewidth=1.5, **own)
-        axes.plot(table[value], y, "o", markersize=5, label=MODEL_NAMES["trained"], **own)
-        style = {"color": MODEL_COLORS["untrained"], "markerfacecolor": "none"}
-        axes.plot(table[f"untrained_{name}_highest"], y, "o", label="highest of the untrained models", **style)
-    low, high = (table.get(f"random_margin_{end}", table["random_margin_drop"]) for end in ("low", "high"))
-    needs.hlines(y, low, high, GREY, linewidth=5, label="random sets of heads")
-    needs.plot(table["margin_drop"], y, "o", markersize=5, **own)
-    for axes, none in ((prefers, 0.5), (looks, 0), (needs, 0)):
+    untrained = {"color": MODEL_COLORS["untrained"], "mfc": "none", "label": "highest of the untrained models"} | dots
+    for axes, value, name, none, title, unit in (
+        (prefers, "accuracy", "accuracy", 0.5, "Prefers the right word", "share of pairs"),
+        (
+            looks,
+            "attention_difference",
+            "attention",
+            0,
+            "Looks at the word that decides",
+            "attention beyond distractor",
+        ),
+        (needs, "margin_drop", "margin", 0, "Needs those heads", "margin lost without them (nats)"),
+    ):
+        low, high = (table.get(f"{name}_{end}", table[value]) for end in ("low", "high"))
+        axes.hlines(y, low, high, MODEL_COLORS["trained"], linewidth=1.5)
+        axes.plot(table[value], y, color=MODEL_COLORS["trained"], markersize=5, label=MODEL_NAMES["trained"], **dots)
         axes.axvline(none, color=GREY, linestyle=":", linewidth=1)
-    tidy_axes(prefers, "Prefers the right word", xlabel="share of pairs", xlim=(0, 1.02), ylim=(len(y) - 0.5, -0.5))
-    tidy_axes(looks, "Looks at the word that decides", xlabel="attention beyond that to the distractor")
-    tidy_axes(needs, "Needs those heads", xlabel="margin lost without them (nats)")
+        tidy_axes(axes, title, xlabel=unit)
+    prefers.plot(table["untrained_accuracy_highest"], y, **untrained)
+    looks.plot(table["untrained_attention_highest"], y, **untrained)
+    random = {"marker": "|", "markersize": 12, "mew": 2.5, "color": GREY, "linestyle": "none"}
+    random = needs.plot(table["random_margin_drop"], y, label="mean of random sets of as many heads", **random)
+    prefers.set(xlim=(0, 1.02), ylim=(len(y) - 0.5, -0.5))
     prefers.set_yticks(y, map(_literal, table["phenomenon"]))
-    handles = [handle for axes in (prefers, needs) for handle in axes.get_legend_handles_labels()[0]]
+    handles = [*prefers.get_legend_handles_labels()[0], *random]
     figure.legend(handles=handles, frameon=False, fontsize=8, loc="outside lower center", ncols=3)
     return figure
 
@@ -4771,8 +4783,8 @@ MODEL_FIGURES = (
     StudyFigure(
         "language",
         "Does it follow rules of language, and through which heads?",
-        "Black: this model, with 95% intervals; hollow: the highest of the untrained models; grey: random sets of as "
-        "many heads. A claim holds if black lies beyond the others in all three panels.",
+        "Black: this model, with 95% intervals; hollow: the highest of the untrained models; grey: what random sets of "
+        "as many heads cost. A claim holds if black lies beyond the others in all three panels.",
         lambda study: f"Three panels. Accuracy: {_in_words(study.language.set_index('phenomenon')['accuracy'])}.",
         plot_language,
         needs=lambda study: len(study.language) > 0,
