@@ -2523,7 +2523,8 @@ ALL_TEST_CATEGORIES: dict[str, list[str]] = {
         "Since the bridge was closed last autumn, every journey has taken an hour longer.",
     ],
 }
-_MAX_TOKENS = 2**13  # tokens in one forward pass of a study; bounds its memory
+# One forward pass of a study holds at most so many tokens, ablated copies counted; this bounds its memory.
+_MAX_TOKENS = 2**13
 
 
 def stream_attention(model: PicoLLM, idx: Tensor, reduce: Callable[[int, Tensor], None]) -> None:
@@ -2553,14 +2554,13 @@ def capture_attention(model: PicoLLM, text: str) -> AttentionCapture:
 
     Raises PicoError for an empty text and for one of more than `max_positions` tokens.
     """
-    tokenizer = get_tokenizer()
     if not isinstance(text, str):
         raise PicoError(f"A sentence must be a text, not {text!r}.")
-    ids = tokenizer.encode(text)
     if not text.strip():
         raise PicoError("The sentence is empty; write at least one word.")
-    if len(ids) > model.config.max_positions:
-        limit = model.config.max_positions
+    tokenizer, limit = get_tokenizer(), model.config.max_positions
+    ids = tokenizer.encode(text)
+    if len(ids) > limit:
         raise PicoError(f"A sentence of {len(ids)} tokens exceeds the model's {limit}; shorten {text[:40]!r}...")
     layers: list[Tensor] = []
     with evaluating(model):
@@ -2571,91 +2571,79 @@ def capture_attention(model: PicoLLM, text: str) -> AttentionCapture:
     )
 
 
-@contextlib.contextmanager
-def _on_head_outputs(
-    model: PicoLLM, layers: Iterable[int], visit: Callable[[int, Tensor], Tensor | None]
-) -> Iterator[None]:
-    """Calls visit(layer, outputs) with the heads' outputs (B, T, H, d); a tensor that it returns takes their place."""
-
-    def before_projection(layer: int, module: nn.Module, args: tuple[Tensor]) -> Tensor | None:
-        changed = visit(layer, args[0].unflatten(-1, (model.config.n_head, -1)))
-        return None if changed is None else changed.flatten(-2)
-
-    handles = [
-        model.blocks[layer].attention.out_proj.register_forward_pre_hook(functools.partial(before_projection, layer))
-        for layer in layers
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
 def head_name(layer: int, head: int) -> str:
     """A head as it is called everywhere: L2H1 is head 1 of layer 2, both counted from 0."""
     return f"L{layer}H{head}"
 
 
-def _check_heads(config: ModelConfig, heads: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
-    chosen = sorted({(int(layer), int(head)) for layer, head in heads})
-    for layer, head in chosen:
-        if not (0 <= layer < config.n_layer and 0 <= head < config.n_head):
-            raise PicoError(
-                f"There is no head {head} in layer {layer}; layers are 0-{config.n_layer - 1}, "
-                f"heads 0-{config.n_head - 1}."
-            )
-    return chosen
-
-
-def _head_substitutes(config: ModelConfig, mode: str, means: Tensor | None) -> Tensor:
-    """What takes the place of each head's output, (n_layer, n_head, head_dim)."""
-    shape = (config.n_layer, config.n_head, config.head_dim)
-    if mode == "zero":
-        return torch.zeros(shape)
-    if mode != "mean":
-        raise PicoError(f"Unknown ablation {mode!r}; choose zero or mean.")
-    if means is None or tuple(means.shape) != shape:
-        raise PicoError(f"Mean ablation needs means of shape {shape}; make them with mean_head_outputs(model, idx).")
-    return means
+Heads = tuple[tuple[int, int], ...]  # (layer, head) pairs
 
 
 @contextlib.contextmanager
-def ablate_heads(
-    model: PicoLLM, heads: Iterable[tuple[int, int]], mode: str = "zero", means: Tensor | None = None
-) -> Iterator[None]:
-    """Inside, the (layer, head) pairs contribute zero or their mean instead of their output, at every position.
+def _head_outputs(model: PicoLLM) -> Iterator[list[Tensor]]:
+    """Inside, the outputs of each layer's heads (B, T, H, d) are added to the list as they are computed."""
+    outputs: list[Tensor] = []
 
-    The output is what the output projection reads from the head. Mean-ablation takes away what the head tells about
-    the text and leaves its constant part, which the later layers rely on (Wang et al. 2022); `means` are those of
-    `mean_head_outputs`. The model is as before afterwards, also after an exception. Raises PicoError for a head that
-    does not exist, an unknown mode, and missing means.
-    """
-    chosen = _check_heads(model.config, heads)
-    substitutes = _head_substitutes(model.config, mode, means)
+    def keep(_: nn.Module, args: tuple[Tensor]) -> None:
+        outputs.append(args[0].unflatten(-1, (model.config.n_head, -1)))
 
-    def replace(layer: int, outputs: Tensor) -> Tensor:
-        picked = [head for other, head in chosen if other == layer]
-        outputs = outputs.clone()
-        outputs[:, :, picked] = substitutes[layer, picked].to(outputs)
-        return outputs
-
-    with _on_head_outputs(model, sorted({layer for layer, _ in chosen}), replace):
-        yield
+    hooks = [block.attention.out_proj.register_forward_pre_hook(keep) for block in model.blocks]
+    try:
+        yield outputs
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def mean_head_outputs(model: PicoLLM, idx: Tensor) -> Tensor:
     """Each head's output averaged over windows and positions of ids (n_windows, T): (n_layer, n_head, head_dim)."""
-    config = model.config
-    sums = torch.zeros(config.n_layer, config.n_head, config.head_dim, dtype=torch.float64)
-
-    def add(layer: int, outputs: Tensor) -> None:
-        sums[layer] += outputs.sum((0, 1), dtype=torch.float32).double().cpu()
-
-    with evaluating(model), _on_head_outputs(model, range(config.n_layer), add):
+    sums = torch.zeros(model.config.n_layer, model.config.n_head, model.config.head_dim, dtype=torch.float64)
+    with evaluating(model), _head_outputs(model) as outputs:
         for windows in idx.split(max(1, _MAX_TOKENS // idx.shape[1])):
+            outputs.clear()
             model.hidden_states(windows.to(model.token_embedding.weight.device))
+            sums += torch.stack([each.sum((0, 1), dtype=torch.float32) for each in outputs]).double().cpu()
     return (sums / idx.numel()).float()
+
+
+def ablated_hidden_states(
+    model: PicoLLM, idx: Tensor, sets: Sequence[Heads], means: Tensor, n_last: int | None = None
+) -> Iterator[Tensor]:
+    """What the output projection reads when sets of heads are mean-ablated, in batches (sets, B, T, D) of ids (N, T).
+
+    Each (layer, head) of a set writes its mean output (`mean_head_outputs`) at every position. That takes away what the
+    head tells about the text and leaves its constant part, which the later layers rely on (Wang et al. 2022). With
+    n_last, only that many last positions are returned. The sets run side by side, and those that agree up to a layer
+    are one until there: the layers below the lowest ablated head, and an empty set, cost next to nothing. Raises
+    PicoError for a head that does not exist and for means of another model.
+    """
+    config = model.config
+    for layer, head in itertools.chain(*sets):
+        if not (0 <= layer < config.n_layer and 0 <= head < config.n_head):
+            raise PicoError(f"There is no head {head_name(layer, head)} in {config.n_layer} layers of {config.n_head}.")
+    if tuple(means.shape) != (config.n_layer, config.n_head, config.head_dim):
+        raise PicoError("The means are not of this model; make them with mean_head_outputs(model, idx).")
+    means = means.to(model.token_embedding.weight)
+    cos, sin = model.rope_cos[: idx.shape[1]], model.rope_sin[: idx.shape[1]]
+    for batch in idx.to(means.device).split(max(1, _MAX_TOKENS // (len(sets) * idx.shape[1]))):
+        with evaluating(model), _head_outputs(model) as outputs:
+            x = model.token_embedding(batch)[None]  # (states, B, T, D): what sets have in common is kept once
+            state_of = [0] * len(sets)
+            for layer, block in enumerate(model.blocks):
+                block.attention(block.attention_norm(x.flatten(0, 1)), cos, sin)
+                here = [tuple(head for other, head in heads if other == layer) for heads in sets]
+                states = {key: place for place, key in enumerate(dict.fromkeys(zip(state_of, here, strict=True)))}
+                before = [state for state, _ in states]
+                x, y = x[before], outputs[-1].unflatten(0, (len(x), -1))[before]
+                for place, (_, heads) in enumerate(states):
+                    y[place][:, :, list(heads)] = means[layer, list(heads)]
+                if n_last and layer == config.n_layer - 1:
+                    x, y = x[:, :, -n_last:], y[:, :, -n_last:]
+                x = x + F.linear(y.flatten(-2), block.attention.out_proj.weight)
+                x = x + block.mlp(block.mlp_norm(x))
+                state_of = [states[key] for key in zip(state_of, here, strict=True)]
+            x = model.final_norm(x)[state_of]
+        yield x
 
 
 # ======================================================================================================================
@@ -2664,12 +2652,15 @@ def mean_head_outputs(model: PicoLLM, idx: Tensor) -> Tensor:
 # ======================================================================================================================
 
 
+SIGNIFICANCE = 0.05  # of every p-value here, adjusted for the number of tests
+
+
 def number(value: float, digits: int = 2) -> str:
     """The value with as many decimals, and no minus before a zero."""
     return f"{round(float(value), digits) + 0.0:.{digits}f}"
 
 
-def _t_interval(values: np.ndarray) -> tuple[float, float, float]:
+def t_interval(values: np.ndarray) -> tuple[float, float, float]:
     """Mean of independent values with its 95 % t interval."""
     from scipy.stats import t
 
@@ -2677,23 +2668,21 @@ def _t_interval(values: np.ndarray) -> tuple[float, float, float]:
     return float(mean), float(mean - reach), float(mean + reach)
 
 
-def _bootstrap_interval(values: np.ndarray, seed: int, n: int = 2000) -> tuple[float, float]:
-    """95 % percentile interval of the mean over resampled items (Efron 1979)."""
-    random = np.random.default_rng(seed)
-    means = [values[random.integers(len(values), size=len(values))].mean() for _ in range(n)]
-    low, high = np.quantile(means, [0.025, 0.975])
-    return float(low), float(high)
+def bootstrap_interval(values: np.ndarray, seed: int, n: int = 2000) -> tuple[float, float, float]:
+    """Mean of independent values with the 95 % percentile interval of the mean over resamples (Efron 1979)."""
+    means = values[np.random.default_rng(seed).integers(len(values), size=(n, len(values)))].mean(axis=1)
+    return float(values.mean()), *map(float, np.quantile(means, [0.025, 0.975]))
 
 
-def _sign_flip_p(values: np.ndarray, seed: int, n: int = 10_000) -> float:
+def sign_flip_p(values: np.ndarray, seed: int, n: int = 10_000) -> float:
     """Two-sided p-value of mean 0 when each item's sign is equally likely either way (a paired permutation test)."""
     signs = np.random.default_rng(seed).choice([-1.0, 1.0], size=(n, len(values)))
     reached = np.abs(signs @ values) >= np.abs(values.sum()) * (1 - 1e-9)
     return float((reached.sum() + 1) / (n + 1))
 
 
-def _holm(p_values: Sequence[float]) -> np.ndarray:
-    """p-values adjusted for testing several phenomena (Holm 1979)."""
+def holm(p_values: Sequence[float]) -> np.ndarray:
+    """p-values adjusted for the number of tests (Holm 1979)."""
     p = np.asarray(p_values, dtype=float)
     order = np.argsort(p)
     adjusted = np.empty_like(p)
@@ -2701,19 +2690,31 @@ def _holm(p_values: Sequence[float]) -> np.ndarray:
     return adjusted
 
 
-def _random_heads(heads: Sequence[tuple[int, int]], config: ModelConfig, random: Random) -> list[tuple[int, int]]:
-    """As many other heads of the same layers. Where a layer has too few others, heads of any layer fill up."""
-    drawn: list[tuple[int, int]] = []
-    for layer in sorted({layer for layer, _ in heads}):
-        wanted = sum(chosen == layer for chosen, _ in heads)
-        others = [(layer, head) for head in range(config.n_head) if (layer, head) not in heads]
-        drawn += random.sample(others, min(wanted, len(others)))
-    rest = [(layer, head) for layer in range(config.n_layer) for head in range(config.n_head)]
-    rest = [head for head in rest if head not in heads and head not in drawn]
-    return drawn + random.sample(rest, min(len(heads) - len(drawn), len(rest)))
+def rank_p(cost: float, random_costs: np.ndarray) -> float:
+    """p-value of a cost among random sets' costs: (1 + as costly ones) / (1 + all), never 0 (Phipson & Smyth 2010)."""
+    equal = 1e-4 * abs(cost)  # beyond what rounding makes of equal costs
+    return float((1 + np.sum(np.asarray(random_costs) >= cost - equal)) / (1 + len(random_costs)))
 
 
-_number = number  # until the sections below say `number`
+def random_head_sets(heads: Heads, n_layer: int, n_head: int, n: int, seed: int) -> list[Heads]:
+    """At most n distinct sets of as many heads as `heads`, which is not among them, for `rank_p`.
+
+    They have as many heads in each layer as `heads`; only where fewer than n such sets exist do others of any layers
+    follow. A set may share heads with `heads`: were these chosen at random, they would be a set like any other, and
+    their rank equally likely to be any.
+    """
+    random = Random(seed)
+    wanted = {layer: sum(other == layer for other, _ in heads) for layer, _ in heads}
+    everything = list(itertools.product(range(n_layer), range(n_head)))
+    of_same_layers = math.prod(math.comb(n_head, count) for count in wanted.values())
+    found = {tuple(sorted(heads)): None}  # a dictionary keeps the order of drawing
+    while len(found) <= min(n, of_same_layers - 1):
+        drawn = [(layer, head) for layer in wanted for head in random.sample(range(n_head), wanted[layer])]
+        found[tuple(sorted(drawn))] = None
+    while len(found) <= min(n, math.comb(len(everything), len(heads)) - 1):
+        found[tuple(sorted(random.sample(everything, len(heads))))] = None
+    return list(found)[1:]
+
 
 # ======================================================================================================================
 # HEAD SCORES
@@ -2722,9 +2723,7 @@ _number = number  # until the sections below say `number`
 # ======================================================================================================================
 
 HEAD_CLASSES = ("Diagonal/Self", "Local Context", "Token-Specific", "Global/Broad", "Mixed", "Resting")
-KAPPAS = ("sink", "self", "previous", "local", "duplicate", "induction", "punctuation", "rare")
-HEAD_SCORES = (*KAPPAS, "broad", "mean_distance", "entropy")
-_TOKEN_KAPPAS = ("duplicate", "induction", "punctuation", "rare")
+SPECIALISED_CLASSES = HEAD_CLASSES[:3]
 CLASS_LABELS = {  # how a class, named as in the original study, is shown
     "Diagonal/Self": "Self or previous token",
     "Local Context": "Last three tokens",
@@ -2739,15 +2738,15 @@ CLASS_RULE = (
     "head that reaches no threshold is broad if its attention is spread almost evenly and mixed if not, and one that "
     "puts hardly any attention beyond the first token is resting, whatever its scores."
 )
+KAPPAS = ("sink", "self", "previous", "local", "duplicate", "induction", "punctuation", "rare")
+HEAD_SCORES = (*KAPPAS, "broad", "mean_distance", "entropy")
 _RATIOS = (*HEAD_SCORES, "rest")  # `rest`: the share of attention that is not on the first token
-SPECIALISED_CLASSES = HEAD_CLASSES[:3]
-_SPECIALISED = SPECIALISED_CLASSES  # until the sections below say SPECIALISED_CLASSES
 MIN_LOSS_INCREASE = 0.001  # nats per token; an ablation that costs less is of no consequence
 _MAX_PREDICTIONS = 50_000  # of an ablation map in a study: their logits are most of its time
 _MAX_MAP = 384**2  # weights per head in one forward pass: one window of 384 tokens, nine of 128
 
 # runs token ids (B, T) and hands each layer's pattern to a function, as stream_attention does
-_Attend = Callable[[Tensor, Callable[[int, Tensor], None]], None]
+Attend = Callable[[Tensor, Callable[[int, Tensor], None]], None]
 
 
 @dataclass(frozen=True)
@@ -2767,53 +2766,43 @@ class ScoreThresholds:
     tau: dict[str, float] = field(default_factory=lambda: dict.fromkeys(KAPPAS, 0.3))
 
 
-def _kappa_sums(weights: Tensor, keys: Tensor, visible: Tensor) -> tuple[Tensor, Tensor]:
-    """Numerators and denominators of kappa, (B, H, S) each, for S sets of keys (B, S, T, T) bool.
+def score_thresholds(*untrained: pd.DataFrame) -> ScoreThresholds:
+    """tau from tables of untrained heads: each score's percentile, the largest over the tables, at least the floor."""
+    base = ScoreThresholds()
+    percentiles = {name: [float(np.percentile(table[name], base.percentile)) for table in untrained] for name in KAPPAS}
+    return ScoreThresholds(tau={name: max(base.floor, *values) for name, values in percentiles.items()})
 
-    Only the keys `visible` (T, T) exist; a row counts by its weight on them.
+
+def kappa_sums(weights: Tensor, keys: Tensor, without_sink: bool = True) -> Tensor:
+    """Numerators and denominators of kappa for maps (B, H, T, T) and sets of keys (B, S, T, T) bool: (2, B, H, S).
+
+    kappa(M) = sum_i (m_i - u_i) / sum_i (1 - u_i) with m_i the weight of row i on its keys M_i and u_i = |M_i| / i what
+    a uniform head puts there (after Cohen 1960): 0 for a uniform head, 1 for an ideal one. Rows without a choice, u_i =
+    0 or 1, are skipped: without the former, no head could reach 1 on texts where some rows have no such key.
+    `without_sink` takes the first column out: rows i >= 3 of R_ij = A_ij / (1 - A_i1), weighted by 1 - A_i1.
     """
+    visible = torch.ones(weights.shape[-2:], dtype=torch.bool, device=weights.device).tril()
+    if without_sink:
+        visible[:2] = visible[:, 0] = False
     n_keys = (keys & visible).sum(-1)
     chance = n_keys / visible.sum(-1).clamp(min=1)  # (B, S, T)
     scored = (chance > 0) & (chance < 1)
     chance = chance * scored
     hits = weights.flatten(2) @ (keys & visible & scored[..., None]).to(weights.dtype).flatten(2).mT
-    seen = (weights * visible).sum(-1)  # (B, H, T)
-    return hits - seen @ chance.mT, seen @ (scored.to(weights.dtype) - chance).mT
-
-
-def _rest_mask(T: int, device: torch.device | str | None = None) -> Tensor:
-    """Keys j >= 2 that rows i >= 3 see: the map without its sink column."""
-    mask = torch.ones(T, T, dtype=torch.bool, device=device).tril()
-    mask[:2] = mask[:, 0] = False
-    return mask
-
-
-def kappa(weights: Tensor, mask: Tensor, without_sink: bool = False) -> Tensor:
-    """Chance-corrected attention of maps (B, H, T, T) to sets of keys (B, T, T), (B, H): 0 for uniform, 1 for ideal.
-
-    kappa(M) = sum_i (m_i - u_i) / sum_i (1 - u_i) with m_i the weight of row i on its keys M_i and u_i = |M_i| / i what
-    a uniform head puts there (after Cohen 1960). Rows without a choice, u_i = 0 or 1, are skipped: without the former,
-    no head could reach 1 on texts where some rows have no such key. `without_sink` takes the first column out: rows
-    i >= 3 of R_ij = A_ij / (1 - A_i1), weighted by 1 - A_i1. Without any row to score it is 0.
-    """
-    T = weights.shape[-1]
-    visible = torch.ones(T, T, dtype=torch.bool, device=weights.device).tril()
-    if without_sink:
-        visible = _rest_mask(T, weights.device)
-    numerator, denominator = _kappa_sums(weights, mask[:, None], visible)
-    return torch.where(denominator > 1e-6, numerator / denominator, 0.0)[..., 0]
+    seen = (weights * visible).sum(-1)  # (B, H, T), what a row counts by
+    return torch.stack([hits - seen @ chance.mT, seen @ (scored.to(weights.dtype) - chance).mT])
 
 
 @functools.cache
-def _punctuation_tokens() -> Tensor:
+def punctuation_tokens() -> Tensor:
     """(vocabulary,) bool: tokens whose characters, apart from white space, are all of Unicode's punctuation classes."""
     encoding = get_tokenizer().encoding
     texts = (encoding.decode_single_token_bytes(i).decode("utf-8", "replace").strip() for i in range(encoding.n_vocab))
     return torch.tensor([bool(t) and all(unicodedata.category(c)[0] == "P" for c in t) for t in texts])
 
 
-def _key_sets(idx: Tensor, counts: Tensor, punctuation: Tensor) -> Tensor:
-    """The keys that each kappa but `sink` asks for, (B, 7, T, T) bool in the order of KAPPAS.
+def key_sets(idx: Tensor, counts: Tensor) -> Tensor:
+    """The keys that each kappa but `sink` asks for, (B, 7, T, T) bool in the order of KAPPAS; ids (B, T), counts (V,).
 
     Sets that depend on content hold earlier positions only, and a row that is itself punctuation (or the rarest token)
     is not asked for it; so looking at oneself never counts as looking at content. Rare is the least frequent token *so
@@ -2826,9 +2815,9 @@ def _key_sets(idx: Tensor, counts: Tensor, punctuation: Tensor) -> Tensor:
     same = (idx[:, :, None] == idx[:, None, :]) & earlier
     follower = torch.zeros_like(same)
     follower[:, :, 1:] = same[:, :, :-1] & earlier[:, 1:]  # the token before key j is a copy of token i
-    is_mark = punctuation[idx]
+    is_mark = punctuation_tokens().to(idx.device)[idx]
     marks = is_mark[:, None, :] & ~is_mark[:, :, None] & earlier
-    frequency = counts[idx]
+    frequency = counts.to(idx.device)[idx]
     frequency[:, 0] = torch.iinfo(frequency.dtype).max  # the sink's column is no candidate
     rarest = frequency.cummin(dim=1).values
     rare = (frequency[:, None, :] == rarest[:, :, None]) & (frequency > rarest)[:, :, None] & earlier
@@ -2841,31 +2830,21 @@ def _score_sums(weights: Tensor, keys: Tensor) -> Tensor:
     """Numerators and denominators of all _RATIOS for maps (B, H, T, T) and their key sets: (2, B, H, ratios)."""
     T = weights.shape[-1]
     n_keys = torch.arange(1, T + 1, device=weights.device, dtype=weights.dtype)  # of each row
-    first = weights[..., 0]  # (B, H, T)
-    rest = weights[..., 1:].sum(-1)
+    first, rest = weights[..., 0], weights[..., 1:].sum(-1)  # (B, H, T)
     spread = -torch.xlogy(weights[..., 1:], weights[..., 1:]).sum(-1)
     entropy = spread - torch.xlogy(first, first)  # nats
     rest_entropy = spread + torch.xlogy(rest, rest)  # w_i H(R_i)
     distance = (n_keys[:, None] - n_keys).clamp(min=0)
-    ones = torch.ones_like(first)
-    numerators, denominators = _kappa_sums(weights, keys, _rest_mask(T, weights.device))
-    numerators = [
-        (first - 1 / n_keys)[..., 1:].sum(-1),
-        *numerators.unbind(-1),
-        rest_entropy[..., 2:].sum(-1),
-        weights.flatten(2) @ distance.flatten(),
-        entropy.sum(-1),
-        rest[..., 2:].sum(-1),
-    ]
-    denominators = [
-        (ones - 1 / n_keys)[..., 1:].sum(-1),
-        *denominators.unbind(-1),
-        (rest * (n_keys - 1).clamp(min=1).log())[..., 2:].sum(-1),
-        ones.sum(-1),
-        ones.sum(-1),
-        ones[..., 2:].sum(-1),
-    ]
-    return torch.stack([torch.stack(numerators, -1), torch.stack(denominators, -1)])
+    ones, chance = torch.ones_like(first), (1 / n_keys).expand_as(first)
+    numerators, denominators = kappa_sums(weights, keys)
+    pairs = {
+        "sink": ((first - chance)[..., 1:].sum(-1), (1 - chance)[..., 1:].sum(-1)),
+        "broad": (rest_entropy[..., 2:].sum(-1), (rest * (n_keys - 1).clamp(min=1).log())[..., 2:].sum(-1)),
+        "mean_distance": (weights.flatten(2) @ distance.flatten(), ones.sum(-1)),
+        "entropy": (entropy.sum(-1), ones.sum(-1)),
+        "rest": (rest[..., 2:].sum(-1), ones[..., 2:].sum(-1)),
+    } | dict(zip(KAPPAS[1:], zip(numerators.unbind(-1), denominators.unbind(-1), strict=True), strict=True))
+    return torch.stack([torch.stack(side, -1) for side in zip(*(pairs[name] for name in _RATIOS), strict=True)])
 
 
 def _as_sequences(texts: Sequence[str] | None, idx: Tensor | None) -> list[Tensor]:
@@ -2878,23 +2857,24 @@ def _as_sequences(texts: Sequence[str] | None, idx: Tensor | None) -> list[Tenso
     return sequences
 
 
-def _collect_sums(
-    attend: _Attend, sequences: Sequence[Tensor], counts: Tensor, device: torch.device | str
-) -> np.ndarray:
-    """Runs sequences in batches of equal length: (2, sequences, n_layer, n_head, ratios) float64."""
-    punctuation = _punctuation_tokens().to(device)
-    counts = counts.to(device)
+def text_sums(attend: Attend, sequences: Sequence[Tensor], counts: Tensor) -> np.ndarray:
+    """Numerators and denominators of every score for each token sequence: (2, sequences, n_layer, n_head, ratios).
+
+    `attend` is run on batches of sequences of equal length; `counts` (V,) int64 say which tokens are rare.
+    """
     sums: list[np.ndarray | None] = [None] * len(sequences)
     order = sorted(range(len(sequences)), key=lambda k: len(sequences[k]))
     for length, group in itertools.groupby(order, key=lambda k: len(sequences[k])):
         for places in torch.tensor(list(group)).split(max(1, _MAX_MAP // length**2)):
-            idx = torch.stack([sequences[k] for k in places]).to(device)
-            keys = _key_sets(idx, counts, punctuation)
-            layers: list[Tensor] = []
-            attend(idx, lambda _, weights, keys=keys, layers=layers: layers.append(_score_sums(weights, keys)))
-            batch = torch.stack(layers, dim=2).double().cpu().numpy()  # (2, B, n_layer, n_head, ratios)
-            for k, text_sums in zip(places, batch.swapaxes(0, 1), strict=True):
-                sums[k] = text_sums
+            idx, layers = torch.stack([sequences[k] for k in places]), []
+            keys = key_sets(idx, counts)
+
+            def score(_: int, weights: Tensor, keys: Tensor = keys, layers: list = layers) -> None:
+                layers.append(_score_sums(weights, keys.to(weights.device)).double().cpu())
+
+            attend(idx, score)
+            for k, of_text in zip(places, torch.stack(layers, dim=2).unbind(1), strict=True):
+                sums[k] = of_text.numpy()  # (2, n_layer, n_head, ratios)
     return np.stack(sums, axis=1)
 
 
@@ -2904,14 +2884,6 @@ def token_counts(file: TokenFile) -> np.ndarray:
     for start in range(0, len(file.tokens), 2**22):
         counts += np.bincount(file.tokens[start : start + 2**22], minlength=len(counts))
     return counts
-
-
-def _count_tensor(counts: np.ndarray | None, sequences: Sequence[Tensor], vocab_size: int) -> Tensor:
-    if counts is None:
-        return torch.bincount(torch.cat(list(sequences)), minlength=vocab_size)
-    if len(counts) < vocab_size:
-        raise PicoError(f"token_counts has {len(counts)} entries; the model's vocabulary has {vocab_size}.")
-    return torch.as_tensor(np.asarray(counts, dtype=np.int64))
 
 
 def repeated_random_tokens(
@@ -2949,7 +2921,7 @@ def repeated_random_tokens(
 
 @dataclass(frozen=True)
 class HeadSums:
-    """Numerators and denominators of every score, text by text, for one model on one set of texts."""
+    """Numerators and denominators of every score, text by text, for one model on one set of texts; see `text_sums`."""
 
     texts: np.ndarray  # (2, n_texts, n_layer, n_head, ratios)
     repeats: np.ndarray  # the same for repeated random tokens; of these only the induction score is used
@@ -2960,20 +2932,19 @@ class HeadSums:
         totals = np.tensordot(text_weights, self.texts, (1, 1))  # (R, 2, n_layer, n_head, ratios)
         totals[..., induction] = np.tensordot(repeat_weights, self.repeats[..., induction], (1, 1))
         top, bottom = totals[:, 0], totals[:, 1]
-        ratios = np.divide(
-            top, bottom, out=np.zeros_like(top), where=bottom > 1e-6
-        )  # 0 where no row has weight to score
+        ratios = np.divide(top, bottom, out=np.zeros_like(top), where=bottom > 1e-6)  # 0 where no row can be scored
         return {name: ratios[..., k] for k, name in enumerate(_RATIOS)}
 
     def scores(self) -> dict[str, np.ndarray]:
         """Each score over all texts, (1, n_layer, n_head): a ratio of sums, so long texts count by their rows."""
         return self._ratios(np.ones((1, self.texts.shape[1])), np.ones((1, self.repeats.shape[1])))
 
-    def bootstrap(self, n: int = 1000, seed: int = 0) -> dict[str, np.ndarray]:
-        """The scores over n resamples of the texts, (n, n_layer, n_head)."""
+    def bootstrap(self, n: int = 1000, seed: int = 0) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+        """The scores (n, n_layer, n_head) over n resamples of the texts, and those over the texts each leaves out."""
         random = np.random.default_rng(seed)
         sizes = self.texts.shape[1], self.repeats.shape[1]
-        return self._ratios(*(random.multinomial(size, np.full(size, 1 / size), n).astype(float) for size in sizes))
+        drawn = [random.multinomial(size, np.full(size, 1 / size), n).astype(float) for size in sizes]
+        return self._ratios(*drawn), self._ratios(*((each == 0).astype(float) for each in drawn))
 
     def table(self, thresholds: ScoreThresholds | None = None) -> pd.DataFrame:
         """One row per head, the columns of `score_heads`."""
@@ -2990,60 +2961,24 @@ class HeadSums:
 
 
 def classify_heads(scores: Mapping[str, np.ndarray], thresholds: ScoreThresholds) -> np.ndarray:
-    """One of HEAD_CLASSES for each head; scores are arrays of any one shape, with `rest` among them.
+    """One of HEAD_CLASSES for each head, as CLASS_RULE says; scores are arrays of any one shape, `rest` among them.
 
-    A head with less than `resting` of its attention off the first token is Resting, whatever that little does. Else
-    the largest of the kappas that reach their tau decides. A previous-token head also fills the local window, so
-    Diagonal/Self comes before Local Context when self or previous makes up `diagonal_share` of the window. A head that
-    reaches no tau is Global/Broad if its entropy is near the uniform head's, else Mixed.
+    A previous-token head also fills the window of the last three tokens; so Diagonal/Self is asked before Local
+    Context, and holds when self or previous makes up `diagonal_share` of the window.
     """
 
-    def strength(name: str) -> np.ndarray:
-        return np.where(np.asarray(scores[name]) >= thresholds.tau[name], scores[name], 0.0)
+    def strength(*names: str) -> np.ndarray:
+        return np.max([np.where(scores[name] >= thresholds.tau[name], scores[name], 0.0) for name in names], axis=0)
 
-    diagonal, local = np.maximum(strength("self"), strength("previous")), strength("local")
-    token = np.max([strength(name) for name in _TOKEN_KAPPAS], axis=0)
+    diagonal, local = strength("self", "previous"), strength("local")
     conditions = {
         "Resting": np.asarray(scores["rest"]) < thresholds.resting,
-        "Token-Specific": token > np.maximum(diagonal, local),
+        "Token-Specific": strength(*KAPPAS[4:]) > np.maximum(diagonal, local),
         "Diagonal/Self": (diagonal > 0) & (diagonal >= thresholds.diagonal_share * np.asarray(scores["local"])),
         "Local Context": local > 0,
         "Global/Broad": np.asarray(scores["broad"]) >= thresholds.broad,
     }
     return np.select(list(conditions.values()), list(conditions), "Mixed")
-
-
-def head_sums(
-    model: PicoLLM,
-    texts: Sequence[str] | None = None,
-    idx: Tensor | None = None,
-    *,
-    token_counts: np.ndarray | None = None,
-    seed: int = 0,
-) -> HeadSums:
-    """The sums that `score_heads` makes its table of, for `class_shares`; arguments as there."""
-    sequences = _as_sequences(texts, idx)
-    return _model_sums(model, {"": sequences}, _induction_sequences(model.config, token_counts, seed), token_counts)[""]
-
-
-def _induction_sequences(config: ModelConfig, counts: np.ndarray | None, seed: int) -> list[Tensor]:
-    return list(repeated_random_tokens(9, min(128, config.context_length), config.vocab_size, seed, counts))
-
-
-def _model_sums(
-    model: PicoLLM | None, sources: Mapping[str, list[Tensor]], repeats: list[Tensor], counts: np.ndarray | None
-) -> dict[str, HeadSums]:
-    """HeadSums of one model on each source; None is a model of one uniform head."""
-    attend, device, vocab_size = _attend_uniformly, torch.device("cpu"), Tokenizer.end_of_text + 1
-    if model is not None:
-        device, vocab_size = model.token_embedding.weight.device, model.config.vocab_size
-        attend = functools.partial(stream_attention, model)
-
-    def collect(sequences: list[Tensor]) -> np.ndarray:
-        return _collect_sums(attend, sequences, _count_tensor(counts, sequences, vocab_size), device)
-
-    repeat_sums = collect(repeats)
-    return {source: HeadSums(collect(sequences), repeat_sums) for source, sequences in sources.items()}
 
 
 def uniform_attention(n_layer: int, n_tokens: int) -> np.ndarray:
@@ -3054,8 +2989,35 @@ def uniform_attention(n_layer: int, n_tokens: int) -> np.ndarray:
 
 def _attend_uniformly(idx: Tensor, reduce: Callable[[int, Tensor], None]) -> None:
     """One layer with one head that looks at all keys alike."""
-    B, T = idx.shape
-    reduce(0, torch.tensor(uniform_attention(1, T), dtype=torch.float32, device=idx.device).expand(B, 1, T, T))
+    reduce(0, torch.tensor(uniform_attention(1, idx.shape[1]), dtype=torch.float32).expand(len(idx), -1, -1, -1))
+
+
+def head_sums(
+    model: PicoLLM | None,
+    sources: Mapping[str, Sequence[Tensor]],
+    repeats: Sequence[Tensor],
+    counts: np.ndarray | None = None,
+) -> dict[str, HeadSums]:
+    """The sums of a model's scores on each source of token sequences; None is a model of one uniform head.
+
+    `counts` are those of the training tokens; without them the counts within a source decide what is rare.
+    """
+    attend = _attend_uniformly if model is None else functools.partial(stream_attention, model)
+    vocab_size = Tokenizer.end_of_text + 1 if model is None else model.config.vocab_size
+    if counts is not None and len(counts) < vocab_size:
+        raise PicoError(f"token_counts has {len(counts)} entries; the model's vocabulary has {vocab_size}.")
+
+    def sums(sequences: Sequence[Tensor]) -> np.ndarray:
+        if counts is None:
+            return text_sums(attend, sequences, torch.bincount(torch.cat(list(sequences)), minlength=vocab_size))
+        return text_sums(attend, sequences, torch.as_tensor(np.asarray(counts, dtype=np.int64)))
+
+    of_repeats = sums(repeats)
+    return {source: HeadSums(sums(sequences), of_repeats) for source, sequences in sources.items()}
+
+
+def _induction_sequences(config: ModelConfig, counts: np.ndarray | None, seed: int) -> list[Tensor]:
+    return list(repeated_random_tokens(9, min(128, config.context_length), config.vocab_size, seed, counts))
 
 
 def score_heads(
@@ -3071,9 +3033,9 @@ def score_heads(
 
     - layer, head: counted from 0
     - sink: kappa of the first token, rows i >= 2
-    - on the rest of the map, see `kappa`: self {i}, previous {i-1}, local {i-2..i} (rows i >= 6), duplicate (earlier
-      copies of token i), punctuation, rare (least frequent token so far); induction (tokens that follow earlier copies
-      of token i) is measured on `repeated_random_tokens(seed=seed)`, whatever the texts are
+    - on the rest of the map, see `kappa_sums`: self {i}, previous {i-1}, local {i-2..i} (rows i >= 6), duplicate
+      (earlier copies of token i), punctuation, rare (least frequent token so far); induction (tokens that follow
+      earlier copies of token i) is measured on `repeated_random_tokens(seed=seed)`, whatever the texts are
     - broad: entropy of the rest of the map, 1 for uniform
     - mean_distance: sum A_ij (i - j) / sum A_ij, tokens (Vig & Belinkov 2019); entropy: nats, mean over rows (Clark et
       al. 2019); both are not corrected for chance, so compare them with a uniform head's on the same texts
@@ -3083,7 +3045,8 @@ def score_heads(
     training tokens, see `token_counts`; without them the counts within the given texts decide what is rare, a weak
     stand-in with many ties. Memory is that of one window. Raises PicoError for empty or too long texts.
     """
-    return head_sums(model, texts, idx, token_counts=token_counts, seed=seed).table(thresholds)
+    repeats = _induction_sequences(model.config, token_counts, seed)
+    return head_sums(model, {"": _as_sequences(texts, idx)}, repeats, token_counts)[""].table(thresholds)
 
 
 def first_snapshots(history: pd.DataFrame, thresholds: ScoreThresholds) -> dict[str, int | None]:
@@ -3112,43 +3075,28 @@ def describe_emergence(history: pd.DataFrame, thresholds: ScoreThresholds) -> st
     return f"{text[0].upper()}{text[1:]}."
 
 
-def _untrained_seeds(n: int) -> range:
-    return range(1000, 1000 + n)  # not the seeds that a study's own model is likely to have
+Sums = HeadSums | Sequence[HeadSums]  # of one model, or of several untrained ones
 
 
-def score_thresholds(*untrained: pd.DataFrame, **changes: float) -> ScoreThresholds:
-    """tau from tables of untrained heads: each score's percentile, the largest over the tables, at least the floor.
-
-    `changes` set the other fields.
-    """
-    base = ScoreThresholds(**changes)
-    percentiles = {name: [float(np.percentile(table[name], base.percentile)) for table in untrained] for name in KAPPAS}
-    return ScoreThresholds(**changes, tau={name: max(base.floor, *values) for name, values in percentiles.items()})
-
-
-def _estimates(
-    sums: HeadSums | Sequence[HeadSums], statistics: Callable[[dict[str, np.ndarray]], dict], n: int, seed: int
-) -> Iterator[tuple]:
-    """(key, value, low, high) for each of `statistics(scores)`, arrays (R,).
+def _estimates(sums: Sums, statistics: Callable[[dict, dict], dict], n: int, seed: int) -> Iterator[tuple]:
+    """(key, value, low, high) for each of `statistics(scores, scores on left-out texts)`, arrays (R,).
 
     For one model: its value and the 2.5 and 97.5 percentiles over n resamples of the texts. For a list of models: mean,
     smallest and largest.
     """
     if isinstance(sums, HeadSums):
-        values, resampled = statistics(sums.scores()), statistics(sums.bootstrap(n, seed))
+        values, resampled = statistics(sums.scores(), sums.scores()), statistics(*sums.bootstrap(n, seed))
         limits = (0.025, 0.975)
     else:
         tables = [each.scores() for each in sums]
-        values = resampled = statistics({name: np.concatenate([t[name] for t in tables]) for name in _RATIOS})
+        together = {name: np.concatenate([table[name] for table in tables]) for name in _RATIOS}
+        values = resampled = statistics(together, together)
         limits = (0.0, 1.0)
     for key, value in values.items():
-        low, high = np.quantile(resampled[key], limits)
-        yield key, float(np.mean(value)), float(low), float(high)
+        yield key, float(np.mean(value)), *map(float, np.quantile(resampled[key], limits))
 
 
-def class_shares(
-    sums: HeadSums | Sequence[HeadSums], thresholds: ScoreThresholds, n_bootstrap: int = 1000, seed: int = 0
-) -> pd.DataFrame:
+def class_shares(sums: Sums, thresholds: ScoreThresholds, n_bootstrap: int = 1000, seed: int = 0) -> pd.DataFrame:
     """Share of the heads in each class, columns class, share, low, high; "Specialised" is the sum of the first three.
 
     For one model low..high is the 95 % bootstrap interval over texts: each resample is scored and classified anew. For
@@ -3156,115 +3104,79 @@ def class_shares(
     """
     import pandas as pd
 
-    def shares(scores: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    def shares(scores: dict[str, np.ndarray], _: dict) -> dict[str, np.ndarray]:
         classes = classify_heads(scores, thresholds)
         each = {name: (classes == name).mean((1, 2)) for name in HEAD_CLASSES}
-        return each | {"Specialised": sum(each[name] for name in _SPECIALISED)}
+        return each | {"Specialised": sum(each[name] for name in SPECIALISED_CLASSES)}
 
     return pd.DataFrame(_estimates(sums, shares, n_bootstrap, seed), columns=["class", "share", "low", "high"])
 
 
-def _headline_scores(sums: HeadSums | Sequence[HeadSums], n_bootstrap: int, seed: int) -> pd.DataFrame:
-    """Mean and largest of each score over the heads, columns score, statistic, mean, low, high; see `_estimates`."""
+def score_summary(sums: Sums, n_bootstrap: int = 1000, seed: int = 0) -> pd.DataFrame:
+    """Mean and largest of each score over the heads, columns score, statistic ("mean" | "max"), mean, low, high.
+
+    Low and high as in `class_shares`, but for the largest: the largest of many noisy numbers is too large, in each
+    resample once more. So its interval is that of the head that is strongest in a resample, scored on the texts which
+    the resample leaves out (out-of-bag, Breiman 1996). As these are only a third of the texts, it is rather too wide.
+    """
     import pandas as pd
 
-    def headline(scores: dict[str, np.ndarray]) -> dict[tuple[str, str], np.ndarray]:
-        reduce = {"mean": np.mean, "max": np.max}
-        return {(name, kind): reduce[kind](scores[name], (1, 2)) for name in HEAD_SCORES for kind in reduce}
+    def summary(scores: dict[str, np.ndarray], left_out: dict[str, np.ndarray]) -> dict[tuple[str, str], np.ndarray]:
+        values = {}
+        for name in HEAD_SCORES:
+            heads, tested = (each[name].reshape(len(each[name]), -1) for each in (scores, left_out))
+            values[name, "mean"] = heads.mean(axis=1)
+            values[name, "max"] = np.take_along_axis(tested, heads.argmax(axis=1)[:, None], axis=1)[:, 0]
+        return values
 
-    rows = [(*key, *numbers) for key, *numbers in _estimates(sums, headline, n_bootstrap, seed)]
+    rows = [(*key, *numbers) for key, *numbers in _estimates(sums, summary, n_bootstrap, seed)]
     return pd.DataFrame(rows, columns=["score", "statistic", "mean", "low", "high"])
 
 
-def _mean_losses(model: PicoLLM, hidden: Tensor, targets: Tensor) -> Tensor:
-    """Mean loss of each window, (B,), in nats per token: hidden states (B, T, D), targets (B, n) of the last n."""
-    hidden = hidden[:, -targets.shape[1] :]
-    return model.token_losses(hidden.flatten(0, 1), targets.flatten()).view_as(targets).mean(1)
-
-
-def _window_losses(model: PicoLLM, idx: Tensor, n_last: int = 0) -> Tensor:
-    """The same of token windows (n_windows, T), over their last n_last predictions, 0: all."""
-    with evaluating(model):
-        batches = idx.to(model.token_embedding.weight.device).split(max(1, _MAX_TOKENS // idx.shape[1]))
-        return torch.cat([_mean_losses(model, model.hidden_states(b[:, :-1]), b[:, 1:][:, -n_last:]) for b in batches])
+def _log_probs(model: PicoLLM, hidden: Tensor, targets: Tensor) -> Tensor:
+    """Log-probabilities of tokens (...) after hidden states (..., D), float32; some rows of logits at a time."""
+    weight = model.token_embedding.weight[: model.config.vocab_size]
+    rows = zip(hidden.flatten(0, -2).split(1024), targets.flatten().split(1024), strict=True)
+    parts = [-F.cross_entropy(F.linear(h, weight).float(), wanted, reduction="none") for h, wanted in rows]
+    return torch.cat(parts).view_as(targets)
 
 
 def _ablated_losses(
-    model: PicoLLM, layer: int, heads: Sequence[int], x: Tensor, targets: Tensor, substitutes: Tensor
-) -> Tensor:
-    """Window losses (len(heads), B) with one head of the layer ablated at a time, from the layer's input (B, T, D).
-
-    The heads are ablated side by side, each in its own copy of the batch.
-    """
-
-    def replace(_: int, outputs: Tensor) -> Tensor:
-        outputs = outputs.unflatten(0, (len(heads), -1)).clone()  # (copies, B, T, H, d)
-        for index, head in enumerate(heads):
-            outputs[index, :, :, head] = substitutes[layer, head].to(outputs)
-        return outputs.flatten(0, 1)
-
-    cos, sin = model.rope_cos[: x.shape[1]], model.rope_sin[: x.shape[1]]
-    x = x.repeat(len(heads), 1, 1)
-    with _on_head_outputs(model, [layer], replace):
-        for block in model.blocks[layer:]:
-            x = block(x, cos, sin)
-    return _mean_losses(model, model.final_norm(x), targets.repeat(len(heads), 1)).unflatten(0, (len(heads), -1))
+    model: PicoLLM, idx: Tensor, sets: Sequence[Heads], means: Tensor, n_last: int | None = None
+) -> np.ndarray:
+    """Mean loss of each window (sets, n_windows), nats per token of the last n_last predictions, each set ablated."""
+    targets, losses, done = idx[:, 1:][:, -(n_last or 0) :].to(model.token_embedding.weight.device), [], 0
+    for hidden in ablated_hidden_states(model, idx[:, :-1], sets, means, n_last):
+        wanted = targets[done : done + hidden.shape[1]].expand(len(sets), -1, -1)
+        done += hidden.shape[1]
+        with torch.no_grad():
+            losses.append(-_log_probs(model, hidden, wanted).mean(-1).double().cpu())
+    return torch.cat(losses, dim=1).numpy()
 
 
 def head_ablation_map(
-    model: PicoLLM,
-    idx: Tensor,
-    heads: Iterable[tuple[int, int]] | None = None,
-    mode: str = "mean",
-    means: Tensor | None = None,
-    n_last: int = 0,
-    bar: tqdm | None = None,
+    model: PicoLLM, idx: Tensor, means: Tensor | None = None, n_last: int | None = None
 ) -> pd.DataFrame:
-    """Loss on held-out token windows (n_windows, T) with each head ablated in turn, all heads by default.
+    """Loss on held-out token windows (n_windows, T) with each head mean-ablated in turn.
 
-    Columns layer, head, loss and loss_increase in nats per token, and standard_error, that of the increase over
-    windows. The means of mean-ablation are taken from `idx` unless given. The layers below an ablated head are run only
-    once. With n_last the loss is that of each window's last n_last predictions. `bar` moves by one a layer. Raises
-    PicoError as `ablate_heads` does.
+    Columns layer, head, loss and loss_increase in nats per token, standard_error, that of the increase over windows,
+    and matters, see `heads_that_matter`. The means are taken from `idx` unless given. With n_last the loss is that of
+    each window's last n_last predictions. Raises PicoError for fewer than two windows.
     """
     import pandas as pd
 
-    config, device = model.config, model.token_embedding.weight.device
-    if heads is None:
-        heads = itertools.product(range(config.n_layer), range(config.n_head))
-    chosen = _check_heads(config, heads)
-    if not chosen or len(idx) < 2:
-        raise PicoError("An ablation map needs at least one head and, for its standard error, two windows.")
-    if mode == "mean" and means is None:
-        means = mean_head_outputs(model, idx)
-    substitutes = _head_substitutes(config, mode, means)
-    batches = idx.to(device).split(max(1, _MAX_TOKENS // (config.n_head * idx.shape[1])))
-    targets = [batch[:, 1:][:, -n_last:] for batch in batches]
-    base, losses = _window_losses(model, idx, n_last), []
-    with evaluating(model):
-        inputs = [model.token_embedding(batch[:, :-1]) for batch in batches]
-        cos, sin = model.rope_cos[: idx.shape[1] - 1], model.rope_sin[: idx.shape[1] - 1]
-        for layer, block in enumerate(model.blocks):
-            picked = [head for other, head in chosen if other == layer]
-            if picked:
-                parts = [
-                    _ablated_losses(model, layer, picked, x, wanted, substitutes)
-                    for x, wanted in zip(inputs, targets, strict=True)
-                ]
-                losses.append(torch.cat(parts, dim=1))
-            inputs = [block(x, cos, sin) for x in inputs]
-            if bar is not None:
-                bar.update()
-    ablated = torch.cat(losses).double().cpu()  # (heads, n_windows), ordered as `chosen`
-    increase = ablated - base.double().cpu()
-    columns = {
-        "layer": [layer for layer, _ in chosen],
-        "head": [head for _, head in chosen],
-        "loss": ablated.mean(1),
-        "loss_increase": increase.mean(1),
-        "standard_error": increase.std(1) / math.sqrt(len(idx)),
-    }
-    return pd.DataFrame(columns)
+    if len(idx) < 2:
+        raise PicoError("An ablation map needs two windows or more, for its standard error.")
+    heads = list(itertools.product(range(model.config.n_layer), range(model.config.n_head)))
+    means = mean_head_outputs(model, idx) if means is None else means
+    losses = _ablated_losses(model, idx, [(), *((head,) for head in heads)], means, n_last)
+    increase = losses[1:] - losses[0]
+    table = pd.DataFrame(heads, columns=["layer", "head"]).assign(
+        loss=losses[1:].mean(1),
+        loss_increase=increase.mean(1),
+        standard_error=increase.std(1, ddof=1) / math.sqrt(len(idx)),
+    )
+    return table.assign(matters=heads_that_matter(table, len(idx))[0])
 
 
 def heads_that_matter(ablation: pd.DataFrame, n_windows: int) -> tuple[pd.Series, float]:
@@ -3274,7 +3186,7 @@ def heads_that_matter(ablation: pd.DataFrame, n_windows: int) -> tuple[pd.Series
     """
     from scipy.stats import t
 
-    limit = float(t.ppf(1 - 0.025 / len(ablation), n_windows - 1))
+    limit = float(t.ppf(1 - SIGNIFICANCE / 2 / len(ablation), n_windows - 1))
     increase = ablation["loss_increase"]
     return (increase >= MIN_LOSS_INCREASE) & (increase > limit * ablation["standard_error"]), limit
 
@@ -3284,45 +3196,35 @@ def class_ablation(
     idx: Tensor,
     scores: pd.DataFrame,
     means: Tensor | None = None,
-    n_draws: int = 9,
-    n_last: int = 0,
+    n_sets: int = 99,
+    n_last: int | None = None,
     seed: int = 0,
-    bar: tqdm | None = None,
 ) -> pd.DataFrame:
     """Loss increase on token windows (n_windows, T) when all heads of a specialised class are mean-ablated together.
 
     Heads that share a task can each be spared while the group cannot. `scores` has layer, head and class. Columns
-    class, n_heads, loss_increase in nats per token with low and high; n_random_sets and random_loss_increase, the mean
-    over sets of as many other heads (of the same layers where they have enough); excess, excess_low and excess_high:
-    the increase beyond the costliest of these sets, since sets differ more than windows do. Low and high are 95 % t
-    intervals over windows, paired. Of n_draws sets those that differ are run. Where fewer other heads remain than the
-    class has there is no set, and what compares with it is NaN. `n_last` as in `head_ablation_map`; `bar` moves by one
-    a class.
+    class, n_heads, loss_increase in nats per token with low and high, the 95 % t interval over windows; n_random_sets,
+    random_loss_increase, the mean over these sets of as many heads (`random_head_sets`), and p_value, the class's rank
+    among them (`rank_p`, Holm-adjusted over the classes). The sets are compared on the first quarter of the windows, up
+    to 64 tokens of each. `n_last` as in `head_ablation_map`.
     """
     import pandas as pd
 
     means = mean_head_outputs(model, idx) if means is None else means
-    random, base, rows = Random(seed), _window_losses(model, idx, n_last), []
-
-    def increases(heads: Sequence[tuple[int, int]]) -> np.ndarray:
-        with ablate_heads(model, heads, "mean", means):
-            return (_window_losses(model, idx, n_last) - base).double().cpu().numpy()
-
-    for name in _SPECIALISED:
-        heads = list(scores.loc[scores["class"] == name, ["layer", "head"]].itertuples(index=False, name=None))
-        if heads:
-            own, sets = increases(heads), set()
-            if 2 * len(heads) <= len(scores):
-                sets = {tuple(sorted(_random_heads(heads, model.config, random))) for _ in range(n_draws)}
-            others = [increases(drawn) for drawn in sorted(sets)] or [np.full(len(idx), math.nan)]
-            excess = _t_interval(own - max(others, key=np.mean))
-            p_value = (1 + sum(cost.mean() >= own.mean() for cost in others)) / (1 + len(others)) if sets else math.nan
-            rows.append((name, len(heads), *_t_interval(own), len(sets), float(np.mean(others)), p_value, *excess))
-        if bar is not None:
-            bar.update()
-    columns = ["class", "n_heads", "loss_increase", "low", "high", "n_random_sets", "random_loss_increase"]
-    columns.append("p_value")
-    return pd.DataFrame(rows, columns=[*columns, "excess", "excess_low", "excess_high"])
+    short, rows = idx[: max(1, len(idx) // 4), :65], []
+    for name in SPECIALISED_CLASSES:
+        heads = tuple(scores.loc[scores["class"] == name, ["layer", "head"]].itertuples(index=False, name=None))
+        if not heads:
+            continue
+        base, own = _ablated_losses(model, idx, [(), heads], means, n_last)
+        sets = random_head_sets(heads, model.config.n_layer, model.config.n_head, n_sets, seed)
+        losses = _ablated_losses(model, short, [(), heads, *sets], means, min(n_last or 64, 32)).mean(axis=1)
+        cost, *random_costs = losses[1:] - losses[0]
+        average = float(np.mean(random_costs)) if sets else math.nan
+        rows.append((name, len(heads), *t_interval(own - base), len(sets), average, rank_p(cost, random_costs)))
+    columns = ["class", "n_heads", "loss_increase", "low", "high", "n_random_sets", "random_loss_increase", "p_value"]
+    table = pd.DataFrame(rows, columns=columns)
+    return table.assign(p_value=holm(table["p_value"]))
 
 
 def _entropy_bits(p: Tensor) -> Tensor:
@@ -3335,21 +3237,18 @@ def _js_distance(p: Tensor, q: Tensor, p_entropy: Tensor, q_entropy: Tensor) -> 
     return divergence.clamp(0, 1).sqrt().mean(-1)
 
 
-def head_similarity(
-    model: PicoLLM, texts: Sequence[str] | None = None, idx: Tensor | None = None, drop_sink: bool = False
-) -> tuple[np.ndarray, float]:
+def head_similarity(model: PicoLLM, windows: Tensor, drop_sink: bool = False) -> tuple[np.ndarray, float]:
     """Distances between all heads, (n_heads, n_heads) with head (l, h) at l * n_head + h, and their noise floor.
 
     The distance of two heads is the square root of the Jensen-Shannon divergence (base 2) of their rows i >= 3 on the
-    same text, averaged over rows, then over texts: 0 for equal maps, 1 for disjoint ones (Clark et al. 2019 sum the
-    divergence itself). `drop_sink` compares the maps without their first column. The noise floor is the distance of a
-    head to itself between two halves of the texts: text k of one half against text k of the other, row by row up to the
-    shorter one's length, averaged over pairs and heads. Two heads that are closer than that differ less from each other
-    than one head does from itself when the text changes. Raises PicoError for fewer than two texts of 3 tokens.
+    same window (n_windows, T), averaged over rows, then over windows: 0 for equal maps, 1 for disjoint ones (Clark et
+    al. 2019 sum the divergence itself). `drop_sink` compares the maps without their first column. The noise floor is
+    the distance of a head to itself between two windows, averaged over pairs of windows and heads: two heads that are
+    closer differ less from each other than one does from itself when the text changes. Raises PicoError for fewer than
+    two windows of 3 tokens.
     """
-    sequences = [ids for ids in _as_sequences(texts, idx) if len(ids) >= 3]
-    if len(sequences) < 2:
-        raise PicoError("The similarity of heads needs at least two texts of three tokens or more.")
+    if len(windows) < 2 or windows.shape[1] < 3:
+        raise PicoError("The similarity of heads needs at least two windows of three tokens or more.")
 
     def read(ids: Tensor) -> tuple[Tensor, Tensor]:
         layers: list[Tensor] = []
@@ -3359,156 +3258,41 @@ def head_similarity(
             rows = rows[..., 1:] / rows[..., 1:].sum(-1, keepdim=True).clamp(min=1e-30)
         return rows, _entropy_bits(rows)
 
-    n_heads, half = model.config.n_layer * model.config.n_head, len(sequences) // 2
+    maps, half = [read(ids) for ids in windows], len(windows) // 2
+    n_heads = len(maps[0][0])
     distances = torch.zeros(n_heads, n_heads, dtype=torch.float64)
-    floors = []
-    for k in range(len(sequences) - half):
-        pair = [read(ids) for ids in ([sequences[k]] if k < half else []) + [sequences[half + k]]]
-        for rows, entropy in pair:
-            for head in range(n_heads - 1):
-                others = slice(head + 1, None)
-                between = _js_distance(rows[head], rows[others], entropy[head], entropy[others])
-                distances[head, others] += between.double().cpu() / len(sequences)
-        if len(pair) == 2:
-            (p, p_entropy), (q, q_entropy) = pair
-            n_rows, n_keys = min(p.shape[1], q.shape[1]), min(p.shape[2], q.shape[2])
-            p, q = p[:, :n_rows, :n_keys], q[:, :n_rows, :n_keys]
-            floors.append(_js_distance(p, q, p_entropy[:, :n_rows], q_entropy[:, :n_rows]).mean())
+    for rows, entropy in maps:
+        for head in range(n_heads - 1):
+            others = slice(head + 1, None)
+            between = _js_distance(rows[head], rows[others], entropy[head], entropy[others])
+            distances[head, others] += between.double().cpu() / len(windows)
+    pairs = zip(maps[:half], maps[half : 2 * half], strict=True)
+    floors = [_js_distance(p, q, p_entropy, q_entropy).mean() for (p, p_entropy), (q, q_entropy) in pairs]
     return (distances + distances.T).numpy(), float(torch.stack(floors).mean())
 
 
-@dataclass(frozen=True)
-class Study:
-    """Everything about one model that the figures and the report show, in tables."""
-
-    scores: pd.DataFrame  # source ("windows" | "sentences"), layer, head, HEAD_SCORES, resting, sink_flag, class
-    shares: pd.DataFrame  # source, model ("trained" | "shuffled" | "untrained" | "uniform"), class, share, low, high
-    baselines: pd.DataFrame  # source, model, score, statistic ("mean" | "max" over heads), mean, low, high
-    categories: pd.DataFrame  # category, class, share: the heads' classes on each category's sentences
-    ablation: pd.DataFrame  # layer, head, loss, loss_increase, standard_error, matters
-    class_ablation: pd.DataFrame  # class, n_heads, loss_increase, low, high, n_random_sets, random_..., p_value
-    distances: np.ndarray  # (n_heads, n_heads), see `head_similarity`, on windows
-    distances_without_sink: np.ndarray
-    noise_floor: float
-    noise_floor_without_sink: float
-    language: pd.DataFrame  # a row per phenomenon, see `study_language`; may be empty
-    history: pd.DataFrame  # step and the columns of `score_heads` at each snapshot of the run; may be empty
-    metrics: pd.DataFrame  # rows of the training metrics; may be empty
-    thresholds: ScoreThresholds
-    settings: dict[str, object]  # what was run
-
-    @property
-    def similarity(self) -> np.ndarray:
-        return self.distances
-
-    @property
-    def similarity_without_sink(self) -> np.ndarray:
-        return self.distances_without_sink
-
-
-def _study_sums(
-    model: PicoLLM, sources: Mapping[str, list[Tensor]], counts: np.ndarray | None, n_seeds: int, seed: int, bar: tqdm
-) -> dict[tuple[str, str], HeadSums | list[HeadSums]]:
-    """The sums of the model and of its baselines by (source, trained | shuffled | untrained | uniform)."""
-    device = model.token_embedding.weight.device
+def _baseline_sums(
+    model: PicoLLM, sources: Mapping[str, list[Tensor]], counts: np.ndarray | None, n_seeds: int, seed: int
+) -> Iterator[tuple[str, dict[str, HeadSums | list[HeadSums]]]]:
+    """For the model and each of its baselines the name, as in Study.shares, and the sums by source."""
+    device, generator = model.token_embedding.weight.device, torch.Generator().manual_seed(seed)
     repeats = _induction_sequences(model.config, counts, seed)
-    generator = torch.Generator().manual_seed(seed)
 
     def shuffle(sequences: list[Tensor]) -> list[Tensor]:
         return [ids[torch.randperm(len(ids), generator=generator)] for ids in sequences]
 
-    shuffled_sources = {source: shuffle(sequences) for source, sequences in sources.items()}
-    runs = {"trained": _model_sums(model, sources, repeats, counts)}
-    bar.update()
-    runs["shuffled"] = _model_sums(model, shuffled_sources, shuffle(repeats), counts)
-    bar.update()
-    runs["uniform"] = _model_sums(None, sources, repeats, counts)
-    untrained = []
-    for untrained_seed in _untrained_seeds(n_seeds):
-        untrained.append(_model_sums(PicoLLM(model.config, untrained_seed).to(device), sources, repeats, counts))
-        bar.update()
-    runs["untrained"] = {source: [sums[source] for sums in untrained] for source in sources}
-    return {(source, name): runs[name][source] for source in sources for name in runs}
+    yield "trained", head_sums(model, sources, repeats, counts)
+    shuffled = {source: shuffle(sequences) for source, sequences in sources.items()}
+    yield "shuffled", head_sums(model, shuffled, shuffle(repeats), counts)
+    yield "uniform", head_sums(None, sources, repeats, counts)
+    others = (PicoLLM(model.config, other).to(device) for other in untrained_seeds(n_seeds))
+    untrained = [head_sums(other, sources, repeats, counts) for other in others]
+    yield "untrained", {source: [sums[source] for sums in untrained] for source in sources}
 
 
-def study_heads(
-    model: PicoLLM,
-    texts: Sequence[str],
-    windows: Tensor,
-    *,
-    token_counts: np.ndarray | None = None,
-    n_seeds: int = 5,
-    ablation_tokens: int = 2048,
-    n_draws: int = 9,
-    similarity_windows: int = 8,
-    n_bootstrap: int = 1000,
-    seed: int = 0,
-    bar: tqdm | None = None,
-) -> Study:
-    """Scores, classes, baselines, ablation and similarity of all heads.
-
-    On `texts` (sentences) and held-out token `windows` (n_windows, T), which should have 64 tokens or more: short
-    sentences alone cannot separate the classes. The baselines are n_seeds untrained models of the same configuration,
-    the model itself on texts and windows whose tokens are shuffled, and one uniform head. Low and high are the 95 %
-    bootstrap interval over texts, for the untrained models their range. One set of thresholds, from the untrained heads
-    on both sources, serves both. Ablation reads `ablation_tokens` and predicts the last tokens of each window, all of
-    them unless that makes more than _MAX_PREDICTIONS; `n_draws` as in `class_ablation`. A given `bar` is moved on (its
-    total grows); without one the study shows its own.
-    """
-    import pandas as pd
-
-    sources = {"sentences": _as_sequences(texts, None), "windows": _as_sequences(None, windows)}
-    ablated = windows[: max(2, ablation_tokens // windows.shape[1])]
-    n_ablations = len(ablated) * model.config.n_layer * model.config.n_head
-    n_predicted = min(windows.shape[1] - 1, max(1, _MAX_PREDICTIONS // n_ablations))
-    compared_windows = windows[:similarity_windows]
-    with progress(total=0, desc="heads", unit="step") if bar is None else contextlib.nullcontext(bar) as bar:
-        bar.total = (bar.total or 0) + 3 + n_seeds + model.config.n_layer + len(_SPECIALISED)
-        compared = _study_sums(model, sources, token_counts, n_seeds, seed, bar)
-        untrained = [pd.concat(sums.table() for sums in compared[source, "untrained"]) for source in sources]
-        thresholds = score_thresholds(*untrained)
-        tables = {source: compared[source, "trained"].table(thresholds).assign(source=source) for source in sources}
-        means = mean_head_outputs(model, windows)
-        ablation = head_ablation_map(model, ablated, means=means, n_last=n_predicted, bar=bar)
-        by_class = class_ablation(model, ablated, tables["windows"], means, n_draws, n_predicted, seed, bar)
-        similarity, noise_floor = head_similarity(model, idx=compared_windows)
-        without_sink, floor_without_sink = head_similarity(model, idx=compared_windows, drop_sink=True)
-        bar.update()
-
-    def for_all(summarise: Callable[[HeadSums | list[HeadSums]], pd.DataFrame]) -> pd.DataFrame:
-        rows = pd.concat({key: summarise(sums) for key, sums in compared.items()}, names=["source", "model"])
-        return rows.reset_index(["source", "model"]).reset_index(drop=True)
-
-    return Study(
-        scores=pd.concat(tables.values(), ignore_index=True),
-        thresholds=thresholds,
-        shares=for_all(lambda sums: class_shares(sums, thresholds, n_bootstrap, seed)),
-        baselines=for_all(lambda sums: _headline_scores(sums, n_bootstrap, seed)),
-        categories=pd.DataFrame(columns=["category", "class", "share"]),
-        ablation=ablation.assign(matters=heads_that_matter(ablation, len(ablated))[0]),
-        class_ablation=by_class,
-        distances=similarity,
-        distances_without_sink=without_sink,
-        language=pd.DataFrame(),
-        history=pd.DataFrame(),
-        metrics=pd.DataFrame(),
-        noise_floor=noise_floor,
-        noise_floor_without_sink=floor_without_sink,
-        settings={
-            "n_texts": len(texts),
-            "n_windows": len(windows),
-            "window_length": windows.shape[1],
-            "ablation_windows": len(ablated),
-            "ablation_mode": "mean",
-            "ablation_predictions": len(ablated) * n_predicted,
-            "ablation_draws": n_draws,
-            "similarity_windows": len(compared_windows),
-            "untrained_seeds": list(_untrained_seeds(n_seeds)),
-            "n_bootstrap": n_bootstrap,
-            "seed": seed,
-            "rare_by": "training counts" if token_counts is not None else "counts within the texts",
-        },
-    )
+def untrained_seeds(n: int) -> range:
+    """Seeds of the untrained models of a study, which its own model is not likely to have."""
+    return range(1000, 1000 + n)
 
 
 # ======================================================================================================================
@@ -3516,35 +3300,6 @@ def study_heads(
 # What a model knows about language, asked as minimal pairs: which of two words does it prefer where only one fits?
 # A claim needs three links: it prefers the right word, some heads look at the word that decides, and it needs them.
 # ======================================================================================================================
-
-
-def sequence_log_probs(model: PicoLLM, sequences: Sequence[Sequence[int]], batch_tokens: int = 16_384) -> Tensor:
-    """Total log-probability of each token sequence after end-of-text: (N,) float32 on the CPU, nats.
-
-    Sequences are batched by length and padded on the right, which a causal model cannot see. Equal sequences are scored
-    once, so that their scores are equal. Raises PicoError for an empty sequence or one beyond `max_positions`.
-    """
-    limit = model.config.max_positions
-    for index, sequence in enumerate(sequences):
-        if not 0 < len(sequence) <= limit:
-            raise PicoError(f"Sequence {index} has {len(sequence)} tokens; it must have 1 to {limit}.")
-    unique = sorted({tuple(sequence) for sequence in sequences}, key=len)
-    scores: dict[tuple[int, ...], float] = {}
-    start = 0
-    with evaluating(model):
-        while start < len(unique):
-            stop = start + 1
-            while stop < len(unique) and len(unique[stop]) * (stop + 1 - start) <= batch_tokens:
-                stop += 1
-            rows, width = unique[start:stop], len(unique[stop - 1])
-            padded = [[Tokenizer.end_of_text, *row, *[0] * (width - len(row))] for row in rows]
-            idx = torch.tensor(padded, device=model.token_embedding.weight.device)  # (B, width + 1)
-            real = torch.arange(width, device=idx.device) < torch.tensor([[len(row)] for row in rows]).to(idx.device)
-            log_probs = torch.zeros(len(rows), width, device=idx.device)
-            log_probs[real] = -model.token_losses(model.hidden_states(idx[:, :-1])[real], idx[:, 1:][real])
-            scores.update(zip(rows, log_probs.sum(dim=1).tolist(), strict=True))
-            start = stop
-    return torch.tensor([scores[tuple(sequence)] for sequence in sequences])
 
 
 @dataclass(frozen=True)
@@ -3557,7 +3312,7 @@ class PairResult:
     margins: Tensor  # (pairs,) log-probability of the good sentence minus that of the bad one, nats
 
 
-def _correct(margins: Tensor) -> np.ndarray:
+def correct(margins: Tensor) -> np.ndarray:
     """1 for a positive margin, 0 for a negative one, one half for a tie."""
     return ((margins.sign() + 1) / 2).double().numpy()
 
@@ -3566,21 +3321,30 @@ def minimal_pair_accuracy(model: PicoLLM, pairs: Sequence[tuple[str, str]], seed
     """How often a model finds the good sentence of (good, bad) more probable, as BLiMP counts (Warstadt et al. 2020).
 
     The score of a sentence is its total log-probability after end-of-text. Raises PicoError for an empty list and for
-    a sentence that is empty or exceeds `max_positions` tokens, naming it.
+    a sentence that is no text, empty or longer than `max_positions` tokens, naming it.
     """
     if not pairs:
         raise PicoError("There are no pairs to score; pass a list of (good, bad) sentences.")
-    tokenizer, limit = get_tokenizer(), model.config.max_positions
-    sequences = [tokenizer.encode_batch([pair[side] for pair in pairs]) for side in (0, 1)]
-    for name, side in zip(("good", "bad"), sequences, strict=True):
-        for index, ids in enumerate(side):
-            if not ids or not tokenizer.decode(ids).strip():
+    tokenizer, limit, sequences = get_tokenizer(), model.config.max_positions, []
+    for index, pair in enumerate(pairs):
+        if isinstance(pair, str) or len(pair) != 2 or not all(isinstance(sentence, str) for sentence in pair):
+            raise PicoError(f"Pair {index} is {pair!r}; it must be two sentences, (good, bad).")
+        for name, sentence in zip(("good", "bad"), pair, strict=True):
+            ids = tokenizer.encode(sentence)
+            if not sentence.strip():
                 raise PicoError(f"The {name} sentence of pair {index} is empty; write at least one word.")
             if len(ids) > limit:
                 raise PicoError(f"The {name} sentence of pair {index} has {len(ids)} tokens; the model reads {limit}.")
-    good, bad = sequence_log_probs(model, sequences[0] + sequences[1]).chunk(2)
-    correct = _correct(good - bad)
-    return PairResult(float(correct.mean()), *_bootstrap_interval(correct, seed), good - bad)
+            sequences.append(tuple(ids))
+    scores = {}
+    with evaluating(model):
+        for length, equal in itertools.groupby(sorted(set(sequences), key=len), key=len):
+            idx = torch.tensor([[Tokenizer.end_of_text, *ids] for ids in equal])
+            for rows in idx.to(model.token_embedding.weight.device).split(max(1, _MAX_TOKENS // length)):
+                log_probs = _log_probs(model, model.hidden_states(rows[:, :-1]), rows[:, 1:]).sum(dim=1)
+                scores |= zip(map(tuple, rows[:, 1:].tolist()), log_probs.cpu(), strict=True)
+    good, bad = torch.stack([scores[ids] for ids in sequences]).view(-1, 2).unbind(1)
+    return PairResult(*bootstrap_interval(correct(good - bad), seed), good - bad)
 
 
 # The templates. Each returns the pairs of one item: (sentence up to the decision, right word, wrong word). [target] is
@@ -3589,9 +3353,9 @@ def minimal_pair_accuracy(model: PicoLLM, pairs: Sequence[tuple[str, str]], seed
 
 _PERSON = """boy girl king queen doctor teacher student soldier farmer writer actor artist singer lawyer officer worker
     player driver leader minister author guard priest judge pilot sailor"""
-_MEN = """John David James Robert Peter Paul George Henry Thomas William Richard Edward Charles Michael Frank Joseph
+MEN = """John David James Robert Peter Paul George Henry Thomas William Richard Edward Charles Michael Frank Joseph
     Daniel Martin Jack"""
-_WOMEN = "Mary Anna Elizabeth Sarah Jane Anne Maria Alice Susan Laura Emily Rachel Lisa Kate"
+WOMEN = "Mary Anna Elizabeth Sarah Jane Anne Maria Alice Susan Laura Emily Rachel Lisa Kate"
 _CITY = "London Paris Boston Chicago Toronto Moscow Seattle Dallas Houston Atlanta Philadelphia Miami Detroit"
 _SAY = "said claimed thought believed reported stated argued announced insisted"
 _PLACE = """river bridge church house lake station school castle forest market hospital garden village camp harbor tower
@@ -3602,8 +3366,8 @@ _ADJECTIVE = """small large old new great simple famous common strange heavy red
     beautiful early useful empty ordinary expensive"""
 _OFTEN = "often always sometimes usually still"
 _VERB = "see help meet visit follow call like support attack fear trust praise join hear know"
-_PAST = """work:worked live:lived play:played sing:sang stop:stopped wait:waited stay:stayed rest:rested build:built
-    help:helped walk:walked hunt:hunted study:studied travel:traveled train:trained look:looked"""
+PAST_FORMS = """work:worked live:lived play:played sing:sang stop:stopped wait:waited stay:stayed rest:rested
+    build:built help:helped walk:walked hunt:hunted study:studied travel:traveled train:trained look:looked"""
 _NOUN_PREPOSITION = """interest:in belief:in faith:in confidence:in reliance:on emphasis:on focus:on dependence:on
     resistance:to opposition:to access:to need:for demand:for desire:for support:for respect:for"""
 
@@ -3615,7 +3379,7 @@ def _pick(random: Random, words: str) -> str:
 
 
 def _determiner_noun(random: Random, flip: bool) -> list[_Frame]:
-    name, adjective = _pick(random, f"{_MEN} {_WOMEN}"), _pick(random, _ADJECTIVE)
+    name, adjective = _pick(random, f"{MEN} {WOMEN}"), _pick(random, _ADJECTIVE)
     verb = _pick(random, "saw found wanted bought described remembered liked")
     adverb = _pick(random, "really truly clearly actually certainly")
     noun, many = _pick(random, _THING), _pick(random, "these those two three several many")
@@ -3643,7 +3407,7 @@ def _subject_verb(random: Random, flip: bool) -> list[_Frame]:
 
 def _pronoun(random: Random, flip: bool) -> list[_Frame]:
     city, verb, job = _pick(random, _CITY), _pick(random, _SAY), _pick(random, "writer lawyer doctor teacher")
-    first, second, right, wrong = _pick(random, _MEN), _pick(random, _WOMEN), "he", "she"
+    first, second, right, wrong = _pick(random, MEN), _pick(random, WOMEN), "he", "she"
     if flip:
         first, second, right, wrong = second, first, wrong, right
     return [
@@ -3655,7 +3419,7 @@ def _pronoun(random: Random, flip: bool) -> list[_Frame]:
 def _reflexive(random: Random, flip: bool) -> list[_Frame]:
     met, say = _pick(random, "met knew loved visited saw followed left"), _pick(random, _SAY)
     verb = _pick(random, "blamed hurt killed saved helped defended described praised protected trusted")
-    first, second, right, wrong = _pick(random, _MEN), _pick(random, _WOMEN), "himself", "herself"
+    first, second, right, wrong = _pick(random, MEN), _pick(random, WOMEN), "himself", "herself"
     if flip:
         first, second, right, wrong = second, first, wrong, right
     return [
@@ -3683,7 +3447,7 @@ def _negation(random: Random, flip: bool) -> list[_Frame]:
 
 def _question(random: Random, flip: bool) -> list[_Frame]:
     person, place, near = _pick(random, _PERSON), _pick(random, _PLACE), _pick(random, "near behind beside")
-    often, (base, past) = _pick(random, _OFTEN), _pick(random, _PAST).split(":")
+    often, (base, past) = _pick(random, _OFTEN), _pick(random, PAST_FORMS).split(":")
     wh, there = _pick(random, "Where Why When"), "There" if flip else "Here"
     return [
         (f"{wh} [did] the {person} ({near}) the {place} {often}", base, past),
@@ -3717,48 +3481,50 @@ class Phenomenon:
 
 PHENOMENA: dict[str, Phenomenon] = {
     "determiner-noun": Phenomenon(
-        "Determiners and nouns are linked: a noun's number follows its determiner across an adjective.",
-        "'What John saw was really a small dog / *dogs' against 'was these really small dogs / *dog'. A causal model "
-        "cannot look from a determiner to the noun after it, only back. The distractor is an adverb in its place: the "
-        "test tells a determiner from an adverb, not from every other function word. Determiners here are "
-        "articles, demonstratives, number words and quantifiers.",
+        "Determiners and nouns are linked: a noun agrees with its determiner in number, across an adjective.",
+        "'What Anna saw was a really old car / *cars' and 'What Anna saw was really several old cars / *car'. A causal "
+        "model cannot look from a determiner to the noun after it, only back. The distractor is an adverb in the place "
+        "of the determiner: the test tells a determiner from an adverb, not from every function word. Determiners here "
+        "are articles, demonstratives, number words and quantifiers.",
         _determiner_noun,
     ),
     "subject-verb": Phenomenon(
         "Verbs look at their subjects: a verb agrees with its subject, not with another noun before it.",
-        "'The boys near the girl often know / *knows' against 'The boys that the girl often knows / *know'. The "
-        "distractor is a competing noun of the other number, so this is the strictest of the tests.",
+        "'The boys near the girl often know / *knows' and 'The boys that the girl often knows / *know'. The distractor "
+        "is a competing noun of the other number, so this is the strictest of the tests.",
         _subject_verb,
     ),
     "coreference": Phenomenon(
         "Pronouns look at the people they stand for: 'John said that he'.",
-        "'John from London said that he / *she' against 'London writer Mary said that she / *he'. The distractor is a "
+        "'John from London said that he / *she' and 'London writer Mary said that she / *he'. The distractor is a "
         "city, which no pronoun could mean: the test shows a link to the name, not a choice between two people.",
         _pronoun,
     ),
     "reflexive": Phenomenon(
         "Reflexive pronouns look at their own subject, not at another person in the sentence.",
-        "'John who met Mary blamed himself / *herself' against 'John said that Mary blamed herself / *himself'. Both "
+        "'John who met Mary blamed himself / *herself' and 'John said that Mary blamed herself / *himself'. Both "
         "people compete, and only the structure says which one is meant.",
         _reflexive,
     ),
     "negation": Phenomenon(
         "Negation reaches across a sentence: 'not' licenses 'any' later on.",
-        "'had not said that they had also found any / *some', 'not' in either clause, against the same sentences "
-        "without it. The distractor is an adverb in the place of 'not'; it has no bearing on 'any', so the attention "
-        "test only shows that 'not' stands out. 'Some' after 'not' is unusual rather than wrong.",
+        "'The boys had not said that the girls had also found any / *some' and 'The boys had also said that the girls "
+        "had not found any / *some', against 'The boys had also said that the girls had really found some / *any'. The "
+        "distractor is an adverb in the place of 'not'; it has no bearing on 'any', so the attention only shows that "
+        "'not' stands out. 'Some' after 'not' is unusual rather than wrong.",
         _negation,
     ),
     "question": Phenomenon(
         "Questions keep track of their auxiliary: after 'did' the verb is bare.",
-        "'Where did the farmer near the river often work / *worked' and 'Where near the river did the farmer ...' "
-        "against statements. The distractor is a preposition in the place of 'did', which has no bearing on the verb.",
+        "'Where did the farmer near the river often work / *worked' and 'Where near the river did the farmer often "
+        "work / *worked', against 'There the farmer near the river often worked / *work'. The distractor is a "
+        "preposition in the place of 'did', which has no bearing on the verb.",
         _question,
     ),
     "importance of": Phenomenon(
         "Fixed phrases hold together: 'importance of', 'interest in'.",
-        "'The interest among the students today in / *of' against 'The students and the importance today of / *in'. An "
-        "adverb keeps noun and preposition apart; both prepositions could begin an adjunct, so the wrong one is less "
+        "'The importance among the students today of / *in' and 'The students and the interest today in / *of'. An "
+        "adverb keeps noun and preposition apart. Both prepositions could begin an adjunct, so the wrong one is less "
         "expected rather than wrong.",
         _collocation,
     ),
@@ -3790,8 +3556,7 @@ def make_pairs(phenomenon: str, n_items: int = 40, seed: int = 0) -> list[Minima
     """
     if phenomenon not in PHENOMENA:
         raise PicoError(f"Unknown phenomenon {phenomenon!r}; choose one of: {', '.join(PHENOMENA)}.")
-    random, seen, pairs = Random(f"{phenomenon} {seed}"), set(), []
-    item = 0
+    random, seen, pairs, item = Random(f"{phenomenon} {seed}"), set(), [], 0
     for _ in range(20 * n_items):
         if item == n_items:
             break
@@ -3803,147 +3568,207 @@ def make_pairs(phenomenon: str, n_items: int = 40, seed: int = 0) -> list[Minima
             words = sentence.split()
             places = {word[0]: place for place, word in enumerate(words)}  # of [target] and (distractor)
             text = re.sub(r"[\[\]()]", "", sentence)
-            pairs.append(
-                MinimalPair(
-                    phenomenon,
-                    item,
-                    f"{text} {right}",
-                    f"{text} {wrong}",
-                    query=len(words) - 1,
-                    target=places.get("["),
-                    distractor=places.get("("),
-                )
-            )
+            positions = (len(words) - 1, places.get("["), places.get("("))
+            pairs.append(MinimalPair(phenomenon, item, f"{text} {right}", f"{text} {wrong}", *positions))
         item += 1
     if item < n_items:
         raise PicoError(f"The templates of {phenomenon!r} give fewer than {n_items} different items; ask for fewer.")
     return pairs
 
 
-def _measure_pairs(model: PicoLLM, pairs: Sequence[MinimalPair], attention: bool = True) -> tuple[Tensor, Tensor]:
-    """Margins (pairs,) in nats and, with `attention`, target-minus-distractor attention (pairs, n_layer, H).
+def _by_length(pairs: Sequence[MinimalPair]) -> Iterator[tuple[list[int], Tensor, Tensor]]:
+    """The pairs of each length: their places in the list, their tokens up to the decision (B, T), and the two last
+    words (B, 2), right and wrong."""
+    encode, groups = get_tokenizer().encode, {}
+    for place, pair in enumerate(pairs):
+        ids = [Tokenizer.end_of_text, *encode(pair.good)]
+        groups.setdefault(len(ids), []).append((place, ids[:-1], [ids[-1], encode(pair.bad)[-1]]))
+    for group in groups.values():
+        places, ids, words = zip(*group, strict=True)
+        yield list(places), torch.tensor(ids), torch.tensor(words)
 
-    Both are read at the query. Controls have no target: their attention is NaN. CPU, float32.
+
+def _margins(model: PicoLLM, hidden: Tensor, words: Tensor) -> Tensor:
+    """Log-probability of the right word minus that of the wrong one (..., B) after hidden states (..., B, D)."""
+    right, wrong = model.token_embedding.weight.detach()[words.to(hidden.device)].float().unbind(dim=1)
+    return (hidden.float() * (right - wrong)).sum(dim=-1).cpu()
+
+
+def measure_pairs(model: PicoLLM, pairs: Sequence[MinimalPair]) -> tuple[Tensor, Tensor]:
+    """Margins (pairs,) in nats and target-minus-distractor attention (pairs, n_layer, H), both at the query.
+
+    Controls have no target: their attention is NaN. CPU, float32.
     """
-    tokenizer, config, weight = get_tokenizer(), model.config, model.token_embedding.weight
-    good = [[Tokenizer.end_of_text, *tokenizer.encode(pair.good)] for pair in pairs]
-    critical = torch.tensor([[ids[-1], tokenizer.encode(pair.bad)[-1]] for ids, pair in zip(good, pairs, strict=True)])
-    places = torch.tensor([[pair.target or 0, pair.distractor or 0] for pair in pairs]) + 1  # (pairs, 2)
     margins = torch.empty(len(pairs))
-    differences = torch.full((len(pairs), config.n_layer, config.n_head), math.nan)
-    by_length: dict[int, list[int]] = {}
-    for index, ids in enumerate(good):
-        by_length.setdefault(len(ids), []).append(index)
+    differences = torch.full((len(pairs), model.config.n_layer, model.config.n_head), math.nan)
+    places = torch.tensor([[pair.target or 0, pair.distractor or 0] for pair in pairs]) + 1  # after end-of-text
+    device = model.token_embedding.weight.device
     with evaluating(model):
-        for rows in by_length.values():
-            columns = places[rows].to(weight.device)[:, None].expand(-1, config.n_head, -1)  # (B, H, 2)
+        for rows, idx, words in _by_length(pairs):
+            columns = places[rows].to(device)[:, None].expand(-1, model.config.n_head, -1)  # (B, H, 2)
 
             def keep(layer: int, weights: Tensor, rows: list[int] = rows, columns: Tensor = columns) -> None:
-                seen = weights[:, :, -1].gather(-1, columns)  # (B, H, 2)
-                differences[rows, layer] = (seen[..., 0] - seen[..., 1]).cpu()
+                target, distractor = weights[:, :, -1].gather(-1, columns).unbind(-1)  # (B, H)
+                differences[rows, layer] = (target - distractor).cpu()
 
-            idx = torch.tensor([good[row][:-1] for row in rows], device=weight.device)
-            hidden = model.hidden_states(idx, on_attention=keep if attention else None)[:, -1]  # (B, D)
-            right, wrong = weight[critical[rows].to(weight.device)].float().unbind(dim=1)
-            margins[rows] = (hidden.float() * (right - wrong)).sum(dim=-1).cpu()
+            hidden = model.hidden_states(idx.to(device), on_attention=keep)[:, -1]
+            margins[rows] = _margins(model, hidden, words)
     differences[[index for index, pair in enumerate(pairs) if pair.target is None]] = math.nan
     return margins, differences
 
 
-def _by_item(values: Tensor, n_items: int) -> Tensor:
-    """Means over the pairs of each item, controls without a value left out: (pairs, ...) -> (n_items, ...)."""
-    return values.view(n_items, -1, *values.shape[1:]).nanmean(dim=1)
+def ablated_margins(
+    model: PicoLLM, pairs: Sequence[MinimalPair], sets: Sequence[Heads], means: Tensor | None
+) -> np.ndarray:
+    """Margin of each item (sets, items), its pairs' mean, in nats, with each set of heads mean-ablated."""
+    margins = torch.empty(len(sets), len(pairs))
+    for rows, idx, words in _by_length(pairs):
+        hidden = [states[:, :, -1] for states in ablated_hidden_states(model, idx, sets, means, n_last=1)]
+        margins[:, rows] = _margins(model, torch.cat(hidden, dim=1), words)
+    return margins.view(len(sets), len({pair.item for pair in pairs}), -1).mean(-1).double().numpy()
 
 
-def _halves(n_items: int) -> tuple[list[int], list[int]]:
+def halves(n_items: int) -> tuple[list[int], list[int]]:
     """Items that choose the heads, items that test them; both hold as many of either variant."""
     return [i for i in range(n_items) if i % 4 < 2], [i for i in range(n_items) if i % 4 >= 2]
 
 
-def _choose_and_test(differences: Tensor, n_heads: int) -> tuple[list[tuple[int, int]], np.ndarray]:
+def choose_and_test(differences: Tensor, n_heads: int) -> tuple[Heads, np.ndarray]:
     """The n_heads (layer, head) of the largest mean difference on one half of the items, and what they do on the other.
 
     differences: (items, n_layer, H). The second result is the heads' mean difference on each item of the other half.
     """
-    chooses, tests = _halves(len(differences))
-    n_heads = min(n_heads, differences[0].numel() // 2)  # as many must remain for the random control
+    chooses, tests = halves(len(differences))
+    n_heads = min(n_heads, max(1, differences[0].numel() // 2))  # there must be other sets to compare with
     best = differences[chooses].mean(dim=0).flatten().topk(n_heads).indices
     values = differences[tests].flatten(1)[:, best].mean(dim=1)
-    return sorted(divmod(index, differences.shape[2]) for index in best.tolist()), values.double().numpy()
+    return tuple(sorted(divmod(index, differences.shape[2]) for index in best.tolist())), values.double().numpy()
 
 
 @dataclass(frozen=True)
 class LinguisticEvidence:
-    """What was measured for one phenomenon. Attention is a difference of weights, margins and losses are in nats."""
+    """What was measured for one phenomenon. Attention is a difference of weights, margins and losses are in nats.
+
+    The heads are chosen on one half of the items; their attention and what they are needed for is measured on the other
+    half. A low and a high are the 95 % bootstrap interval over items.
+    """
 
     phenomenon: str
     claim: str
     n_items: int  # independent items
     n_pairs: int  # (good, bad) pairs of all items: role swaps and controls
     accuracy: float  # one half for a model that ignores the context
-    accuracy_low: float  # 95 % bootstrap interval over items
+    accuracy_low: float
     accuracy_high: float
     untrained_accuracy: float  # mean over the untrained models
     untrained_accuracy_highest: float
     n_heads: int  # as many as were chosen
-    n_draws: int  # sets of random heads
-    heads: str  # chosen on one half of the items; all that follows is measured on the other half
+    heads: str
     attention_difference: float  # attention to the target minus attention to the distractor, mean of the heads
     attention_low: float
     attention_high: float
     untrained_attention_highest: float  # the same procedure on the untrained models
-    p_value: float  # sign-flip test, Holm-adjusted over phenomena
-    margin_drop: float  # mean-ablation of the heads: loss of log-probability margin, right minus wrong word
-    random_margin_drop: float  # mean over draws of as many other heads of the same layers
-    margin_excess_low: float  # margin_drop minus random_margin_drop, 95 % bootstrap interval over items
-    margin_excess_high: float
-    loss_increase: float  # of the mean-ablation, on held-out text, nats per token
-    random_loss_increase: float
+    p_value: float  # of the attention: sign-flip test, Holm-adjusted over the phenomena
+    loss_increase: float  # of mean-ablating the heads, on held-out text, nats per token
+    margin_drop: float  # of mean-ablating the heads: loss of log-probability margin, right minus wrong word
+    margin_low: float
+    margin_high: float
+    n_random_sets: int = 0  # of as many heads; 0 where the other links fail or too few sets exist for a test
+    random_margin_drop: float = math.nan  # mean over these sets, on half of the items
+    random_margin_low: float = math.nan  # 95 % of these sets lie between low and high
+    random_margin_high: float = math.nan
+    needs_p_value: float = math.nan  # rank of the heads among these sets, Holm-adjusted over the phenomena ranked
 
 
-SIGNIFICANCE = 0.05  # of the Holm-adjusted sign-flip test
 NULL_ACCURACY = 0.6  # an interval wholly below one of these counts as evidence of absence
 NULL_ATTENTION = 0.02  # difference of attention weights
 NULL_MARGIN = 0.01  # nats
 
 
+def _prefers(e: LinguisticEvidence) -> bool:
+    return e.accuracy_low > max(0.5, e.untrained_accuracy_highest)
+
+
+def _looks(e: LinguisticEvidence) -> bool:
+    return e.p_value < SIGNIFICANCE and e.attention_low > max(NULL_ATTENTION, e.untrained_attention_highest)
+
+
 def verdict(e: LinguisticEvidence) -> tuple[str, str]:
     """("supported" | "not supported" | "undecided", the reason as one sentence).
 
-    A claim rests on three links. Each must hold for "supported": the accuracy's interval lies above 0.5 and above every
-    untrained model; the attention difference has p < SIGNIFICANCE and its interval lies above NULL_ATTENTION and above
-    every untrained model; ablating the heads lowers the margin more than random heads do, by an interval above
-    NULL_MARGIN. "Not supported" needs a link that fails and whose interval lies wholly below its NULL_ threshold. All
-    else is "undecided".
+    A claim rests on three links, and each must hold for "supported": the accuracy's interval lies above 0.5 and above
+    every untrained model; the attention difference has p < SIGNIFICANCE and its interval lies above NULL_ATTENTION and
+    above every untrained model; ablating the heads costs more of the margin than ablating random sets of as many heads,
+    by NULL_MARGIN and with p < SIGNIFICANCE. "Not supported" needs a link that fails and whose interval lies wholly
+    below its NULL_ threshold. All else is "undecided".
     """
-    prefers = (
-        f"it prefers the right word in {e.accuracy:.0%} of pairs ({e.accuracy_low:.0%} to {e.accuracy_high:.0%}; "
-        f"untrained models {e.untrained_accuracy:.0%}, at most {e.untrained_accuracy_highest:.0%})"
-    )
     attention = (e.attention_difference, e.attention_low, e.attention_high, e.untrained_attention_highest)
     difference, low, high, untrained = (number(100 * value, 1) for value in attention)
+    drop, drop_low, drop_high = map(number, (e.margin_drop, e.margin_low, e.margin_high))
+    prefers = (
+        f"the model prefers the right word in {e.accuracy:.0%} of the pairs ({e.accuracy_low:.0%} to "
+        f"{e.accuracy_high:.0%}; untrained models {e.untrained_accuracy:.0%}, at most "
+        f"{e.untrained_accuracy_highest:.0%})"
+    )
     looks = (
-        f"the heads' attention to the target is {difference} points above that to the distractor ({low} to {high}, "
-        f"p = {e.p_value:.2g}; untrained models at most {untrained})"
+        f"{e.heads} give the word that decides {difference} percentage points more attention than the distractor "
+        f"({low} to {high}, p = {e.p_value:.2g}; untrained models at most {untrained})"
     )
-    needs = (
-        f"without them the right word loses {number(e.margin_drop)} nats of its margin, without random heads "
-        f"{number(e.random_margin_drop)} (difference {number(e.margin_excess_low)} to "
-        f"{number(e.margin_excess_high)})"
-    )
-    attention_floor = max(NULL_ATTENTION, e.untrained_attention_highest)
+    needs = f"without them the right word loses {drop} nats of its lead ({drop_low} to {drop_high})"
+    if e.n_random_sets:
+        needs += (
+            f", without as many random heads {number(e.random_margin_drop)} on average (p = {e.needs_p_value:.2g} by "
+            f"rank among {e.n_random_sets} sets)"
+        )
+    else:
+        needs += ", but the model has too few other sets of as many heads to compare with"
+    needed = e.needs_p_value < SIGNIFICANCE and e.margin_drop - e.random_margin_drop > NULL_MARGIN
     links = [  # (what was found, whether it holds, whether it is refuted)
-        (prefers, e.accuracy_low > max(0.5, e.untrained_accuracy_highest), e.accuracy_high < NULL_ACCURACY),
-        (looks, e.p_value < SIGNIFICANCE and e.attention_low > attention_floor, e.attention_high < NULL_ATTENTION),
-        (needs, e.margin_excess_low > NULL_MARGIN, e.margin_excess_high < NULL_MARGIN),
+        (prefers, _prefers(e), e.accuracy_high < NULL_ACCURACY),
+        (looks, _looks(e), e.attention_high < NULL_ATTENTION),
     ]
+    if _prefers(e) and _looks(e):
+        links.append((needs, needed, e.margin_high < NULL_MARGIN))
     against = [found for found, holds, refuted in links if refuted and not holds]
     missing = [found for found, holds, _ in links if not holds]
     if against:
         return "not supported", f"The evidence is against it: {'; '.join(against)}."
     if missing:
         return "undecided", f"The evidence does not suffice: {'; '.join(missing)}."
-    return "supported", f"All three links hold: {prefers}; {looks}; {needs}."
+    return "supported", f"All three links hold: {'; '.join(found for found, _, _ in links)}."
+
+
+def _rank_heads(
+    model: PicoLLM, measured: Mapping[str, tuple[LinguisticEvidence, Heads]], means: Tensor, n_items: int, seed: int
+) -> dict[str, LinguisticEvidence]:
+    """The evidence with the rank of the chosen heads among random sets, for the phenomena whose other links hold.
+
+    As many sets are drawn as it takes for the Holm-adjusted rank to be able to fall to half of SIGNIFICANCE. Only half
+    of the testing items are run, since sets differ more than items do.
+    """
+    asked, ranked = [name for name, (e, _) in measured.items() if _prefers(e) and _looks(e)], {}
+    n_sets = max(99, math.ceil(2 / SIGNIFICANCE * len(asked)) - 1)
+    items = halves(n_items)[1][: max(2, n_items // 4)]
+    for name in asked:
+        evidence, heads = measured[name]
+        sets = random_head_sets(heads, model.config.n_layer, model.config.n_head, n_sets, seed)
+        if 1 / (1 + len(sets)) >= SIGNIFICANCE:
+            continue
+        pairs = [pair for pair in make_pairs(name, n_items, seed) if pair.item in items]
+        margins = ablated_margins(model, pairs, [(), heads, *sets], means).mean(axis=1)
+        drop, *random_drops = margins[0] - margins[1:]
+        ranked[name] = dataclasses.replace(
+            evidence,
+            n_random_sets=len(sets),
+            random_margin_drop=float(np.mean(random_drops)),
+            random_margin_low=float(np.quantile(random_drops, 0.025)),
+            random_margin_high=float(np.quantile(random_drops, 0.975)),
+            needs_p_value=rank_p(drop, random_drops),
+        )
+    adjusted = holm([e.needs_p_value for e in ranked.values()])
+    for (name, evidence), p_value in zip(list(ranked.items()), adjusted, strict=True):
+        ranked[name] = dataclasses.replace(evidence, needs_p_value=float(p_value))
+    return {name: ranked.get(name, evidence) for name, (evidence, _) in measured.items()}
 
 
 def study_language(
@@ -3953,16 +3778,14 @@ def study_language(
     untrained: Iterable[PicoLLM] | None = None,
     n_items: int = 40,
     n_heads: int = 3,
-    n_draws: int = 4,
     seed: int = 0,
-    bar: tqdm | None = None,
 ) -> pd.DataFrame:
     """Tests every phenomenon: a row each, the fields of LinguisticEvidence, `verdict` and `reason`.
 
     `windows` (N, T) are tokens of held-out text: all of them give the mean output that ablated heads are set to, 128
     positions of each of the first four the loss. `untrained` are the baseline, by default five models of other seeds.
-    `n_draws` sets of random heads are ablated for comparison. `bar` advances by one for each phenomenon. The p-values
-    speak of new items of the same templates, not of other constructions. Raises PicoError for fewer than 8 items.
+    The p-values speak of new items of the same templates, not of other constructions. Raises PicoError for fewer than 8
+    items.
     """
     import pandas as pd
 
@@ -3970,68 +3793,104 @@ def study_language(
         raise PicoError(f"{n_items} items are too few for a half that chooses heads and one that tests them; use 40.")
     if untrained is None:
         device = model.token_embedding.weight.device
-        untrained = (PicoLLM(model.config, other).to(device) for other in _untrained_seeds(5))
-    groups = {name: make_pairs(name, n_items, seed) for name in PHENOMENA}
-    tests = _halves(n_items)[1]
-
-    def measure(some_model: PicoLLM) -> dict[str, tuple[Tensor, Tensor]]:
-        """Of each phenomenon: margins (pairs,) and attention differences (items, n_layer, H)."""
-        margins, differences = _measure_pairs(some_model, [pair for group in groups.values() for pair in group])
-        sizes = [len(group) for group in groups.values()]
-        parts = zip(margins.split(sizes), differences.split(sizes), strict=True)
-        return {name: (m, _by_item(d, n_items)) for name, (m, d) in zip(groups, parts, strict=True)}
-
-    measured, baselines = measure(model), [measure(other) for other in untrained]
-    looks = {name: _choose_and_test(differences, n_heads) for name, (_, differences) in measured.items()}
-    p_values = _holm([_sign_flip_p(values, seed) for _, values in looks.values()])
-    means, random = mean_head_outputs(model, windows), Random(seed)
-    windows = windows[:4, :129]  # the loss needs logits, which cost more than the rest of the study
-    loss = _window_losses(model, windows).mean().item()
-    rows = []
-    for (name, group), p_value in zip(groups.items(), p_values, strict=True):
-        margins, (heads, attention) = measured[name][0], looks[name]
-        drops, increases = [], []  # of the chosen heads, then of each draw of random ones
-        for ablated in [heads, *(_random_heads(heads, model.config, random) for _ in range(n_draws))]:
-            with ablate_heads(model, ablated, "mean", means):
-                after, _ = _measure_pairs(model, [pair for pair in group if pair.item in tests], attention=False)
-                increases.append(_window_losses(model, windows).mean().item() - loss)
-            drops.append((_by_item(margins, n_items)[tests] - _by_item(after, len(tests))).double().numpy())
-        correct = _correct(margins).reshape(n_items, -1).mean(axis=1)
-        untrained_accuracies = [_correct(baseline[name][0]).mean() for baseline in baselines]
-        untrained_attentions = [_choose_and_test(baseline[name][1], n_heads)[1].mean() for baseline in baselines]
-        accuracy_low, accuracy_high = _bootstrap_interval(correct, seed)
-        attention_low, attention_high = _bootstrap_interval(attention, seed)
-        excess_low, excess_high = _bootstrap_interval(drops[0] - np.mean(drops[1:], axis=0), seed)
+        untrained = (PicoLLM(model.config, other).to(device) for other in untrained_seeds(5))
+    groups, tests = {name: make_pairs(name, n_items, seed) for name in PHENOMENA}, halves(n_items)[1]
+    # of each model and phenomenon: margins (pairs,), and (the heads chosen, their attention on the items that test)
+    found = [{name: measure_pairs(each, group) for name, group in groups.items()} for each in (model, *untrained)]
+    correct_of = [{name: correct(margins) for name, (margins, _) in each.items()} for each in found]
+    looks_of = [
+        {
+            name: choose_and_test(d.view(n_items, -1, *d.shape[1:]).nanmean(dim=1), n_heads)
+            for name, (_, d) in each.items()
+        }
+        for each in found
+    ]
+    p_values = holm([sign_flip_p(values, seed) for _, values in looks_of[0].values()])
+    means, measured = mean_head_outputs(model, windows), {}
+    chosen = [heads for heads, _ in looks_of[0].values()]
+    losses = _ablated_losses(model, windows[:4, :129], [(), *chosen], means).mean(axis=1)
+    for (name, group), p_value, loss in zip(groups.items(), p_values, losses[1:], strict=True):
+        heads, attention = looks_of[0][name]
+        accuracies = [each[name].mean() for each in correct_of[1:]]
+        margins = ablated_margins(model, [pair for pair in group if pair.item in tests], [(), heads], means)
         evidence = LinguisticEvidence(
-            phenomenon=name,
-            claim=PHENOMENA[name].claim,
-            n_items=n_items,
-            n_pairs=len(group),
-            accuracy=float(correct.mean()),
-            accuracy_low=accuracy_low,
-            accuracy_high=accuracy_high,
-            untrained_accuracy=float(np.mean(untrained_accuracies)),
-            untrained_accuracy_highest=float(max(untrained_accuracies)),
-            n_heads=len(heads),
-            n_draws=n_draws,
-            heads=", ".join(f"L{layer}H{head}" for layer, head in heads),
-            attention_difference=float(attention.mean()),
-            attention_low=attention_low,
-            attention_high=attention_high,
-            untrained_attention_highest=float(max(untrained_attentions)),
-            p_value=float(p_value),
-            margin_drop=float(drops[0].mean()),
-            random_margin_drop=float(np.mean(drops[1:])),
-            margin_excess_low=excess_low,
-            margin_excess_high=excess_high,
-            loss_increase=increases[0],
-            random_loss_increase=float(np.mean(increases[1:])),
+            *(name, PHENOMENA[name].claim, n_items, len(group)),
+            *bootstrap_interval(correct_of[0][name].reshape(n_items, -1).mean(axis=1), seed),
+            *(float(np.mean(accuracies)), float(max(accuracies))),
+            *(len(heads), ", ".join(head_name(*head) for head in heads)),
+            *bootstrap_interval(attention, seed),
+            float(max(each[name][1].mean() for each in looks_of[1:])),
+            *(float(p_value), float(loss - losses[0])),
+            *bootstrap_interval(margins[0] - margins[1], seed),
         )
-        decision, reason = verdict(evidence)
-        rows.append({**asdict(evidence), "verdict": decision, "reason": reason})
-        if bar is not None:
-            bar.update(1)
+        measured[name] = (evidence, heads)
+    rows = [
+        asdict(e) | dict(zip(("verdict", "reason"), verdict(e), strict=True))
+        for e in _rank_heads(model, measured, means, n_items, seed).values()
+    ]
     return pd.DataFrame(rows)
+
+
+@dataclass(frozen=True)
+class Study:
+    """Everything about one model that the figures and the report show, in tables."""
+
+    scores: pd.DataFrame  # source ("windows" | "sentences"), layer, head, HEAD_SCORES, resting, sink_flag, class
+    shares: pd.DataFrame  # source, model ("trained" | "shuffled" | "untrained" | "uniform"), class, share, low, high
+    baselines: pd.DataFrame  # source, model, score, statistic ("mean" | "max" over heads), mean, low, high
+    categories: pd.DataFrame  # category, class, share: the heads' classes on each category's sentences
+    ablation: pd.DataFrame  # see `head_ablation_map`
+    class_ablation: pd.DataFrame  # see `class_ablation`
+    distances: np.ndarray  # (n_heads, n_heads), see `head_similarity`, on windows
+    distances_without_sink: np.ndarray
+    noise_floor: float
+    noise_floor_without_sink: float
+    language: pd.DataFrame  # a row per phenomenon, see `study_language`; may be empty
+    history: pd.DataFrame  # step and the columns of `score_heads` at each snapshot of the run; may be empty
+    metrics: pd.DataFrame  # rows of the training metrics; may be empty
+    thresholds: ScoreThresholds
+    settings: dict[str, object]  # what was run
+
+
+def _study_scores(
+    model: PicoLLM,
+    sentences: Mapping[str, Sequence[str]],
+    windows: Tensor,
+    counts: np.ndarray | None,
+    n_seeds: int,
+    n_bootstrap: int,
+    seed: int,
+) -> dict[str, object]:
+    """What a Study holds of the heads' scores, by its field: the model's own, its baselines' and the thresholds."""
+    import pandas as pd
+
+    texts = [text for members in sentences.values() for text in members]
+    sources, sums = {"windows": _as_sequences(None, windows), "sentences": _as_sequences(texts, None)}, {}
+    for name, by_source in _baseline_sums(model, sources, counts, n_seeds, seed):
+        sums |= {(source, name): of_source for source, of_source in by_source.items()}
+    untrained = [pd.concat(each.table() for each in sums[source, "untrained"]) for source in sources]
+    thresholds = score_thresholds(*untrained)
+
+    def for_all(summarise: Callable[[Sums], pd.DataFrame]) -> pd.DataFrame:
+        rows = pd.concat({key: summarise(each) for key, each in sums.items()}, names=["source", "model"])
+        return rows.reset_index(["source", "model"]).reset_index(drop=True)
+
+    tables = {source: sums[source, "trained"].table(thresholds) for source in sources}
+    categories, start = [], 0
+    for category, members in sentences.items():  # the classes on the sentences of one category alone
+        own = dataclasses.replace(
+            sums["sentences", "trained"], texts=sums["sentences", "trained"].texts[:, start : start + len(members)]
+        )
+        classes = own.table(thresholds)["class"]
+        categories += [(category, name, float((classes == name).mean())) for name in HEAD_CLASSES]
+        start += len(members)
+    return {
+        "scores": pd.concat(tables, names=["source"]).reset_index("source").reset_index(drop=True),
+        "shares": for_all(lambda each: class_shares(each, thresholds, n_bootstrap, seed)),
+        "baselines": for_all(lambda each: score_summary(each, n_bootstrap, seed)),
+        "categories": pd.DataFrame(categories, columns=["category", "class", "share"]),
+        "thresholds": thresholds,
+    }
 
 
 def study_model(
@@ -4048,32 +3907,48 @@ def study_model(
     seed: int = 0,
     bar: tqdm | None = None,
 ) -> Study:
-    """The whole study of a model: `study_heads` and `study_language`.
+    """The whole study of a model.
 
-    On `sentences` (category -> texts) and held-out token `windows` (n_windows, T); `history` and `metrics` are the
-    rows of the training run, kept with the study.
+    On `sentences` (category -> texts) and held-out token `windows` (n_windows, T), which should have 64 tokens or more:
+    short sentences alone cannot separate the classes. The baselines are n_seeds untrained models of the same
+    configuration, the model itself on shuffled tokens, and one uniform head; one set of thresholds, from the untrained
+    heads on both sources, serves both. `history` and `metrics` are rows of the training run, kept with the study.
+    Ablations read about 2,000 tokens and predict the last ones of each window. A given `bar` moves by five steps.
     """
     import pandas as pd
 
-    texts = [text for members in sentences.values() for text in members]
-    with progress(total=0, desc="Study", unit="step") if bar is None else contextlib.nullcontext(bar) as bar:
-        options = {"token_counts": token_counts, "n_seeds": n_seeds, "n_bootstrap": n_bootstrap, "seed": seed}
-        study = study_heads(model, texts, windows, **options, bar=bar)
-        bar.total = (bar.total or 0) + len(PHENOMENA)
-        language = study_language(model, windows=windows, n_items=n_items, seed=seed, bar=bar)
-    sums, shares, start = head_sums(model, texts, token_counts=token_counts, seed=seed), [], 0
-    for category, members in sentences.items():
-        part = dataclasses.replace(sums, texts=sums.texts[:, start : start + len(members)])
-        start += len(members)
-        classes = part.table(study.thresholds)["class"]
-        shares += [(category, name, float((classes == name).mean())) for name in HEAD_CLASSES]
-    return dataclasses.replace(
-        study,
-        categories=pd.DataFrame(shares, columns=["category", "class", "share"]),
-        language=language,
-        history=pd.DataFrame(history),
-        metrics=pd.DataFrame(metrics),
-    )
+    ablated, compared = windows[: max(2, 2048 // windows.shape[1])], windows[:8]
+    n_ablations = len(ablated) * model.config.n_layer * model.config.n_head
+    n_last = min(windows.shape[1] - 1, max(1, _MAX_PREDICTIONS // n_ablations))
+    with progress(total=5, desc="Study", unit="step") if bar is None else contextlib.nullcontext(bar) as bar:
+        parts = _study_scores(model, sentences, windows, token_counts, n_seeds, n_bootstrap, seed)
+        bar.update()
+        means = mean_head_outputs(model, windows)
+        parts["ablation"] = head_ablation_map(model, ablated, means, n_last)
+        bar.update()
+        of_windows = parts["scores"][parts["scores"]["source"] == "windows"]
+        parts["class_ablation"] = class_ablation(model, ablated, of_windows, means, n_last=n_last, seed=seed)
+        bar.update()
+        for suffix in ("", "_without_sink"):
+            distances = head_similarity(model, compared, drop_sink=bool(suffix))
+            parts |= dict(zip(("distances" + suffix, "noise_floor" + suffix), distances, strict=True))
+        bar.update()
+        parts["language"] = study_language(model, windows=windows, n_items=n_items, seed=seed)
+        bar.update()
+    settings = {
+        "n_texts": sum(map(len, sentences.values())),
+        "n_windows": len(windows),
+        "window_length": windows.shape[1],
+        "ablation_windows": len(ablated),
+        "ablation_mode": "mean",
+        "ablation_predictions": len(ablated) * n_last,
+        "similarity_windows": len(compared),
+        "untrained_seeds": list(untrained_seeds(n_seeds)),
+        "n_bootstrap": n_bootstrap,
+        "seed": seed,
+        "rare_by": "training counts" if token_counts is not None else "counts within the texts",
+    }
+    return Study(**parts, history=pd.DataFrame(history), metrics=pd.DataFrame(metrics), settings=settings)
 
 
 # ======================================================================================================================
@@ -5033,8 +4908,7 @@ def _tested_classes(study: Study) -> pd.DataFrame:
 
 def _language_statements(study: Study) -> Iterator[tuple[str, ...]]:
     for row in study.language.itertuples():
-        cost = f"Without {row.heads} the loss on held-out text rises by {number(row.loss_increase, 3)} nats per token, "
-        cost += f"without random heads by {number(row.random_loss_increase, 3)}."
+        cost = f"Without {row.heads} the loss on held-out text rises by {number(row.loss_increase, 3)} nats per token."
         scope = PHENOMENA[row.phenomenon].about if row.phenomenon in PHENOMENA else ""
         yield "Language", row.claim, row.verdict, "\n".join([row.reason, cost, scope]).strip()
 
@@ -5145,7 +5019,9 @@ def _language_table(findings: dict) -> str:
     def show(row: dict) -> dict:
         prefers = f"{row['accuracy']:.0%} (untrained {row['untrained_accuracy']:.0%})"
         looks = f"{number(100 * row['attention_difference'], 1)} points (p = {row['p_value']:.2g})"
-        needs = f"{number(row['margin_drop'])} nats (random {number(row['random_margin_drop'])})"
+        needs = f"{number(row['margin_drop'])} nats"
+        if row["n_random_sets"]:
+            needs += f" (random {number(row['random_margin_drop'])}, p = {row['needs_p_value']:.2g})"
         return row | {"prefers": prefers, "looks": looks, "needs": needs}
 
     columns = {"phenomenon": "claim", "verdict": "verdict", "prefers": "prefers the right word", "heads": "heads"}

@@ -86,7 +86,7 @@ def make_study(n_layer: int = 2, n_head: int = 2, trained: bool = True, seed: in
     kinds = scores[scores["source"] == "windows"]["class"].value_counts()
     by_class = pd.DataFrame({"class": CLASSES[:3], "n_heads": [int(kinds.get(name, 0)) for name in CLASSES[:3]]})
     by_class = by_class[by_class["n_heads"] > 0].assign(loss_increase=0.3, low=0.2, high=0.4, n_random_sets=9)
-    by_class = by_class.assign(random_loss_increase=0.01, p_value=0.01, excess=0.25, excess_low=0.15, excess_high=0.35)
+    by_class = by_class.assign(random_loss_increase=0.01, p_value=0.01)
     n = n_layer * n_head
     points = rng.normal(0, 1, (n, 3)) + 3 * (np.arange(n) % 3)[:, None]
     distances = np.linalg.norm(points[:, None] - points[None], axis=-1)
@@ -156,20 +156,21 @@ def make_language(trained: bool = True) -> pd.DataFrame:
                 "untrained_accuracy": 0.49,
                 "untrained_accuracy_highest": 0.52,
                 "n_heads": 2,
-                "n_draws": 4,
-                "n_random_sets": 99,
                 "heads": "L1H0, L1H1",
                 "attention_difference": effect,
                 "attention_low": effect - 0.05,
                 "attention_high": effect + 0.05,
                 "untrained_attention_highest": 0.03,
                 "p_value": 0.001 if effect > 0.1 else 0.4,
-                "margin_drop": 2 * effect,
-                "random_margin_drop": 0.02,
-                "margin_excess_low": 2 * effect - 0.12,
-                "margin_excess_high": 2 * effect + 0.08,
                 "loss_increase": effect / 10,
-                "random_loss_increase": 0.001,
+                "margin_drop": 2 * effect,
+                "margin_low": 2 * effect - 0.1,
+                "margin_high": 2 * effect + 0.1,
+                "n_random_sets": 99 if index < 4 else 0,
+                "random_margin_drop": 0.02 if index < 4 else np.nan,
+                "random_margin_low": -0.01 if index < 4 else np.nan,
+                "random_margin_high": 0.06 if index < 4 else np.nan,
+                "needs_p_value": (0.01 if effect > 0.1 else 0.5) if index < 4 else np.nan,
                 "verdict": "supported" if effect > 0.1 else "undecided" if trained else "not supported",
                 "reason": "made up for a test",
             }

@@ -3,7 +3,6 @@
 import copy
 import dataclasses
 from collections import Counter
-from random import Random
 
 import numpy as np
 import pytest
@@ -57,26 +56,22 @@ def naive_log_prob(model, ids):
     return sum(logits[i].log_softmax(-1)[token].item() for i, token in enumerate(ids))
 
 
-@pytest.mark.parametrize("batch_tokens, chunk", [(16_384, 1024), (20, 3), (1, 1)])
-def test_sequence_log_probs_equal_one_by_one_scores(batch_tokens, chunk):
-    random = Random(1)
+@pytest.mark.parametrize("max_tokens", [2**13, 1])
+def test_margins_are_differences_of_sentence_log_probabilities_one_by_one(max_tokens, monkeypatch):
+    monkeypatch.setattr(pico, "_MAX_TOKENS", max_tokens)
     model = tiny_model()
-    model.loss_chunk = chunk
-    sequences = [[random.randrange(50257) for _ in range(random.choice([1, 2, 5, 5, 9, 40]))] for _ in range(17)]
-    scores = pico.sequence_log_probs(model, sequences, batch_tokens)
-    assert scores.dtype == torch.float32 and scores.shape == (17,)
-    assert torch.allclose(scores, torch.tensor([naive_log_prob(model, ids) for ids in sequences]), atol=1e-3)
+    pairs = [("The cat sat.", "The cat sat on."), ("A", "B"), ("One two three four five", "Two"), ("Same", "Same")]
+    result = pico.minimal_pair_accuracy(model, pairs)
+    expected = [
+        naive_log_prob(model, TOKENIZER.encode(good)) - naive_log_prob(model, TOKENIZER.encode(bad))
+        for good, bad in pairs
+    ]
+    assert result.margins.tolist() == pytest.approx(expected, abs=1e-3) and result.margins[3] == 0
     assert model.training  # the mode is restored
 
 
-@pytest.mark.parametrize("length", [0, 65])
-def test_sequence_log_probs_name_the_sequence_that_does_not_fit(length):
-    with pytest.raises(pico.PicoError, match=f"Sequence 1 has {length} tokens"):
-        pico.sequence_log_probs(tiny_model(), [[1, 2], [3] * length])
-
-
-def test_the_longest_sequence_that_fits_is_scored():
-    assert pico.sequence_log_probs(tiny_model(), [[3] * 64]).isfinite().all()
+def test_the_longest_sentence_that_fits_is_scored():
+    assert pico.minimal_pair_accuracy(tiny_model(), [(" a" * 64, " a")]).margins.isfinite().all()
 
 
 def unigram_model(liked, strength=3.0):
@@ -112,6 +107,9 @@ def test_accuracy_of_a_rigged_scorer_counts_ties_one_half():
         ([], "no pairs"),
         ([("A cat", "A dog"), ("", "A dog")], "good sentence of pair 1 is empty"),
         ([("A cat", "  ")], "bad sentence of pair 0 is empty"),
+        ([("A cat", "A dog"), "ab"], "Pair 1 is 'ab'; it must be two sentences"),
+        ([("A cat", "A dog", "A bird")], "must be two sentences"),
+        ([("A cat", None)], "must be two sentences"),
         ([("A cat", "A dog"), ("A cat", "word " * 70)], "bad sentence of pair 1 has 71 tokens; the model reads 64"),
     ],
 )
@@ -168,7 +166,7 @@ def test_partners_swap_the_roles_and_the_words(pairs):
 
 
 def test_the_target_is_the_word_that_decides(pairs):
-    men, women = pico._MEN.split(), pico._WOMEN.split()
+    men, women = pico.MEN.split(), pico.WOMEN.split()
     for pair in pairs:
         if pair.target is None:
             assert not {"did", "not"} & set(pair.good.split())
@@ -176,7 +174,7 @@ def test_the_target_is_the_word_that_decides(pairs):
         target, distractor, right = word_at(pair, pair.target), word_at(pair, pair.distractor), pair.good.split()[-1]
         match pair.phenomenon:
             case "determiner-noun":
-                assert (target in ("a", "an")) == (right in pico._THING.split())
+                assert (target in ("a", "an")) == (not right.endswith("s"))
                 follower = word_at(pair, pair.target + 1)
                 assert target != "a" or follower[0] not in "aeio"
                 assert target != "an" or follower[0] in "aeio"
@@ -185,17 +183,16 @@ def test_the_target_is_the_word_that_decides(pairs):
                 assert target.endswith("s") != distractor.endswith("s")
             case "coreference":
                 assert (target in men, target in women) == (right == "he", right == "she")
-                assert distractor in pico._CITY.split()
+                assert distractor[0].isupper() and distractor not in men + women
             case "reflexive":
                 assert (target in men, target in women) == (right == "himself", right == "herself")
                 assert {target in men, distractor in men} == {True, False}
             case "negation":
                 assert target == "not" and right.startswith("any")
             case "question":
-                assert target == "did" and right in [both.split(":")[0] for both in pico._PAST.split()]
+                assert target == "did" and right in [both.split(":")[0] for both in pico.PAST_FORMS.split()]
             case "importance of":
-                prepositions = dict(both.split(":") for both in pico._NOUN_PREPOSITION.split())
-                assert prepositions.get(target, "of") == right
+                assert (target in ("importance", "knowledge", "fear", "awareness", "lack", "love")) == (right == "of")
 
 
 def test_importance_of_is_there():
@@ -226,14 +223,14 @@ def no_context_model():
 
 @pytest.mark.parametrize("model", [unigram_model(" did"), no_context_model()], ids=["unigram", "bigram"])
 def test_a_model_that_ignores_the_context_scores_one_half_in_every_item(model, pairs):
-    margins, _ = pico._measure_pairs(model, pairs)
-    correct = pico._correct(margins).reshape(60, -1)
+    margins, _ = pico.measure_pairs(model, pairs)
+    correct = pico.correct(margins).reshape(60, -1)
     assert (correct.mean(axis=1) == 0.5).all()
 
 
 def test_margins_are_differences_of_sentence_log_probabilities(pairs):
     model = tiny_model(3)
-    margins, _ = pico._measure_pairs(model, pairs, attention=False)
+    margins, _ = pico.measure_pairs(model, pairs)
     result = pico.minimal_pair_accuracy(model, [(pair.good, pair.bad) for pair in pairs])
     assert torch.allclose(margins, result.margins, atol=1e-4)
     assert margins.abs().max() > 0.01
@@ -241,7 +238,7 @@ def test_margins_are_differences_of_sentence_log_probabilities(pairs):
 
 def test_attention_is_read_at_the_query_from_target_and_distractor(pairs):
     model = tiny_model(4)
-    _, differences = pico._measure_pairs(model, pairs)
+    _, differences = pico.measure_pairs(model, pairs)
     for index in [0, 1, len(pairs) - 1]:
         pair = pairs[index]
         if pair.target is None:
@@ -254,17 +251,19 @@ def test_attention_is_read_at_the_query_from_target_and_distractor(pairs):
         assert torch.allclose(differences[index], row[..., pair.target + 1] - row[..., pair.distractor + 1], atol=1e-6)
 
 
-def test_heads_of_the_random_control_come_from_the_same_layers():
-    config = pico.ModelConfig(d_model=64, n_layer=4, n_head=4, d_ff=32)
-    chosen = [(0, 1), (2, 0), (2, 3)]
-    draws = [pico._random_heads(chosen, config, Random(seed)) for seed in range(30)]
-    for drawn in draws:
-        assert sorted(layer for layer, _ in drawn) == [0, 2, 2]
-        assert not set(drawn) & set(chosen) and len(set(drawn)) == 3
-    assert len({tuple(sorted(drawn)) for drawn in draws}) > 1
-    full = [(1, head) for head in range(4)]  # no other head is left in layer 1
-    drawn = pico._random_heads(full, config, Random(0))
-    assert len(set(drawn)) == 4 and all(layer != 1 for layer, _ in drawn)
+def test_ablated_margins_are_those_of_the_ablated_model(pairs, windows):
+    """A head that writes nothing but its mean, and the mean of each item over its pairs."""
+    model = tiny_model(5)
+    with torch.no_grad():
+        model.blocks[0].attention.out_proj.weight.mul_(30)
+    means = torch.zeros(2, 2, 16)
+    intact, ablated = pico.ablated_margins(model, pairs[: len(pairs) // 10], [(), ((0, 0),)], means)
+    expected = pico.measure_pairs(model, pairs)[0].view(60, -1).mean(1)[:6]
+    assert intact == pytest.approx(expected.tolist(), abs=1e-4)
+    with torch.no_grad():
+        model.blocks[0].attention.out_proj.weight[:, :16] = 0
+    expected = pico.measure_pairs(model, pairs)[0].view(60, -1).mean(1)[:6]
+    assert ablated == pytest.approx(expected.tolist(), abs=1e-4) and abs(intact - ablated).max() > 1e-3
 
 
 def test_heads_are_tested_on_items_that_did_not_choose_them():
@@ -273,8 +272,8 @@ def test_heads_are_tested_on_items_that_did_not_choose_them():
     chosen, tested = [], []
     for _ in range(100):
         differences = torch.randn(40, 8, 8, generator=generator)
-        heads, values = pico._choose_and_test(differences, 3)
-        choosing = [i for i in range(40) if i not in pico._halves(40)[1]]
+        heads, values = pico.choose_and_test(differences, 3)
+        choosing = [i for i in range(40) if i not in pico.halves(40)[1]]
         chosen.append(np.mean([differences[choosing, layer, head].mean() for layer, head in heads]))
         tested.append(values.mean())
         assert len(heads) == len(set(heads)) == 3 and values.shape == (20,)
@@ -287,12 +286,12 @@ def test_choosing_finds_planted_heads_and_both_halves_hold_both_variants():
     differences[:, 2, 4] += 1.0
     differences[:, 0, 3] += 2.0
     differences[:, 1, 1] -= 3.0  # a head that prefers the distractor is no support
-    heads, values = pico._choose_and_test(differences, 2)
-    assert heads == [(0, 3), (2, 4)]
+    heads, values = pico.choose_and_test(differences, 2)
+    assert heads == ((0, 3), (2, 4))
     assert values.mean() == pytest.approx(1.5, abs=0.1)
-    for half in pico._halves(40):
+    for half in pico.halves(40):
         assert Counter(item % 2 for item in half) == {0: 10, 1: 10}
-    assert sorted(item for half in pico._halves(41) for item in half) == list(range(41))
+    assert sorted(item for half in pico.halves(41) for item in half) == list(range(41))
 
 
 # ---- statistics
@@ -300,29 +299,29 @@ def test_choosing_finds_planted_heads_and_both_halves_hold_both_variants():
 
 def test_sign_flip_p_values_are_uniform_without_an_effect():
     random = np.random.default_rng(0)
-    p = np.array([pico._sign_flip_p(random.normal(size=20), seed, n=500) for seed in range(400)])
+    p = np.array([pico.sign_flip_p(random.normal(size=20), seed, n=500) for seed in range(400)])
     assert np.abs(np.quantile(p, [0.1, 0.25, 0.5, 0.75, 0.9]) - [0.1, 0.25, 0.5, 0.75, 0.9]).max() < 0.08
     assert (p < 0.05).mean() < 0.09
 
 
 def test_sign_flip_finds_an_effect_of_either_sign_and_none_in_zeros():
     values = np.random.default_rng(1).normal(1.0, 1.0, size=20)
-    assert pico._sign_flip_p(values, 0) == pytest.approx(pico._sign_flip_p(-values, 0))
-    assert pico._sign_flip_p(values, 0) < 0.01
-    assert pico._sign_flip_p(np.zeros(20), 0) == 1.0
-    assert pico._sign_flip_p(np.ones(20), 0, n=99) == 0.01  # never zero (Phipson & Smyth 2010)
+    assert pico.sign_flip_p(values, 0) == pytest.approx(pico.sign_flip_p(-values, 0))
+    assert pico.sign_flip_p(values, 0) < 0.01
+    assert pico.sign_flip_p(np.zeros(20), 0) == 1.0
+    assert pico.sign_flip_p(np.ones(20), 0, n=99) == 0.01  # never zero (Phipson & Smyth 2010)
 
 
 def test_holm_adjustment_of_a_textbook_example():
-    assert pico._holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
-    assert pico._holm([0.6, 0.7]) == pytest.approx([1.0, 1.0])
+    assert pico.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert pico.holm([0.6, 0.7]) == pytest.approx([1.0, 1.0])
 
 
 def test_bootstrap_interval_covers_the_truth():
     random = np.random.default_rng(2)
     covered = 0
     for seed in range(200):
-        low, high = pico._bootstrap_interval(random.normal(0.3, 1.0, size=40), seed, n=300)
+        _, low, high = pico.bootstrap_interval(random.normal(0.3, 1.0, size=40), seed, n=300)
         covered += low < 0.3 < high
     assert 175 <= covered <= 199
 
@@ -332,10 +331,10 @@ def test_bootstrap_interval_covers_the_truth():
 GOOD = pico.LinguisticEvidence(
     phenomenon="question", claim="", n_items=40, n_pairs=160,
     accuracy=0.85, accuracy_low=0.78, accuracy_high=0.91, untrained_accuracy=0.5, untrained_accuracy_highest=0.55,
-    n_heads=1, n_draws=4,
-    heads="L1H0", attention_difference=0.2, attention_low=0.15, attention_high=0.25, untrained_attention_highest=0.01,
-    p_value=0.001, margin_drop=1.0, random_margin_drop=0.1, margin_excess_low=0.5, margin_excess_high=1.2,
-    loss_increase=0.1, random_loss_increase=0.1,
+    n_heads=1, heads="L1H0",
+    attention_difference=0.2, attention_low=0.15, attention_high=0.25, untrained_attention_highest=0.01, p_value=0.001,
+    loss_increase=0.1, margin_drop=1.0, margin_low=0.5, margin_high=1.2,
+    n_random_sets=99, random_margin_drop=0.1, needs_p_value=0.01,
 )  # fmt: skip
 
 
@@ -348,12 +347,16 @@ GOOD = pico.LinguisticEvidence(
         ({"p_value": 0.05}, "undecided", "attention"),
         ({"attention_low": 0.019}, "undecided", "attention"),
         ({"untrained_attention_highest": 0.16}, "undecided", "attention"),
-        ({"margin_excess_low": 0.009}, "undecided", "without them"),
+        ({"needs_p_value": 0.05}, "undecided", "without them"),
+        ({"needs_p_value": 0.001, "margin_low": -1.0}, "supported", "three"),  # the interval alone decides nothing
+        ({"random_margin_drop": 0.995}, "undecided", "without them"),  # first in rank, but by nothing
+        ({"n_random_sets": 0, "needs_p_value": np.nan}, "undecided", "too few other sets"),
         ({"accuracy_low": 0.45, "accuracy_high": 0.59}, "not supported", "prefers"),
         ({"accuracy_low": 0.53, "accuracy_high": 0.59, "untrained_accuracy_highest": 0.51}, "supported", "three"),
         ({"accuracy_low": 0.53, "accuracy_high": 0.59, "untrained_accuracy_highest": 0.55}, "not supported", "prefers"),
         ({"attention_low": -0.01, "attention_high": 0.019}, "not supported", "attention"),
-        ({"margin_excess_low": -0.5, "margin_excess_high": -0.1}, "not supported", "without them"),
+        ({"needs_p_value": 0.8, "margin_low": -0.5, "margin_high": -0.1}, "not supported", "without them"),
+        ({"p_value": 0.5, "margin_high": -0.1}, "undecided", "attention"),  # it is not asked what no head looks at
     ],
 )
 def test_verdict_needs_every_link_and_names_the_one_that_fails(changes, expected, word):
@@ -361,7 +364,7 @@ def test_verdict_needs_every_link_and_names_the_one_that_fails(changes, expected
     assert decision == expected
     assert word in reason
     if decision != "supported":
-        assert sum(text in reason for text in ("prefers", "attention", "without them")) == 1
+        assert sum(text in reason for text in ("prefers", "more attention", "without them")) == 1
 
 
 # ---- the study
@@ -372,15 +375,15 @@ def did_model():
 
     Dimension 0 is 1 after the norm, dimension 1 marks ` did`; query and key meet in the slowest rotary pair.
     """
-    model = tiny_model(0, pico.ModelConfig(d_model=64, n_layer=2, n_head=2, d_ff=32, context_length=32, dropout=0.0))
-    attention, norm, d = model.blocks[0].attention, model.blocks[0].attention_norm, 32
-    verbs = [[token(" " + form) for form in both.split(":")] for both in pico._PAST.split()]
+    model = tiny_model(0, pico.ModelConfig(d_model=64, n_layer=2, n_head=16, d_ff=32, context_length=32, dropout=0.0))
+    attention, norm, d = model.blocks[0].attention, model.blocks[0].attention_norm, 4
+    verbs = [[token(" " + form) for form in both.split(":")] for both in pico.PAST_FORMS.split()]
     with torch.no_grad():
         embedding = model.token_embedding.weight
         embedding[:, 1] = 0.0
         embedding[token(" did"), 1] = 1.0
         norm.weight[0], norm.bias[0] = 0.0, 1.0
-        qkv = attention.qkv_proj.weight.view(3, 2, d, 64)  # (query | key | value, head, dimension, input)
+        qkv = attention.qkv_proj.weight.view(3, 16, d, 64)  # (query | key | value, head, dimension, input)
         qkv[:, 0] = 0.0
         qkv[0, 0, d // 2 - 1, 0] = qkv[1, 0, d // 2 - 1, 1] = 10.0
         qkv[2, 0, 0, 1] = qkv[2, 0, 1, 0] = 1.0  # the value: whether it is ` did`, and the constant
@@ -393,30 +396,28 @@ def did_model():
     return model
 
 
+def study_did(model, windows, **options):
+    untrained = [tiny_model(seed, model.config) for seed in (7, 8)]
+    table = pico.study_language(model, windows=windows, untrained=untrained, n_heads=1, **options)
+    return table, table.set_index("phenomenon").loc["question"]
+
+
 def test_study_finds_the_head_of_a_model_built_by_hand(windows):
     model = did_model()
     windows = windows.clone()
     windows[2:, 10] = token(" did")
-    bars = []
-    counter = type("Bar", (), {"update": lambda self, n: bars.append(n)})()
-    untrained = [tiny_model(seed, model.config) for seed in (7, 8, 9)]
-    table = pico.study_language(model, windows=windows, untrained=untrained, n_heads=1, bar=counter)
-    assert bars == [1] * len(pico.PHENOMENA)
+    table, question = study_did(model, windows)
     assert list(table.phenomenon) == list(pico.PHENOMENA)
     assert list(table) == [f.name for f in dataclasses.fields(pico.LinguisticEvidence)] + ["verdict", "reason"]
-    question = table.set_index("phenomenon").loc["question"]
     assert question.heads == "L0H0"
     assert question.accuracy == 1.0 and question.untrained_accuracy < 0.7
     assert question.attention_difference > 0.9 and question.p_value < 0.05
+    assert question.n_random_sets == 31 and question.needs_p_value == 1 / 32
     assert question.margin_drop > 5 * abs(question.random_margin_drop)
     assert question.verdict == "supported", question.reason
-    with pico.evaluating(model):
-        intact = model(windows[:, :-1], windows[:, 1:])
-        with pico.ablate_heads(model, [(0, 0)], "mean", pico.mean_head_outputs(model, windows)):
-            ablated = model(windows[:, :-1], windows[:, 1:])
-    assert question.loss_increase == pytest.approx((ablated - intact).item(), abs=1e-5)
     assert abs(question.loss_increase) > 1e-3
-    assert set(table[table.phenomenon != "question"].verdict) <= {"not supported", "undecided"}
+    others = table[table.phenomenon != "question"]
+    assert set(others.verdict) <= {"not supported", "undecided"} and (others.n_random_sets == 0).all()
 
 
 def test_a_head_that_looks_but_is_not_used_is_not_enough(windows):
@@ -424,33 +425,29 @@ def test_a_head_that_looks_but_is_not_used_is_not_enough(windows):
     model = did_model()
     with torch.no_grad():
         model.blocks[0].attention.out_proj.weight[:, :2] = 0.0
-    untrained = [tiny_model(seed, model.config) for seed in (7, 8)]
-    table = pico.study_language(model, windows=windows, untrained=untrained, n_heads=1, n_draws=2)
-    question = table.set_index("phenomenon").loc["question"]
+    _, question = study_did(model, windows)
     assert question.attention_difference > 0.9 and question.p_value < 0.05
     assert question.verdict != "supported"
 
 
 def test_a_head_that_matters_no_more_than_its_neighbour_is_not_enough(windows):
-    """Two equal heads share the work: ablating one costs as much as ablating the other, the random control."""
+    """Two equal heads share the work: ablating one costs as much as ablating the other, one of the random sets."""
     model = did_model()
     with torch.no_grad():
-        qkv = model.blocks[0].attention.qkv_proj.weight.view(3, 2, 32, 64)
+        qkv = model.blocks[0].attention.qkv_proj.weight.view(3, 16, 4, 64)
         out = model.blocks[0].attention.out_proj.weight
         out[:, 1] *= 5 / 3  # so that one head alone does not reach the bare verb
         qkv[:, 1] = qkv[:, 0]
-        out[:, 32:] = out[:, :32]
-    untrained = [tiny_model(seed, model.config) for seed in (7, 8)]
-    table = pico.study_language(model, windows=windows, untrained=untrained, n_heads=1, n_draws=2)
-    question = table.set_index("phenomenon").loc["question"]
+        out[:, 4:8] = out[:, :4]
+    _, question = study_did(model, windows)
     assert question.accuracy == 1.0 and question.attention_difference > 0.9 and question.margin_drop > 0.1
-    assert question.verdict == "not supported" and "without them" in question.reason
+    assert question.needs_p_value == 2 / 32 and question.verdict == "undecided" and "without them" in question.reason
 
 
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", range(3))
 def test_nothing_is_supported_on_an_untrained_model(seed, windows, untrained):
     table = pico.study_language(
-        tiny_model(seed), windows=windows, untrained=untrained, n_items=24, n_heads=1, n_draws=2, seed=seed
+        tiny_model(seed), windows=windows, untrained=untrained, n_items=24, n_heads=1, seed=seed
     )
     assert set(table.verdict) <= {"not supported", "undecided"}
     assert table.reason.str.len().min() > 20
@@ -459,7 +456,7 @@ def test_nothing_is_supported_on_an_untrained_model(seed, windows, untrained):
 def test_study_is_reproducible_and_leaves_the_model_as_it_was(windows, untrained):
     model = tiny_model(11)
     before = copy.deepcopy(model.state_dict())
-    run = [pico.study_language(model, windows=windows, untrained=untrained, n_items=8, n_draws=1) for _ in range(2)]
+    run = [pico.study_language(model, windows=windows, untrained=untrained, n_items=8) for _ in range(2)]
     assert run[0].equals(run[1])
     assert model.training and all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())

@@ -76,7 +76,7 @@ def test_nothing_is_found_where_nothing_is():
 
 def test_nothing_is_found_in_a_real_untrained_model(tiny_model):
     windows = torch.randint(0, 5000, (8, 64), generator=torch.Generator().manual_seed(0))
-    study = pico.study_heads(tiny_model, SENTENCES["Simple"], windows, n_bootstrap=50)
+    study = pico.study_model(tiny_model, {"Simple": SENTENCES["Simple"]}, windows, n_bootstrap=50, n_items=8)
     assert "finds nothing" in pico.study_findings(study)["headline"][0]
 
 
