@@ -4996,14 +4996,6 @@ def _settings_table(findings: dict) -> str:
     return _table(rows, {"name": "what", "value": "value"})
 
 
-def _share_table(findings: dict) -> str:
-    rows: dict[str, dict] = {}
-    for row in findings["class_shares"]:
-        if row["source"] == "windows":
-            rows.setdefault(row["class"], {"class": row["class"]})[row["model"]] = _percent(row)
-    return _table(list(rows.values()), {"class": "class", **MODEL_NAMES})
-
-
 def _score_table(findings: dict) -> str:
     rows = [row for row in findings["head_scores"] if row["source"] == "windows"]
     rows.sort(key=lambda row: (HEAD_CLASSES.index(row["class"]), -max(row[name] or 0 for name in KAPPAS)))
@@ -5043,7 +5035,7 @@ class _Section:
 _SECTIONS = (
     _Section("run", "What was run", "", ("loss",), ("Thresholds and settings", _settings_table)),
     _Section("read", "How to read an attention map"),
-    _Section("classes", "Classes of heads", "Classes", ("class_", "categor"), ("Shares in numbers", _share_table)),
+    _Section("classes", "Classes of heads", "Classes", ("class_", "categor")),
     _Section("scores", "What single heads do", "Heads", ("score", "head_"), ("Scores of every head", _score_table)),
     _Section("ablation", "Which heads matter", "Ablation", ("ablation",), ("Loss without each head", _ablation_table)),
     _Section("language", "Language", "Language", ("language",), ("The claims in numbers", _language_table)),
@@ -5059,6 +5051,7 @@ def write_report(path: str | Path, findings: dict, pictures: Sequence[Picture]) 
     """Writes the report as one HTML page. `findings` as of `study_findings`, `pictures` as of `draw_study`."""
     shown = [vars(p) | {"name": p.path.stem, "data": base64.b64encode(p.path.read_bytes()).decode()} for p in pictures]
     of_sentences = [picture for picture in shown if picture["group"] != "Model"]
+    groups = {name: list(members) for name, members in itertools.groupby(of_sentences, key=lambda p: p["group"])}
     sections = []
     for section in _SECTIONS:
         begins = section.pictures or ("?",)
@@ -5068,7 +5061,7 @@ def write_report(path: str | Path, findings: dict, pictures: Sequence[Picture]) 
             "statements": [row for row in findings["statements"] if row["topic"] == section.topic],
             "pictures": [p for p in shown if p["group"] == "Model" and p["name"].startswith(begins)],
             "table": (section.table[0], section.table[1](findings)) if section.table else (),
-            "folded": of_sentences if section.anchor == "sentences" else [],
+            "groups": groups if section.anchor == "sentences" else {},
         }
         if section.anchor == "read":
             content["pictures"] = [p for p in of_sentences if p["name"] == "chosen_heads"][:1]
@@ -6607,8 +6600,8 @@ and how much of that an untrained model would show as well.</p>
 <details><summary>{{ section.table[0] }}</summary>
 <div class="scroll" tabindex="0">{{ section.table[1]|safe }}</div></details>
 {% endif %}
-{% for group, members in section.folded|groupby("group") %}
-<details><summary>{{ group }} ({{ members|length }} pictures)</summary>
+{% for name, members in section.groups.items() %}
+<details><summary>{{ name }} ({{ members|length }} pictures)</summary>
 {% for picture in members %}
 {{ show(picture) }}
 {% endfor %}
