@@ -21,7 +21,7 @@ from torch import nn
 import pico_helpers as pico
 from pico_helpers import Accuracy, ModelConfig, PicoError, PicoLLM, TokenFile, check_accuracy, load_engine, save_engine
 
-on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 LOOSE = Accuracy(1e9, 1e9, 0.0, 1e9, 1e9)
 
 
@@ -374,7 +374,8 @@ def test_layers_of_an_engine_are_kept_where_the_release_tells(model):
     assert pico.Engine(nn.Sequential(part, nn.Module())).layers == ["gemm", "attention"]
 
 
-@on_gpu
+@pytest.mark.gpu
+@needs_gpu
 def test_tensorrt_engine_is_accurate_and_survives_saving(model, tokens, tmp_path):
     pytest.importorskip("torch_tensorrt", exc_type=Exception)
     model = copy.deepcopy(model).cuda().eval()
@@ -386,7 +387,8 @@ def test_tensorrt_engine_is_accurate_and_survives_saving(model, tokens, tmp_path
     check_accuracy(model, load_engine(save_engine(engine, tmp_path / "engine")), tokens)
 
 
-@on_gpu
+@pytest.mark.gpu
+@needs_gpu
 def test_cuda_graph_replays_the_model_at_every_shape(model):
     half = copy.deepcopy(model).cuda().half().eval()
     graph = pico.CudaGraph(half)
