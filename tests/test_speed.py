@@ -16,6 +16,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import pico_helpers as pico
 import profile_training as profile
@@ -388,6 +389,217 @@ def test_a_large_corpus_is_not_made_resident(stream, monkeypatch):
     assert pico.choose_loader(stream, torch.device("cuda")) == "workers"
 
 
+# --- precision and compilation ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("bf16_seconds", "expected"), [(0.2, torch.bfloat16), (0.9, torch.float32), (19, torch.float32)]
+)
+def test_a_cpu_chooses_bf16_where_its_products_are_faster(monkeypatch, bf16_seconds, expected):
+    now = [0.0]
+
+    class Matrix:
+        def __init__(self, *_, dtype):
+            self.seconds = bf16_seconds if dtype == torch.bfloat16 else 1.0
+
+        def __matmul__(self, other):
+            now[0] += self.seconds
+
+    monkeypatch.setattr(pico.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(torch, "ones", Matrix)
+    pico.bf16_is_faster.cache_clear()
+    assert pico.choose_precision("auto", CPU) == expected
+    now[0], pico.time.perf_counter = 0.0, None
+    assert pico.choose_precision("auto", CPU) == expected, "asked once a process"
+    pico.bf16_is_faster.cache_clear()
+
+
+def test_a_run_keeps_to_its_precision_when_it_is_resumed(tiny_config, tiny_train, data_folder, tmp_path, monkeypatch):
+    """Another process may time the products anew and find something else."""
+    config = dataclasses.replace(tiny_train, precision="auto", optimizer="muon", max_steps=6)
+    monkeypatch.setattr(pico, "bf16_is_faster", lambda: True)
+    whole = pico.train(tiny_config, config, tmp_path / "whole", data_folder)
+    original, steps = pico.train_step, []
+
+    def interrupted(*args):
+        steps.append(args[6])
+        if len(steps) == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        return original(*args)
+
+    monkeypatch.setattr(pico, "train_step", interrupted)
+    assert not pico.train(tiny_config, config, tmp_path / "parts", data_folder).finished
+    monkeypatch.setattr(pico, "bf16_is_faster", lambda: False)
+    resumed = pico.train(tiny_config, config, tmp_path / "parts", data_folder)
+    assert resumed.finished and set(steps) == {torch.bfloat16}
+    assert all(torch.equal(v, whole.model.state_dict()[name]) for name, v in resumed.model.state_dict().items())
+    assert {p.dtype for p in resumed.model.parameters()} == {torch.float32}
+    exact = pico.train(tiny_config, dataclasses.replace(config, precision="fp32"), tmp_path / "exact", data_folder)
+    assert resumed.metrics[-1]["val_loss"] == pytest.approx(exact.metrics[-1]["val_loss"], abs=0.02)
+
+
+def test_validation_computes_in_the_precision_of_the_run(tiny_config, tiny_train, data_folder, tmp_path, monkeypatch):
+    original, seen = pico.PicoLLM.forward, []
+
+    def forward(self, *args, **options):
+        if not self.training:
+            seen.append((torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")))
+        return original(self, *args, **options)
+
+    monkeypatch.setattr(pico.PicoLLM, "forward", forward)
+    monkeypatch.setattr(pico, "bf16_is_faster", lambda: True)
+    for precision in ("fp32", "bf16"):
+        config = dataclasses.replace(tiny_train, precision=precision, max_steps=1, checkpoint_seconds=1e9)
+        seen.clear()
+        pico.train(tiny_config, config, tmp_path / precision, data_folder)
+        assert {enabled for enabled, _ in seen} == {precision == "bf16"}
+    assert {dtype for _, dtype in seen} == {torch.bfloat16}
+
+
+def test_a_run_is_compiled_where_it_pays_and_a_compiler_works(monkeypatch, capsys):
+    monkeypatch.setattr(pico, "compiler_problem", lambda kind: None)
+    assert pico.choose_compile(None, CPU, 1e15) and pico.choose_compile(True, CPU, 1.0)
+    assert not pico.choose_compile(False, CPU, 1e15) and capsys.readouterr().out == ""
+    assert not pico.choose_compile(None, CPU, 1e9) and "not compiled: a run this short" in capsys.readouterr().out
+    assert pico.choose_compile(None, torch.device("cuda"), 1.0)
+    monkeypatch.setattr(pico, "compiler_problem", lambda kind: "No working C++ compiler found")
+    assert not pico.choose_compile(True, CPU, 1e15)
+    assert capsys.readouterr().out == "The model is not compiled: No working C++ compiler found.\n"
+
+
+def test_a_missing_compiler_is_found_before_training(monkeypatch):
+    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", (None, "no-such-compiler"))
+    monkeypatch.setattr(torch._inductor.config, "force_disable_caches", True)
+    torch.compiler.reset()
+    pico.compiler_problem.cache_clear()
+    problem = pico.compiler_problem("cpu")
+    pico.compiler_problem.cache_clear()
+    assert problem and "\n" not in problem and "ompiler" in problem
+
+
+def test_a_compiler_that_fails_half_way_costs_a_line(
+    tiny_config, tiny_train, data_folder, tmp_path, monkeypatch, capsys
+):
+    config = dataclasses.replace(tiny_train, max_steps=4, optimizer="muon")
+    expected = pico.train(tiny_config, config, tmp_path / "eager", data_folder)
+    calls = []
+
+    def compile_function(function):
+        def failing(*args):
+            calls.append(1)
+            if len(calls) == 3:  # the third step needs another graph
+                raise torch._inductor.exc.InductorError(RuntimeError("cc1plus: out of memory\nmore lines"), None)
+            return function(*args)
+
+        failing.parameters = function.parameters
+        return failing
+
+    monkeypatch.setattr(pico, "compiler_problem", lambda kind: None)
+    monkeypatch.setattr(pico, "compile_function", compile_function)
+    result = pico.train(tiny_config, dataclasses.replace(config, compile=True), tmp_path / "parts", data_folder)
+    assert capsys.readouterr().out.count("The compiler failed, training goes on without it: ") == 1
+    assert result.finished and pico.load_checkpoint(result.checkpoint).environment["compiled"] == "no"
+    for name, value in result.model.state_dict().items():
+        assert torch.equal(value, expected.model.state_dict()[name]), "the failed step was repeated whole"
+
+
+def test_a_compiled_run_resumes_bit_for_bit(tiny_config, tiny_train, data_folder, tmp_path, monkeypatch):
+    config = dataclasses.replace(tiny_train, compile=True, max_steps=4)
+    whole = pico.train(tiny_config, config, tmp_path / "whole", data_folder)
+    assert pico.load_checkpoint(whole.checkpoint).environment["compiled"] == "yes"
+    original, steps = pico.train_step, []
+
+    def interrupted(*args):
+        steps.append(1)
+        if len(steps) == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        return original(*args)
+
+    monkeypatch.setattr(pico, "train_step", interrupted)
+    assert not pico.train(tiny_config, config, tmp_path / "parts", data_folder).finished
+    torch.compiler.reset()
+    resumed = pico.train(tiny_config, dataclasses.replace(config, compile=None), tmp_path / "parts", data_folder)
+    assert pico.load_checkpoint(resumed.checkpoint).environment["compiled"] == "yes", "as it was begun"
+    assert all(torch.equal(v, whole.model.state_dict()[name]) for name, v in resumed.model.state_dict().items())
+
+
+def test_compiled_muon_is_one_graph_for_all_rates_and_agrees(tiny_config):
+    """What a GPU runs: the rate is a tensor, so that a schedule does not compile every step anew."""
+    torch.compiler.reset()
+    counter, weights = CompileCounterWithBackend("aot_eager"), []
+    for update in (pico.muon_update, torch.compile(pico.muon_update, backend=counter, fullgraph=True)):
+        config = pico.TrainConfig(optimizer="muon", warmup_steps=2)
+        model = pico.PicoLLM(tiny_config)
+        optimizer = pico.make_optimizer(model, config)
+        optimizer.update = update
+        for step in range(4):
+            pico.set_rates(optimizer, step, 4, config)
+            for p in model.parameters():
+                p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(step))
+            optimizer.found_inf = torch.zeros(())
+            optimizer.step()
+        weights.append(model.blocks[0].mlp.down_proj.weight.detach())
+    torch.testing.assert_close(*weights, atol=1e-5, rtol=1e-4)
+    assert counter.frame_count == 4, "one for each shape"
+
+
+def test_too_many_compilations_fail_loudly():
+    torch.compiler.reset()
+    pico.compile_function(lambda x: x)
+    assert torch._dynamo.config.recompile_limit == 64
+    function = torch.compile(lambda x, n: x * n, backend="eager")
+    with torch._dynamo.config.patch(recompile_limit=2), pytest.raises(torch._dynamo.exc.FailOnRecompileLimitHit):
+        for n in (1, 2.5, True, 1j):
+            function(torch.ones(1), n)
+
+
+class ReadsBack(TorchDispatchMode):
+    """Finds operations that wait for the device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default):
+            self.found.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("optimizer_name", ["adamw", "muon"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_nothing_in_a_step_reads_a_value_back(tiny_config, stream, optimizer_name, dtype):
+    config = pico.TrainConfig(optimizer=optimizer_name, batch_size=4, micro_batch_size=2)
+    run = pico.TrainingRun(tiny_config, config, "", CPU, dtype)
+    batches = pico.make_loader("resident", stream, 4, range(3), CPU)
+    with ReadsBack() as mode:
+        for step, batch in enumerate(batches):
+            pico.set_rates(run.optimizer, step, 3, config)
+            loss = run.take_step(batch)
+        assert mode.found == []
+        run.guard.read()
+    assert mode.found, "reading the losses is seen"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("kind", pico.LOADERS)
+def test_a_step_on_a_gpu_waits_for_nothing(tiny_config, stream, kind):
+    device = torch.device("cuda")
+    config = pico.TrainConfig(optimizer="muon", batch_size=4)
+    run = pico.TrainingRun(tiny_config, config, "", device, pico.choose_precision("auto", device))
+    batches = pico.make_loader(kind, stream, 4, range(4), device)
+    run.take_step(next(batches).to(device))  # allocates
+    torch.cuda.set_sync_debug_mode("default" if kind == "naive" else "error")  # whose copy is from pageable memory
+    try:
+        for step in range(1, 4):
+            pico.set_rates(run.optimizer, step, 4, config)
+            loss = run.take_step(next(batches).to(device, non_blocking=True))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert 5 < loss.item() < 12
+
+
 # --- several processes ------------------------------------------------------------------------------------------------
 
 
@@ -494,6 +706,25 @@ def test_an_interrupt_stops_both_processes_at_the_same_step(tiny_config, tiny_tr
     assert "run it again to go on from there" in output, output
     kept = pico.load_checkpoint(pico.checkpoint_path(tmp_path / "results", "tiny", partial=True))
     assert kept.step % config.log_interval == 0 and 0 < kept.step < 12
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_the_whole_group_stops_a_run_with_worker_processes(
+    tiny_config, tiny_train, data_folder, tmp_path, number
+):
+    config = dataclasses.replace(tiny_train, log_interval=1, eval_interval=100)
+    script = driver(tmp_path, data_folder, tiny_config, config, slow=0.3)
+    text = script.read_text().replace("model = pico", "pico.choose_loader = lambda *_: 'workers'\nmodel = pico", 1)
+    script.write_text(text)
+    environment = os.environ | {"RANK": "0", "OMP_NUM_THREADS": "1"}
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "start_new_session": True}
+    with subprocess.Popen([sys.executable, str(script)], env=environment, cwd=ROOT, **options) as process:
+        wait_for_rows(tmp_path, 2, process)
+        os.killpg(process.pid, number)
+        output = process.communicate(timeout=60)[0]
+    assert process.returncode == 0 and "Traceback" not in output, output
+    assert "run it again to go on from there" in output
+    assert 2 <= pico.load_checkpoint(pico.checkpoint_path(tmp_path / "results", "tiny", partial=True)).step < 12
 
 
 def test_a_batch_must_split_evenly(tiny_config, tiny_train, data_folder, tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 """Training and checkpoints: exact resume, clean stops, and files that must not be trusted."""
 
+import contextlib
 import csv
 import dataclasses
 import itertools
@@ -7,6 +8,7 @@ import math
 import os
 import pickle
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,6 +23,10 @@ import pico_helpers as pico
 from pico_helpers import PicoError
 
 ROOT = Path(__file__).parent.parent
+
+
+def weights(model: pico.PicoLLM) -> dict:
+    return {name: value.clone() for name, value in model.state_dict().items()}
 
 
 def weights_equal(a: dict, b: dict) -> bool:
@@ -403,30 +409,28 @@ def test_checkpoints_that_do_not_fit(finished, tmp_path):
             pico.load_model(path)
 
 
-def test_a_finished_model_survives_the_next_run(finished, data_folder, tmp_path, capsys):
-    config, train, _ = finished
-    short = dataclasses.replace(train, max_steps=1)
-    first = pico.train(config, short, tmp_path, data_folder)
-    pico.train(config, dataclasses.replace(short, seed=5), tmp_path, data_folder)
-    assert "The model that was pico_llm_tiny.pt is now pico_llm_tiny.previous-1.pt" in capsys.readouterr().out
-    kept = pico.load_checkpoint(tmp_path / "pico_llm_tiny.previous-1.pt")
-    assert weights_equal(kept.weights, first.model.state_dict())
-
-
 @pytest.mark.parametrize(
-    "changes",
-    [
-        {"batch_size": 0},
-        {"log_interval": 0},
-        {"max_steps": 0},
-        {"epochs": 0},
-        {"learning_rate": math.nan},
-        {"name": "../x"},
-    ],
+    ("name", "values"),
+    {
+        "batch_size": (0, -1),
+        "max_steps": (0,),
+        "epochs": (0, math.inf),
+        "learning_rate": (math.nan, -1.0),
+        "seed": (-1, 2**40),
+        "betas": ((1.5, 0.9), (0.9,), (-0.1, 0.9), (math.nan, 0.9)),
+        "warmup_steps": (-5,),
+        "weight_decay": (-1, math.nan),
+        "matrix_weight_decay": (-1,),
+        "loss_chunk": (0,),
+        "checkpoint_seconds": (-1,),
+        "name": ("../x", "", "a b", "quick.partial"),
+    }.items(),
 )
-def test_impossible_settings_are_refused(changes):
-    with pytest.raises(PicoError, match=f"{next(iter(changes))}"):
-        pico.TrainConfig(**changes)
+def test_impossible_settings_are_one_line(name, values):
+    for value in values:
+        with pytest.raises(PicoError, match=name) as caught:
+            pico.TrainConfig(**{name: value})
+        assert "\n" not in str(caught.value)
 
 
 def test_newest_checkpoint_prefers_finished_models(tmp_path, monkeypatch):
@@ -488,3 +492,128 @@ def test_a_disk_that_fills_up_during_training_costs_only_checkpoints(
     assert "Training goes on without this checkpoint" in capsys.readouterr().err
     saved = pico.load_checkpoint(tmp_path / "rescue" / "pico_llm_tiny.pt")
     assert weights_equal(saved.weights, expected.model.state_dict())
+
+
+# --- going on from a model --------------------------------------------------------------------------------------------
+
+
+def test_a_run_goes_on_from_a_model_and_resumes_without_its_file(finished, data_folder, tmp_path, monkeypatch, capsys):
+    config, train, first = finished
+    source = tmp_path / "base.pt"
+    shutil.copy(first.checkpoint, source)
+    short = dataclasses.replace(train, name="tuned", init_from=str(source), max_steps=4, seed=3)
+    changed = dataclasses.replace(config, dropout=0.0, context_length=16)  # no weights depend on these
+    start = []
+    whole = pico.train(
+        changed, short, tmp_path / "whole", data_folder, on_snapshot=lambda m, _: start.append(weights(m))
+    )
+    assert weights_equal(start[0], first.model.state_dict()), "step 0 has the weights of the file"
+    stopped = train_one_step(changed, short, tmp_path / "parts", data_folder)
+    source.unlink()
+    resumed = pico.train(changed, short, tmp_path / "parts", data_folder)
+    assert resumed.finished and not stopped.finished
+    assert weights_equal(resumed.model.state_dict(), whole.model.state_dict())
+    seen = 12 * 4 * 32
+    assert [row["tokens_total"] - row["tokens"] for row in resumed.metrics] == [seen] * len(resumed.metrics)
+    began = pico.load_checkpoint(resumed.checkpoint).environment["started_from"]
+    assert began == pico.load_checkpoint(whole.checkpoint).environment["started_from"]
+    assert began.startswith(f"base.pt ({seen:,} tokens") and "Going on from base.pt" in capsys.readouterr().out
+
+
+def test_models_that_a_run_cannot_go_on_from(finished, data_folder, tmp_path):
+    config, train, first = finished
+    unfinished = train_one_step(config, train, tmp_path / "parts", data_folder).checkpoint
+    (tmp_path / "notes.pt").write_text("not a model")
+    for path, shape, message in (
+        (tmp_path / "none.pt", {}, "There is no checkpoint"),
+        (tmp_path, {}, "There is no checkpoint"),
+        (tmp_path / "notes.pt", {}, "cannot be read|not a Pico-LLM checkpoint"),
+        (unfinished, {}, "is an unfinished run; finish it"),
+        (first.checkpoint, {"d_ff": 64}, r"has another shape \(d_ff 32, not 64\); train a model of the same shape"),
+    ):
+        new = dataclasses.replace(train, name="new", init_from=str(path))
+        with pytest.raises(PicoError, match=message) as caught:
+            pico.train(dataclasses.replace(config, **shape), new, tmp_path / "new", data_folder)
+        assert "\n" not in str(caught.value) and not (tmp_path / "new" / "pico_llm_new.pt").exists()
+
+
+# --- nothing is overwritten -------------------------------------------------------------------------------------------
+
+
+def test_models_of_one_name_are_kept_with_their_metrics_and_heads(finished, data_folder, tmp_path, capsys):
+    config, train, _ = finished
+    results = []
+    for seed in range(3):
+        one = dataclasses.replace(train, max_steps=2, seed=seed, eval_interval=1)
+        partial = pico.run_files(tmp_path, "tiny.partial")
+
+        def snapshot(model, step, seed=seed, partial=partial):
+            partial.heads.write_text(f"heads of {seed}")
+            if results:  # the finished run lies there untouched while the next one goes on
+                assert pico.run_files(tmp_path, "tiny").heads.read_text() == f"heads of {seed - 1}"
+                assert pico.load_checkpoint(tmp_path / "pico_llm_tiny.pt").train_config.seed == seed - 1
+
+        results.append(pico.train(config, one, tmp_path, data_folder, on_snapshot=snapshot))
+    assert "The model that was pico_llm_tiny.pt is now pico_llm_tiny.previous-2.pt" in capsys.readouterr().out
+    for seed, name in enumerate(["tiny.previous-1", "tiny.previous-2", "tiny"]):
+        files = pico.run_files(tmp_path, name)
+        assert weights_equal(pico.load_checkpoint(files.model).weights, results[seed].model.state_dict())
+        assert files.heads.read_text() == f"heads of {seed}"
+        with open(files.metrics) as file:
+            assert float(list(csv.DictReader(file))[-1]["val_loss"]) == results[seed].metrics[-1]["val_loss"]
+    assert len(list(tmp_path.iterdir())) == 9, "and nothing else"
+
+
+def test_unfinished_runs_moved_aside_do_not_replace_each_other(finished, data_folder, tmp_path):
+    config, train, _ = finished
+    for seed in (1, 2, 3):
+        train_one_step(config, dataclasses.replace(train, seed=seed), tmp_path, data_folder)
+    kept = [pico.run_files(tmp_path, f"tiny{suffix}.partial") for suffix in (".unfinished-1", ".unfinished-2", "")]
+    assert [pico.load_checkpoint(files.model).train_config.seed for files in kept] == [1, 2, 3]
+    assert pico.newest_checkpoint(tmp_path) == kept[2].model
+
+
+def test_a_disk_full_at_the_end_keeps_the_model_that_is_there(finished, data_folder, tmp_path, monkeypatch):
+    config, train, _ = finished
+    short = dataclasses.replace(train, max_steps=1)
+    first = pico.train(config, short, tmp_path, data_folder)
+    original = pico.save_checkpoint
+
+    def failing(path, checkpoint):
+        if checkpoint.training_state is None and path.parent == tmp_path:
+            raise PicoError(f"Cannot write {path}: No space left on device.")
+        return original(path, checkpoint)
+
+    monkeypatch.setattr(pico, "save_checkpoint", failing)
+    monkeypatch.setattr(pico.tempfile, "gettempdir", lambda: str(tmp_path / "rescue"))
+    with pytest.raises(PicoError, match=r"No space left on device\. The trained model is safe in .*rescue"):
+        pico.train(config, dataclasses.replace(short, seed=1), tmp_path, data_folder)
+    assert weights_equal(pico.load_checkpoint(first.checkpoint).weights, first.model.state_dict())
+    monkeypatch.setattr(pico, "save_checkpoint", original)  # when there is space again the run goes on from its state
+    assert pico.train(config, dataclasses.replace(short, seed=1), tmp_path, data_folder).finished
+    assert (tmp_path / "pico_llm_tiny.previous-1.pt").exists()
+
+
+def test_a_crash_between_saving_and_renaming_loses_no_model(finished, data_folder, tmp_path, monkeypatch):
+    """As kill -9 would, an exception ends the run at each of the renames; the next start puts things right."""
+    config, train, _ = finished
+    short = dataclasses.replace(train, max_steps=1)
+    pico.train(config, short, tmp_path, data_folder)
+    second = dataclasses.replace(short, seed=1)
+    for n in range(4):
+        calls, move = [], pico.RunFiles.move
+
+        def crash(self, target, n=n, calls=calls, move=move):
+            if len(calls) == n:
+                raise KeyboardInterrupt
+            calls.append(1)
+            move(self, target)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(pico.RunFiles, "move", crash)
+            with contextlib.suppress(KeyboardInterrupt):
+                pico.train(config, second, tmp_path, data_folder)
+        seeds = [pico.load_checkpoint(path).train_config.seed for path in tmp_path.glob("pico_llm_*.pt")]
+        assert 0 in seeds
+    pico.train(config, second, tmp_path, data_folder)
+    assert pico.load_checkpoint(tmp_path / "pico_llm_tiny.pt").train_config.seed == 1
