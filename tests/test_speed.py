@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import functools
 import json
 import os
 import re
@@ -505,6 +506,8 @@ def test_a_compiler_that_fails_half_way_costs_a_line(
 
 def test_a_compiled_run_resumes_bit_for_bit(tiny_config, tiny_train, data_folder, tmp_path, monkeypatch):
     config = dataclasses.replace(tiny_train, compile=True, max_steps=4)
+    monkeypatch.setattr(pico, "compiler_problem", lambda kind: None)
+    monkeypatch.setattr(pico, "compile_function", functools.partial(torch.compile, backend="aot_eager"))
     whole = pico.train(tiny_config, config, tmp_path / "whole", data_folder)
     assert pico.load_checkpoint(whole.checkpoint).environment["compiled"] == "yes"
     original, steps = pico.train_step, []
@@ -540,7 +543,7 @@ def test_compiled_muon_is_one_graph_for_all_rates_and_agrees(tiny_config):
             optimizer.step()
         weights.append(model.blocks[0].mlp.down_proj.weight.detach())
     torch.testing.assert_close(*weights, atol=1e-5, rtol=1e-4)
-    assert counter.frame_count == 4, "one for each shape"
+    assert counter.frame_count == 3, "one for each shape"
 
 
 def test_too_many_compilations_fail_loudly():
@@ -577,8 +580,8 @@ def test_nothing_in_a_step_reads_a_value_back(tiny_config, stream, optimizer_nam
             pico.set_rates(run.optimizer, step, 3, config)
             loss = run.take_step(batch)
         assert mode.found == []
-        run.guard.read()
-    assert mode.found, "reading the losses is seen"
+        float(loss)
+    assert mode.found, "reading a loss is seen"
 
 
 @pytest.mark.gpu
