@@ -6733,6 +6733,7 @@ _EXPLORER_CSS = """
 _EXPLORER_JS = r"""
 (() => {
   "use strict";
+  const FLAGS = ["pinned", "lines", "drop"]; // kept in the address
   const STOPS = ["440154", "472c7a", "3b518b", "2c718e", "21908d", "27ad81", "5cc863", "aadc32", "fde725"]; // viridis
   const rgb = (hex) => [0, 2, 4].map((i) => parseInt(hex.slice(i, i + 2), 16));
   const COLORS = Array.from({ length: 256 }, (_, value) => {
@@ -6743,6 +6744,7 @@ _EXPLORER_JS = r"""
   });
   const clamp = (value, low, high) => Math.max(low, Math.min(high, value));
   const share = (value) => `${Math.round((100 * value) / 255)}%`;
+  const make = (tag, properties) => Object.assign(document.createElement(tag), properties);
   const word = (label) => label.replace(/^·(?=.)/, "");
 
   async function unpack(text) {
@@ -6923,9 +6925,7 @@ _EXPLORER_JS = r"""
         panel.hidden = index === null;
         if (panel.hidden) return;
         const { name, does, scores } = data.heads[index];
-        const [title, small] = [document.createElement("strong"), document.createElement("small")];
-        title.textContent = name;
-        small.textContent = scores;
+        const [title, small] = [make("strong", { textContent: name }), make("small", { textContent: scores })];
         panel.querySelector("figcaption").replaceChildren(title, ` ${does}`, small);
         panel.querySelector("canvas").setAttribute("aria-label", `Attention of head ${name}`);
         panel.toggleAttribute("data-active", i === state.active && state.heads[1] !== null);
@@ -6953,8 +6953,7 @@ _EXPLORER_JS = r"""
 
     // another text, opened at the token in its middle third that looks most sharply, unless `change` names one
     async function pickText(text, change = {}) {
-      const unpacked = await unpack(data.texts[text].maps);
-      maps = unpacked;
+      maps = await unpack(data.texts[text].maps);
       update({ text, pinned: false, ...change });
       const n = labels().length;
       const sharpest = Array.from({ length: Math.ceil(n / 3) }, (_, i) => i + Math.floor(n / 3))
@@ -6963,11 +6962,8 @@ _EXPLORER_JS = r"""
       update({ token: clamp(change.token ?? sharpest, 0, n - 1) });
       find("tokens").replaceChildren(
         ...labels().map((name, token) => {
-          const button = document.createElement("button");
-          button.type = "button";
-          button.textContent = name;
+          const button = make("button", { type: "button", textContent: name, onclick: () => pin(token) });
           button.addEventListener("pointerenter", (event) => event.pointerType === "touch" || point(token));
-          button.addEventListener("click", () => pin(token));
           return button;
         })
       );
@@ -6981,7 +6977,7 @@ _EXPLORER_JS = r"""
         const { text, token, heads } = state;
         const address = new URLSearchParams({ text, head: data.heads[heads[0]].name, token });
         if (heads[1] !== null) address.set("with", data.heads[heads[1]].name);
-        for (const flag of ["pinned", "lines", "drop"]) if (state[flag]) address.set(flag, 1);
+        for (const flag of FLAGS) if (state[flag]) address.set(flag, 1);
         history.replaceState(null, "", `#${address}`);
       }, 200);
     }
@@ -6992,7 +6988,7 @@ _EXPLORER_JS = r"""
       const number = (key) => (/^\d+$/.test(address.get(key)) ? Number(address.get(key)) : undefined);
       const [first, second] = [named("head"), named("with")];
       const heads = [first < 0 ? data.telling[0] : first, second < 0 ? null : second];
-      const flags = Object.fromEntries(["pinned", "lines", "drop"].map((flag) => [flag, address.has(flag)]));
+      const flags = Object.fromEntries(FLAGS.map((flag) => [flag, address.has(flag)]));
       const text = clamp(number("text") ?? data.text, 0, data.texts.length - 1);
       pickText(text, { heads, active: 0, token: number("token"), ...flags });
     }
@@ -7000,21 +6996,17 @@ _EXPLORER_JS = r"""
     // -- Controls
     data.texts.forEach(({ category, text }, i) => {
       let group = [...find("text").children].find((other) => other.label === category);
-      if (!group) find("text").append((group = document.createElement("optgroup")));
-      group.label = category;
+      if (!group) find("text").append((group = make("optgroup", { label: category })));
       group.append(new Option(text, i));
     });
     const headings = ["", ...Array.from({ length: data.nHead }, (_, head) => `H${head}`)];
-    const text = (words) => Object.assign(document.createElement("span"), { textContent: words });
     find("thumbs").style.gridTemplateColumns = `auto repeat(${data.nHead}, minmax(0, 64px))`;
-    find("thumbs").append(...headings.map(text));
+    find("thumbs").append(...headings.map((textContent) => make("span", { textContent })));
     data.heads.forEach(({ name, does }, index) => {
-      if (index % data.nHead === 0) find("thumbs").append(text(`L${index / data.nHead}`));
-      const button = document.createElement("button");
-      Object.assign(button, { type: "button", title: `${name} ${does}` });
-      button.append(document.createElement("canvas"));
-      button.addEventListener("click", (event) => pickHead(index, event.shiftKey ? 1 : state.active));
-      find("thumbs").append(button);
+      if (index % data.nHead === 0) find("thumbs").append(make("span", { textContent: `L${index / data.nHead}` }));
+      const onclick = (event) => pickHead(index, event.shiftKey ? 1 : state.active);
+      find("thumbs").append(make("button", { type: "button", title: `${name} ${does}`, onclick }));
+      find("thumbs").lastChild.append(make("canvas"));
     });
     find("bar").style.background = `linear-gradient(to right, ${STOPS.map((stop) => "#" + stop)})`;
     find("text").addEventListener("change", (event) => pickText(Number(event.target.value)));
