@@ -5179,45 +5179,39 @@ def generate(model: PicoLLM, prompt: str = "", max_new_tokens: int = 60, **optio
     return prompt + "".join(stream_text(model, prompt, max_new_tokens, **options))
 
 
-def stream_text(
+def stream_text(model: PicoLLM, prompt: str = "", max_new_tokens: int = 60, **options) -> Iterator[str]:
+    """Yields the continuation of a prompt as it is sampled, whole characters only. Options as in `stream_tokens`.
+
+    An empty prompt starts a new document. Ends early at end-of-text. Raises PicoError for bad options.
+    """
+    tokenizer = get_tokenizer()
+    ids = tokenizer.encode(prompt) or [Tokenizer.end_of_text]
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")  # holds back the bytes of a partial character
+    for token in stream_tokens(model, ids, max_new_tokens, **options):
+        if text := decoder.decode(tokenizer.encoding.decode_single_token_bytes(token)):
+            yield text
+
+
+def stream_tokens(
     model: PicoLLM,
-    prompt: str = "",
-    max_new_tokens: int = 60,
+    ids: Sequence[int],
+    max_new_tokens: int,
     *,
     temperature: float = 0.8,
     top_k: int | None = 50,
     top_p: float | None = 0.95,
     seed: int = 0,
     use_cache: bool = True,
-) -> Iterator[str]:
-    """Yields the continuation of a prompt as it is sampled, whole characters only; ends early at end-of-text.
+) -> Iterator[int]:
+    """Yields the token ids that follow `ids`, a function of the arguments, up to end-of-text or `max_new_tokens`.
 
-    An empty prompt starts a new document. Temperature 0 takes the most likely token; `top_k` keeps the k most likely
-    ones, `top_p` the fewest that hold this share of the probability (nucleus sampling, Holtzman et al. 2020). The text
-    is a function of the arguments; `use_cache=False` gives the same text, slowly. Raises PicoError for bad arguments.
+    Temperature 0 takes the most likely token; `top_k` keeps the k most likely ones, `top_p` the fewest that hold this
+    share of the probability (nucleus sampling, Holtzman et al. 2020). `use_cache=False` gives the same, slowly.
     """
     if max_new_tokens < 1 or not 0 <= temperature < math.inf:
         raise PicoError("Generation needs max_new_tokens >= 1 and a finite temperature >= 0.")
     if (top_k is not None and top_k < 1) or (top_p is not None and not 0 < top_p <= 1):
         raise PicoError("Generation needs top_k >= 1 and top_p in (0, 1]; None switches either off.")
-    tokenizer = get_tokenizer()
-    ids = tokenizer.encode(prompt) or [Tokenizer.end_of_text]
-    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")  # holds back the bytes of a partial character
-    for token in _stream_tokens(model, ids, max_new_tokens, temperature, top_k, top_p, seed, use_cache):
-        if text := decoder.decode(tokenizer.encoding.decode_single_token_bytes(token)):
-            yield text
-
-
-def _stream_tokens(
-    model: PicoLLM,
-    ids: list[int],
-    max_new_tokens: int,
-    temperature: float,
-    top_k: int | None,
-    top_p: float | None,
-    seed: int,
-    use_cache: bool,
-) -> Iterator[int]:
     generator = torch.Generator().manual_seed(seed)
     weight, size = model.token_embedding.weight, model.config.context_length
     window, cache = list(ids), None
@@ -5229,14 +5223,14 @@ def _stream_tokens(
         new = window[cache.length :] if cache is not None else window
         with evaluating(model):  # left before each yield, so that the caller's own settings hold between tokens
             logits = model(torch.tensor([new], device=weight.device), cache=cache)[0, -1]
-        token = _sample(logits.float().cpu(), temperature, top_k, top_p, generator)
+        token = sample_token(logits.float().cpu(), temperature, top_k, top_p, generator)
         if token == Tokenizer.end_of_text:
             return
         window.append(token)
         yield token
 
 
-def _sample(
+def sample_token(
     logits: Tensor, temperature: float, top_k: int | None, top_p: float | None, generator: torch.Generator
 ) -> int:
     """One token id from logits (V,). Sampling is on the CPU, so that a seed means the same on every device."""
@@ -5332,37 +5326,25 @@ def first_line(error: Exception) -> str:
 # -- Export
 
 
-class _LogitsOnly(nn.Module):
-    """The model with token ids as its only argument, the form that export wants."""
-
-    def __init__(self, model: PicoLLM, n_logits: int) -> None:
-        super().__init__()
-        self.model, self.n_logits = model, n_logits
-
-    def forward(self, idx: Tensor) -> Tensor:
-        return F.linear(self.model.hidden_states(idx), self.model.token_embedding.weight)[..., : self.n_logits]
-
-
 def export_program(
-    model: PicoLLM, max_batch: int = 32, max_length: int | None = None, *, fixed: bool = False, padded: bool = False
+    model: PicoLLM, max_batch: int = 32, max_length: int | None = None, *, fixed: bool = False
 ) -> torch.export.ExportedProgram:
     """The model as a graph of operators, token ids (B, T) int64 -> logits (B, T, V), any B and T up to the maxima.
 
-    `max_length` defaults to `context_length`. `fixed`: the maxima are the only shape. `padded`: the logits keep the
-    columns that fill the vocabulary up to a multiple of 64. Raises PicoError for a length beyond `max_positions`.
+    `max_length` defaults to `context_length`; with `fixed` the maxima are the only shape. Raises PicoError for a length
+    beyond `max_positions`.
     """
-    config, max_length = model.config, max_length or model.config.context_length
-    if max_length > config.max_positions:
-        raise PicoError(f"max_length {max_length} exceeds the model's {config.max_positions} positions.")
+    max_length = max_length or model.config.context_length
+    if max_length > model.config.max_positions:
+        raise PicoError(f"max_length {max_length} exceeds the model's {model.config.max_positions} positions.")
     shape, dynamic = (max_batch, max_length), None
     if not fixed:
         sizes = {0: ("batch", max_batch), 1: ("length", max_length)}
         dynamic = ({i: torch.export.Dim(name, min=1, max=n) for i, (name, n) in sizes.items() if n > 1},)
         shape = min(2, max_batch), min(8, max_length)  # export takes a 1 in the example for a constant
-    module = _LogitsOnly(model, config.padded_vocab_size if padded else config.vocab_size)
     idx = torch.zeros(shape, dtype=torch.int64, device=model.rope_cos.device)
     with evaluating(model):
-        return torch.export.export(module, (idx,), dynamic_shapes=dynamic)
+        return torch.export.export(model, (idx,), dynamic_shapes=dynamic)
 
 
 # -- TensorRT
@@ -5491,13 +5473,14 @@ def compile_tensorrt(
     if not fixed:  # in a dynamic profile the optimum must differ from the minimum
         shapes = {"min_shape": (1, 1), "opt_shape": (min(2, max_batch), max_length), "max_shape": shapes["shape"]}
     copied = copy.deepcopy(model).to(torch.float32 if precision == "fp32" else torch.float16).requires_grad_(False)
+    copied.config = dataclasses.replace(model.config, vocab_size=model.config.padded_vocab_size)  # `Engine` cuts
     for device in ("cuda", "cpu"):
         settings = {"use_explicit_typing": True, "decompose_attention": device == "cpu", "disable_tf32": True}
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 module = trt.dynamo.compile(  # a release ignores options that it does not know
-                    export_program(copied.to(device), max_batch, max_length, fixed=fixed, padded=True),
+                    export_program(copied.to(device), max_batch, max_length, fixed=fixed),
                     arg_inputs=[trt.Input(dtype=torch.int64, **shapes)],
                     **settings | {"require_full_compilation": True} | options,
                 )

@@ -8,6 +8,8 @@ import torch
 import pico_helpers as pico
 from pico_helpers import ModelConfig, PicoError, PicoLLM, generate, get_tokenizer, stream_text
 
+FREE = {"temperature": 1.0, "top_k": None, "top_p": None}
+
 
 def make_model(context_length: int = 32, **options) -> PicoLLM:
     config = ModelConfig(
@@ -45,11 +47,11 @@ def test_cache_is_used_and_the_window_slides(monkeypatch):
     lengths, forward = [], model.forward
     monkeypatch.setattr(model, "forward", lambda idx, **kw: lengths.append(idx.shape[1]) or forward(idx, **kw))
     prompt = "one two three four"  # 4 tokens
-    list(pico._stream_tokens(model, get_tokenizer().encode(prompt), 30, 1.0, None, None, 0, True))
+    list(pico.stream_tokens(model, get_tokenizer().encode(prompt), 30, **FREE))
     # 4, then one at a time until 16 are held, then the last 12 anew, and again every five tokens
     assert lengths == [4, *[1] * 12, 12, *[1] * 4, 12, *[1] * 4, 12, *[1] * 4, 12, 1]
     lengths.clear()
-    list(pico._stream_tokens(model, list(range(100)), 3, 1.0, None, None, 0, True))
+    list(pico.stream_tokens(model, range(100), 3, **FREE))
     assert lengths == [12, 1, 1]  # a prompt longer than the window
 
 
@@ -68,7 +70,7 @@ def test_sampling_follows_the_filtered_distribution():
     generator = torch.Generator().manual_seed(0)
 
     def frequencies(temperature=1.0, top_k=None, top_p=None, n=4000):
-        draws = [pico._sample(logits, temperature, top_k, top_p, generator) for _ in range(n)]
+        draws = [pico.sample_token(logits, temperature, top_k, top_p, generator) for _ in range(n)]
         return [draws.count(token) / n for token in (1, 3, 0, 2)]
 
     assert frequencies() == pytest.approx([0.5, 0.25, 0.15, 0.1], abs=0.03)
@@ -145,5 +147,5 @@ def test_streams_lazily(monkeypatch):
     calls = itertools.count()
     forward = model.forward
     monkeypatch.setattr(model, "forward", lambda idx, **kw: next(calls) is None or forward(idx, **kw))
-    next(iter(pico._stream_tokens(model, [1, 2], 50, 1.0, None, None, 0, True)))
+    next(iter(pico.stream_tokens(model, [1, 2], 50, **FREE)))
     assert next(calls) == 1  # one token asked for, one pass made
