@@ -2849,8 +2849,10 @@ def _score_sums(weights: Tensor, keys: Tensor) -> Tensor:
 
 def _as_sequences(texts: Sequence[str] | None, idx: Tensor | None) -> list[Tensor]:
     """Token ids of each text or window."""
-    if (texts is None) == (idx is None):
-        raise PicoError("Give either texts or idx, token windows of shape (n_windows, T).")
+    if (texts is None) == (idx is None) or isinstance(texts, str):
+        raise PicoError("Give either texts, a list of them, or idx, token windows of shape (n_windows, T).")
+    if idx is not None and (idx.ndim != 2 or idx.is_floating_point()):
+        raise PicoError(f"idx must be whole numbers of shape (n_windows, T), not {idx.dtype} of {tuple(idx.shape)}.")
     sequences = [torch.tensor(ids) for ids in map(get_tokenizer().encode, texts)] if idx is None else list(idx.cpu())
     if not sequences or min(map(len, sequences)) == 0:
         raise PicoError("There is no text to score, or one of the texts is empty; give at least one word in each.")
@@ -3006,6 +3008,9 @@ def head_sums(
     vocab_size = Tokenizer.end_of_text + 1 if model is None else model.config.vocab_size
     if counts is not None and len(counts) < vocab_size:
         raise PicoError(f"token_counts has {len(counts)} entries; the model's vocabulary has {vocab_size}.")
+    largest = max(int(ids.max()) for sequences in sources.values() for ids in sequences)
+    if largest >= vocab_size:
+        raise PicoError(f"Token {largest} is not in the model's vocabulary of {vocab_size}; use its own tokenizer.")
 
     def sums(sequences: Sequence[Tensor]) -> np.ndarray:
         if counts is None:
@@ -3206,7 +3211,7 @@ def class_ablation(
     class, n_heads, loss_increase in nats per token with low and high, the 95 % t interval over windows; n_random_sets,
     random_loss_increase, the mean over these sets of as many heads (`random_head_sets`), and p_value, the class's rank
     among them (`rank_p`, Holm-adjusted over the classes). The sets are compared on the first quarter of the windows, up
-    to 64 tokens of each. `n_last` as in `head_ablation_map`.
+    to 64 tokens and 16 predictions of each. `n_last` as in `head_ablation_map`.
     """
     import pandas as pd
 
@@ -3218,7 +3223,7 @@ def class_ablation(
             continue
         base, own = _ablated_losses(model, idx, [(), heads], means, n_last)
         sets = random_head_sets(heads, model.config.n_layer, model.config.n_head, n_sets, seed)
-        losses = _ablated_losses(model, short, [(), heads, *sets], means, min(n_last or 64, 32)).mean(axis=1)
+        losses = _ablated_losses(model, short, [(), heads, *sets], means, min(n_last or 64, 16)).mean(axis=1)
         cost, *random_costs = losses[1:] - losses[0]
         average = float(np.mean(random_costs)) if sets else math.nan
         rows.append((name, len(heads), *t_interval(own - base), len(sets), average, rank_p(cost, random_costs)))

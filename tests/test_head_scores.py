@@ -301,11 +301,29 @@ def test_scoring_leaves_the_model_as_it_was():
 
 
 @pytest.mark.parametrize(
-    "arguments", [{}, {"texts": SENTENCES, "idx": random_windows(1, 8)}, {"texts": []}, {"texts": ["a", ""]}]
+    "arguments, message",
+    [
+        ({}, "either texts"),
+        ({"texts": SENTENCES, "idx": random_windows(1, 8)}, "either texts"),
+        ({"texts": []}, "no text"),
+        ({"texts": ["a", ""]}, "empty"),
+        ({"texts": "One sentence, not a list."}, "a list of them"),
+        ({"idx": torch.arange(8)}, "shape"),
+        ({"idx": torch.rand(2, 8)}, "whole numbers"),
+        ({"idx": torch.full((2, 8), 50300)}, "Token 50300 is not in the model's vocabulary"),
+    ],
 )
-def test_bad_input_is_refused(arguments):
-    with pytest.raises(ph.PicoError):
+def test_bad_input_is_refused(arguments, message):
+    with pytest.raises(ph.PicoError, match=message):
         ph.score_heads(ph.PicoLLM(TEXT_CONFIG), **arguments)
+
+
+@pytest.mark.parametrize(
+    "text, message", [(5, "must be a text"), (" \n", "empty"), ("a " * 129, "exceeds the model's 128")]
+)
+def test_what_cannot_be_captured_is_refused(text, message):
+    with pytest.raises(ph.PicoError, match=message):
+        ph.capture_attention(ph.PicoLLM(TEXT_CONFIG), text)
 
 
 def test_other_counts_make_another_token_rare():
