@@ -378,6 +378,21 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos + torch.cat((-second, first), dim=-1) * sin
 
 
+class Dropout(nn.Dropout):
+    """Dropout whose random numbers are cheap on a CPU: a byte for each element, so that p is a number of 256ths.
+
+    On other devices, and in evaluation, it is nn.Dropout. What is kept is scaled so that the mean stays exactly.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or not self.p or x.device.type != "cpu":
+            return super().forward(x)
+        n_drop = min(max(1, round(256 * self.p)), 255)  # of the 256 values of a byte
+        words = torch.randint(-(2**63), 2**63 - 1, (math.ceil(x.numel() / 8),))  # 8 bytes each
+        is_kept = words.view(torch.uint8)[: x.numel()].view(x.shape) >= n_drop
+        return torch.where(is_kept, x * (256 / (256 - n_drop)), 0.0)
+
+
 class KVCache:
     """Keys and values of the positions seen so far, preallocated: 2 x (n_layer, B, H, max_positions, d)."""
 
@@ -396,13 +411,18 @@ class KVCache:
 
 
 class CausalSelfAttention(nn.Module):
-    """Multi-head attention over earlier positions, with rotary positions on queries and keys."""
+    """Multi-head attention over earlier positions, with rotary positions on queries and keys.
+
+    In training, dropout removes attention weights. On a GPU each weight is drawn by itself, as PyTorch does. On a CPU,
+    whose fused kernel knows no dropout, a head drops whole positions: all queries of a sequence share what is dropped,
+    and to each of them it is the same dropout as before.
+    """
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         self.layer = layer
         self.n_head = config.n_head
-        self.dropout = config.dropout
+        self.dropout = Dropout(config.dropout)
         self.qk_norm = config.qk_norm
         self.qkv_proj = nn.Linear(config.d_model, 3 * config.d_model, bias=False)
         self.out_proj = nn.Linear(config.d_model, config.d_model, bias=False)  # its input is the heads side by side
@@ -426,14 +446,17 @@ class CausalSelfAttention(nn.Module):
         mask = None  # every query sees the keys up to its own position
         if on_attention is not None or (past and T > 1):
             mask = torch.ones(T, past + T, dtype=torch.bool, device=x.device).tril(past)
-        dropout = self.dropout if self.training else 0.0
+        on_cpu = x.device.type == "cpu"
+        if on_cpu:
+            v = v * self.dropout(v.new_ones(*v.shape[:3], 1)) if self.training and self.dropout.p else v
+        dropout = self.dropout.p if self.training and not on_cpu else 0.0
         if on_attention is None:
             y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=mask is None and past == 0)
         else:
             scores = (q @ k.transpose(-2, -1)).float() / math.sqrt(D // self.n_head)
             weights = scores.masked_fill(~mask, -math.inf).softmax(dim=-1)  # (B, H, T, past + T)
             on_attention(self.layer, weights)
-            y = F.dropout(weights.to(v.dtype), dropout, self.training) @ v
+            y = F.dropout(weights.to(v.dtype), dropout) @ v
         return self.out_proj(y.transpose(1, 2).reshape(B, T, D))
 
 
@@ -459,7 +482,7 @@ class Block(nn.Module):
         self.attention = CausalSelfAttention(config, layer)
         self.mlp_norm = nn.LayerNorm(config.d_model)
         self.mlp = SwiGLU(config)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
 
     def forward(self, x: Tensor, *attention_args) -> Tensor:
         x = x + self.dropout(self.attention(self.attention_norm(x), *attention_args))
@@ -585,7 +608,7 @@ class PicoLLM(nn.Module):
         with torch.random.fork_rng(devices=[]):  # PyTorch's default weights would draw from the global generator
             self.token_embedding = nn.Embedding(config.padded_vocab_size, config.d_model)  # also the output projection
             self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
         self.final_norm = nn.LayerNorm(config.d_model)
         frequencies = config.rope_theta ** (-torch.arange(0, config.head_dim, 2) / config.head_dim)  # (d/2,)
         angles = torch.outer(torch.arange(config.max_positions), frequencies).repeat(1, 2)  # (max_positions, d)

@@ -162,6 +162,43 @@ def test_qk_norm_makes_attention_blind_to_the_size_of_queries_and_keys(tiny_conf
             assert torch.allclose(model(idx), before, atol=1e-3) == qk_norm
 
 
+@pytest.mark.parametrize("p", [0.1, 0.5, 0.001])
+def test_dropout_keeps_the_mean_and_about_the_share(p):
+    torch.manual_seed(0)
+    dropout, x = pico.Dropout(p), torch.full((401, 1003), 2.0, requires_grad=True)  # not a multiple of 8
+    y = dropout(x)
+    y.sum().backward()
+    n_drop = max(1, round(256 * p))
+    share = (y == 0).double().mean().item()
+    assert share == pytest.approx(n_drop / 256, abs=5 * math.sqrt(p / x.numel()) + 1e-4)
+    kept = y[y > 0]
+    torch.testing.assert_close(kept, torch.full_like(kept, 2 / (1 - n_drop / 256)))  # so the expected value is x
+    assert y.mean().item() == pytest.approx(2, abs=0.02)
+    torch.testing.assert_close(x.grad, y.detach() / 2)
+    assert torch.equal(dropout.eval()(x), x)
+
+
+def test_attention_dropout_keeps_the_mean_and_draws_for_every_position(tiny_config):
+    config = dataclasses.replace(tiny_config, dropout=0.3)
+    attention, cos_sin = pico.CausalSelfAttention(config, 0), (torch.ones(20, 16), torch.zeros(20, 16))
+    x = torch.randn(1, 20, 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = attention.eval()(x, *cos_sin)
+        torch.manual_seed(0)
+        draws = torch.cat([attention.train()(x.expand(500, -1, -1), *cos_sin) for _ in range(8)])  # (4000, 20, 32)
+    assert draws.std(0).min() > 0
+    error = (draws.mean(0) - expected) / (draws.std(0) / math.sqrt(len(draws)))
+    assert error.abs().max() < 5.5 and error.square().mean().sqrt() < 1.3
+
+
+def test_dropout_follows_the_seed(tiny_model):
+    idx, losses = random_ids(2, 30), []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        losses.append(tiny_model.train()(idx, idx).item())
+    assert losses[0] == losses[1] != losses[2]
+
+
 def test_untrained_loss_is_near_the_logarithm_of_the_vocabulary(tiny_model):
     with torch.no_grad():
         assert tiny_model(random_ids(4, 32), random_ids(4, 32, seed=1)).item() == pytest.approx(
