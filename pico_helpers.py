@@ -211,7 +211,7 @@ class Preset:
     train: TrainConfig
     about: str
 
-    def changed(self, changes: Mapping[str, object]) -> Preset:
+    def with_changes(self, changes: Mapping[str, object]) -> Preset:
         """The preset with these changes to its two configurations, whose fields have different names."""
         names = {item.name for item in dataclasses.fields(ModelConfig)} & changes.keys()
         model = dataclasses.replace(self.model, **{name: changes[name] for name in names})
@@ -6066,11 +6066,11 @@ def run_training(
     On the way the heads are scored (`snapshot_steps`) and kept in `{name}_heads.csv`. Returns the result and the files
     written; under torchrun the first process alone scores, draws and prints.
     """
-    chosen, results = get_preset(preset).changed(changes), Path(results)
+    chosen, results = get_preset(preset).with_changes(changes), Path(results)
     if chosen.train.init_from:  # the shape is that model's; a run that is under way holds it itself
         partial = run_files(results, f"{chosen.train.name}.partial").model
         began = load_checkpoint(partial if partial.exists() else chosen.train.init_from)
-        chosen = dataclasses.replace(chosen, model=began.model_config).changed(changes)
+        chosen = dataclasses.replace(chosen, model=began.model_config).with_changes(changes)
     if int(os.environ.get("RANK", 0)) > 0:
         return train(chosen.model, chosen.train, results, data_folder), []
     print(f"Training: {chosen.about}.")

@@ -479,7 +479,7 @@ def recipe_loss(preset: Preset, path: Path, seed: int, changes: dict, data: str 
     if path.exists():
         with open(path, newline="", encoding="utf-8") as file:
             rows = list(csv.DictReader(file))
-    changed = preset.changed(changes | {"seed": seed})
+    changed = preset.with_changes(changes | {"seed": seed})
     key = {"seed": str(seed), "settings": json.dumps(changes, sort_keys=True)}
     key |= {"scale": f"{changed.train.name}, {changed.train.max_steps} steps of {changed.train.batch_size} sequences"}
     for row in rows:
@@ -569,7 +569,7 @@ def make_preset(options: argparse.Namespace) -> Preset:
     """The preset with the options applied."""
     names = ("corpus", "precision", "compile", "micro_batch_size", "loss_chunk", "context_length", "dropout")
     given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
-    return pico.get_preset(options.preset).changed(given)
+    return pico.get_preset(options.preset).with_changes(given)
 
 
 def run_recipes(options: argparse.Namespace, preset: Preset, device: torch.device) -> None:
@@ -577,7 +577,7 @@ def run_recipes(options: argparse.Namespace, preset: Preset, device: torch.devic
     changes = {"max_steps": steps, "eval_interval": 10**9, "log_interval": 50, "checkpoint_seconds": 1e9}
     if steps:
         changes["warmup_steps"] = min(preset.train.warmup_steps, steps // 10)
-    preset, path = preset.changed(changes), Path(options.out) / "recipes.csv"
+    preset, path = preset.with_changes(changes), Path(options.out) / "recipes.csv"
     seeds = range(1, options.seeds + 1)
     print(compare_recipes(lambda seed, c: recipe_loss(preset, path, seed, c, options.data, device), preset, seeds))
     print(f"Every run: {path}")
@@ -594,7 +594,7 @@ def start_all(
     kinds += [(Contestant, loader, loader) for loader in loaders]
     contestants = []
     for size in dict.fromkeys(options.batch_sizes or [preset.train.batch_size]):
-        sized = preset.changed({"batch_size": size})
+        sized = preset.with_changes({"batch_size": size})
         for kind, name, loader in kinds:
             contestants.append(start(kind, (name, loader, sized, stream, device, options.workers), options.warmup))
             gc.collect()  # one that ran out of memory is gone for good

@@ -268,7 +268,7 @@ def test_the_command_on_the_card_gives_the_same_settings(published, monkeypatch)
 
     monkeypatch.setattr(pico, "run_training", run_training)
     assert pico.main(shlex.split(line)[2:]) == 2
-    rebuilt = pico.get_preset("tiny").changed(seen)
+    rebuilt = pico.get_preset("tiny").with_changes(seen)
     assert (rebuilt.model, rebuilt.train) == (saved.model_config, saved.train_config)
     odd = dataclasses.replace(pico.PRESETS["tiny"].train, betas=(0.8, 0.9), compile=False, corpus="my texts")
     command = pico.train_command(pico.PRESETS["tiny"].model, odd)
