@@ -110,10 +110,12 @@ class ModelConfig:
         others = ("rope_theta", "dropout", "qk_norm")
         sizes = {name: value for name, value in vars(self).items() if name not in others}
         for name, value in sizes.items():
-            if not isinstance(value, int) or not 1 <= value <= 2**16:  # token files hold 16 bits
+            if type(value) is not int or not 1 <= value <= 2**16:  # token files hold 16 bits
                 raise PicoError(f"{name} must be a whole number from 1 to 65,536, not {value!r}.")
-        if not 0 <= self.dropout < 1 or not self.rope_theta > 0:
-            raise PicoError(f"dropout {self.dropout} must lie in [0, 1) and rope_theta {self.rope_theta} above 0.")
+        if not 0 <= self.dropout < 1:
+            raise PicoError(f"dropout must lie in [0, 1), not {self.dropout}.")
+        if not 0 < self.rope_theta < math.inf:
+            raise PicoError(f"rope_theta must be a positive number, not {self.rope_theta}.")
         if self.d_model % self.n_head or (self.d_model // self.n_head) % 2:
             raise PicoError(
                 f"d_model {self.d_model} does not split into {self.n_head} heads of even size; choose a multiple."
@@ -1142,8 +1144,11 @@ def _token_folder(corpus: Corpus, split: str, data_folder: str | Path) -> Path:
     return Path(data_folder) / f"{corpus.name}-{split}-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
 
 
-def open_tokens(folder: str | Path) -> TokenFile:
-    """Opens a folder written by `prepare_tokens`. Raises PicoError when a file is missing or has another length."""
+def open_tokens(folder: str | Path, verify: bool = False) -> TokenFile:
+    """Opens a folder written by `prepare_tokens`. Raises PicoError when a file is missing or has another length.
+
+    With `verify` what the files hold is also compared with the checksums of what was written.
+    """
     folder = Path(folder)
     try:
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
@@ -1151,18 +1156,11 @@ def open_tokens(folder: str | Path) -> TokenFile:
         starts = np.fromfile(folder / "starts.bin", dtype=np.int64)
         if [len(tokens), len(starts)] != meta["lengths"]:
             raise ValueError(f"{len(tokens):,} tokens where {meta['lengths'][0]:,} were written")
+        if verify and [zlib.crc32(tokens), zlib.crc32(starts)] != meta["checksums"]:
+            raise ValueError("their checksums differ")
         return TokenFile(folder, meta["corpus"], meta["about"], meta["n_words"], tokens, starts)
     except (OSError, ValueError, TypeError, KeyError) as error:  # broken JSON is a ValueError
         raise PicoError(f"The token files in {folder} are damaged ({error}); remove the folder.") from error
-
-
-def _check_tokens(folder: Path) -> TokenFile:
-    """The same, and what the files hold is compared with what was written."""
-    file = open_tokens(folder)
-    meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-    if [zlib.crc32(file.tokens), zlib.crc32(file.starts)] != meta["checksums"]:
-        raise PicoError(f"The token files in {folder} are damaged (their checksums differ); remove the folder.")
-    return file
 
 
 def prepare_tokens(corpus: Corpus, split: str, data_folder: str | Path = "data") -> TokenFile:
@@ -1174,7 +1172,7 @@ def prepare_tokens(corpus: Corpus, split: str, data_folder: str | Path = "data")
     folder = _token_folder(corpus, split, data_folder)
     if folder.is_dir():
         try:
-            return _check_tokens(folder)
+            return open_tokens(folder, verify=True)
         except PicoError as error:
             print(f"{str(error).removesuffix('; remove the folder.')}; the corpus is tokenised anew.")
     check_writable(data_folder)
@@ -1182,7 +1180,7 @@ def prepare_tokens(corpus: Corpus, split: str, data_folder: str | Path = "data")
     try:
         _write_tokens(corpus, split, temporary)
         with contextlib.suppress(PicoError):  # another process may have been faster
-            return _check_tokens(folder)
+            return open_tokens(folder, verify=True)
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(temporary, folder)
     except OSError as error:
@@ -1387,8 +1385,15 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
         raise PicoError(f"{path} lacks a field or has an unknown one ({error}); it was made by other code.") from error
     except PicoError as error:
         raise PicoError(f"{path} has impossible settings: {error}") from error
-    if not isinstance(fields["weights"], dict) or not all(isinstance(w, Tensor) for w in fields["weights"].values()):
-        raise PicoError(f"{path} holds no weights; it was made by other code.")
+    for name, kind in {"weights": dict, "metrics": list, "step": int, "corpus": str}.items():
+        if not isinstance(fields[name], kind):
+            raise PicoError(f"{path} holds no {name}; it was made by other code.")
+    if fields["tokenizer"] != Tokenizer.name:
+        raise PicoError(
+            f"{path} was trained with tokenizer {fields['tokenizer']}; this code has {Tokenizer.name} only."
+        )
+    if not all(isinstance(w, Tensor) for w in fields["weights"].values()):
+        raise PicoError(f"{path} holds weights that are no tensors; it was made by other code.")
     if not all(w.isfinite().all() for w in fields["weights"].values()):
         raise PicoError(f"{path} holds weights that are not numbers (NaN); the training that made it went wrong.")
     return Checkpoint(**fields)

@@ -235,7 +235,73 @@ def test_sentences_that_cannot_be_captured_say_so(tiny_model, text):
         pico.capture_attention(tiny_model, text)
 
 
-@pytest.mark.parametrize("options", [{"d_model": 100}, {"context_length": 600}])
-def test_impossible_configurations_say_so(options):
-    with pytest.raises(pico.PicoError, match=r"choose|raise"):
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"d_model": 100}, "does not split into 7 heads of even size; choose a multiple"),
+        ({"d_model": 7}, "does not split into 7 heads of even size"),
+        ({"context_length": 600}, "exceeds max_positions 512; raise the latter"),
+        ({"n_layer": 0}, "n_layer must be a whole number from 1 to 65,536, not 0"),
+        ({"n_layer": True}, "n_layer must be a whole number"),
+        ({"d_ff": 12.5}, "d_ff must be a whole number"),
+        ({"vocab_size": 70_000}, "vocab_size must be a whole number from 1 to 65,536"),
+        ({"dropout": 1.0}, r"dropout must lie in \[0, 1\), not 1.0"),
+        ({"dropout": math.nan}, "dropout must lie in"),
+        ({"rope_theta": math.inf}, "rope_theta must be a positive number, not inf"),
+    ],
+)
+def test_impossible_configurations_say_so(options, message):
+    with pytest.raises(pico.PicoError, match=message) as error:
         pico.ModelConfig(**options)
+    assert "\n" not in str(error.value)
+
+
+# --- checkpoints that are wrong in their content ----------------------------------------------------------------------
+
+BAD_CHECKPOINTS = {
+    r"unknown one \(.*'window'": lambda content: content["model_config"].update(window=3),
+    "impossible settings: n_head must be": lambda content: content["model_config"].update(n_head=0),
+    "impossible settings: Unknown optimizer 'sgd'": lambda content: content["train_config"].update(optimizer="sgd"),
+    "lacks a field .*'corpus'": lambda content: content.pop("corpus"),
+    "holds no metrics": lambda content: content.update(metrics=None),
+    "holds no step": lambda content: content.update(step="7"),
+    "holds no weights": lambda content: content.update(weights=[torch.zeros(3)]),
+    "weights that are no tensors": lambda content: content["weights"].update(extra=1.5),
+    "with tokenizer bytes; this code has gpt2 only": lambda content: content.update(tokenizer="bytes"),
+    "format version 2": lambda content: content.update(version=2),
+    "should be .* found none": lambda content: content["weights"].pop("token_embedding.weight"),
+    "does not fit its configuration": lambda content: content["weights"].pop("final_norm.weight"),
+    "final_norm.bias": lambda content: content["weights"].update({"final_norm.bias": torch.zeros(5)}),
+}
+
+
+@pytest.fixture
+def saved(tiny_model, tmp_path):
+    checkpoint = pico.Checkpoint(
+        tiny_model.config, pico.TrainConfig(), "a corpus", 3, [{"step": 3}], tiny_model.state_dict()
+    )
+    return pico.save_checkpoint(tmp_path / "model.pt", checkpoint)
+
+
+@pytest.mark.parametrize("message", BAD_CHECKPOINTS)
+def test_bad_checkpoints_say_what_is_wrong(saved, message):
+    content = torch.load(saved, weights_only=True)
+    BAD_CHECKPOINTS[message](content)
+    torch.save(content, saved)
+    before = saved.read_bytes()
+    with pytest.raises(pico.PicoError, match=message) as error:
+        pico.load_model(saved, "cpu")
+    assert "\n" not in str(error.value) and saved.read_bytes() == before
+
+
+def test_checkpoints_of_older_code_load(saved, tiny_model):
+    content = torch.load(saved, weights_only=True)
+    content["model_config"]["init"] = "zero_output"
+    content["train_config"] |= {"average": "ema", "average_steps": 150, "future_loss": 0.5}
+    content["train_config"] |= {"weight_decay_schedule": "valley"}
+    del content["train_config"]["text_style"], content["train_config"]["init_from"], content["environment"]
+    torch.save(content, saved)
+    found = pico.load_checkpoint(saved)
+    assert found.train_config == dataclasses.replace(pico.TrainConfig(), text_style="stored")
+    assert torch.equal(pico.load_model(saved, "cpu").final_norm.weight, tiny_model.final_norm.weight)
+    assert pico.load_model(pico.shipped_checkpoint(), "cpu").count_parameters()[0] > 0
