@@ -4432,10 +4432,7 @@ def plot_score_maps(study: Study) -> Figure:
 
 
 def plot_ablation(study: Study) -> Figure:
-    """Loss increase on held-out text when a head is replaced by its mean, layer x head, in thousandths of a nat.
-
-    Numbers in bold are of heads that matter, see `heads_that_matter`; all others may be noise.
-    """
+    """Loss increase without each head in thousandths of a nat, layer x head; bold: beyond noise."""
     table = study.ablation.pivot(index="layer", columns="head")
     grid = 1000 * table["loss_increase"]
     limit = max(float(grid.abs().max(axis=None)), 1.0)
@@ -4450,10 +4447,7 @@ def plot_ablation(study: Study) -> Figure:
 
 
 def plot_similarity(study: Study, without_sink: bool = False) -> Figure:
-    """Distances between all heads, ordered by the average-linkage dendrogram on top; labels in the colours of classes.
-
-    The dashed line is the noise floor of `head_similarity`. `without_sink`: the first token left out.
-    """
+    """Distances between all heads, ordered by a dendrogram; dashed: the noise floor of `head_similarity`."""
     from scipy.cluster.hierarchy import dendrogram, linkage
     from scipy.spatial.distance import squareform
 
@@ -4506,10 +4500,7 @@ def plot_entropy_distance(study: Study) -> Figure:
 
 
 def plot_language(study: Study) -> Figure:
-    """Minimal pairs by phenomenon: accuracy, attention to the target, and what removing the chosen heads costs.
-
-    Each beside what it must exceed: the highest of the untrained models, or what random sets of heads cost.
-    """
+    """Minimal pairs: accuracy, attention to the target, cost of removing the chosen heads, each beside its baseline."""
     table, y, dots = study.language, np.arange(len(study.language)), {"marker": "o", "linestyle": "none"}
     figure = new_figure(10, 1.5 + 0.36 * len(table))
     prefers, looks, needs = figure.subplots(1, 3, sharey=True)
@@ -4568,20 +4559,19 @@ class StudyFigure:
     needs: Callable[..., bool] = lambda *subject: True
 
 
-def _in_words(values: Mapping | pd.Series, digits: int = 2) -> str:
-    return "; ".join(f"{name} {number(value, digits)}" for name, value in values.items())
+def _in_words(values: pd.Series, digits: int = 2) -> str:
+    return ", ".join(f"{name} {number(value, digits)}" for name, value in values.items())
 
 
-def _class_list(bars: pd.DataFrame, by: str) -> str:
-    """The shares of the classes of each bar, in words."""
-    bars = bars[bars["class"].isin(HEAD_CLASSES) & (bars["share"] > 0)]
-    words = bars.assign(words=bars["class"].map(CLASS_LABELS) + bars["share"].map(" {:.0%}".format))
-    listed = words.groupby(by, sort=False)["words"].agg(", ".join)
-    return "; ".join(f"{MODEL_NAMES.get(name, name)}: {shares}" for name, shares in listed.items())
+def _bars_in_words(bars: pd.DataFrame, by: str) -> str:
+    """The shares of the classes in percent, bar by bar."""
+    bars = bars[bars["class"].isin(HEAD_CLASSES) & (bars["share"] > 0)].replace({by: MODEL_NAMES})
+    each = bars.set_index(bars["class"].map(CLASS_LABELS)).groupby(by, sort=False)["share"]
+    return "; ".join(f"{name}: {_in_words(100 * shares, 0)}" for name, shares in each)
 
 
-def _strongest_looks(capture: AttentionCapture, heads: Sequence[tuple[int, int]]) -> str:
-    """The strongest look of each head at a token that is neither the first nor the looking one, in words."""
+def _looks_in_words(capture: AttentionCapture, heads: Sequence[tuple[int, int]]) -> str:
+    """The strongest look of each head at a token that is neither the first nor the looking one."""
     names, looks = number_repeats(capture.labels), []
     for head in heads:
         others = np.tril(np.asarray(capture.weights[head]), -1)
@@ -4589,7 +4579,7 @@ def _strongest_looks(capture: AttentionCapture, heads: Sequence[tuple[int, int]]
         row, key = np.unravel_index(others.argmax(), others.shape)
         found = f"{names[row]} looks at {names[key]} with {others[row, key]:.0%}" if others[row, key] else "none"
         looks.append(f"{head_name(*head)}: {found}")
-    return f"“{capture.text}” Strongest looks at other tokens than the first: {'; '.join(looks)}."
+    return f"“{capture.text}” Strongest looks beyond the first token: {'; '.join(looks)}."
 
 
 _SIMILARITY = (
@@ -4609,10 +4599,7 @@ MODEL_FIGURES = (
         "head_emergence",
         "When do heads of each kind appear?",
         lambda study: describe_emergence(study.history, study.thresholds),
-        lambda study: (
-            "Line chart of the highest score of a head while training. At the end: "
-            + _in_words(study.history.query("step == step.max()")[list(_EMERGING)].max())
-        ),
+        lambda study: f"Line chart. {describe_emergence(study.history, study.thresholds)}",
         lambda study: plot_head_emergence(study.history, study.metrics, study.thresholds),
         needs=lambda study: len(study.history) > 0,
     ),
@@ -4622,8 +4609,7 @@ MODEL_FIGURES = (
         "The original study's pie, and the heads that it counts: a row a layer, a column a head, in the colour of the "
         "class, with the score that stands for it. Mixed: no score reaches its threshold.",
         lambda study: (
-            "Pie and grid of the heads' classes. "
-            + "; ".join(f"{head_name(*head)} {words}" for head, words in head_kinds(study.scores).words.items())
+            f"Pie and grid of heads, such as {'; '.join(head_kinds(study.scores).groupby('kind')['words'].max())}."
         ),
         plot_class_grid,
     ),
@@ -4632,7 +4618,7 @@ MODEL_FIGURES = (
         "Is that more than chance?",
         "Classes of the heads on held-out text. Black line below a bar: where the first three classes, the specialised "
         "heads, may end (95% interval over texts; for untrained models the range over seeds).",
-        lambda study: f"Bars of 100%. {_class_list(on_windows(study.shares), 'model')}.",
+        lambda study: f"Bars, percent of the heads. {_bars_in_words(on_windows(study.shares), 'model')}.",
         plot_class_baselines,
     ),
     StudyFigure(
@@ -4640,7 +4626,7 @@ MODEL_FIGURES = (
         "Does the kind of sentence change what heads do?",
         "Classes of the same heads, measured on each category's sentences. Few short sentences tell classes apart less "
         "well than held-out text.",
-        lambda study: f"Bars of 100%. {_class_list(study.categories, 'category')}.",
+        lambda study: f"Bars, percent of the heads. {_bars_in_words(study.categories, 'category')}.",
         plot_categories,
         needs=lambda study: len(study.categories) > 0,
     ),
@@ -4656,10 +4642,7 @@ MODEL_FIGURES = (
         "ablation",
         "What is each head worth?",
         "A row a layer, a column a head. Red: the model gets worse without the head; blue: better. Bold: beyond noise.",
-        lambda study: (
-            f"Map of the loss increase without each head, at most {1000 * study.ablation['loss_increase'].max():.1f} "
-            f"thousandths of a nat; {study.ablation['matters'].sum()} heads are beyond noise."
-        ),
+        lambda study: f"Map of the loss without each head; {study.ablation['matters'].sum()} heads are beyond noise.",
         plot_ablation,
     ),
     StudyFigure(
@@ -4682,10 +4665,7 @@ MODEL_FIGURES = (
         "entropy_distance",
         "How widely and how far back do heads look?",
         "A dot is a head in the colour of its class. Dashed: untrained models and their range.",
-        lambda study: (
-            "Entropy and mean attention distance of every head by layer. Mean entropy: "
-            + _in_words(on_windows(study.scores).groupby("layer")["entropy"].mean().rename("layer {}".format))
-        ),
+        lambda study: f"Dots. Mean entropy: {_in_words(on_windows(study.scores).groupby('layer')['entropy'].mean())}.",
         plot_entropy_distance,
     ),
     StudyFigure(
@@ -4704,26 +4684,21 @@ SENTENCE_FIGURES = (
         "category_grid",
         "Do the chosen heads do the same on every sentence?",
         f"A row a sentence, a column a head. {_READING} Columns of a map are the same tokens from left to right.",
-        lambda captures, heads, study: (
-            f"Maps of {', '.join(head_name(*head) for head in heads)} on: {' '.join(c.text for c in captures)}"
-        ),
+        lambda captures, heads, study: f"Maps of {len(heads)} heads on: {' '.join(each.text for each in captures)}",
         lambda captures, heads, study: plot_category(captures, heads, study.scores),
     ),
     StudyFigure(
         "every_head",
         "What does every head do on the first sentence?",
-        f"A row of tiles a layer, a column a head. In each tile: {_READING[0].lower()}{_READING[1:]}",
-        lambda captures, heads, study: (
-            f"“{captures[0].text}” Maps of all heads; "
-            f"{captures[0].weights[..., 0].mean():.0%} of the attention is on the first token."
-        ),
+        f"A row of tiles a layer, a column a head. {_READING}",
+        lambda captures, heads, study: f"Maps of all heads on “{captures[0].text}”",
         lambda captures, heads, study: plot_all_heads(captures[0]),
     ),
     StudyFigure(
         "chosen_heads",
         "What do the chosen heads do on the first sentence?",
         _READING,
-        lambda captures, heads, study: f"Maps of chosen heads. {_strongest_looks(captures[0], heads)}",
+        lambda captures, heads, study: f"Maps of chosen heads. {_looks_in_words(captures[0], heads)}",
         lambda captures, heads, study: plot_chosen_heads(captures[0], heads, study.scores),
     ),
     StudyFigure(
@@ -4731,7 +4706,7 @@ SENTENCE_FIGURES = (
         "Who looks at whom in the first sentence?",
         "An arrow points at the token looked at; wider is more, a ring is a look at itself. Up to three arcs per "
         "token, each at least 5 percentage points above uniform.",
-        lambda captures, heads, study: f"Arrows between tokens. {_strongest_looks(captures[0], heads)}",
+        lambda captures, heads, study: f"Arrows between tokens. {_looks_in_words(captures[0], heads)}",
         lambda captures, heads, study: plot_attention_flow(captures[0], heads, study.scores),
     ),
     StudyFigure(
