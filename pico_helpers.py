@@ -4502,33 +4502,29 @@ def plot_entropy_distance(study: Study) -> Figure:
 def plot_language(study: Study) -> Figure:
     """Minimal pairs: accuracy, attention to the target, cost of removing the chosen heads, each beside its baseline."""
     table, y, dots = study.language, np.arange(len(study.language)), {"marker": "o", "linestyle": "none"}
-    figure = new_figure(10, 1.5 + 0.36 * len(table))
+    own, untrained = MODEL_COLORS["trained"], {"color": MODEL_COLORS["untrained"], "mfc": "none"} | dots
+    figure = new_figure(10.5, 1.5 + 0.36 * len(table))
     prefers, looks, needs = figure.subplots(1, 3, sharey=True)
-    untrained = {"color": MODEL_COLORS["untrained"], "mfc": "none", "label": "highest of the untrained models"} | dots
-    for axes, value, name, none, title, unit in (
-        (prefers, "accuracy", "accuracy", 0.5, "Prefers the right word", "share of pairs"),
-        (
-            looks,
-            "attention_difference",
-            "attention",
-            0,
-            "Looks at the word that decides",
-            "attention beyond distractor",
-        ),
-        (needs, "margin_drop", "margin", 0, "Needs those heads", "margin lost without them (nats)"),
+    low, high = table["random_margin_low"], table["random_margin_high"]
+    needs.hlines(y, low, high, GREY, linewidth=5, label="95% of random sets of as many heads")
+    for axes, value, name, none in (
+        (prefers, "accuracy", "accuracy", 0.5),
+        (looks, "attention_difference", "attention", 0),
+        (needs, "margin_drop", "margin", 0),
     ):
-        low, high = (table.get(f"{name}_{end}", table[value]) for end in ("low", "high"))
-        axes.hlines(y, low, high, MODEL_COLORS["trained"], linewidth=1.5)
-        axes.plot(table[value], y, color=MODEL_COLORS["trained"], markersize=5, label=MODEL_NAMES["trained"], **dots)
+        axes.hlines(y, table[f"{name}_low"], table[f"{name}_high"], own, linewidth=1.5)
+        axes.plot(table[value], y, color=own, markersize=5, label=MODEL_NAMES["trained"], **dots)
         axes.axvline(none, color=GREY, linestyle=":", linewidth=1)
-        tidy_axes(axes, title, xlabel=unit)
-    prefers.plot(table["untrained_accuracy_highest"], y, **untrained)
-    looks.plot(table["untrained_attention_highest"], y, **untrained)
-    random = {"marker": "|", "markersize": 12, "mew": 2.5, "color": GREY, "linestyle": "none"}
-    random = needs.plot(table["random_margin_drop"], y, label="mean of random sets of as many heads", **random)
-    prefers.set(xlim=(0, 1.02), ylim=(len(y) - 0.5, -0.5))
+        if (highest := f"untrained_{name}_highest") in table:
+            axes.plot(table[highest], y, label="highest of the untrained models", **untrained)
+    tidy_axes(prefers, "Prefers the right word", xlabel="share of pairs", xlim=(0, 1.02), ylim=(len(y) - 0.5, -0.5))
+    tidy_axes(looks, "Looks at the word that decides", xlabel="attention beyond that to a distractor")
+    tidy_axes(needs, "Needs those heads", xlabel="margin lost without them (nats)")
+    for place, p_value in enumerate(table["needs_p_value"]):
+        words = f"p = {p_value:.2g}" if math.isfinite(p_value) else "not ranked"
+        needs.text(1.01, place, words, transform=needs.get_yaxis_transform(), va="center", fontsize=7.5)
     prefers.set_yticks(y, map(_literal, table["phenomenon"]))
-    handles = [*prefers.get_legend_handles_labels()[0], *random]
+    handles = [*prefers.get_legend_handles_labels()[0], needs.collections[0]]
     figure.legend(handles=handles, frameon=False, fontsize=8, loc="outside lower center", ncols=3)
     return figure
 
@@ -4672,7 +4668,7 @@ MODEL_FIGURES = (
         "language",
         "Does it follow rules of language, and through which heads?",
         "Black: this model, with 95% intervals; hollow: the highest of the untrained models; grey: what random sets of "
-        "as many heads cost. A claim holds if black lies beyond the others in all three panels.",
+        "as many heads cost, drawn where the first two panels hold; p: the rank among them.",
         lambda study: f"Three panels. Accuracy: {_in_words(study.language.set_index('phenomenon')['accuracy'])}.",
         plot_language,
         needs=lambda study: len(study.language) > 0,

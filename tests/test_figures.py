@@ -314,7 +314,11 @@ def test_language_picture_shows_what_each_number_must_exceed():
         np.testing.assert_allclose(lines["highest of the untrained models"], language[f"untrained_{name}_highest"])
         ends = [segment[:, 0] for segment in axes.collections[0].get_segments()]
         np.testing.assert_allclose(ends, language[[f"{name}_low", f"{name}_high"]])
-    assert [text.get_text() for text in figure.legends[0].get_texts()][-1].startswith("mean of random sets")
+    bands = [segment[:, 0] for segment in figure.axes[2].collections[0].get_segments() if segment.ndim == 2]
+    np.testing.assert_allclose(bands, language[["random_margin_low", "random_margin_high"]].dropna())
+    assert figure.legends[0].get_texts()[-1].get_text() == "95% of random sets of as many heads"
+    p_values = [text.get_text() for text in figure.axes[2].texts]
+    assert p_values == [f"p = {p:.2g}" if math.isfinite(p) else "not ranked" for p in language["needs_p_value"]]
 
 
 # --- the whole study --------------------------------------------------------------------------------------------------
