@@ -2863,16 +2863,16 @@ def _score_sums(weights: Tensor, keys: Tensor) -> Tensor:
     entropy = spread - torch.xlogy(first, first)  # nats
     rest_entropy = spread + torch.xlogy(rest, rest)  # w_i H(R_i)
     distance = (n_keys[:, None] - n_keys).clamp(min=0)
-    ones, chance = torch.ones_like(first), (1 / n_keys).expand_as(first)
-    numerators, denominators = kappa_sums(weights, keys)
-    pairs = {
-        "sink": ((first - chance)[..., 1:].sum(-1), (1 - chance)[..., 1:].sum(-1)),
-        "broad": (rest_entropy[..., 2:].sum(-1), (rest * (n_keys - 1).clamp(min=1).log())[..., 2:].sum(-1)),
-        "mean_distance": (weights.flatten(2) @ distance.flatten(), ones.sum(-1)),
-        "entropy": (entropy.sum(-1), ones.sum(-1)),
-        "rest": (rest[..., 2:].sum(-1), ones[..., 2:].sum(-1)),
-    } | dict(zip(KAPPAS[1:], zip(numerators.unbind(-1), denominators.unbind(-1), strict=True), strict=True))
-    return torch.stack([torch.stack(side, -1) for side in zip(*(pairs[name] for name in _RATIOS), strict=True)])
+    ones, sink = torch.ones_like(first), torch.zeros_like(keys[:, :1])
+    sink[..., 0] = True
+    kappas = torch.cat([kappa_sums(weights, sink, without_sink=False), kappa_sums(weights, keys)], dim=-1)
+    others = [  # as in _RATIOS: broad, mean_distance, entropy, rest
+        (rest_entropy[..., 2:].sum(-1), (rest * (n_keys - 1).clamp(min=1).log())[..., 2:].sum(-1)),
+        (weights.flatten(2) @ distance.flatten(), ones.sum(-1)),
+        (entropy.sum(-1), ones.sum(-1)),
+        (rest[..., 2:].sum(-1), ones[..., 2:].sum(-1)),
+    ]
+    return torch.cat([kappas, torch.stack([torch.stack(pair) for pair in others], dim=-1)], dim=-1)
 
 
 def _as_sequences(texts: Sequence[str] | None, idx: Tensor | None) -> list[Tensor]:
@@ -2932,17 +2932,15 @@ def repeated_random_tokens(
         candidates = known[: max(1000, int((np.asarray(counts[:vocab_size]) >= 50).sum()))]
 
     def sequence() -> list[int]:
-        fresh = itertools.cycle(random.permutation(candidates)[:length])
-        chunks: list[list[int]] = []
-        tokens: list[int] = []
+        fresh, chunks, tokens = itertools.cycle(random.permutation(candidates)[:length]), [], []
         last = None  # the chunk just written: repeating it at once would make a copy of the previous tokens
         while len(tokens) < length:
             old = [k for k in range(len(chunks)) if k != last]
             if old and random.random() < 0.5:
                 last = int(random.choice(old))
             else:
+                last = len(chunks)
                 chunks.append(list(itertools.islice(fresh, int(random.integers(3, 9)))))
-                last = len(chunks) - 1
             tokens += chunks[last]
         return tokens[:length]
 

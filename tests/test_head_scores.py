@@ -156,14 +156,6 @@ def test_resting_head_is_resting_whatever_the_little_rest_does():
     assert table["previous"][1] == 0  # no weight left to score
 
 
-def test_half_a_head_scores_a_half():
-    sequences = [some_tokens(length, 0) for length in (10, 30, 100)]
-    table = synthetic_table([mixture(0.5, name, "uniform") for name in ("previous", "punctuation", "rare")], sequences)
-    # in rows where the ideal head has nothing to look at it rests on the sink; only `previous` has none of these
-    assert table["previous"][0] == pytest.approx(0.5, abs=0.02)
-    assert 0.4 < table["punctuation"][1] < 0.6 and 0.4 < table["rare"][2] < 0.6
-
-
 def test_self_attention_is_never_attention_to_content():
     """A diagonal head sits on punctuation, copies and rare tokens whenever it is there; that must not count."""
     table = synthetic_table([ideal("self")], [some_tokens(64, seed) for seed in range(6)])
@@ -240,20 +232,12 @@ def test_repeated_tokens_are_known_to_the_model():
     assert idx.min() >= 2000 and idx.max() < 4000
 
 
-def test_punctuation_tokens():
-    marks = ph.punctuation_tokens()
-    encode = ph.get_tokenizer().encode
-    for text, expected in {
-        ",": True,
-        " (": True,
-        "...": True,
-        " the": False,
-        "\n": False,
-        "5": False,
-        " --": True,
-    }.items():
-        (token,) = encode(text)
-        assert bool(marks[token]) is expected, text
+@pytest.mark.parametrize(
+    "text, expected", [(",", 1), (" (", 1), ("...", 1), (" the", 0), ("\n", 0), ("5", 0), (" --", 1)]
+)
+def test_punctuation_tokens(text, expected):
+    (token,) = ph.get_tokenizer().encode(text)
+    assert ph.punctuation_tokens()[token] == expected
 
 
 def test_token_counts(tmp_path):
@@ -318,14 +302,6 @@ def test_bad_input_is_refused(arguments, message):
         ph.score_heads(ph.PicoLLM(TEXT_CONFIG), **arguments)
 
 
-@pytest.mark.parametrize(
-    "text, message", [(5, "must be a text"), (" \n", "empty"), ("a " * 129, "exceeds the model's 128")]
-)
-def test_what_cannot_be_captured_is_refused(text, message):
-    with pytest.raises(ph.PicoError, match=message):
-        ph.capture_attention(ph.PicoLLM(TEXT_CONFIG), text)
-
-
 def test_other_counts_make_another_token_rare():
     windows = random_windows(2, 64)
     model = strong_model()
@@ -334,11 +310,6 @@ def test_other_counts_make_another_token_rare():
     counts = np.arange(256)
     one, other = (ph.score_heads(model, idx=windows, token_counts=c)["rare"] for c in (counts, counts[::-1].copy()))
     assert not np.allclose(one, other, atol=1e-3)
-
-
-def test_very_short_texts_score_nothing():
-    table = ph.score_heads(ph.PicoLLM(TEXT_CONFIG), ["Hi", "Hello there"])
-    assert (table[[*ph.KAPPAS[1:5], "punctuation", "rare"]] == 0).all().all()
 
 
 def test_only_a_few_windows_are_in_memory_at_once():
