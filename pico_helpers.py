@@ -4888,7 +4888,7 @@ def _ablation_statements(study: Study) -> Iterator[tuple[str, ...]]:
     evidence += f"{number(bound, 3)} at the same confidence."
     yield "Ablation", "Single heads matter for the prediction of held-out text", verdict, evidence
     for row in _tested_classes(study).itertuples():
-        evidence = f"Removed together, the {row.n_heads} heads cost {number(row.loss_increase, 3)} nats per token "
+        evidence = f"Removed together, they cost {number(row.loss_increase, 3)} nats per token "
         evidence += f"({number(row.low, 3)} to {number(row.high, 3)}); "
         if row.n_random_sets:
             evidence += f"{row.n_random_sets} random sets of as many others, of the same layers where possible, cost "
@@ -4910,7 +4910,7 @@ def _tested_classes(study: Study) -> pd.DataFrame:
 
 def _language_statements(study: Study) -> Iterator[tuple[str, ...]]:
     for row in study.language.itertuples():
-        cost = f"Without {row.heads} the loss on held-out text rises by {number(row.loss_increase, 3)} nats per token."
+        cost = f"Without {row.heads} the loss on held-out text changes by {row.loss_increase:+.3f} nats per token."
         scope = PHENOMENA[row.phenomenon].about if row.phenomenon in PHENOMENA else ""
         yield "Language", row.claim, row.verdict, "\n".join([row.reason, cost, scope]).strip()
 
@@ -4924,6 +4924,7 @@ def _headline(study: Study, statements: Sequence[dict]) -> list[str]:
     heads, rows = on_windows(study.scores), _shares_of(study, "Specialised")
     n, counts = len(heads), heads["class"].value_counts()
     kinds = [f"{counts[name]} {_CLASS_ACTIONS[name]}" for name in SPECIALISED_CLASSES if name in counts]
+    kinds = [words.replace("1 look", "1 looks") if words.startswith("1 ") else words for words in kinds]
     if "Token-Specific" in counts:
         most = head_kinds(study.scores).query("`class` == 'Token-Specific'")["kind"].mode()[0]
         kinds[-1] += f", mostly at {HEAD_ACTIONS[most].removeprefix('looks at ')}"
@@ -4940,16 +4941,15 @@ def _headline(study: Study, statements: Sequence[dict]) -> list[str]:
     tested = _tested_classes(study)
     for row in tested[tested["verdict"] == "supported"].itertuples():
         lines.append(
-            f"Without the {row.n_heads} heads that {_CLASS_ACTIONS[row.name]}, the loss on held-out text rises by "
+            f"Without the heads that {_CLASS_ACTIONS[row.name]}, the loss on held-out text rises by "
             f"{number(row.loss_increase)} nats per token, without as many others by {number(row.random_loss_increase)}."
         )
     if rest := [f"“{CLASS_LABELS[name]}”" for name in tested.loc[tested["verdict"] != "supported", "name"]]:
         lines.append(f"That the {_listed(rest)} heads matter more than as many others is not shown.")
-    groups = [
-        (name, [row.phenomenon for row in study.language.itertuples() if row.verdict == name]) for name in VERDICTS
-    ]
-    parts = [f"{len(g)} {'is' if len(g) == 1 else 'are'} {name} ({_listed(g)})" for name, g in groups if g]
-    if parts:
+    if len(study.language):
+        groups = study.language.groupby("verdict")["phenomenon"].agg(list)
+        found = [(name, groups[name]) for name in VERDICTS if name in groups]
+        parts = [f"{len(g)} {'is' if len(g) == 1 else 'are'} {name} ({_listed(g)})" for name, g in found]
         lines.append(f"Of {len(study.language)} claims about language, {_listed(parts)}.")
     lines.append(
         "The original study, the notebook that this project began with, sorted heads by the plain averages of their "
@@ -6701,7 +6701,7 @@ _EXPLORER_CSS = """
 .pico-explorer figcaption { min-height: 4.5em; color: inherit; } .pico-explorer figcaption small { display: block;
   color: var(--pico-soft); }
 .pico-explorer .pico-panel[data-active] strong { border-bottom: 3px solid var(--pico-mark); }
-.pico-explorer .pico-panel canvas { display: block; max-width: 100%; cursor: crosshair; touch-action: manipulation; }
+.pico-explorer .pico-panel canvas { display: block; margin-top: .4rem; max-width: 100%; cursor: crosshair; }
 .pico-explorer .pico-scale { display: flex; gap: .5rem; align-items: center; font-size: .85em; min-height: 2em; }
 .pico-explorer .pico-scale i { width: 7em; height: .9em; }
 .pico-explorer .pico-scale .pico-none { width: .9em; background: var(--pico-none); margin-left: 1em; }

@@ -56,7 +56,7 @@ def test_the_lead_says_in_words_what_was_found():
     assert lead[0].startswith("6 of the 12 heads specialise on held-out text: 2 look at the token itself or the one")
     assert lead[0].endswith("certain tokens, mostly at what followed earlier copies of the token (induction).")
     assert "untrained models of the same shape none do" in lead[1] and "shuffled, 6 still do" in lead[1]
-    assert lead[2].startswith("Without the 2 heads that look at the token itself or the one before it, the loss")
+    assert lead[2].startswith("Without the heads that look at the token itself or the one before it, the loss")
     assert lead[-2].startswith(
         "Of 5 claims about language, 2 are supported (Subject and verb and Coreference) and 3 are"
     )
