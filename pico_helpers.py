@@ -1512,8 +1512,8 @@ def choose_compile(asked: bool | None, device: torch.device, flops: float) -> bo
     """
     if asked is False:
         return False
-    # a CPU of two cores computes some 1e11 FLOP/s and compiles for half a minute to two minutes
-    if asked is None and device.type == "cpu" and flops < 1e13:
+    # two cores without AMX compute some 1e11 FLOP/s, a third more when compiled, and compile for one or two minutes
+    if asked is None and device.type == "cpu" and flops < 1e14:
         problem = "a run this short would not win the compilation back"
     else:
         problem = compiler_problem(device.type)
@@ -2148,16 +2148,8 @@ class TrainingRun:
         weights = {name: value.detach().cpu() for name, value in self.model.state_dict().items()}
         state = {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(), "corpus": corpus_key}
         state |= {"guard": self.guard.state, "seconds": self.seconds, "tokens_before": self.tokens_before}
-        return Checkpoint(
-            self.model_config,
-            self.config,
-            self.corpus,
-            self.step,
-            self.rows,
-            weights,
-            state if corpus_key else None,
-            environment=self.environment,
-        )
+        content = self.model_config, self.config, self.corpus, self.step, self.rows, weights
+        return Checkpoint(*content, state if corpus_key else None, environment=self.environment)
 
     def restore(self, checkpoint: Checkpoint) -> None:
         state = checkpoint.training_state
@@ -2284,9 +2276,9 @@ def _begin(
     found: Checkpoint | None,
 ) -> TrainingRun:
     """A new run, one from the weights of another model, or the unfinished one as far as it came."""
-    dtype, asked = choose_precision(config.precision, device), config.compile
+    dtype, asked = _from_first(lambda: choose_precision(config.precision, device)), config.compile
     before = found.environment if found else {}
-    if before.get("device", "").endswith(measured_on(device)["device"]):  # there the run goes on bit for bit
+    if before and before["device"].endswith(measured_on(device)["device"]):  # there the run goes on bit for bit
         dtype = getattr(torch, before["precision"]) if config.precision == "auto" else dtype
         asked = before.get("compiled") == "yes" if asked is None else asked
     with torch.device("meta"):

@@ -1,5 +1,8 @@
 """Shared by all tests: a tiny model, a tiny corpus, no network."""
 
+import os
+import signal
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -69,3 +72,22 @@ def on_the_cpu(request, monkeypatch) -> None:
     """Only tests marked `gpu` use one, since bits differ there."""
     if "gpu" not in request.keywords:
         monkeypatch.setattr(pico, "default_device", lambda: torch.device("cpu"))
+
+
+@pytest.fixture
+def interrupt(monkeypatch) -> Callable[..., list[tuple]]:
+    """`interrupt(2, 4)`: Ctrl-C in the second and the fourth step from now on; gives the arguments of all steps."""
+
+    def at(*numbers: int, kind: int = signal.SIGINT) -> list[tuple]:
+        original, calls = pico.train_step, []
+
+        def step(*args) -> torch.Tensor:
+            calls.append(args)
+            if len(calls) in numbers:
+                os.kill(os.getpid(), kind)
+            return original(*args)
+
+        monkeypatch.setattr(pico, "train_step", step)
+        return calls
+
+    return at

@@ -78,22 +78,12 @@ def test_a_run_leaves_a_checkpoint_and_metrics(finished):
 
 
 @pytest.mark.parametrize("stop_at", [1, 7])
-def test_ctrl_c_saves_and_the_resumed_run_ends_bit_for_bit_equal(finished, data_folder, tmp_path, monkeypatch, stop_at):
+def test_ctrl_c_saves_and_the_resumed_run_ends_bit_for_bit_equal(finished, data_folder, tmp_path, interrupt, stop_at):
     config, train, expected = finished
-    steps = []
-    original = pico.train_step
-
-    def interrupted(*args):
-        steps.append(args)
-        if len(steps) == stop_at:
-            os.kill(os.getpid(), signal.SIGINT)
-        return original(*args)
-
-    monkeypatch.setattr(pico, "train_step", interrupted)
+    steps = interrupt(stop_at)
     stopped = pico.train(config, train, tmp_path, data_folder)
     assert not stopped.finished and len(steps) == stop_at
     assert pico.load_checkpoint(stopped.checkpoint).step == stop_at
-    monkeypatch.setattr(pico, "train_step", original)
     resumed = pico.train(config, train, tmp_path, data_folder)
     assert resumed.finished
     assert weights_equal(resumed.model.state_dict(), expected.model.state_dict())
@@ -103,16 +93,9 @@ def test_ctrl_c_saves_and_the_resumed_run_ends_bit_for_bit_equal(finished, data_
     ]
 
 
-def test_ctrl_c_in_the_last_step_saves_the_finished_model_and_stops(finished, data_folder, tmp_path, monkeypatch):
+def test_ctrl_c_in_the_last_step_saves_the_finished_model_and_stops(finished, data_folder, tmp_path, interrupt):
     config, train, expected = finished
-    original = pico.set_rates
-
-    def interrupted(optimizer, step, total_steps, settings):
-        if step == total_steps - 1:
-            os.kill(os.getpid(), signal.SIGINT)
-        original(optimizer, step, total_steps, settings)
-
-    monkeypatch.setattr(pico, "set_rates", interrupted)
+    interrupt(12)
     with pytest.raises(KeyboardInterrupt):
         pico.train(config, train, tmp_path, data_folder)
     saved = pico.load_checkpoint(pico.checkpoint_path(tmp_path, "tiny"))
@@ -152,22 +135,10 @@ def test_kill_9_at_any_point_loses_nothing(finished, data_folder, tmp_path):
     assert weights_equal(weights, expected.model.state_dict())
 
 
-def train_one_step(*arguments) -> pico.TrainResult:
-    """A run that Ctrl-C stops in its first step."""
-    original = pico.train_step
-
-    def interrupted(*args):
-        os.kill(os.getpid(), signal.SIGINT)
-        return original(*args)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pico, "train_step", interrupted)
-        return pico.train(*arguments)
-
-
-def test_an_unfinished_run_with_other_settings_is_moved_aside(finished, data_folder, tmp_path, capsys):
+def test_an_unfinished_run_with_other_settings_is_moved_aside(finished, data_folder, tmp_path, interrupt, capsys):
     config, train, _ = finished
-    train_one_step(config, train, tmp_path, data_folder)
+    interrupt(1)
+    pico.train(config, train, tmp_path, data_folder)
     pico.train(config, dataclasses.replace(train, learning_rate=5e-3, max_steps=2), tmp_path, data_folder)
     assert "is not resumed, it has other settings" in capsys.readouterr().out
     (kept,) = tmp_path.glob("*.unfinished-1.partial.pt")
@@ -210,12 +181,6 @@ def test_validation_covers_the_whole_split(tiny_model, corpus_folder, data_folde
     assert result.loss == pytest.approx(total / (len(tokens) - 1), abs=1e-5)
     expected = 2.718281828 ** (total / file.n_words)
     assert result.word_perplexity == pytest.approx(expected, rel=1e-3)
-
-
-def test_precision_follows_the_device():
-    assert pico.choose_precision("bf16", torch.device("cpu")) == torch.bfloat16
-    with pytest.raises(PicoError, match="Unknown precision 'fp8'"):
-        pico.TrainConfig(precision="fp8")
 
 
 # --- snapshots and numbers of a run -----------------------------------------------------------------------------------
@@ -325,9 +290,10 @@ def test_a_checkpoint_knows_its_device_and_older_ones_still_load(finished, data_
     assert old.environment == {} and "seconds" not in old.metrics[0]
 
 
-def test_an_older_unfinished_run_is_resumed(finished, data_folder, tmp_path):
+def test_an_older_unfinished_run_is_resumed(finished, data_folder, tmp_path, interrupt):
     config, train, expected = finished
-    path = train_one_step(config, train, tmp_path, data_folder).checkpoint
+    interrupt(1)
+    path = pico.train(config, train, tmp_path, data_folder).checkpoint
     content = torch.load(path, weights_only=True)
     del content["environment"], content["training_state"]["seconds"]
     torch.save(content, path)
@@ -477,6 +443,7 @@ def test_a_disk_that_fills_up_during_training_costs_only_checkpoints(
     finished, data_folder, tmp_path, monkeypatch, capsys
 ):
     config, train, expected = finished
+    there = pico.train(config, dataclasses.replace(train, seed=1, max_steps=1), tmp_path / "results", data_folder)
     original, calls = pico.save_checkpoint, []
 
     def failing(path, checkpoint):
@@ -492,12 +459,13 @@ def test_a_disk_that_fills_up_during_training_costs_only_checkpoints(
     assert "Training goes on without this checkpoint" in capsys.readouterr().err
     saved = pico.load_checkpoint(tmp_path / "rescue" / "pico_llm_tiny.pt")
     assert weights_equal(saved.weights, expected.model.state_dict())
+    assert weights_equal(pico.load_checkpoint(there.checkpoint).weights, there.model.state_dict()), "left as it was"
 
 
 # --- going on from a model --------------------------------------------------------------------------------------------
 
 
-def test_a_run_goes_on_from_a_model_and_resumes_without_its_file(finished, data_folder, tmp_path, monkeypatch, capsys):
+def test_a_run_goes_on_from_a_model_and_resumes_without_its_file(finished, data_folder, tmp_path, interrupt, capsys):
     config, train, first = finished
     source = tmp_path / "base.pt"
     shutil.copy(first.checkpoint, source)
@@ -508,7 +476,8 @@ def test_a_run_goes_on_from_a_model_and_resumes_without_its_file(finished, data_
         changed, short, tmp_path / "whole", data_folder, on_snapshot=lambda m, _: start.append(weights(m))
     )
     assert weights_equal(start[0], first.model.state_dict()), "step 0 has the weights of the file"
-    stopped = train_one_step(changed, short, tmp_path / "parts", data_folder)
+    interrupt(1)
+    stopped = pico.train(changed, short, tmp_path / "parts", data_folder)
     source.unlink()
     resumed = pico.train(changed, short, tmp_path / "parts", data_folder)
     assert resumed.finished and not stopped.finished
@@ -520,9 +489,10 @@ def test_a_run_goes_on_from_a_model_and_resumes_without_its_file(finished, data_
     assert began.startswith(f"base.pt ({seen:,} tokens") and "Going on from base.pt" in capsys.readouterr().out
 
 
-def test_models_that_a_run_cannot_go_on_from(finished, data_folder, tmp_path):
+def test_models_that_a_run_cannot_go_on_from(finished, data_folder, tmp_path, interrupt):
     config, train, first = finished
-    unfinished = train_one_step(config, train, tmp_path / "parts", data_folder).checkpoint
+    interrupt(1)
+    unfinished = pico.train(config, train, tmp_path / "parts", data_folder).checkpoint
     (tmp_path / "notes.pt").write_text("not a model")
     for path, shape, message in (
         (tmp_path / "none.pt", {}, "There is no checkpoint"),
@@ -564,34 +534,14 @@ def test_models_of_one_name_are_kept_with_their_metrics_and_heads(finished, data
     assert len(list(tmp_path.iterdir())) == 9, "and nothing else"
 
 
-def test_unfinished_runs_moved_aside_do_not_replace_each_other(finished, data_folder, tmp_path):
+def test_unfinished_runs_moved_aside_do_not_replace_each_other(finished, data_folder, tmp_path, interrupt):
     config, train, _ = finished
+    interrupt(1, 2, 3)
     for seed in (1, 2, 3):
-        train_one_step(config, dataclasses.replace(train, seed=seed), tmp_path, data_folder)
+        pico.train(config, dataclasses.replace(train, seed=seed), tmp_path, data_folder)
     kept = [pico.run_files(tmp_path, f"tiny{suffix}.partial") for suffix in (".unfinished-1", ".unfinished-2", "")]
     assert [pico.load_checkpoint(files.model).train_config.seed for files in kept] == [1, 2, 3]
     assert pico.newest_checkpoint(tmp_path) == kept[2].model
-
-
-def test_a_disk_full_at_the_end_keeps_the_model_that_is_there(finished, data_folder, tmp_path, monkeypatch):
-    config, train, _ = finished
-    short = dataclasses.replace(train, max_steps=1)
-    first = pico.train(config, short, tmp_path, data_folder)
-    original = pico.save_checkpoint
-
-    def failing(path, checkpoint):
-        if checkpoint.training_state is None and path.parent == tmp_path:
-            raise PicoError(f"Cannot write {path}: No space left on device.")
-        return original(path, checkpoint)
-
-    monkeypatch.setattr(pico, "save_checkpoint", failing)
-    monkeypatch.setattr(pico.tempfile, "gettempdir", lambda: str(tmp_path / "rescue"))
-    with pytest.raises(PicoError, match=r"No space left on device\. The trained model is safe in .*rescue"):
-        pico.train(config, dataclasses.replace(short, seed=1), tmp_path, data_folder)
-    assert weights_equal(pico.load_checkpoint(first.checkpoint).weights, first.model.state_dict())
-    monkeypatch.setattr(pico, "save_checkpoint", original)  # when there is space again the run goes on from its state
-    assert pico.train(config, dataclasses.replace(short, seed=1), tmp_path, data_folder).finished
-    assert (tmp_path / "pico_llm_tiny.previous-1.pt").exists()
 
 
 def test_a_crash_between_saving_and_renaming_loses_no_model(finished, data_folder, tmp_path, monkeypatch):
