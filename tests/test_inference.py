@@ -365,36 +365,22 @@ def test_cuda_graph_replays_the_model_at_every_shape(model):
 
 def test_a_failed_recording_is_not_replayed(monkeypatch):
     """With stand-ins for CUDA: after a failure the shape is recorded again, and only what was recorded is replayed."""
-    log, failures = [], [True]
-
-    class Graph:
-        def __init__(self):
-            self.is_recorded = False
-
-        def replay(self):
-            assert self.is_recorded
-            log.append("replay")
+    log, failures = [], ["out of memory"]
 
     @contextlib.contextmanager
     def record(graph):
         yield
         if failures:
-            failures.clear()
-            raise RuntimeError("out of memory")
-        graph.is_recorded = True
+            raise RuntimeError(failures.pop())
+        graph.replay = lambda: log.append("replay")  # what was never recorded has no such thing
         log.append("record")
 
     stream = types.SimpleNamespace(wait_stream=lambda other: None)
-    for name, stand_in in {
-        "CUDAGraph": Graph,
-        "graph": record,
-        "stream": contextlib.nullcontext,
-        "Stream": lambda: stream,
-        "current_stream": lambda: stream,
-    }.items():
-        monkeypatch.setattr(torch.cuda, name, stand_in)
+    fakes = {"CUDAGraph": types.SimpleNamespace, "graph": record, "stream": contextlib.nullcontext}
+    for name, fake in (fakes | dict.fromkeys(("Stream", "current_stream"), lambda: stream)).items():
+        monkeypatch.setattr(torch.cuda, name, fake)
     run = pico.CudaGraph(lambda idx: idx * 2)
-    with pytest.raises(RuntimeError):
+    with pytest.raises(RuntimeError, match="out of memory"):
         run(torch.ones(2, 3))
     assert run(torch.ones(2, 3)).sum() == 12
     run(torch.ones(2, 3))
@@ -415,16 +401,6 @@ class Clock:
         return self.now
 
 
-def scripted(model, clock, milliseconds, log=None, name=""):
-    def run(idx):
-        clock.now += milliseconds / 1e3
-        if log is not None:
-            log.append(name)
-        return model(idx)
-
-    return run
-
-
 def test_timing_fills_its_time_and_batches_take_turns(model):
     clock, seen = Clock(), []
 
@@ -440,37 +416,31 @@ def test_timing_fills_its_time_and_batches_take_turns(model):
 
 @pytest.fixture()
 def script(monkeypatch, model):
-    """Ways to run of known speed: a baseline, a faster one, TensorRT between them, and three that fail."""
-    script = types.SimpleNamespace(clock=Clock(), log=[])
+    """The clock of ways to run of known speed: a baseline, a faster one, TensorRT between them, three that fail."""
+    clock = Clock()
 
-    def slow(milliseconds, name=""):
-        return scripted(model, script.clock, milliseconds, script.log, name)
+    def taking(milliseconds, fails_at=0):
+        def run(idx):
+            if idx.shape[1] == fails_at:
+                raise RuntimeError("out of memory\ndetails")
+            clock.now += milliseconds / 1e3
+            return model(idx)
 
-    def explodes_at_16(idx):
-        if idx.shape[1] == 16:
-            raise RuntimeError("out of memory\ndetails")
-        return slow(15)(idx)
+        return lambda: run
 
     def no_build():
         raise PicoError("No such compiler.")
 
-    builds = {
-        pico.BASELINE: lambda: slow(40, "slow"),
-        "fast": lambda: slow(5, "fast"),
-        "TensorRT FP16": lambda: slow(25, "trt"),
-        "inaccurate": lambda: lambda idx: model(idx) + 1,
-        "explodes": lambda: explodes_at_16,
-        "unbuilt": no_build,
-    }
-    monkeypatch.setattr(
-        pico, "make_variants", lambda *_: [pico.Variant(name, "fp32", build) for name, build in builds.items()]
-    )
-    return script
+    builds = {pico.BASELINE: taking(40), "fast": taking(5), "TensorRT FP16": taking(25), "unbuilt": no_build}
+    builds |= {"inaccurate": lambda: lambda idx: model(idx) + 1, "explodes": taking(15, fails_at=16)}
+    rows = [pico.Variant(name, "fp32", build) for name, build in builds.items()]
+    monkeypatch.setattr(pico, "make_variants", lambda *_: copy.deepcopy(rows))
+    return clock
 
 
 def test_benchmark_table_is_complete_and_its_ratios_right(script, model, file, capsys):
     seen = []
-    table = pico.benchmark(model, file, (1, 2), (16, 8, 32), 1.0, clock=script.clock, on_shape=seen.append)
+    table = pico.benchmark(model, file, (1, 2), (16, 8, 32), 1.0, clock=script, on_shape=seen.append)
     assert [len(frame) for frame in seen] == [6 * n for n in range(1, 7)] and len(table) == 36
     shapes = list(dict.fromkeys(zip(table.batch, table.length, strict=True)))
     assert shapes == [(1, 32), (1, 16), (1, 8), (2, 16), (2, 8), (2, 32)], "the headline shape first"
@@ -509,7 +479,7 @@ def test_no_row_is_always_first(monkeypatch, model):
 
 
 def test_rows_are_chosen_by_words_in_their_names(script, model, file):
-    table = pico.benchmark(model, file, (1,), (8,), 0.1, variants=("FAST", "tensorrt"), clock=script.clock)
+    table = pico.benchmark(model, file, (1,), (8,), 0.1, variants=("FAST", "tensorrt"), clock=script)
     assert table.variant.tolist() == [pico.BASELINE, "fast", "TensorRT FP16"]
     with pytest.raises(PicoError, match="No row is called 'flash'; choose from: PyTorch FP32; fast;"):
         pico.benchmark(model, file, (1,), (8,), variants=("flash",))
@@ -549,7 +519,7 @@ def test_benchmark_refuses_impossible_sizes(model, file):
 
 
 def test_plot_shows_every_row_of_every_shape(script, model, file):
-    table = pico.benchmark(model, file, (1, 2), (8, 16), 0.1, clock=script.clock)
+    table = pico.benchmark(model, file, (1, 2), (8, 16), 0.1, clock=script)
     for frame in (table, table.assign(p50_ms=math.nan, p99_ms=math.nan, speedup=math.nan)):  # also when all failed
         figure = pico.plot_benchmark(frame)
         assert [axes.get_title("left") for axes in figure.axes] == [
