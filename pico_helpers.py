@@ -5612,27 +5612,27 @@ def make_variants(model: PicoLLM, max_batch: int, length: int) -> list[Variant]:
             raise PicoError("PyTorch autotunes matrix products only on GPUs of 68 multiprocessors or more.")
         return torch.compile(m, mode=mode, dynamic=False, fullgraph=True)  # fullgraph: no silent fallback to eager
 
+    half, bf16 = torch.float16, Variant("PyTorch BF16", "bf16", lambda: copied(torch.bfloat16))
     exact, tf32 = (functools.partial(float32_matmul, level) for level in ("highest", "high"))
-    bf16 = Variant("PyTorch BF16", "bf16", lambda: copied(torch.bfloat16))
-    build = functools.partial(compile_tensorrt, model, "fp16")
-    engine = Variant(f"{TENSORRT} FP16", "fp16", lambda: build(max_batch, length), Engine.cuda_graphs)
+    build, graphs = functools.partial(compile_tensorrt, model, "fp16"), Engine.cuda_graphs
+    engine = Variant(f"{TENSORRT} FP16", "fp16", lambda: build(max_batch, length), graphs)
     rows = [Variant(BASELINE, "fp32", lambda: model, exact)]
     if not model.rope_cos.is_cuda:
         rows.append(Variant("torch.compile FP32", "fp32", lambda: compiled(model, "default"), exact))
         return [*rows, *([bf16] if torch.ops.mkldnn._is_mkldnn_bf16_supported() else []), engine]  # else it is slow
-    rows += [
+    return [
+        *rows,
         Variant("PyTorch FP32, CUDA graph", "fp32", lambda: CudaGraph(model), exact),
         Variant("torch.compile FP32, reduce-overhead", "fp32", lambda: compiled(model, "reduce-overhead"), exact),
         Variant("PyTorch TF32", "tf32", lambda: model, tf32),
         *([bf16] if torch.cuda.get_device_capability() >= (8, 0) else []),
-        Variant("PyTorch FP16", "fp16", lambda: copied(torch.float16)),
-        Variant("PyTorch FP16, CUDA graph", "fp16", lambda: CudaGraph(copied(torch.float16))),
+        Variant("PyTorch FP16", "fp16", lambda: copied(half)),
+        Variant("PyTorch FP16, CUDA graph", "fp16", lambda: CudaGraph(copied(half))),
+        Variant("torch.compile FP16, reduce-overhead", "fp16", lambda: compiled(copied(half), "reduce-overhead")),
+        Variant("torch.compile FP16, max-autotune", "fp16", lambda: compiled(copied(half), "max-autotune")),
+        engine,
+        Variant(f"{TENSORRT} FP16, one shape", "fp16", lambda: build(1, length, fixed=True), graphs, (1, length)),
     ]
-    for mode in ("reduce-overhead", "max-autotune"):
-        half = functools.partial(lambda mode: compiled(copied(torch.float16), mode), mode)
-        rows.append(Variant(f"torch.compile FP16, {mode}", "fp16", half))
-    one = Variant(f"{TENSORRT} FP16, one shape", "fp16", lambda: build(1, length, fixed=True), Engine.cuda_graphs)
-    return [*rows, engine, dataclasses.replace(one, shape=(1, length))]
 
 
 def choose_variants(variants: Sequence[Variant], words: Sequence[str] | None) -> list[Variant]:
