@@ -3305,7 +3305,7 @@ def _baseline_sums(
         return [ids[torch.randperm(len(ids), generator=generator)] for ids in sequences]
 
     yield "trained", head_sums(model, sources, repeats, counts)
-    shuffled = {source: shuffle(sequences) for source, sequences in sources.items()}
+    shuffled = {source: shuffle(sources[source]) for source in sorted(sources)}  # one generator, one order
     yield "shuffled", head_sums(model, shuffled, shuffle(repeats), counts)
     yield "uniform", head_sums(None, sources, repeats, counts)
     others = (PicoLLM(model.config, other).to(device) for other in untrained_seeds(n_seeds))
