@@ -96,7 +96,7 @@ def steps(options: argparse.Namespace) -> list[tuple[str, list[list[str]]]]:
     where = ["--corpus", options.corpus, "--data-folder", options.data]
     preset = ["--preset", "tiny" if tiny else "wikitext103"]
     train = [*pico, "train", *preset, *where, "--results", "{out}", *(TINY if tiny else [])]
-    short = ["--steps", "1", "--warmup", "0", "--repeats", "1"] if tiny else []
+    short = ["--steps", "1", "--warmup", "0", "--repeats", "1", "--no-compile", "--no-measure-peak"] if tiny else []
     profile += [*preset, "--corpus", options.corpus, "--data", options.data, "--out", "{out}", *short]
     study = options.checkpoint or str(ROOT / "results" / "pretrained" / "pico_llm.pt")
     optimize = [*pico, "optimize", "--checkpoint", study, *where, "--results", "{out}"]

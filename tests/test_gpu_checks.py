@@ -10,6 +10,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import gpu_programme
+import pandas as pd
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -98,6 +100,16 @@ def test_nothing_in_a_step_reads_a_value_back(tiny_config, optimizer):
     with NoReadback():
         for step in range(2):
             pico.train_step(model, chosen, scaler, batch, config, step, torch.float32, guard)
+
+
+def test_the_programme_for_a_gpu_goes_on_after_a_failure(tmp_path, monkeypatch):
+    scripts = {"fails": "raise SystemExit(3)", "hangs": "import time; time.sleep(60)", "works": "print('done')"}
+    steps = [(name, [[sys.executable, "-c", script]]) for name, script in scripts.items()]
+    monkeypatch.setattr(gpu_programme, "steps", lambda options: steps)
+    assert gpu_programme.main(["--out", str(tmp_path), "--limit", "5"]) == 2
+    table = pd.read_csv(tmp_path / "summary.csv").set_index("step").status
+    assert table.to_dict() == {"fails": "exit status 3", "hangs": "stopped after 5 s", "works": "ok"}
+    assert (tmp_path / "3_works.log").read_text() == "done\n"
 
 
 # ---- pip ----
