@@ -159,7 +159,10 @@ class Contestant:
         self.kind, self.loader, self.config, self.device = kind, loader, preset.train, device
         self.held_before = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0  # by the others
         dtype = pico.choose_precision(self.config.precision, device)
-        compiled = pico.choose_compile(self.config.compile, device, float("inf"))
+        flops = (
+            0.0 if self.config.max_steps else float("inf")
+        )  # as `train` would: a preset of few steps is not compiled
+        compiled = pico.choose_compile(self.config.compile, device, flops)
         self.run = pico.TrainingRun(preset.model, self.config, "", device, dtype, compiled)
         steps, size = range(self.n_steps), self.config.batch_size
         self.batches = pico.make_loader(loader, stream, size, steps, device, workers=workers)
