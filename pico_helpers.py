@@ -96,14 +96,14 @@ class ModelConfig:
     """Shape of the decoder. The defaults are Pico-LLM: 11.94M parameters, 34.46M with the tied embedding."""
 
     vocab_size: int = field(default=50257, metadata={"option": False})  # GPT-2 byte pairs, what corpora are made of
-    d_model: int = 448
-    n_layer: int = 8
-    n_head: int = 7  # heads of 64
+    d_model: int = 448  # numbers per token
+    n_layer: int = 8  # blocks
+    n_head: int = 7  # heads per block; d_model must be a multiple
     d_ff: int = 512  # hidden size of SwiGLU
     context_length: int = 384  # positions seen in training
     max_positions: int = 512  # length of the RoPE cache
-    rope_theta: float = 10000.0
-    dropout: float = 0.1
+    rope_theta: float = 10000.0  # base of the rotary positions
+    dropout: float = 0.1  # share of activations set to zero in training
     qk_norm: bool = False  # an ablation: queries and keys of each head are normalised before RoPE
 
     def __post_init__(self) -> None:
@@ -143,27 +143,27 @@ class TrainConfig:
     corpus: str = "auto"  # auto | wikitext103 | offline | a folder of parquet files with a column `text`
     text_style: str = "natural"  # natural | stored: whether text in Moses style is made natural
     corpus_fraction: float | None = None  # share of the rows to read; None: 0.2 of WikiText-103, all of any other
-    max_sequences: int | None = 45_363  # the original study's 17.42M tokens
-    epochs: float = 10.0
+    max_sequences: int | None = 45_363  # read no more than these (the original study's 17.42M tokens); None: all
+    epochs: float = 10.0  # times that the sequences are read
     max_steps: int | None = None  # stops earlier than `epochs`
     batch_size: int = 64  # sequences per step
     micro_batch_size: int | None = None  # sequences per forward pass; None: all that a process has
     optimizer: str = "adamw"  # adamw | muon (the blocks' matrices; AdamW keeps the embedding and the norms)
     learning_rate: float = 1e-3  # of AdamW
     matrix_learning_rate: float = 0.02  # of Muon
-    warmup_steps: int = 200
+    warmup_steps: int = 200  # in which the learning rates rise
     weight_decay: float = 0.1  # of AdamW
     matrix_weight_decay: float = 0.1  # of Muon
     betas: tuple[float, float] = (0.9, 0.95)  # of AdamW
-    grad_clip: float = 1.0
-    seed: int = 0
+    grad_clip: float = 1.0  # largest norm of a gradient
+    seed: int = 0  # of weights, order of the data and dropout
     precision: str = "auto"  # auto | fp32 | fp16 | bf16
     compile: bool | None = None  # torch.compile; None: on a GPU, and on a CPU when the run is long enough
     loss_chunk: int | None = None  # rows (or words) of logits held at a time; None: by device
     init_from: str | None = None  # a finished checkpoint of the same shape whose weights the run begins with
-    log_interval: int = 20  # steps
-    eval_interval: int = 500  # steps
-    checkpoint_seconds: float = 60.0
+    log_interval: int = 20  # steps between lines of metrics
+    eval_interval: int = 500  # steps between measurements of the held-out loss
+    checkpoint_seconds: float = 60.0  # time between checkpoints
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[\w.-]+", self.name) or self.name.endswith((".partial", ".finished")):

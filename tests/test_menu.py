@@ -356,3 +356,4 @@ def test_help_explains_every_setting(capsys):
     text = " ".join(capsys.readouterr().out.split())
     assert "--n-layer INT" in text and "--betas FLOAT FLOAT" in text and "model [values of preset" in text
     assert "sequences per step [8]" in text
+    assert " INT [" not in text and " FLOAT [" not in text and " STR [" not in text, "a setting without a word of help"
