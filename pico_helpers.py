@@ -5978,13 +5978,13 @@ def _live_loss_curve() -> Callable[[list[dict]], None] | None:
         return None
     from IPython.display import display
 
-    handle, drawn_at = display(display_id=True), -math.inf
+    handle, drawn_at = None, -math.inf
 
     def update(rows: list[dict]) -> None:
-        nonlocal drawn_at
+        nonlocal handle, drawn_at
         if time.monotonic() - drawn_at >= 3:
-            handle.update(plot_loss_curve(rows))
-            drawn_at = time.monotonic()
+            show = handle.update if handle else functools.partial(display, display_id=True)
+            handle, drawn_at = show(plot_loss_curve(rows)) or handle, time.monotonic()
 
     return update
 
