@@ -6228,10 +6228,12 @@ def model_card(saved: Checkpoint, folder: Path, evaluation: Evaluation, held_out
     config, train = saved.model_config, saved.train_config
     body, everything = model_from_checkpoint(saved).count_parameters()
     findings = json.loads((folder / "findings.json").read_text(encoding="utf-8"))
-    table = {"steps": f"{saved.step:,} of {train.batch_size} sequences", "dropout": config.dropout}
+    table = {"steps": f"{saved.step:,} of {train.batch_size} sequences"}
+    table |= {"dropout": config.dropout, "text style": train.text_style, "started from": "random weights"}
     for name, value in (saved.metrics[-1] if saved.metrics else {}).items():
         if value is not None and name not in ("step", "learning_rate", "skipped_steps"):
-            table[name.replace("_", " ")] = f"{value:,}" if isinstance(value, int) else f"{value:,.4f}"
+            digits = 0 if isinstance(value, int) else 4 if value < 100 else 1
+            table[name.replace("_", " ")] = f"{value:,.{digits}f}"
     table |= {name.replace("_", " "): value for name, value in saved.environment.items() if value}
     table["FP16 weights"] = f"loss {evaluation.loss:.4f}, word perplexity {evaluation.word_perplexity:,.2f}, measured "
     table["FP16 weights"] += f"when publishing on {evaluation.n_tokens:,} tokens of {held_out}"

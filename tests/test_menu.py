@@ -238,6 +238,8 @@ def test_the_model_card_says_what_checkpoint_and_study_say(published, trained, c
         NOTE,
         "| steps | 20 of 4 sequences |",
         "| dropout | 0.0 |",
+        "| text style | natural |",
+        "| started from | random weights |",
         "| tokens | 2,560 |",
         f"| train loss | {last['train_loss']:.4f} |",
         f"| val loss | {last['val_loss']:.4f} |",
