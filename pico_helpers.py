@@ -4762,7 +4762,7 @@ def study_findings(study: Study, about: Mapping[str, str] | None = None) -> dict
     claim, verdict (supported | not supported | undecided) and evidence. A verdict follows from the numbers by rule: a
     share or score must lie beyond the range of untrained models, a score beyond its threshold as well. A head matters
     if ablation raises the loss by MIN_LOSS_INCREASE and beyond noise, corrected for the number of heads; a class, if
-    ablating all its heads costs more than nearly all random sets of as many others (p < SIGNIFICANCE). "Not supported"
+    ablating all its heads costs more than nearly all random sets of as many heads (p < SIGNIFICANCE). "Not supported"
     needs an interval that excludes MIN_LOSS_INCREASE.
     """
     parts = (_class_statements, _score_statements, _ablation_statements, _language_statements)
@@ -4884,11 +4884,11 @@ def _ablation_statements(study: Study) -> Iterator[tuple[str, ...]]:
         evidence = f"Removed together, they cost {number(row.loss_increase, 3)} nats per token "
         evidence += f"({number(row.low, 3)} to {number(row.high, 3)}); "
         if row.n_random_sets:
-            evidence += f"{row.n_random_sets} random sets of as many others, of the same layers where possible, cost "
+            evidence += f"{row.n_random_sets} random sets of as many heads, of the same layers where possible, cost "
             evidence += f"{number(row.random_loss_increase, 3)} on average (p = {row.p_value:.2g})."
         else:
             evidence += "too few others are left for a set of equal size to compare with."
-        claim = f"The heads that {_CLASS_ACTIONS[row.name]} matter more for the prediction than as many others"
+        claim = f"The heads that {_CLASS_ACTIONS[row.name]} matter more for the prediction than as many at random"
         yield "Ablation", claim, row.verdict, evidence
 
 
@@ -4935,10 +4935,11 @@ def _headline(study: Study, statements: Sequence[dict]) -> list[str]:
     for row in tested[tested["verdict"] == "supported"].itertuples():
         lines.append(
             f"Without the heads that {_CLASS_ACTIONS[row.name]}, the loss on held-out text rises by "
-            f"{number(row.loss_increase)} nats per token, without as many others by {number(row.random_loss_increase)}."
+            f"{number(row.loss_increase)} nats per token, without as many at random by "
+            f"{number(row.random_loss_increase)}."
         )
     if rest := [f"“{CLASS_LABELS[name]}”" for name in tested.loc[tested["verdict"] != "supported", "name"]]:
-        lines.append(f"That the {_listed(rest)} heads matter more than as many others is not shown.")
+        lines.append(f"That the {_listed(rest)} heads matter more than as many at random is not shown.")
     if len(study.language):
         groups = study.language.groupby("verdict")["phenomenon"].agg(list)
         found = [(name, groups[name]) for name in VERDICTS if name in groups]
@@ -6606,7 +6607,7 @@ all heads, with 95% bootstrap intervals over texts and, for untrained models, th
 those of untrained models. Intervals are 95% bootstrap intervals over texts.</p>""",
     "ablation": """<p>A pattern is no proof of use. Here each head's output is replaced by its mean, and the loss on
 held-out text is measured again; then the same for all heads of a class at once, since single heads can be spared when
-others do the same, beside random sets of as many other heads.</p>""",
+others do the same, beside random sets of as many heads.</p>""",
     "language": """<p>Each claim is tested with pairs of sentences, one good and one wrong or at least unusual, that
 differ in little else. Three things must hold: the model finds the good one more likely; heads look at the word that
 decides, chosen on one half of the pairs and tested on the other; and without these heads the preference shrinks more

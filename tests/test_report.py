@@ -123,7 +123,7 @@ def test_a_class_matters_if_its_heads_together_cost_more_than_others(changes, ex
     study = make_study(3, 4)
     study.class_ablation[list(changes)] = list(changes.values())
     findings = pico.study_findings(study)
-    claim = "The heads that look at the last three tokens matter more for the prediction than as many others"
+    claim = "The heads that look at the last three tokens matter more for the prediction than as many at random"
     assert verdicts(study, "Ablation")[claim] == expected
     evidence = next(row["evidence"] for row in findings["statements"] if row["claim"] == claim)
     assert f"{study.class_ablation['high'].iloc[0]:.3f}" in evidence
