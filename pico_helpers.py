@@ -1530,6 +1530,23 @@ def compile_function(function: Callable) -> Callable:
     return torch.compile(function)
 
 
+@contextlib.contextmanager
+def repeatable(device: torch.device) -> Iterator[None]:
+    """Inside, a CPU adds in a fixed order, so that a run gives the same bits again; compiled threads would race.
+
+    It costs a CPU next to nothing. A GPU is left as it is, where some kernels have no fixed order.
+    """
+    before, filled = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    if device.type == "cpu":
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # slow, and nothing here reads such memory
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+        torch.utils.deterministic.fill_uninitialized_memory = filled
+
+
 def make_forward(model: PicoLLM, device: torch.device, compiled: bool) -> nn.Module:
     """The model as a step calls it: shared between processes, compiled."""
     forward: nn.Module = model
@@ -2225,7 +2242,8 @@ def train(
                 f"{len(validation.tokens):,} tokens.\n{_describe(run, steps)}"
             )
         loop = _Loop(run, steps, stream, validation, partial, corpus_key, on_log, on_snapshot)
-        with _stop_requests() as stop, torch.random.fork_rng([device] if device.type == "cuda" else []):
+        rng = torch.random.fork_rng([device] if device.type == "cuda" else [])
+        with _stop_requests() as stop, rng, repeatable(device):
             is_finished = loop.go(stop)
             if is_finished and rank == 0:
                 _finish(run, results, partial, final)
