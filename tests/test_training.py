@@ -573,6 +573,8 @@ def test_compiled_gradients_add_in_a_fixed_order():
     """Rows of the embedding are added up by several threads; atomic additions would end in other bits each time."""
     from torch._inductor.utils import run_and_get_code
 
+    if problem := pico.compiler_problem("cpu"):
+        pytest.skip(problem)
     weight, idx = torch.nn.Parameter(torch.randn(50, 16)), torch.zeros(4096, dtype=torch.long)
 
     def code():
