@@ -652,9 +652,11 @@ class PicoLLM(nn.Module):
 
     @torch.no_grad()
     def token_losses(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        """Loss of each target (N,) in nats, float32, after the hidden states (N, D); without gradients."""
-        weight, counts = self.token_embedding.weight, torch.ones_like(targets, dtype=torch.bool)
-        return _token_losses(hidden, weight, targets, counts, self.config.vocab_size, self.loss_chunk, False)[0]
+        """Loss of each target (...) in nats, float32, after the hidden states (..., D); without gradients."""
+        weight, flat, vocab_size = self.token_embedding.weight, targets.flatten(), self.config.vocab_size
+        counts = torch.ones_like(flat, dtype=torch.bool)
+        losses = _token_losses(hidden.flatten(0, -2), weight, flat, counts, vocab_size, self.loss_chunk, False)[0]
+        return losses.view_as(targets)
 
     def hidden_states(
         self, idx: Tensor, *, cache: KVCache | None = None, on_attention: Callable[[int, Tensor], None] | None = None
@@ -1426,9 +1428,9 @@ def load_model(path: str | Path, device: torch.device | str | None = None) -> Pi
     return model_from_checkpoint(load_checkpoint(path)).to(device or default_device())
 
 
-def checkpoint_path(results: str | Path, name: str, partial: bool = False) -> Path:
-    """Where the run of that name keeps its model, or (`partial`) its state while it is unfinished."""
-    return Path(results) / f"pico_llm_{name}{'.partial' if partial else ''}.pt"
+def checkpoint_path(results: str | Path, name: str) -> Path:
+    """Where the run of that name keeps its model."""
+    return Path(results) / f"pico_llm_{name}.pt"
 
 
 def shipped_checkpoint() -> Path:
@@ -2142,17 +2144,18 @@ class TrainingRun:
     def take_step(self, batch: Tensor) -> Tensor:
         """One step (see `train_step`). When the compiler fails, one line says so and the run goes on without it."""
         rest = self.optimizer, self.scaler, batch, self.config, self.step, self.dtype, self.guard
-        try:
-            loss = train_step(self.forward, *rest)
-        except Exception as error:
-            if not self.compiled or not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
-                raise
-            print(f"The compiler failed, training goes on without it: {str(error).strip().splitlines()[0]}")
-            self.compiled, self.forward = False, make_forward(self.model, self.device, False)
-            if isinstance(self.optimizer, Muon):
-                self.optimizer.update = muon_update
-            self.optimizer.zero_grad()
-            loss = train_step(self.forward, *rest)
+        with repeatable(self.device):
+            try:
+                loss = train_step(self.forward, *rest)
+            except Exception as error:
+                if not self.compiled or not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+                    raise
+                print(f"The compiler failed, training goes on without it: {str(error).strip().splitlines()[0]}")
+                self.compiled, self.forward = False, make_forward(self.model, self.device, False)
+                if isinstance(self.optimizer, Muon):
+                    self.optimizer.update = muon_update
+                self.optimizer.zero_grad()
+                loss = train_step(self.forward, *rest)
         self.step += 1
         return loss
 
@@ -2242,8 +2245,7 @@ def train(
                 f"{len(validation.tokens):,} tokens.\n{_describe(run, steps)}"
             )
         loop = _Loop(run, steps, stream, validation, partial, corpus_key, on_log, on_snapshot)
-        rng = torch.random.fork_rng([device] if device.type == "cuda" else [])
-        with _stop_requests() as stop, rng, repeatable(device):
+        with _stop_requests() as stop, torch.random.fork_rng([device] if device.type == "cuda" else []):
             is_finished = loop.go(stop)
             if is_finished and rank == 0:
                 _finish(run, results, partial, final)
@@ -3091,6 +3093,11 @@ def score_heads(
     return head_sums(model, {"": _as_sequences(texts, idx)}, repeats, token_counts)[""].table(thresholds)
 
 
+def on_windows(table: pd.DataFrame) -> pd.DataFrame:
+    """The rows that were measured on held-out text, of a table that may have other sources too."""
+    return table[table["source"] == "windows"] if "source" in table else table
+
+
 def first_snapshots(history: pd.DataFrame, thresholds: ScoreThresholds) -> dict[str, int | None]:
     """For each kappa the first step of a run at which some head reaches its tau, None if none does.
 
@@ -3175,14 +3182,6 @@ def score_summary(sums: Sums, n_bootstrap: int = 1000, seed: int = 0) -> pd.Data
     return pd.DataFrame(rows, columns=["score", "statistic", "mean", "low", "high"])
 
 
-def _log_probs(model: PicoLLM, hidden: Tensor, targets: Tensor) -> Tensor:
-    """Log-probabilities of tokens (...) after hidden states (..., D), float32; some rows of logits at a time."""
-    weight = model.token_embedding.weight[: model.config.vocab_size]
-    rows = zip(hidden.flatten(0, -2).split(1024), targets.flatten().split(1024), strict=True)
-    parts = [-F.cross_entropy(F.linear(h, weight).float(), wanted, reduction="none") for h, wanted in rows]
-    return torch.cat(parts).view_as(targets)
-
-
 def _ablated_losses(
     model: PicoLLM, idx: Tensor, sets: Sequence[Heads], means: Tensor, n_last: int | None = None
 ) -> np.ndarray:
@@ -3191,8 +3190,7 @@ def _ablated_losses(
     for hidden in ablated_hidden_states(model, idx[:, :-1], sets, means, n_last):
         wanted = targets[done : done + hidden.shape[1]].expand(len(sets), -1, -1)
         done += hidden.shape[1]
-        with torch.no_grad():
-            losses.append(-_log_probs(model, hidden, wanted).mean(-1).double().cpu())
+        losses.append(model.token_losses(hidden, wanted).mean(-1).double().cpu())
     return torch.cat(losses, dim=1).numpy()
 
 
@@ -3383,7 +3381,7 @@ def minimal_pair_accuracy(model: PicoLLM, pairs: Sequence[tuple[str, str]], seed
         for length, equal in itertools.groupby(sorted(set(sequences), key=len), key=len):
             idx = torch.tensor([[Tokenizer.end_of_text, *ids] for ids in equal])
             for rows in idx.to(model.token_embedding.weight.device).split(max(1, _MAX_TOKENS // length)):
-                log_probs = _log_probs(model, model.hidden_states(rows[:, :-1]), rows[:, 1:]).sum(dim=1)
+                log_probs = -model.token_losses(model.hidden_states(rows[:, :-1]), rows[:, 1:]).sum(dim=1)
                 scores |= zip(map(tuple, rows[:, 1:].tolist()), log_probs.cpu(), strict=True)
     good, bad = torch.stack([scores[ids] for ids in sequences]).view(-1, 2).unbind(1)
     return PairResult(*bootstrap_interval(correct(good - bad), seed), good - bad)
@@ -3968,8 +3966,8 @@ def study_model(
         means = mean_head_outputs(model, windows)
         parts["ablation"] = head_ablation_map(model, ablated, means, n_last)
         bar.update()
-        of_windows = parts["scores"][parts["scores"]["source"] == "windows"]
-        parts["class_ablation"] = class_ablation(model, ablated, of_windows, means, n_last=n_last, seed=seed)
+        scores = on_windows(parts["scores"])
+        parts["class_ablation"] = class_ablation(model, ablated, scores, means, n_last=n_last, seed=seed)
         bar.update()
         for suffix in ("", "_without_sink"):
             distances = head_similarity(model, compared, drop_sink=bool(suffix))
@@ -4099,11 +4097,6 @@ def _short_labels(labels: Sequence[str], limit: int) -> list[str]:
 def _sentence_title(capture: AttentionCapture, limit: int) -> str:
     n = len(capture.labels)
     return (f"First {limit} of {n} tokens of " if n > limit else "") + f"“{capture.text}”"
-
-
-def on_windows(table: pd.DataFrame) -> pd.DataFrame:
-    """The rows that were measured on held-out text, of a table that may have other sources too."""
-    return table[table["source"] == "windows"] if "source" in table else table
 
 
 def head_kinds(scores: pd.DataFrame) -> pd.DataFrame:

@@ -11,7 +11,7 @@ import torch
 import pico_helpers as pico
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def tiny_config() -> pico.ModelConfig:
     return pico.ModelConfig(d_model=32, n_layer=2, n_head=2, d_ff=32, context_length=32, max_positions=64, dropout=0.1)
 
@@ -51,7 +51,7 @@ def data_folder(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("data")
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def tiny_train(corpus_folder) -> pico.TrainConfig:
     return pico.TrainConfig(
         name="tiny",

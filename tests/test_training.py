@@ -34,23 +34,10 @@ def weights_equal(a: dict, b: dict) -> bool:
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory, corpus_folder, data_folder):
+def finished(tmp_path_factory, tiny_config, tiny_train, data_folder):
     """An uninterrupted run: (model config, train config, result)."""
-    config = pico.ModelConfig(d_model=32, n_layer=2, n_head=2, d_ff=32, context_length=32, max_positions=64)
-    train = pico.TrainConfig(
-        name="tiny",
-        corpus=str(corpus_folder),
-        max_steps=12,
-        batch_size=4,
-        micro_batch_size=2,
-        learning_rate=1e-2,
-        warmup_steps=2,
-        log_interval=3,
-        eval_interval=6,
-        checkpoint_seconds=0.0,
-        precision="fp32",
-        compile=False,
-    )
+    changes = {"micro_batch_size": 2, "learning_rate": 1e-2, "precision": "fp32", "compile": False}
+    config, train = tiny_config, dataclasses.replace(tiny_train, **changes)
     assert config.dropout > 0
     return config, train, pico.train(config, train, tmp_path_factory.mktemp("results"), data_folder, device="cpu")
 
@@ -87,7 +74,7 @@ def test_ctrl_c_saves_and_the_resumed_run_ends_bit_for_bit_equal(finished, data_
     resumed = pico.train(config, train, tmp_path, data_folder)
     assert resumed.finished
     assert weights_equal(resumed.model.state_dict(), expected.model.state_dict())
-    assert not pico.checkpoint_path(tmp_path, "tiny", partial=True).exists()
+    assert not pico.checkpoint_path(tmp_path, "tiny.partial").exists()
     assert [row["val_loss"] for row in resumed.metrics if row["val_loss"]] == [
         row["val_loss"] for row in expected.metrics if row["val_loss"]
     ]
@@ -253,7 +240,7 @@ def test_a_resumed_run_goes_on_with_its_clock_and_its_snapshots(finished, data_f
 
     monkeypatch.setattr(pico, "train_step", step)
     assert not pico.train(config, train, tmp_path, data_folder, on_snapshot=snapshot).finished
-    state = pico.load_checkpoint(pico.checkpoint_path(tmp_path, "tiny", partial=True)).training_state
+    state = pico.load_checkpoint(pico.checkpoint_path(tmp_path, "tiny.partial")).training_state
     assert state["seconds"] == 14.0, "7 steps, though the last line of metrics was after 6"
     now[0] += 1e6
     resumed = pico.train(config, train, tmp_path, data_folder, on_snapshot=snapshot)
