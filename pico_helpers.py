@@ -1248,45 +1248,24 @@ def _batched(documents: Iterable[Document], max_characters: int = 2_000_000) -> 
         yield batch
 
 
-class PackedEpoch(torch.utils.data.Dataset):
+class PackedEpoch:
     """One epoch: documents shuffled and packed anew, cut into sequences, the sequences shuffled.
 
-    A pure function of (seed, epoch); every sequence comes once. Item i is (context_length + 1,) int64: the inputs are
-    item[:-1], the targets item[1:]. With `max_sequences` only the file's first max_sequences * context_length tokens
-    take part, the same ones in every epoch.
+    A pure function of (seed, epoch); every sequence comes once. With `max_sequences` only the file's first
+    max_sequences * context_length tokens take part, the same ones in every epoch.
     """
 
     def __init__(self, file: TokenFile, context_length: int, max_sequences: int | None, seed: int, epoch: int) -> None:
-        self.context_length = context_length
-        self.n_sequences = count_sequences(file, context_length, max_sequences)
-        used = self.n_sequences * context_length + 1  # tokens; the last one is only a target
+        n_sequences = count_sequences(file, context_length, max_sequences)
+        used = n_sequences * context_length + 1  # tokens; the last one is only a target
         n_documents = int(np.searchsorted(file.starts, used))  # the last document may be cut
         random = np.random.default_rng([seed, epoch])
         order = random.permutation(n_documents)
-        self.tokens = file.tokens
-        self.starts = file.starts[:-1][order]
-        lengths = np.minimum(file.starts[1:][order], used) - self.starts
+        starts = file.starts[:-1][order]
+        lengths = np.minimum(file.starts[1:][order], used) - starts
         self.ends = np.cumsum(lengths)  # where each document ends in the packed stream
-        self.sequence_order = random.permutation(self.n_sequences)
-
-    def __len__(self) -> int:
-        return self.n_sequences
-
-    def __getitem__(self, index: int) -> Tensor:
-        start = int(self.sequence_order[index]) * self.context_length
-        stop = start + self.context_length + 1
-        pieces = []
-        document = int(np.searchsorted(self.ends, start, side="right"))
-        while start < stop:
-            end = int(self.ends[document])
-            length = min(stop, end) - start
-            # the document's end in the file is its start plus its length in the stream
-            previous = int(self.ends[document - 1]) if document else 0
-            offset = int(self.starts[document]) + start - previous
-            pieces.append(self.tokens[offset : offset + length])
-            start += length
-            document += 1
-        return torch.from_numpy(np.concatenate(pieces).astype(np.int64))
+        self.shifts = starts + lengths - self.ends  # from a place in the packed stream to the place in the file
+        self.first = random.permutation(n_sequences) * context_length  # where each sequence begins, packed
 
 
 def count_sequences(file: TokenFile, context_length: int, max_sequences: int | None = None) -> int:
@@ -1298,7 +1277,10 @@ def count_sequences(file: TokenFile, context_length: int, max_sequences: int | N
 
 
 class SequenceStream(torch.utils.data.Dataset):
-    """Epoch after epoch as one endless list of sequences; item k is (context_length + 1,) int64."""
+    """Epoch after epoch as one endless list of sequences; item k is (context_length + 1,) int64.
+
+    The inputs are item[:-1], the targets item[1:].
+    """
 
     def __init__(self, file: TokenFile, context_length: int, max_sequences: int | None, seed: int) -> None:
         self.file, self.context_length = file, context_length
@@ -1311,8 +1293,11 @@ class SequenceStream(torch.utils.data.Dataset):
         return SequenceStream, self._arguments
 
     def __getitem__(self, k: int) -> Tensor:
-        epoch, index = divmod(k, self.n_sequences)
-        return self.epoch(epoch)[index]
+        number, index = divmod(k, self.n_sequences)
+        epoch = self.epoch(number)
+        packed = epoch.first[index] + np.arange(self.context_length + 1)
+        places = packed + epoch.shifts[np.searchsorted(epoch.ends, packed, side="right")]
+        return torch.from_numpy(self.file.tokens[places].astype(np.int64))
 
     def batch(self, start: int, size: int) -> Tensor:
         """Sequences start .. start + size - 1 of the list, (size, context_length + 1) int64."""
@@ -1725,7 +1710,7 @@ def choose_loader(stream: SequenceStream, device: torch.device) -> str:
 
 
 def _resident_batches(stream: SequenceStream, places: Iterable[range], device: torch.device) -> Iterator[Tensor]:
-    """As PackedEpoch's items, but cut on the device from tokens in the order of the file."""
+    """As the stream's items, but cut on the device from tokens in the order of the file."""
     used = stream.n_sequences * stream.context_length + 1
     tokens = torch.from_numpy(np.array(stream.file.tokens[:used]).view(np.int16)).to(device)
     window = torch.arange(stream.context_length + 1, device=device)
@@ -1733,9 +1718,7 @@ def _resident_batches(stream: SequenceStream, places: Iterable[range], device: t
     @functools.lru_cache(2)  # as a batch may straddle two epochs
     def upload(number: int) -> list[Tensor]:
         epoch = stream.epoch(number)
-        shifts = epoch.starts + np.diff(epoch.ends, prepend=0) - epoch.ends  # from packed place to place in the file
-        first = epoch.sequence_order * stream.context_length
-        return [torch.from_numpy(array).to(device) for array in (epoch.ends, shifts, first)]
+        return [torch.from_numpy(array).to(device) for array in (epoch.ends, epoch.shifts, epoch.first)]
 
     for place in places:
         rows = []
@@ -4038,11 +4021,19 @@ def new_figure(width: float, height: float, title: str = "") -> Figure:
 
 
 def save_figure(figure: Figure, path: str | Path, svg: bool = True) -> list[Path]:
-    """Writes `path`.png of 200 dots per inch and, if wanted, `path`.svg atomically; returns the paths."""
+    """Writes `path`.png of 200 dots per inch and, if wanted, `path`.svg atomically; returns the paths.
+
+    256 colours make the PNG several times smaller, and with it the report that holds them all.
+    """
+    from PIL import Image  # which matplotlib needs
+
     paths = [Path(f"{path}.{kind}") for kind in ("png", "svg")[: 1 + svg]]
     for each in paths:
         with atomic_write(each) as temporary:
             figure.savefig(temporary, dpi=200)
+            if each.suffix == ".png":
+                image = Image.open(temporary).convert("RGB").quantize(256, dither=Image.Dither.NONE)
+                image.save(temporary, dpi=(200, 200))
     return paths
 
 

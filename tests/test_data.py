@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 import pico_helpers as pico
 from pico_helpers import Document, PicoError
@@ -448,14 +449,14 @@ def make_file(n_documents: int = 50, seed: int = 0) -> pico.TokenFile:
 
 def test_an_epoch_shows_every_token_once_and_documents_stay_whole():
     file = make_file()
-    epoch = pico.PackedEpoch(file, 8, None, seed=3, epoch=0)
-    sequences = [epoch[i].numpy() for i in range(len(epoch))]
-    used = len(epoch) * 8 + 1
+    stream = pico.SequenceStream(file, 8, None, seed=3)
+    sequences = [stream[i].numpy() for i in range(stream.n_sequences)]
+    used = stream.n_sequences * 8 + 1
     inputs = np.concatenate([s[:-1] for s in sequences])
     assert len(np.unique(inputs)) == len(inputs) == used - 1
     assert set(inputs) <= set(range(used))
     # the sequences, put back in stream order, are the documents one after the other
-    order = np.argsort(epoch.sequence_order)
+    order = np.argsort(stream.epoch(0).first)
     packed = np.concatenate([sequences[i][:-1] for i in order])
     jumps = np.flatnonzero(np.diff(packed.astype(int)) != 1)
     ends = {int(e) - 1 for e in file.starts[1:]} | {used - 1}
@@ -466,30 +467,29 @@ def test_an_epoch_shows_every_token_once_and_documents_stay_whole():
 
 def test_order_is_a_pure_function_of_seed_and_epoch():
     def digest(seed: int, epoch: int) -> str:
-        packed = pico.PackedEpoch(make_file(), 8, None, seed, epoch)
-        return hashlib.sha256(b"".join(packed[i].numpy().tobytes() for i in range(len(packed)))).hexdigest()
+        stream = pico.SequenceStream(make_file(), 8, None, seed)
+        return hashlib.sha256(stream.batch(epoch * stream.n_sequences, stream.n_sequences).numpy().tobytes()).hexdigest()
 
     assert digest(1, 0) == digest(1, 0)
     assert len({digest(1, 0), digest(1, 1), digest(2, 0)}) == 3
 
 
 def test_a_limit_uses_the_same_tokens_in_every_epoch():
-    seen = []
-    for epoch in range(3):
-        packed = pico.PackedEpoch(make_file(), 8, 20, seed=0, epoch=epoch)
-        assert len(packed) == 20
-        seen.append({int(t) for i in range(20) for t in packed[i]})
+    stream = pico.SequenceStream(make_file(), 8, 20, seed=0)
+    assert stream.n_sequences == 20
+    seen = [{int(t) for t in stream.batch(20 * epoch, 20).flatten()} for epoch in range(3)]
     assert seen[0] == seen[1] == seen[2] == set(range(161))
 
 
 def test_a_stream_runs_through_epochs_without_a_gap():
-    file = make_file()
-    stream = pico.SequenceStream(file, 8, 10, seed=0)
+    stream = pico.SequenceStream(make_file(), 8, 10, seed=0)
     batch = stream.batch(7, 6)  # the last three of epoch 0, the first three of epoch 1
     assert batch.shape == (6, 9)
-    epochs = [pico.PackedEpoch(file, 8, 10, 0, epoch) for epoch in (0, 1)]
-    expected = [epochs[0][i] for i in (7, 8, 9)] + [epochs[1][i] for i in (0, 1, 2)]
-    assert all(np.array_equal(a, b) for a, b in zip(batch, expected, strict=True))
+    each = [stream[k] for k in range(20)]
+    assert all(torch.equal(a, b) for a, b in zip(batch, each[7:13], strict=True))
+    for epoch in (each[:10], each[10:]):
+        inputs = {int(token) for sequence in epoch for token in sequence[:-1]}
+        assert len(inputs) == 80 and inputs <= set(range(81)), "each epoch holds each token once"
 
 
 def test_a_corpus_shorter_than_a_sequence_says_so():
