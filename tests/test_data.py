@@ -468,7 +468,8 @@ def test_an_epoch_shows_every_token_once_and_documents_stay_whole():
 def test_order_is_a_pure_function_of_seed_and_epoch():
     def digest(seed: int, epoch: int) -> str:
         stream = pico.SequenceStream(make_file(), 8, None, seed)
-        return hashlib.sha256(stream.batch(epoch * stream.n_sequences, stream.n_sequences).numpy().tobytes()).hexdigest()
+        sequences = stream.batch(epoch * stream.n_sequences, stream.n_sequences)
+        return hashlib.sha256(sequences.numpy().tobytes()).hexdigest()
 
     assert digest(1, 0) == digest(1, 0)
     assert len({digest(1, 0), digest(1, 1), digest(2, 0)}) == 3
