@@ -335,15 +335,6 @@ def write_csv(path: str | Path, rows: Sequence[dict]) -> Path:
     return Path(path)
 
 
-@contextlib.contextmanager
-def explain_errors() -> Iterator[None]:
-    """Prints a PicoError as one line and goes on, for steps that a machine may not be able to do."""
-    try:
-        yield
-    except PicoError as error:
-        print(error)
-
-
 def is_unattended() -> bool:
     """True where nobody can answer: CI, the variable PICO_MENU, or no standard input (`jupyter execute`)."""
     if os.environ.get("CI") or os.environ.get("PICO_MENU"):
@@ -491,6 +482,9 @@ class Block(nn.Module):
         return x + self.dropout(self.mlp(self.mlp_norm(x)))
 
 
+_HAS_AMX = torch.cpu._is_amx_tile_supported()  # matrix instructions for 16 bits
+
+
 def loss_by_rows(
     hidden: Tensor, weight: Tensor, targets: Tensor, counts: Tensor, vocab_size: int, chunk: int, needs_grad: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -551,13 +545,14 @@ def loss_by_words(
 def _token_losses(
     hidden: Tensor, weight: Tensor, targets: Tensor, counts: Tensor, vocab_size: int, chunk: int | None, grad: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Chooses between the two. By words the products are done twice, which a CPU's caches more than make up for."""
+    """Chooses between the two. By words the products are done twice, which pays where they are cheap beside memory."""
     kind = hidden.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
-    if kind == "cpu":  # compiled, every block is code of its own: fewer of them compile sooner
-        losses, chunk = loss_by_words, chunk or (4096 if torch.compiler.is_compiling() else 1024)
+    is_compiled = torch.compiler.is_compiling()
+    if kind == "cpu" and dtype != torch.float32 and (_HAS_AMX or not is_compiled):
+        losses, chunk = loss_by_words, chunk or (4096 if is_compiled else 1024)  # fewer blocks compile sooner
     else:
-        losses, chunk = loss_by_rows, chunk or 8192
+        losses, chunk = loss_by_rows, chunk or (2048 if kind == "cpu" else 8192)
     with torch.autocast(kind, enabled=False):
         return losses(hidden.to(dtype), weight.to(dtype), targets, counts, vocab_size, chunk, grad)
 
@@ -1408,6 +1403,13 @@ def model_from_checkpoint(checkpoint: Checkpoint) -> PicoLLM:
     return model.eval()
 
 
+def tokens_seen(saved: Checkpoint) -> tuple[int, int]:
+    """(tokens that the models had seen which this one started from, tokens of a step of its own run)."""
+    last, state = saved.metrics[-1] if saved.metrics else {}, saved.training_state or {}
+    before = state.get("tokens_before", last["tokens_total"] - last["tokens"] if "tokens_total" in last else 0)
+    return before, saved.train_config.batch_size * saved.model_config.context_length
+
+
 def load_model(path: str | Path, device: torch.device | str | None = None) -> PicoLLM:
     """The model of a checkpoint file, in evaluation mode on `device` (default: the GPU where there is one)."""
     return model_from_checkpoint(load_checkpoint(path)).to(device or default_device())
@@ -2176,9 +2178,8 @@ class TrainingRun:
         if other := [f"{name} {value}, not {ours[name]}" for name, value in theirs.items() if value != ours[name]]:
             raise PicoError(f"{path} has another shape ({'; '.join(other)}); train a model of the same shape.")
         self.model.load_state_dict(model_from_checkpoint(found).state_dict())
-        last = found.metrics[-1] if found.metrics else {}
-        here = found.step * found.train_config.batch_size * found.model_config.context_length
-        self.tokens_before = int(last.get("tokens_total") or last.get("tokens") or here)
+        before, per_step = tokens_seen(found)
+        self.tokens_before = before + found.step * per_step
         self.started_from = f"{Path(path).name} ({self.tokens_before:,} tokens, the last of them of {found.corpus})"
 
 
@@ -3081,28 +3082,30 @@ def on_windows(table: pd.DataFrame) -> pd.DataFrame:
     return table[table["source"] == "windows"] if "source" in table else table
 
 
-def first_snapshots(history: pd.DataFrame, thresholds: ScoreThresholds) -> dict[str, int | None]:
-    """For each kappa the first step of a run at which some head reaches its tau, None if none does.
+def best_heads(history: pd.DataFrame) -> pd.DataFrame:
+    """The highest score of a head for each kappa, by tokens of training (by step where they are not told).
 
-    `history` has the columns of `score_heads` and step.
+    `history` has the columns of `score_heads`, step and, if known, tokens.
     """
-    best = history.groupby("step")[list(KAPPAS)].max()
-    reached = {name: best.index[best[name] >= thresholds.tau[name]] for name in KAPPAS}
-    return {name: int(steps[0]) if len(steps) else None for name, steps in reached.items()}
+    return history.groupby("tokens" if "tokens" in history else "step")[list(KAPPAS)].max()
 
 
 def describe_emergence(history: pd.DataFrame, thresholds: ScoreThresholds) -> str:
-    """One sentence on when previous-token and induction heads appear."""
-    best, first, parts = history.groupby("step")[list(KAPPAS)].max(), first_snapshots(history, thresholds), []
+    """One sentence on when previous-token and induction heads appear; `history` as in `best_heads`."""
+    best, parts = best_heads(history), []
+    unit = "tokens of training" if best.index.name == "tokens" else "steps"
     for score, kind in (("previous", "previous-token"), ("induction", "induction")):
-        step, tau = first[score], thresholds.tau[score]
-        before = best.index[best.index < step].max() if step else None
-        if step is None:
+        tau = thresholds.tau[score]
+        reached = best.index[best[score] >= tau]
+        if not len(reached):
             parts.append(f"no {kind} head appears (highest score {best[score].max():.2f}, threshold {tau:.2f})")
-        elif step == best.index[0]:
-            parts.append(f"one head looks like a {kind} head from step {step:,} on, the first one scored")
+        elif reached[0] == best.index[0]:
+            parts.append(f"one head looks like a {kind} head after {reached[0]:,} {unit}, when the first were scored")
         else:
-            parts.append(f"the first {kind} head appears between steps {before:,} and {step:,} (threshold {tau:.2f})")
+            before = best.index[best.index < reached[0]].max()
+            parts.append(
+                f"the first {kind} head appears between {before:,} and {reached[0]:,} {unit} (score {tau:.2f})"
+            )
     text = "; ".join(parts)
     return f"{text[0].upper()}{text[1:]}."
 
@@ -4312,22 +4315,12 @@ def plot_loss_curve(rows: Sequence[dict] | pd.DataFrame, uniform_loss: float = m
     return figure
 
 
-def plot_head_emergence(
-    history: Sequence[dict] | pd.DataFrame,
-    metrics: Sequence[dict] | pd.DataFrame = (),
-    thresholds: ScoreThresholds | None = None,
-) -> Figure:
-    """The highest score of a head of each kind by tokens of training, on a log scale.
-
-    `history`: what `run_training` keeps in `{name}_heads.csv`; `metrics`: the rows of training, without which the unit
-    is the step.
-    """
+def plot_head_emergence(history: Sequence[dict] | pd.DataFrame, thresholds: ScoreThresholds | None = None) -> Figure:
+    """The highest score of a head of each kind by tokens of training, on a log scale; `history` as in `best_heads`."""
     import pandas as pd
     import seaborn
 
-    best, thresholds = pd.DataFrame(history).groupby("step")[list(_EMERGING)].max(), thresholds or ScoreThresholds()
-    rates = [row["tokens"] / row["step"] for row in pd.DataFrame(metrics).to_dict("records") if row.get("tokens")]
-    best.index *= rates[0] if rates else 1
+    best, thresholds = best_heads(pd.DataFrame(history))[list(_EMERGING)], thresholds or ScoreThresholds()
     figure = new_figure(8, 4.5)
     axes = figure.subplots()
     names = {kind: f"{kind}: {_SCORES[kind][0]}" for kind in _EMERGING}
@@ -4339,7 +4332,7 @@ def plot_head_emergence(
         style, untrained = {"color": MODEL_COLORS["untrained"], "linestyle": ":"}, best.loc[0].max()
         axes.axhline(untrained, label=f"highest before training ({untrained:.2f})", **style)
     tidy_axes(axes, "Highest score of a head (0: chance, 1: ideal)", xscale="log", ylim=(-0.05, 1), ylabel="score")
-    axes.set_xlabel("tokens of training" if rates else "step")
+    axes.set_xlabel("tokens of training" if best.index.name == "tokens" else "step")
     axes.legend(frameon=False, fontsize=8, loc="upper left", handlelength=4)
     return figure
 
@@ -4589,7 +4582,7 @@ MODEL_FIGURES = (
         "When do heads of each kind appear?",
         lambda study: describe_emergence(study.history, study.thresholds),
         lambda study: f"Line chart. {describe_emergence(study.history, study.thresholds)}",
-        lambda study: plot_head_emergence(study.history, study.metrics, study.thresholds),
+        lambda study: plot_head_emergence(study.history, study.thresholds),
         needs=lambda study: len(study.history) > 0,
     ),
     StudyFigure(
@@ -6010,8 +6003,22 @@ def read_head_rows(path: str | Path, last_step: int) -> list[dict]:
         return []
 
 
-def _head_recorder(path: Path, corpus: Corpus, data_folder: str | Path) -> Callable[[PicoLLM, int], None]:
-    """For `train`: scores every head as the study does and adds the rows to a CSV, which step 0 begins anew."""
+def head_history(path: Path, saved: Checkpoint) -> list[dict]:
+    """The scores of heads on the way to this checkpoint, if they lie beside it; those of another run do not count."""
+    name = path.stem.removeprefix("pico_llm_")
+    own = run_files(path.parent, saved.train_config.name if name == path.stem else name).heads  # published: pico_llm.pt
+    rows, (before, per_step) = read_head_rows(own, saved.step), tokens_seen(saved)
+    rows = [{"step": row["step"], "tokens": before + row["step"] * per_step} | row for row in rows]  # older files
+    return rows if saved.training_state or (rows and rows[-1]["step"] == saved.step) else []
+
+
+def _head_recorder(
+    path: Path, corpus: Corpus, data_folder: str | Path, tokens_at: Callable[[int], int], earlier: Sequence[dict]
+) -> Callable[[PicoLLM, int], None]:
+    """For `train`: scores every head as the study does and adds the rows to a CSV, which step 0 begins anew.
+
+    `tokens_at(step)` are the tokens seen; `earlier` are rows of the model that the run starts from.
+    """
 
     @functools.cache
     def texts(config: ModelConfig) -> tuple[Tensor, np.ndarray]:
@@ -6022,8 +6029,12 @@ def _head_recorder(path: Path, corpus: Corpus, data_folder: str | Path) -> Calla
         windows, counts = texts(model.config)
         scores = score_heads(model, idx=windows, token_counts=counts).round(4)
         scores.insert(0, "step", step)
-        with explain_errors():  # a full disk costs the rows, not the run
-            write_csv(path, [*read_head_rows(path, step - 1), *scores.to_dict("records")])
+        scores.insert(1, "tokens", tokens_at(step))
+        rows = read_head_rows(path, step - 1) if step else earlier
+        try:
+            write_csv(path, [*rows, *scores.to_dict("records")])
+        except PicoError as error:  # a full disk costs the rows, not the run
+            print(error)
 
     return record
 
@@ -6036,11 +6047,17 @@ def run_training(
     On the way the heads are scored (`snapshot_steps`) and kept in `{name}_heads.csv`. Returns the result and the files
     written; under torchrun the first process alone scores, draws and prints.
     """
-    chosen, results = get_preset(preset).with_changes(changes), Path(results)
+    chosen, results, before, earlier = get_preset(preset).with_changes(changes), Path(results), 0, []
     if chosen.train.init_from:  # the shape is that model's; a run that is under way holds it itself
         partial = run_files(results, f"{chosen.train.name}.partial").model
-        began = load_checkpoint(partial if partial.exists() else chosen.train.init_from)
+        source = partial if partial.exists() else Path(chosen.train.init_from)
+        began = load_checkpoint(source)
         chosen = dataclasses.replace(chosen, model=began.model_config).with_changes(changes)
+        before, per_step = tokens_seen(began)
+        if source != partial:
+            before += began.step * per_step
+            earlier = [row | {"step": row["step"] - began.step} for row in head_history(source, began)]
+            earlier = [row for row in earlier if row["step"] < 0]
     if int(os.environ.get("RANK", 0)) > 0:
         return train(chosen.model, chosen.train, results, data_folder), []
     print(f"Training: {chosen.about}.")
@@ -6048,7 +6065,11 @@ def run_training(
     config = chosen.train
     if config.corpus == "auto":  # a checkpoint names the one that it was
         config = dataclasses.replace(config, corpus=corpus.name)
-    recorder = _head_recorder(run_files(results, f"{config.name}.partial").heads, corpus, data_folder)
+    tokens_per_step, heads = (
+        config.batch_size * chosen.model.context_length,
+        run_files(results, f"{config.name}.partial").heads,
+    )
+    recorder = _head_recorder(heads, corpus, data_folder, lambda step: before + step * tokens_per_step, earlier)
     hooks = {"on_log": _live_loss_curve(), "on_snapshot": recorder}
     result = train(chosen.model, config, results, data_folder, corpus=corpus, **hooks)
     files = list(run_files(results, config.name if result.finished else f"{config.name}.partial"))[1:]
@@ -6056,7 +6077,7 @@ def run_training(
         last = result.metrics[-1]
         files += save_figure(plot_loss_curve(result.metrics), results / "loss_curve")
         if history := read_head_rows(files[1], last["step"]):
-            files += save_figure(plot_head_emergence(history, result.metrics), results / "head_emergence")
+            files += save_figure(plot_head_emergence(history), results / "head_emergence")
         print(f"Loss at step {last['step']:,}: {last['train_loss']:.3f} nats per token.")
         if last["val_loss"]:
             print(f"Held-out text: {last['val_loss']:.3f}, word perplexity {last['word_perplexity']:,.0f}.")
@@ -6102,14 +6123,6 @@ def open_corpus(
         about += ", which is not what the model was trained on"
         print(f"Held-out text: {about}.")
     return about, prepare_tokens(chosen, "train", data_folder), prepare_tokens(chosen, "validation", data_folder)
-
-
-def head_history(path: Path, saved: Checkpoint) -> list[dict]:
-    """The scores of heads on the way to this checkpoint, if they lie beside it; those of another run do not count."""
-    name = path.stem.removeprefix("pico_llm_")
-    own = run_files(path.parent, saved.train_config.name if name == path.stem else name).heads  # published: pico_llm.pt
-    rows = read_head_rows(own, saved.step)
-    return rows if saved.training_state or (rows and rows[-1]["step"] == saved.step) else []
 
 
 def run_analysis(

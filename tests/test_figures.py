@@ -225,8 +225,8 @@ def history_of(**best: list[float]) -> list[dict]:
 
 def test_emergence_shows_the_best_heads_by_tokens_and_a_legend_of_every_line():
     history = history_of(previous=[0.02, 0.1, 0.5, 0.9], induction=[0.01, 0.0, 0.1, 0.2])
-    metrics = [{"step": step, "tokens": 64 * step, "train_loss": 9.0} for step in (0, 20, 1000)]
-    (axes,) = pico.plot_head_emergence(history, metrics).axes
+    by_tokens = [row | {"tokens": 64 * row["step"]} for row in history]
+    (axes,) = pico.plot_head_emergence(by_tokens).axes
     drawn = [line.get_xydata().astype(float) for line in axes.lines if len(line.get_xdata()) == 3]
     np.testing.assert_allclose(drawn[0], [[640, 0.1], [6400, 0.5], [64000, 0.9]])
     assert axes.get_xscale() == "log" and "tokens" in axes.get_xlabel()
@@ -235,6 +235,11 @@ def test_emergence_shows_the_best_heads_by_tokens_and_a_legend_of_every_line():
     assert {"previous: one token back", "threshold (0.30)", "highest before training (0.02)"} <= set(legend)
     (axes,) = pico.plot_head_emergence(history).axes
     assert axes.get_xlabel() == "step"
+    words = pico.describe_emergence(pd.DataFrame(by_tokens), pico.ScoreThresholds())
+    assert words.startswith(
+        "The first previous-token head appears between 640 and 6,400 tokens of training (score 0.30)"
+    )
+    assert words.endswith("no induction head appears (highest score 0.20, threshold 0.30).")
 
 
 def test_pie_and_grid_show_each_head_in_its_class():

@@ -210,6 +210,20 @@ def test_a_resumed_run_continues_its_rows(trained, corpus_folder, data_folder, t
         assert pico.head_history(model, saved) == []
 
 
+def test_a_run_from_another_model_goes_on_with_its_rows(trained, corpus_folder, data_folder, tmp_path):
+    start = {"init_from": str(trained.checkpoint), "corpus": str(corpus_folder), "name": "second"}
+    second = pico.run_training("tiny", tmp_path, data_folder, **RUN | start | {"max_steps": 3})[0]
+    per_step = trained.metrics[-1]["tokens"] // trained.metrics[-1]["step"]
+    rows = pico.head_history(second.checkpoint, pico.load_checkpoint(second.checkpoint))
+    places = sorted({(row["step"], row["tokens"]) for row in rows})
+    assert places[0] == (-20, 0) and places[-1] == (3, 23 * per_step)
+    assert all(tokens == (20 + step) * per_step for step, tokens in places)
+    before = pico.head_history(trained.checkpoint, pico.load_checkpoint(trained.checkpoint))
+    assert [row | {"step": row["step"] - 20} for row in before if row["step"] < 20] == [
+        r for r in rows if r["step"] < 0
+    ]
+
+
 # --- publishing -------------------------------------------------------------------------------------------------------
 
 
