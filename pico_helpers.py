@@ -482,7 +482,7 @@ class Block(nn.Module):
         return x + self.dropout(self.mlp(self.mlp_norm(x)))
 
 
-_HAS_AMX = torch.cpu._is_amx_tile_supported()  # matrix instructions for 16 bits
+HAS_AMX = torch.cpu._is_amx_tile_supported()  # matrix instructions for 16 bits
 
 
 def loss_by_rows(
@@ -549,7 +549,7 @@ def _token_losses(
     kind = hidden.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
     is_compiled = torch.compiler.is_compiling()
-    if kind == "cpu" and dtype != torch.float32 and (_HAS_AMX or not is_compiled):
+    if kind == "cpu" and dtype != torch.float32 and (HAS_AMX or not is_compiled):
         losses, chunk = loss_by_words, chunk or (4096 if is_compiled else 1024)  # fewer blocks compile sooner
     else:
         losses, chunk = loss_by_rows, chunk or (2048 if kind == "cpu" else 8192)

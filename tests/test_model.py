@@ -100,10 +100,10 @@ def test_capturing_pass_gives_the_logits_of_the_normal_pass():
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("ignored", [None, -100, -1, 5])
 def test_loss_equals_cross_entropy_of_the_logits_with_its_gradients(tiny_model, precision, ignored, by, monkeypatch):
-    tiny_model.loss_chunk = 4000  # does not divide the vocabulary
-    if by == "rows":  # as on a GPU
-        monkeypatch.setattr(pico, "loss_by_words", pico.loss_by_rows)
-        tiny_model.loss_chunk = 7  # does not divide the rows
+    loss_function = {"rows": pico.loss_by_rows, "words": pico.loss_by_words}[by]
+    for name in ("loss_by_rows", "loss_by_words"):  # whichever this machine would choose
+        monkeypatch.setattr(pico, name, loss_function)
+    tiny_model.loss_chunk = {"rows": 7, "words": 4000}[by]  # divides neither the rows nor the vocabulary
     idx, targets = random_ids(3, 10), random_ids(3, 10, seed=1)
     options = {} if ignored is None else {"ignore_index": ignored}
     if ignored is not None:
