@@ -159,11 +159,7 @@ class Contestant:
         self.kind, self.loader, self.config, self.device = kind, loader, preset.train, device
         self.held_before = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0  # by the others
         dtype = pico.choose_precision(self.config.precision, device)
-        flops = (
-            0.0 if self.config.max_steps else float("inf")
-        )  # as `train` would: a preset of few steps is not compiled
-        compiled = pico.choose_compile(self.config.compile, device, flops)
-        self.run = pico.TrainingRun(preset.model, self.config, "", device, dtype, compiled)
+        self.run = pico.TrainingRun(preset.model, self.config, "", device, dtype, bool(self.config.compile))
         steps, size = range(self.n_steps), self.config.batch_size
         self.batches = pico.make_loader(loader, stream, size, steps, device, workers=workers)
         self.windows: list[tuple[float, float]] = []  # (tokens per second, ms per step waiting for data)
@@ -595,6 +591,8 @@ def start_all(
     loaders = pico.LOADERS if options.compare else [options.loader or pico.choose_loader(stream, device)]
     kinds = [(PlainLoop, "plain loop", "naive"), (BestPlainLoop, "best plain loop", "naive")] if options.peer else []
     kinds += [(Contestant, loader, loader) for loader in loaders]
+    flops = 0.0 if preset.train.max_steps else float("inf")  # as `train` would: a preset of few steps is not compiled
+    preset = preset.with_changes({"compile": pico.choose_compile(preset.train.compile, device, flops)})
     contestants = []
     for size in dict.fromkeys(options.batch_sizes or [preset.train.batch_size]):
         sized = preset.with_changes({"batch_size": size})
