@@ -5731,7 +5731,10 @@ def benchmark(
     device, longest = model.rope_cos.device, max(sequence_lengths)
     if min(*batch_sizes, *sequence_lengths) < 1 or longest > model.config.max_positions:
         raise PicoError(f"Benchmark sizes must be positive and lengths at most {model.config.max_positions}.")
-    seconds = seconds or (1.0 if device.type == "cuda" else 0.5)
+    if seconds is None:
+        seconds = 1.0 if device.type == "cuda" else 0.5
+    if not 0 < seconds < math.inf:
+        raise PicoError(f"seconds must be a positive number, not {seconds}.")
     gate = held_out_sequences(file, 8 if device.type == "cuda" else 2, longest, 1).to(device)
     shapes = itertools.product(batch_sizes, sequence_lengths)
     rows, frame, here = [], pd.DataFrame(), measured_on(device)
