@@ -496,8 +496,11 @@ def loss_by_rows(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Losses (N,), and the gradients of the sum over the rows that count; a chunk of rows at a time.
 
-    The gradient of a chunk follows from its softmax at once, so its logits are dropped before the next chunk.
+    The gradient of a chunk follows from its softmax at once, so its logits are dropped before the next chunk. The
+    targets' logits are computed apart: taken from the chunks, torch.compile would keep all chunks to the end for them.
     """
+    target_logits = (hidden.float() * weight[targets].float()).sum(dim=-1, keepdim=True)
+    target_logits = target_logits.to(hidden.dtype).float()  # rounded as a chunk's
     losses = torch.empty(targets.shape, device=hidden.device)
     hidden_grad = torch.empty_like(hidden) if needs_grad else None
     weight_grad = torch.zeros_like(weight, dtype=torch.float32) if needs_grad else None
@@ -507,7 +510,7 @@ def loss_by_rows(
         logits = (h @ weight.T).float()
         logits[:, vocab_size:] = -math.inf  # the padding of the vocabulary
         norm = logits.logsumexp(dim=-1, keepdim=True)
-        log_p = logits.gather(1, t) - norm
+        log_p = target_logits[rows] - norm
         losses[rows] = -log_p[:, 0]
         if needs_grad:
             softmax = logits.sub_(torch.where(counted, norm, math.inf)).exp_().to(h.dtype)
