@@ -496,12 +496,12 @@ def loss_by_rows(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Losses (N,), and the gradients of the sum over the rows that count; a chunk of rows at a time.
 
-    The gradient of a chunk follows from its softmax at once, so its logits are dropped before the next chunk. The
-    targets' logits are computed apart: taken from the chunks, torch.compile would keep all chunks to the end for them.
+    The gradient of a chunk follows from its softmax at once, so its logits are dropped before the next chunk. For
+    torch.compile to drop them too, the losses neither read them nor are written into one tensor chunk by chunk.
     """
     target_logits = (hidden.float() * weight[targets].float()).sum(dim=-1, keepdim=True)
     target_logits = target_logits.to(hidden.dtype).float()  # rounded as a chunk's
-    losses = torch.empty(targets.shape, device=hidden.device)
+    losses = []
     hidden_grad = torch.empty_like(hidden) if needs_grad else None
     weight_grad = torch.zeros_like(weight, dtype=torch.float32) if needs_grad else None
     for start in range(0, len(targets), chunk):
@@ -511,13 +511,13 @@ def loss_by_rows(
         logits[:, vocab_size:] = -math.inf  # the padding of the vocabulary
         norm = logits.logsumexp(dim=-1, keepdim=True)
         log_p = target_logits[rows] - norm
-        losses[rows] = -log_p[:, 0]
+        losses.append(-log_p[:, 0])
         if needs_grad:
             softmax = logits.sub_(torch.where(counted, norm, math.inf)).exp_().to(h.dtype)
             grad = softmax.scatter_(1, t, torch.where(counted, log_p.expm1(), 0.0).to(h.dtype))  # minus 1 at the target
             hidden_grad[rows] = grad @ weight
             weight_grad += grad.T @ h
-    return losses, hidden_grad, weight_grad
+    return torch.cat(losses), hidden_grad, weight_grad
 
 
 def loss_by_words(
