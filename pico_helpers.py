@@ -490,9 +490,12 @@ def loss_by_rows(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Losses (N,), and the gradients of the sum over the rows that count; a chunk of rows at a time.
 
-    The gradient of a chunk follows from its softmax at once, so its logits are dropped before the next chunk.
+    The gradient of a chunk follows from its softmax at once, so its logits are dropped before the next chunk. For
+    torch.compile to drop them too, the losses neither read them nor are written into one tensor chunk by chunk.
     """
-    losses = torch.empty(targets.shape, device=hidden.device)
+    target_logits = (hidden.float() * weight[targets].float()).sum(dim=-1, keepdim=True)
+    target_logits = target_logits.to(hidden.dtype).float()  # rounded as a chunk's
+    losses = []
     hidden_grad = torch.empty_like(hidden) if needs_grad else None
     weight_grad = torch.zeros_like(weight, dtype=torch.float32) if needs_grad else None
     for start in range(0, len(targets), chunk):
@@ -501,14 +504,14 @@ def loss_by_rows(
         logits = (h @ weight.T).float()
         logits[:, vocab_size:] = -math.inf  # the padding of the vocabulary
         norm = logits.logsumexp(dim=-1, keepdim=True)
-        log_p = logits.gather(1, t) - norm
-        losses[rows] = -log_p[:, 0]
+        log_p = target_logits[rows] - norm
+        losses.append(-log_p[:, 0])
         if needs_grad:
             softmax = logits.sub_(torch.where(counted, norm, math.inf)).exp_().to(h.dtype)
             grad = softmax.scatter_(1, t, torch.where(counted, log_p.expm1(), 0.0).to(h.dtype))  # minus 1 at the target
             hidden_grad[rows] = grad @ weight
             weight_grad += grad.T @ h
-    return losses, hidden_grad, weight_grad
+    return torch.cat(losses), hidden_grad, weight_grad
 
 
 def loss_by_words(
@@ -5715,7 +5718,10 @@ def benchmark(
     device, longest = model.rope_cos.device, max(sequence_lengths)
     if min(*batch_sizes, *sequence_lengths) < 1 or longest > model.config.max_positions:
         raise PicoError(f"Benchmark sizes must be positive and lengths at most {model.config.max_positions}.")
-    seconds = seconds or (1.0 if device.type == "cuda" else 0.5)
+    if seconds is None:
+        seconds = 1.0 if device.type == "cuda" else 0.5
+    if not 0 < seconds < math.inf:
+        raise PicoError(f"seconds must be a positive number, not {seconds}.")
     gate = held_out_sequences(file, 8 if device.type == "cuda" else 2, longest, 1).to(device)
     shapes = itertools.product(batch_sizes, sequence_lengths)
     rows, frame, here = [], pd.DataFrame(), measured_on(device)

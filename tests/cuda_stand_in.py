@@ -3,19 +3,24 @@
     python tests/cuda_stand_in.py 9 0 bf16
 
 compiles a training step for compute capability 9.0 with PyTorch's CPU build and Triton, to machine code, and prints as
-JSON what was made: `graphs` (1: no graph break), `kernels` that forward and backward launch, `buffers` (shape, type)
-that they allocate, `compiled` (for each Triton kernel 1 if it became machine code), `attention` (its operators).
+JSON what was made: `graphs` (1: no graph break), `kernels` that forward and backward launch, `compiled` (for each of
+Triton's kernels 1 if it became machine code), `buffers` (shape, type) that they allocate, `peaks` (the most bytes of
+them at once), `attention` (its operators); `muon` holds the first three for the optimizer.
 """
 
 import ctypes
 import json
+import math
 import re
 import subprocess
 import sys
 import sysconfig
 import tempfile
 import types
+from collections.abc import Callable
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 DEVICE = r"""
 #include <ATen/detail/CUDAHooksInterface.h>
@@ -112,42 +117,48 @@ def install(capability: tuple[int, int]) -> None:
     torch._inductor.fx_passes.joint_graph.lazy_init = lambda *_: None  # its patterns are traced with real tensors
 
 
-def compile_step(precision: str, batch: int = 64) -> dict:
-    """Compiles forward, loss and backward of a small model with the full vocabulary, as training does."""
-    import torch
+def recorder() -> tuple[Callable, types.SimpleNamespace]:
+    """A backend for torch.compile that runs nothing, and what it has made so far."""
     import torch._functorch.config
     import torch._inductor.config
-    from torch import nn
     from torch._functorch.aot_autograd import make_boxed_func
     from torch._inductor.compile_fx import compile_fx, compile_fx_inner
     from torch._inductor.graph import GraphLowering
     from torch._inductor.runtime.triton_heuristics import CachingAutotuner
-    from torch._subclasses import FakeTensorMode
 
-    sys.path.insert(0, str(Path(__file__).parents[1]))
-    import pico_helpers as pico
-
-    codes, graphs, compiled = [], [], []
+    made = types.SimpleNamespace(codes=[], graphs=[], compiled=[])
 
     def inner(graph, inputs, **options):
         compile_fx_inner(graph, inputs, **options)
         return make_boxed_func(graph.forward)  # runs on fake tensors
 
     def backend(graph, inputs):
-        graphs.append(graph)
+        made.graphs.append(graph)
         return compile_fx(graph, inputs, inner_compile=inner)
 
     def to_machine_code(kernel, *_, **__):
         kernel.configs = kernel.configs[:1]
         kernel._precompile_worker()
-        compiled.append(len(kernel.compile_results))
+        made.compiled.append(len(kernel.compile_results))
 
-    GraphLowering.save_output_code = staticmethod(codes.append)
+    GraphLowering.save_output_code = staticmethod(made.codes.append)
     CachingAutotuner.precompile = to_machine_code
     torch._inductor.config.compile_threads = 1
     torch._inductor.config.joint_graph_constant_folding = False  # it computes on the device
     torch._inductor.config.force_disable_caches = True
     torch._functorch.config.force_non_lazy_backward_lowering = True
+    return backend, made
+
+
+def compile_step(precision: str, batch: int = 64) -> dict:
+    """Compiles forward, loss and backward of a small model with the full vocabulary, as training does."""
+    import torch
+    from torch import nn
+    from torch._subclasses import FakeTensorMode
+
+    import pico_helpers as pico
+
+    backend, made = recorder()
     model = pico.PicoLLM(pico.ModelConfig(d_model=64, n_layer=2, n_head=1, d_ff=64)).train()
     with FakeTensorMode():
         for part in model.modules():
@@ -158,18 +169,60 @@ def compile_step(precision: str, batch: int = 64) -> dict:
         dtype = pico.choose_precision(precision, idx.device)
         with torch.autocast("cuda", dtype, enabled=dtype != torch.float32):
             torch.compile(model, backend=backend)(idx[:, :-1], idx[:, 1:])
-    buffers = [re.findall(r"empty_strided_cuda\(\(([\d, ]*)\), .*?, torch\.(\w+)\)", code) for code in codes]
+    buffers = [re.findall(r"empty_strided_cuda\(\(([\d, ]*)\), .*?, torch\.(\w+)\)", code) for code in made.codes]
     return {
-        "graphs": len(graphs),
-        "kernels": [
-            len(re.findall(r"\.run\(|extern_kernels\.\w+\(|torch\.ops\.aten\S+\(", _calls(code))) for code in codes
-        ],
+        "graphs": len(made.graphs),
+        "kernels": [_launches(code) for code in made.codes],
         "buffers": [
             [[int(n) for n in shape.split(",") if n.strip()], kind] for found in buffers for shape, kind in found
         ],
-        "compiled": compiled,
-        "attention": re.findall(r"aten\.(_scaled_dot_product_\w+)\.default\(", "".join(map(_calls, codes))),
+        "peaks": [_peak(code) for code in made.codes],
+        "compiled": made.compiled,
+        "attention": re.findall(r"aten\.(_scaled_dot_product_\w+)\.default\(", "".join(map(_calls, made.codes))),
     }
+
+
+def compile_muon(precision: str) -> dict:
+    """Compiles Muon's update of each group of the full model's matrices."""
+    import torch
+    from torch._subclasses import FakeTensorMode
+
+    import pico_helpers as pico
+
+    backend, made = recorder()
+    dtype = pico.choose_precision(precision, torch.device("cuda:0"))
+    optimizer = pico.make_optimizer(pico.PicoLLM(pico.ModelConfig()), pico.TrainConfig(optimizer="muon"))
+    with FakeTensorMode(), torch.no_grad():
+        for group in optimizer.param_groups:
+            if "split" in group:
+                n, shape = len(group["params"]), group["params"][0].shape
+                momentum = torch.empty(n, *shape, device="cuda:0")
+                weights, gradients = (list(torch.empty_like(momentum).unbind()) for _ in range(2))
+                rate, found_inf = (torch.empty((), device="cuda:0") for _ in range(2))
+                settings = rate, 0.1, 0.95, group["split"], dtype, found_inf
+                torch.compile(pico.muon_update, backend=backend)(weights, gradients, momentum, *settings)
+    kernels = [_launches(code) for code in made.codes]
+    return {"graphs": len(made.graphs), "kernels": kernels, "compiled": made.compiled}
+
+
+def _launches(code: str) -> int:
+    """Kernels that a generated module launches: its own, and those of libraries."""
+    return len(re.findall(r"\.run\(|extern_kernels\.\w+\(|torch\.ops\.aten\S+\(", _calls(code)))
+
+
+def _peak(code: str) -> int:
+    """The most bytes of buffers that a generated module holds at once, inputs and attention's outputs aside."""
+    sizes, peak = {}, 0
+    for line in _calls(code).splitlines():
+        if made := re.search(r"(buf\d+) = empty_strided_cuda\(\(([\d, ]*)\), .*?, torch\.(\w+)\)", line):
+            bits = int(re.search(r"\d+$", made[3])[0]) if made[3] != "bool" else 8
+            sizes[made[1]] = math.prod(int(n) for n in made[2].split(",") if n.strip()) * bits // 8
+            peak = max(peak, sum(sizes.values()))
+        elif reused := re.search(r"(buf\d+) = .*; del (buf\d+)  # reuse", line):
+            sizes[reused[1]] = sizes.pop(reused[2], 0)
+        elif freed := re.match(r"\s*del (buf\d+)", line):
+            sizes.pop(freed[1], None)
+    return peak
 
 
 def _calls(code: str) -> str:
@@ -179,4 +232,4 @@ def _calls(code: str) -> str:
 
 if __name__ == "__main__":
     install((int(sys.argv[1]), int(sys.argv[2])))
-    print(json.dumps(compile_step(sys.argv[3])))
+    print(json.dumps(compile_step(sys.argv[3]) | {"muon": compile_muon(sys.argv[3])}))

@@ -47,6 +47,11 @@ def test_the_training_step_compiles_for_cuda(capability, attention):
     vocabulary = pico.ModelConfig().padded_vocab_size
     logits = [(shape, kind) for shape, kind in made["buffers"] if shape[-1:] == [vocabulary]]
     assert logits and all(kind != "float32" and shape[0] <= 8192 for shape, kind in logits)
+    muon = made["muon"]
+    assert muon["graphs"] == len(muon["kernels"]) == 4 and sum(muon["kernels"]) <= 90, "a graph for each shape"
+    assert all(n == 1 for n in muon["compiled"])
+    chunk = 2 * 8192 * vocabulary  # bytes of its logits
+    assert max(made["peaks"]) < 1.5 * chunk, "the logits of one chunk, their gradient in their place"
     limit = 64 * vocabulary  # the gradient of the embedding
     assert max(math.prod(shape) for shape, kind in made["buffers"] if kind == "float32") <= limit
 

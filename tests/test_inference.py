@@ -512,10 +512,13 @@ def test_rows_on_a_gpu_make_the_ratio_honest(monkeypatch, model):
     assert "PyTorch BF16" in {row.name for row in pico.make_variants(gpu, 8, 32)}
 
 
-def test_benchmark_refuses_impossible_sizes(model, file):
+def test_benchmark_refuses_impossible_settings(model, file):
     for sizes in (((0,), (8,)), ((1,), (65,)), ((1,), (0,))):
         with pytest.raises(PicoError, match="Benchmark sizes"):
             pico.benchmark(model, file, *sizes)
+    for seconds in (-1.0, 0.0, math.nan, math.inf):
+        with pytest.raises(PicoError, match="seconds must be a positive number"):
+            pico.benchmark(model, file, (1,), (8,), seconds)
 
 
 def test_plot_shows_every_row_of_every_shape(script, model, file):
