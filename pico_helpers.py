@@ -232,7 +232,7 @@ PRESETS: dict[str, Preset] = {
         TrainConfig(
             name="quick",
             max_sequences=None,
-            max_steps=400,
+            max_steps=500,
             batch_size=8,
             optimizer="muon",  # rates and batch size are the best of results/benchmarks/recipes.csv
             learning_rate=2.4e-2,
