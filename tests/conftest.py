@@ -10,6 +10,12 @@ import torch
 
 import pico_helpers as pico
 
+# processes of pytest-xdist share the cores, and so do the processes that tests start
+if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
+    n_threads = max(1, (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"]))
+    os.environ.setdefault("OMP_NUM_THREADS", str(n_threads))
+    torch.set_num_threads(n_threads)
+
 
 @pytest.fixture(scope="session")
 def tiny_config() -> pico.ModelConfig:

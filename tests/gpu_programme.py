@@ -106,7 +106,10 @@ def steps(options: argparse.Namespace) -> list[tuple[str, list[list[str]]]]:
     lengths, sizes = (["16"], ["1"]) if tiny else (["64", "384"], ["1", "8", "32"])
     found = [
         ("versions", [[python, "-c", VERSIONS]]),
-        ("tests", [[python, "-m", "pytest", "-m", "gpu", "tests", *(["--collect-only"] if tiny else [])]]),
+        (
+            "tests",
+            [[python, "-m", "pytest", "-o", "addopts=", "-m", "gpu", "tests", *(["--collect-only"] if tiny else [])]],
+        ),
         ("steps", [[python, "-c", STEPS, *(["tiny"] if tiny else [])]]),
         ("train", [[*train, "--max-steps", "2" if tiny else "100"]]),
         ("profile", [[*profile, "--compare", "--peer", *([] if tiny else ["--torch-profiler"])]]),
