@@ -2761,10 +2761,10 @@ CLASS_LABELS = {  # how a class, named as in the original study, is shown
     "Resting": "Resting on the first token",
 }
 CLASS_RULE = (
-    "A head belongs to the class of its highest score among those that reach their threshold, except that it counts as "
-    "looking at itself or the previous token as soon as that score is half of the one for the last three tokens; a "
-    "head that reaches no threshold is broad if its attention is spread almost evenly and mixed if not, and one that "
-    "puts hardly any attention beyond the first token is resting, whatever its scores."
+    "A head is resting if hardly any of its attention goes beyond the first token. Otherwise its highest score that "
+    "reaches a threshold decides: self or previous token, last three tokens, or certain tokens. A head that looks at "
+    "itself or the previous token also fills the last three; it counts as the former as soon as that score is half of "
+    "the latter. A head that reaches no threshold is broad if its attention is spread almost evenly, and else mixed."
 )
 KAPPAS = ("sink", "self", "previous", "local", "duplicate", "induction", "punctuation", "rare")
 HEAD_SCORES = (*KAPPAS, "broad", "mean_distance", "entropy")
@@ -3703,7 +3703,7 @@ class LinguisticEvidence:
     margin_low: float
     margin_high: float
     n_random_sets: int = 0  # of as many heads; 0 where the other links fail or too few sets exist for a test
-    random_margin_drop: float = math.nan  # mean over these sets, on half of the items
+    random_margin_drop: float = math.nan  # mean over these sets
     random_margin_low: float = math.nan  # 95 % of these sets lie between low and high
     random_margin_high: float = math.nan
     needs_p_value: float = math.nan  # rank of the heads among these sets, Holm-adjusted over the phenomena ranked
@@ -3752,19 +3752,21 @@ def verdict(e: LinguisticEvidence) -> tuple[str, str]:
     else:
         needs += ", but the model has too few other sets of as many heads to compare with"
     needed = e.needs_p_value < SIGNIFICANCE and e.margin_drop - e.random_margin_drop > NULL_MARGIN
-    links = [  # (what was found, whether it holds, whether it is refuted)
-        (prefers, _prefers(e), e.accuracy_high < NULL_ACCURACY),
-        (looks, _looks(e), e.attention_high < NULL_ATTENTION),
+    links = [  # (what was found, whether it holds, its upper end, what refutes it if that is lower, the same in words)
+        (prefers, _prefers(e), e.accuracy_high, NULL_ACCURACY, f"{NULL_ACCURACY:.0%}"),
+        (looks, _looks(e), e.attention_high, NULL_ATTENTION, f"{100 * NULL_ATTENTION:.0f} points"),
     ]
     if _prefers(e) and _looks(e):
-        links.append((needs, needed, e.margin_high < NULL_MARGIN))
-    against = [found for found, holds, refuted in links if refuted and not holds]
-    missing = [found for found, holds, _ in links if not holds]
+        links.append((needs, needed, e.margin_high, NULL_MARGIN, f"{NULL_MARGIN} nats"))
+    against = [
+        f"{found}, wholly below {words}" for found, holds, high, limit, words in links if high < limit and not holds
+    ]
+    missing = [found for found, holds, *_ in links if not holds]
     if against:
         return "not supported", f"The evidence is against it: {'; '.join(against)}."
     if missing:
         return "undecided", f"The evidence does not suffice: {'; '.join(missing)}."
-    return "supported", f"All three links hold: {'; '.join(found for found, _, _ in links)}."
+    return "supported", f"All three links hold: {'; '.join(found for found, *_ in links)}."
 
 
 def _rank_heads(
@@ -3772,12 +3774,11 @@ def _rank_heads(
 ) -> dict[str, LinguisticEvidence]:
     """The evidence with the rank of the chosen heads among random sets, for the phenomena whose other links hold.
 
-    As many sets are drawn as it takes for the Holm-adjusted rank to be able to fall to half of SIGNIFICANCE. Only half
-    of the testing items are run, since sets differ more than items do.
+    As many sets are drawn as it takes for the Holm-adjusted rank to be able to fall to half of SIGNIFICANCE.
     """
     asked, ranked = [name for name, (e, _) in measured.items() if _prefers(e) and _looks(e)], {}
     n_sets = max(99, math.ceil(2 / SIGNIFICANCE * len(asked)) - 1)
-    items = halves(n_items)[1][: max(2, n_items // 4)]
+    items = halves(n_items)[1]
     for name in asked:
         evidence, heads = measured[name]
         sets = random_head_sets(heads, model.config.n_layer, model.config.n_head, n_sets, seed)
@@ -3875,7 +3876,7 @@ class Study:
     noise_floor: float
     noise_floor_without_sink: float
     language: pd.DataFrame  # a row per phenomenon, see `study_language`; may be empty
-    history: pd.DataFrame  # step and the columns of `score_heads` at each snapshot of the run; may be empty
+    history: pd.DataFrame  # step, tokens and the columns of `score_heads` at each snapshot of the run; may be empty
     metrics: pd.DataFrame  # rows of the training metrics; may be empty
     thresholds: ScoreThresholds
     settings: dict[str, object]  # what was run
@@ -4283,7 +4284,8 @@ def plot_rollout(capture: AttentionCapture) -> Figure:
     """Attention rollout minus that of uniform heads: blue where more, red where less of an input arrives."""
     labels = _short_labels(capture.labels, _MAX_LABELS)
     difference = rollout_difference(capture.weights)[: len(labels), : len(labels)]
-    limit = max(float(np.nanmax(np.abs(difference))), 0.05)  # noise stays pale
+    # noise stays pale; the first column, which often towers over the others, may be beyond the scale
+    limit = max(float(np.nanmax(np.abs(difference[1:, 1:]), initial=0)), 0.05)
     side = max(3.2, 0.16 * len(labels))
     figure = new_figure(side + 2.0, side + 1.2, _sentence_title(capture, _MAX_LABELS))
     axes = figure.subplots()
@@ -4345,7 +4347,8 @@ def _draw_class_bars(axes: Axes, table: pd.DataFrame) -> None:
     table, start = table.reindex(columns=HEAD_CLASSES).fillna(0), np.zeros(len(table))
     for name, shares in table.items():
         style = {"color": CLASS_COLORS[name], "edgecolor": "white", "height": 0.72}
-        bars = axes.barh(range(len(table)), shares, left=start, label=CLASS_LABELS[name], **style)
+        label = CLASS_LABELS[name] if shares.any() else None  # none in the legend
+        bars = axes.barh(range(len(table)), shares, left=start, label=label, **style)
         words = [f"{share:.0%}" if share >= 0.04 else "" for share in shares]
         axes.bar_label(bars, words, label_type="center", color="white", fontsize=8)
         start += shares.to_numpy()
@@ -4398,30 +4401,35 @@ def plot_class_grid(study: Study) -> Figure:
     return figure
 
 
-def plot_score_maps(study: Study) -> Figure:
-    """Layer x head maps of every score; cells beyond the threshold are outlined, kinds that were found come first."""
+def _outline(axes: Axes, cells: pd.DataFrame) -> None:
+    """Frames the cells of a heatmap that are True."""
     from matplotlib.patches import Rectangle
     from matplotlib.patheffects import withStroke
 
+    style = {"fill": False, "edgecolor": "white", "linewidth": 1.2, "clip_on": False, "zorder": 3}
+    style["path_effects"] = [withStroke(linewidth=3, foreground="black")]
+    for row, column in np.argwhere(cells):
+        axes.add_patch(Rectangle((column, row), 1, 1, **style))
+
+
+def plot_score_maps(study: Study) -> Figure:
+    """Layer x head maps of every score; cells beyond the threshold are outlined, kinds that were found come first."""
     limits = study.thresholds.tau | {"broad": study.thresholds.broad}
     grids = {kind: on_windows(study.scores).pivot(index="layer", columns="head", values=kind) for kind in _SCORES}
     n_layer, n_head = grids["self"].shape
     figure = new_figure(1.2 + 3 * max(2.5, 0.42 * n_head), 3 * max(1.4, 0.75 + 0.28 * n_layer))
     panels = list(figure.subplots(3, 3).flat)
-    outline = {"fill": False, "edgecolor": "white", "linewidth": 1.2, "clip_on": False, "zorder": 3}
-    outline["path_effects"] = [withStroke(linewidth=3, foreground="black")]
     kinds = sorted(grids, key=lambda kind: not (grids[kind] >= limits[kind]).any(axis=None))
     for axes, kind in zip(panels, kinds, strict=True):
         title = f"{kind.capitalize()}: {_SCORES[kind][0]}"
         draw_heatmap(axes, grids[kind], title, annot=grids[kind].map(number), vmin=0, vmax=1, cmap="mako_r")
-        for layer, head in np.argwhere(grids[kind] >= limits[kind]):
-            axes.add_patch(Rectangle((head, layer), 1, 1, **outline))
+        _outline(axes, grids[kind] >= limits[kind])
     _color_bar(panels, "score (0: chance, 1: ideal)")
     return figure
 
 
 def plot_ablation(study: Study) -> Figure:
-    """Loss increase without each head in thousandths of a nat, layer x head; bold: beyond noise."""
+    """Loss increase without each head in thousandths of a nat, layer x head; outlined: beyond noise."""
     table = study.ablation.pivot(index="layer", columns="head")
     grid = 1000 * table["loss_increase"]
     limit = max(float(grid.abs().max(axis=None)), 1.0)
@@ -4429,8 +4437,7 @@ def plot_ablation(study: Study) -> Figure:
     axes = figure.subplots()
     words = grid.map(lambda value: number(value, 1 if abs(value) < 10 else 0))
     draw_heatmap(axes, grid, annot=words, cmap="RdBu_r", vmin=-limit, vmax=limit)
-    for text, matters in zip(axes.texts, table["matters"].to_numpy().flat, strict=True):
-        text.set_weight("bold" if matters else "normal")
+    _outline(axes, table["matters"])
     _color_bar([axes], "loss increase without the head\n(thousandths of a nat per token)")
     return figure
 
@@ -4451,7 +4458,9 @@ def plot_similarity(study: Study, without_sink: bool = False) -> Figure:
     style = {"color": MODEL_COLORS["shuffled"], "linestyle": "--", "linewidth": 1.5}
     top.axhline(floor, label=f"a head and itself on other text: {number(floor)}", **style)
     top.legend(frameon=False, fontsize=8, loc="lower left", bbox_to_anchor=(0, 1))
-    tidy_axes(top, ylabel="distance", xlim=(0, 10 * len(order)), ylim=(0, 1.05 * max(tree[:, 2].max(), floor)))
+    tidy_axes(
+        top, ylabel="distance", xlim=(0, 10 * len(order)), ylim=(0.9 * tree[0, 2], 1.05 * max(tree[:, 2].max(), floor))
+    )
     scale = {"vmax": min(1, max(distances.max(), 2 * floor, 1e-6)), "cmap": "viridis_r", "square": False}
     _draw_map(bottom, distances[np.ix_(order, order)], [head_name(*kinds.index[index]) for index in order], **scale)
     bottom.set(xlabel="", ylabel="")
@@ -4626,7 +4635,7 @@ MODEL_FIGURES = (
     StudyFigure(
         "ablation",
         "What is each head worth?",
-        "A row a layer, a column a head. Red: the model gets worse without the head; blue: better. Bold: beyond noise.",
+        "A row a layer, a column a head. Red: the loss is higher without the head; blue: lower. Outlined: beyond noise.",
         lambda study: f"Map of the loss without each head; {study.ablation['matters'].sum()} heads are beyond noise.",
         plot_ablation,
     ),
@@ -4649,7 +4658,7 @@ MODEL_FIGURES = (
     StudyFigure(
         "entropy_distance",
         "How widely and how far back do heads look?",
-        "A dot is a head in the colour of its class. Dashed: untrained models and their range.",
+        "A dot is a head in the colour of its class. Dashed: untrained models, with their range where it can be seen.",
         lambda study: f"Dots. Mean entropy: {_in_words(on_windows(study.scores).groupby('layer')['entropy'].mean())}.",
         plot_entropy_distance,
     ),
@@ -4835,7 +4844,7 @@ def _class_statements(study: Study) -> Iterator[tuple[str, ...]]:
             for name, rows in found.items()
             if _apart(rows["trained"], rows["shuffled"])
         ]
-        claim = "Which classes the heads fall into depends on the order of the words"
+        claim = "The share of some classes depends on the order of the words"
         evidence = "; ".join(changes) or "On shuffled tokens the share of every class stays within its interval"
         yield "Classes", claim, "supported" if changes else "undecided", evidence + "."
     own, untrained = broad["trained"], broad["untrained"]
@@ -4875,8 +4884,8 @@ def _ablation_statements(study: Study) -> Iterator[tuple[str, ...]]:
     verdict = "supported" if names else "not supported" if bound < MIN_LOSS_INCREASE else "undecided"
     evidence = f"Beyond noise, {len(names)} of {len(table)} heads matter{': ' * bool(names)}{', '.join(names)}. "
     evidence += f"Without {head_name(top.layer, top.head)} the loss rises most, by {number(top.loss_increase, 3)} nats "
-    evidence += f"per token (standard error {number(top.standard_error, 3)}); for any head by at most "
-    evidence += f"{number(bound, 3)} at the same confidence."
+    evidence += f"per token (standard error {number(top.standard_error, 3)}); no head costs more than "
+    evidence += f"{number(bound, 3)} (upper bound, corrected for {len(table)} heads)."
     yield "Ablation", "Single heads matter for the prediction of held-out text", verdict, evidence
     for row in _tested_classes(study).itertuples():
         evidence = f"Removed together, they cost {number(row.loss_increase, 3)} nats per token "
@@ -4917,8 +4926,11 @@ def _headline(study: Study, statements: Sequence[dict]) -> list[str]:
     kinds = [f"{counts[name]} {_CLASS_ACTIONS[name]}" for name in SPECIALISED_CLASSES if name in counts]
     kinds = [words.replace("1 look", "1 looks") if words.startswith("1 ") else words for words in kinds]
     if "Token-Specific" in counts:
-        most = head_kinds(study.scores).query("`class` == 'Token-Specific'")["kind"].mode()[0]
-        kinds[-1] += f", mostly at {HEAD_ACTIONS[most].removeprefix('looks at ')}"
+        each = head_kinds(study.scores).query("`class` == 'Token-Specific'")["kind"]
+        what = HEAD_ACTIONS[each.mode()[0]].removeprefix("looks at ")
+        kinds[-1] = kinds[-1].replace(
+            "certain tokens", what if each.nunique() == 1 else f"certain tokens, mostly at {what}"
+        )
     n_special = sum(counts.get(name, 0) for name in SPECIALISED_CLASSES)
     n_untrained, n_shuffled = round(n * rows["untrained"]["high"]), round(n * rows["shuffled"]["share"])
     lines = [f"{n_special} of the {n} heads specialise on held-out text{': ' * bool(kinds)}{_listed(kinds)}."]
@@ -4927,26 +4939,27 @@ def _headline(study: Study, statements: Sequence[dict]) -> list[str]:
     lines.append(
         f"In untrained models of the same shape {f'up to {n_untrained}' if n_untrained else 'none'} do. On text whose "
         f"words are shuffled, {n_shuffled} still do"
-        + (", so that the classes say little about the order of words." if 2 * n_shuffled > n_special > 0 else ".")
+        + (", so most of these heads need no order of words." if 2 * n_shuffled > n_special > 0 else ".")
     )
     tested = _tested_classes(study)
-    for row in tested[tested["verdict"] == "supported"].itertuples():
+    for row in tested.sort_values("verdict", key=lambda verdicts: verdicts != "supported", kind="stable").itertuples():
         lines.append(
             f"Without the heads that {_CLASS_ACTIONS[row.name]}, the loss on held-out text rises by "
             f"{number(row.loss_increase)} nats per token, without as many at random by "
-            f"{number(row.random_loss_increase)}."
+            f"{number(row.random_loss_increase)}{'' if row.verdict == 'supported' else ': no clear difference'}."
         )
-    if rest := [f"“{CLASS_LABELS[name]}”" for name in tested.loc[tested["verdict"] != "supported", "name"]]:
-        lines.append(f"That the {_listed(rest)} heads matter more than as many at random is not shown.")
     if len(study.language):
-        groups = study.language.groupby("verdict")["phenomenon"].agg(list)
+        groups = (
+            study.language.assign(name="“" + study.language["phenomenon"] + "”").groupby("verdict")["name"].agg(list)
+        )
         found = [(name, groups[name]) for name in VERDICTS if name in groups]
         parts = [f"{len(g)} {'is' if len(g) == 1 else 'are'} {name} ({_listed(g)})" for name, g in found]
         lines.append(f"Of {len(study.language)} claims about language, {_listed(parts)}.")
     lines.append(
-        "The original study, the notebook that this project began with, sorted heads by the plain averages of their "
-        f"attention and found {_ORIGINAL_BROAD:.1%} of them to attend broadly. Corrected for chance, "
-        f"{counts.get('Global/Broad', 0)} of {n} do."
+        "The original study, the notebook that this project began with, sorted heads by plain averages of their "
+        f"attention over short sentences and found {_ORIGINAL_BROAD:.1%} of them to attend broadly. By scores that are "
+        f"corrected for chance, {counts.get('Global/Broad', 0)} of {n} spread their attention almost evenly; "
+        f"{counts.get('Mixed', 0)} are mixed: no score reaches its threshold."
     )
     return lines
 
@@ -5058,7 +5071,7 @@ def write_report(path: str | Path, findings: dict, pictures: Sequence[Picture]) 
             "groups": groups if section.anchor == "sentences" else {},
         }
         if section.anchor == "read":
-            content["pictures"] = [p for p in of_sentences if p["name"] == "chosen_heads"][:1]
+            content["pictures"] = [p for p in of_sentences if p["name"] == "chosen_heads"][-1:]  # a text with repeats
         sections.append(content)
     body = _render(_REPORT_HTML, headline=findings["headline"], sections=sections)
     return write_text(path, _render(_PAGE_HTML, title="Attention report", style=_PAGE_CSS + _REPORT_CSS, body=body))
@@ -6168,7 +6181,7 @@ def run_analysis(
     findings = study_findings(study, about) | {"measured": here | {"seconds": seconds}}
     repeats = {"Repeats": [capture_attention(model, text) for text in REPEATED_TEXTS]}
     remove_old_pictures(results / "attention")
-    pictures = draw_study(study, captures, results / "attention")
+    pictures = draw_study(study, captures | repeats, results / "attention")
     print(*findings["headline"], sep="\n")
     return [
         write_report(results / "attention_report.html", findings, pictures),
@@ -6541,7 +6554,8 @@ _REPORT_CSS = """
 figure { margin: 1rem 0; overflow-x: auto; }
 figure img { max-width: 100%; background: #ffffff; padding: .5rem; box-sizing: border-box; border-radius: 6px;
   border: 1px solid var(--line); }
-@media (max-width: 40rem) { figure img { max-width: none; width: 34rem; } figcaption { position: sticky; left: 0; } }
+@media (max-width: 40rem) { figure img { max-width: none; width: 34rem; } figcaption { position: sticky; left: 0; }
+  figcaption::after { content: " Scroll the picture sideways to see all of it."; } }
 @media (prefers-color-scheme: dark) { figure img { filter: brightness(.8); } }
 figcaption, .evidence { color: var(--soft); font-size: .9rem; }
 .evidence { white-space: pre-line; }
@@ -6632,7 +6646,7 @@ others do the same, beside random sets of as many heads.</p>""",
     "language": """<p>Each claim is tested with pairs of sentences, one good and one wrong or at least unusual, that
 differ in little else. Three things must hold: the model finds the good one more likely; heads look at the word that
 decides, chosen on one half of the pairs and tested on the other; and without these heads the preference shrinks more
-than without random heads.</p>""",
+than without random heads. All p-values are adjusted for the number of claims (Holm).</p>""",
     "spread": """<p>Entropy says over how many tokens a head spreads its attention, mean distance how far back it
 looks.</p>""",
     "similarity": """<p>Heads that share a branch low in the tree look at the same places of the same text. The dashed
@@ -6662,8 +6676,8 @@ _EXPLORER_PAGE_HTML = """<main>
 <p><a href="attention_report.html">← To the report</a></p>
 {% endif %}
 <h1>Attention explorer</h1>
-<p>For every token, each attention head of the model decides how much to look at the tokens so far. Point at a token to
-see where a head looks from there, click to hold on to it, and pick heads by their small maps.</p>
+<p>For every token, each attention head of the model decides how much to look at the tokens so far. Point at a token, or
+tap it, to see where a head looks from there; click to hold on to it, and pick heads by their small maps.</p>
 <p>Try your own sentences: <code>python pico_helpers.py explore "My sentence."</code> writes a page like this one.</p>
 {{ explorer|safe }}
 </main>"""
