@@ -4635,7 +4635,7 @@ MODEL_FIGURES = (
     StudyFigure(
         "ablation",
         "What is each head worth?",
-        "A row a layer, a column a head. Red: the loss is higher without the head; blue: lower. Outlined: beyond noise.",
+        "A row a layer, a column a head. Red: a higher loss without the head; blue: lower. Outlined: beyond noise.",
         lambda study: f"Map of the loss without each head; {study.ablation['matters'].sum()} heads are beyond noise.",
         plot_ablation,
     ),
