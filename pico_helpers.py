@@ -4996,10 +4996,27 @@ def _table(rows: Sequence[dict], columns: Mapping[str, str], by: str = "", digit
     return frame.rename(columns=columns).to_html(index=False, border=0)
 
 
+_SETTINGS = {  # how a setting of the study is called in the report; others by their names
+    "floor": "smallest threshold of a score",
+    "percentile": "percentile of untrained heads that a threshold reaches at least",
+    "broad": "evenness of attention from which a head is broad (1: uniform)",
+    "resting": "attention beyond the first token below which a head is resting",
+    "diagonal_share": "share of the last-three score from which self or previous decides",
+    "min_loss_increase": "loss increase that is of consequence, nats per token",
+    "significance": "p-value below which a finding counts",
+    "null_accuracy": "accuracy whose whole interval must lie below it to count as evidence against",
+    "null_attention": "difference of attention, likewise",
+    "null_margin": "loss of margin in nats, likewise",
+    "rare_by": "what decides which token is rare",
+}
+
+
 def _settings_table(findings: dict) -> str:
     limits = {name: value for name, value in findings["thresholds"].items() if name != "tau"}
-    limits |= {f"threshold of {name}": value for name, value in findings["thresholds"]["tau"].items()}
-    rows = [{"name": name.replace("_", " "), "value": str(v)} for name, v in (limits | findings["settings"]).items()]
+    limits |= {f"threshold of {name}": value for name, value in findings["thresholds"]["tau"].items()} | findings[
+        "settings"
+    ]
+    rows = [{"name": _SETTINGS.get(name, name.replace("_", " ")), "value": str(v)} for name, v in limits.items()]
     return _table(rows, {"name": "what", "value": "value"})
 
 

@@ -201,7 +201,7 @@ def test_report_is_one_page_that_describes_every_picture_and_escapes_every_text(
     for row in findings["statements"]:
         assert words.count(" ".join(row["claim"].split())) >= 1 and " ".join(row["evidence"].split()) in words
     assert all(line in words for line in findings["headline"])
-    limits = "threshold of previous", "significance", "null accuracy", "min loss increase"
+    limits = "threshold of previous", "p-value below which", "accuracy whose whole interval", "loss increase that is of"
     for term in (*limits, "untrained models", pico.CLASS_RULE, 'explore "My sentence."', "L1H1"):
         assert term in words
     assert not {"script", "b", "i"} & {tag for tag, _ in page.elements}  # every text is escaped
