@@ -1406,11 +1406,11 @@ def model_from_checkpoint(checkpoint: Checkpoint) -> PicoLLM:
     return model.eval()
 
 
-def tokens_seen(saved: Checkpoint) -> tuple[int, int]:
-    """(tokens that the models had seen which this one started from, tokens of a step of its own run)."""
+def tokens_at(saved: Checkpoint, step: int) -> int:
+    """Tokens seen by a step of the run that made a checkpoint, with those of the models that it started from."""
     last, state = saved.metrics[-1] if saved.metrics else {}, saved.training_state or {}
     before = state.get("tokens_before", last["tokens_total"] - last["tokens"] if "tokens_total" in last else 0)
-    return before, saved.train_config.batch_size * saved.model_config.context_length
+    return before + step * saved.train_config.batch_size * saved.model_config.context_length
 
 
 def load_model(path: str | Path, device: torch.device | str | None = None) -> PicoLLM:
@@ -2181,8 +2181,7 @@ class TrainingRun:
         if other := [f"{name} {value}, not {ours[name]}" for name, value in theirs.items() if value != ours[name]]:
             raise PicoError(f"{path} has another shape ({'; '.join(other)}); train a model of the same shape.")
         self.model.load_state_dict(model_from_checkpoint(found).state_dict())
-        before, per_step = tokens_seen(found)
-        self.tokens_before = before + found.step * per_step
+        self.tokens_before = tokens_at(found, found.step)
         self.started_from = f"{Path(path).name} ({self.tokens_before:,} tokens, the last of them of {found.corpus})"
 
 
@@ -4949,9 +4948,8 @@ def _headline(study: Study, statements: Sequence[dict]) -> list[str]:
             f"{number(row.random_loss_increase)}{'' if row.verdict == 'supported' else ': no clear difference'}."
         )
     if len(study.language):
-        groups = (
-            study.language.assign(name="“" + study.language["phenomenon"] + "”").groupby("verdict")["name"].agg(list)
-        )
+        claims = study.language["phenomenon"].map("“{}”".format)
+        groups = claims.groupby(study.language["verdict"]).agg(list)
         found = [(name, groups[name]) for name in VERDICTS if name in groups]
         parts = [f"{len(g)} {'is' if len(g) == 1 else 'are'} {name} ({_listed(g)})" for name, g in found]
         lines.append(f"Of {len(study.language)} claims about language, {_listed(parts)}.")
@@ -5013,9 +5011,8 @@ _SETTINGS = {  # how a setting of the study is called in the report; others by t
 
 def _settings_table(findings: dict) -> str:
     limits = {name: value for name, value in findings["thresholds"].items() if name != "tau"}
-    limits |= {f"threshold of {name}": value for name, value in findings["thresholds"]["tau"].items()} | findings[
-        "settings"
-    ]
+    limits |= {f"threshold of {name}": value for name, value in findings["thresholds"]["tau"].items()}
+    limits |= findings["settings"]
     rows = [{"name": _SETTINGS.get(name, name.replace("_", " ")), "value": str(v)} for name, v in limits.items()]
     return _table(rows, {"name": "what", "value": "value"})
 
@@ -6043,8 +6040,8 @@ def head_history(path: Path, saved: Checkpoint) -> list[dict]:
     """The scores of heads on the way to this checkpoint, if they lie beside it; those of another run do not count."""
     name = path.stem.removeprefix("pico_llm_")
     own = run_files(path.parent, saved.train_config.name if name == path.stem else name).heads  # published: pico_llm.pt
-    rows, (before, per_step) = read_head_rows(own, saved.step), tokens_seen(saved)
-    rows = [{"step": row["step"], "tokens": before + row["step"] * per_step} | row for row in rows]  # older files
+    rows = read_head_rows(own, saved.step)
+    rows = [{"step": row["step"], "tokens": tokens_at(saved, row["step"])} | row for row in rows]  # older files lack it
     return rows if saved.training_state or (rows and rows[-1]["step"] == saved.step) else []
 
 
@@ -6089,9 +6086,8 @@ def run_training(
         source = partial if partial.exists() else Path(chosen.train.init_from)
         began = load_checkpoint(source)
         chosen = dataclasses.replace(chosen, model=began.model_config).with_changes(changes)
-        before, per_step = tokens_seen(began)
+        before = tokens_at(began, 0 if source == partial else began.step)
         if source != partial:
-            before += began.step * per_step
             earlier = [row | {"step": row["step"] - began.step} for row in head_history(source, began)]
             earlier = [row for row in earlier if row["step"] < 0]
     if int(os.environ.get("RANK", 0)) > 0:
@@ -6101,11 +6097,9 @@ def run_training(
     config = chosen.train
     if config.corpus == "auto":  # a checkpoint names the one that it was
         config = dataclasses.replace(config, corpus=corpus.name)
-    tokens_per_step, heads = (
-        config.batch_size * chosen.model.context_length,
-        run_files(results, f"{config.name}.partial").heads,
-    )
-    recorder = _head_recorder(heads, corpus, data_folder, lambda step: before + step * tokens_per_step, earlier)
+    heads = run_files(results, f"{config.name}.partial").heads
+    per_step = config.batch_size * chosen.model.context_length
+    recorder = _head_recorder(heads, corpus, data_folder, lambda step: before + step * per_step, earlier)
     hooks = {"on_log": _live_loss_curve(), "on_snapshot": recorder}
     result = train(chosen.model, config, results, data_folder, corpus=corpus, **hooks)
     files = list(run_files(results, config.name if result.finished else f"{config.name}.partial"))[1:]
