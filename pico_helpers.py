@@ -6081,13 +6081,13 @@ def run_training(
     written; under torchrun the first process alone scores, draws and prints.
     """
     chosen, results, before, earlier = get_preset(preset).with_changes(changes), Path(results), 0, []
-    if chosen.train.init_from:  # the shape is that model's; a run that is under way holds it itself
+    if source := chosen.train.init_from and Path(chosen.train.init_from).expanduser():
         partial = run_files(results, f"{chosen.train.name}.partial").model
-        source = partial if partial.exists() else Path(chosen.train.init_from)
-        began = load_checkpoint(source)
-        chosen = dataclasses.replace(chosen, model=began.model_config).with_changes(changes)
-        before = tokens_at(began, 0 if source == partial else began.step)
-        if source != partial:
+        resumes_alone = partial.exists() and not source.exists()  # a run that is under way needs its source no more
+        began = load_checkpoint(partial if resumes_alone else source)
+        chosen = dataclasses.replace(chosen, model=began.model_config).with_changes(changes)  # the shape is the same
+        before = tokens_at(began, 0 if resumes_alone else began.step)
+        if not resumes_alone:
             earlier = [row | {"step": row["step"] - began.step} for row in head_history(source, began)]
             earlier = [row for row in earlier if row["step"] < 0]
     if int(os.environ.get("RANK", 0)) > 0:

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -222,6 +223,30 @@ def test_a_run_from_another_model_goes_on_with_its_rows(trained, corpus_folder, 
     assert [row | {"step": row["step"] - 20} for row in before if row["step"] < 20] == [
         r for r in rows if r["step"] < 0
     ]
+
+
+def test_a_run_from_another_model_takes_nothing_from_an_unfinished_run_of_its_name(
+    trained, corpus_folder, data_folder, tmp_path, interrupt
+):
+    changes = RUN | {"init_from": str(trained.checkpoint), "corpus": str(corpus_folder), "name": "second"}
+    interrupt(1)
+    other = pico.run_training("tiny", tmp_path, data_folder, **changes | {"max_steps": 2, "context_length": 16})[0]
+    assert not other.finished
+    second = pico.run_training("tiny", tmp_path, data_folder, **changes | {"max_steps": 2})[0]
+    assert second.model.config == trained.model.config, "its context is that of the model"
+    rows = pico.head_history(second.checkpoint, pico.load_checkpoint(second.checkpoint))
+    assert rows[0]["step"] == -20 and rows[-1]["tokens"] == 22 * 4 * 32
+
+
+def test_a_run_from_another_model_goes_on_when_that_is_gone(trained, corpus_folder, data_folder, tmp_path, interrupt):
+    source = shutil.copy(trained.checkpoint, tmp_path / "base.pt")
+    changes = RUN | {"init_from": str(source), "corpus": str(corpus_folder), "name": "second", "max_steps": 2}
+    interrupt(1)
+    assert not pico.run_training("tiny", tmp_path, data_folder, **changes)[0].finished
+    source.unlink()
+    second = pico.run_training("tiny", tmp_path, data_folder, **changes)[0]
+    assert second.finished and second.metrics[-1]["tokens_total"] == 22 * 4 * 32
+    assert pico.read_head_rows(second.checkpoint.with_name("second_heads.csv"), 2)[-1]["tokens"] == 22 * 4 * 32
 
 
 # --- publishing -------------------------------------------------------------------------------------------------------
