@@ -1499,10 +1499,7 @@ def compiler_problem(device_type: str) -> str | None:
 
 
 def choose_compile(asked: bool | None, device: torch.device, flops: float) -> bool:
-    """Whether a run of so many FLOPs goes through torch.compile: as asked (None: where it pays), if a compiler works.
-
-    One line says why not.
-    """
+    """Whether so many FLOPs go through torch.compile: as asked (None: where it pays), else a line says why not."""
     if asked is False:
         return False
     # two cores without AMX compute some 1e11 FLOP/s, a third more when compiled, and compile for one or two minutes
@@ -1524,9 +1521,9 @@ def compile_function(function: Callable) -> Callable:
 
 @contextlib.contextmanager
 def repeatable(device: torch.device) -> Iterator[None]:
-    """Inside, a CPU adds in a fixed order, so that a run gives the same bits again; compiled threads would race.
+    """Inside, a CPU adds in a fixed order, which costs it next to nothing; compiled threads would race.
 
-    It costs a CPU next to nothing. A GPU is left as it is, where some kernels have no fixed order.
+    A GPU is left as it is, where some kernels have no fixed order.
     """
     before, filled = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
     if device.type == "cpu":
@@ -1593,10 +1590,9 @@ def muon_update(
 class Muon(torch.optim.AdamW):
     """Muon (Jordan et al. 2024) for the groups that have a key `split`, AdamW for the others.
 
-    Momentum of the gradient, made orthogonal, is the step: W -= lr x sqrt(max(1, rows / columns)) x
-    orthogonalize(momentum). All parameters of a group have one shape and are one batched product, which keeps the
-    kernels few where torch.optim.Muon takes matrix by matrix. `split` counts the matrices that lie stacked in a
-    parameter (query, key and value; gate and up): each is orthogonalised by itself.
+    W -= lr x sqrt(max(1, rows / columns)) x orthogonalize(momentum of the gradient). The parameters of a group have
+    one shape and are one batched product, where torch.optim.Muon takes matrix by matrix. `split` counts the matrices
+    that lie stacked in a parameter (query, key and value; gate and up): each is orthogonalised by itself.
     """
 
     found_inf: Tensor | None = None  # 1 on the device: leave everything as it is; PyTorch's own name for this
@@ -1624,13 +1620,12 @@ class Muon(torch.optim.AdamW):
 
 def make_optimizer(
     model: PicoLLM, config: TrainConfig, dtype: torch.dtype = torch.float32, compiled: bool = False
-) -> torch.optim.Optimizer:
+) -> Muon:
     """AdamW, or Muon for the blocks' matrices and AdamW for the rest. Norms do not decay.
 
     `dtype` is that of the matrix products; `compiled` puts Muon's many small kernels together.
     """
-    named = dict(model.named_parameters())
-    groups = []
+    named, groups = dict(model.named_parameters()), []
     if config.optimizer == "muon":
         for kind, split in {"qkv_proj": 3, "out_proj": 1, "gate_up_proj": 2, "down_proj": 1}.items():
             matrices = [named.pop(name) for name in list(named) if name.endswith(f".{kind}.weight")]
@@ -1638,12 +1633,10 @@ def make_optimizer(
             groups[-1]["weight_decay"] = config.matrix_weight_decay
     groups.append({"params": [p for p in named.values() if p.ndim >= 2], "weight_decay": config.weight_decay})
     groups.append({"params": [p for p in named.values() if p.ndim < 2], "weight_decay": 0.0})
-    kind = Muon if config.optimizer == "muon" else torch.optim.AdamW
-    optimizer = kind(groups, lr=config.learning_rate, betas=config.betas, fused=True)
-    if isinstance(optimizer, Muon):
-        is_slow = dtype == torch.float16 and model.rope_cos.device.type == "cpu"
-        optimizer.dtype = torch.float32 if is_slow else dtype
-        optimizer.update = compile_function(muon_update) if compiled else muon_update
+    optimizer = Muon(groups, lr=config.learning_rate, betas=config.betas, fused=True)
+    is_slow = dtype == torch.float16 and model.rope_cos.device.type == "cpu"
+    optimizer.dtype = torch.float32 if is_slow else dtype
+    optimizer.update = compile_function(muon_update) if compiled else muon_update
     for group in optimizer.param_groups:
         group["peak_lr"] = group["lr"]
     return optimizer
@@ -1670,23 +1663,17 @@ LOADERS = ("naive", "workers", "resident")
 
 
 def make_loader(
-    kind: str,
-    stream: SequenceStream,
-    batch_size: int,
-    steps: range,
-    device: torch.device,
-    *,
-    workers: int = 2,
-    rank: int = 0,
-    n_ranks: int = 1,
+    kind: str, stream: SequenceStream, batch_size: int, steps: Iterable[int], device: torch.device, workers: int = 2
 ) -> Iterator[Tensor]:
-    """The batch of each step, (batch_size / n_ranks, context_length + 1) int64; every kind yields the same ones.
+    """This process's part of each step's batch, (part, context_length + 1) int64; every kind yields the same ones.
 
     naive: a DataLoader in this process. workers: a DataLoader with worker processes and pinned memory, so that the
     copy to the GPU can overlap. resident: all tokens lie on the device, where batches are cut; nothing is copied.
     """
-    part = batch_size // n_ranks  # each process reads its own part of a batch
-    places = (range(step * batch_size + rank * part, step * batch_size + (rank + 1) * part) for step in steps)
+    rank, n_ranks = ranks()
+    part = batch_size // n_ranks
+    starts = (step * batch_size + rank * part for step in steps)
+    places = (range(start, start + part) for start in starts)
     if kind == "resident":
         return _resident_batches(stream, places, device)
     options = {}
@@ -1729,11 +1716,10 @@ def _resident_batches(stream: SequenceStream, places: Iterable[range], device: t
         rows = []
         while place:
             number, start = divmod(place.start, stream.n_sequences)
-            here = place[: stream.n_sequences - start]  # what belongs to this epoch
             ends, shifts, first = upload(number)
-            packed = first[start : start + len(here), None] + window  # (rows, context_length + 1)
+            packed = first[start : start + len(place), None] + window  # (rows of this epoch, context_length + 1)
             rows.append(tokens[packed + shifts[torch.searchsorted(ends, packed, right=True)]])
-            place = place[len(here) :]
+            place = place[len(packed) :]
         yield torch.cat(rows).long() & 0xFFFF  # the tokens are unsigned
 
 
@@ -1745,15 +1731,14 @@ class LossGuard:
 
     A step is good when its loss is below the running mean plus `margin` nats and its gradient is finite (with fp16 a
     few at the start are not, while the scaler looks for its scale). After `patience` bad steps in a row none is good
-    any more, so that a run that is lost stays as it was when `train` notices.
+    any more: a run that is lost stays as it was until `train` notices.
     """
 
     patience = 10
     margin = 3.0
 
     def __init__(self, vocab_size: int, device: torch.device) -> None:
-        # running mean (at first that of guessing), bad steps in a row and in all; since the last line of metrics: sum
-        # and number of the good losses
+        # running mean (at first that of guessing), bad steps in a row and in all; sum and number of good losses unread
         self.state = torch.tensor([math.log(vocab_size), 0, 0, 0, 0], device=device)
 
     def is_good(self, loss: Tensor, gradient_norm: Tensor | float = 0.0, patience: int = patience) -> Tensor:
@@ -1773,10 +1758,7 @@ class LossGuard:
         return (~good).float()
 
     def read(self) -> tuple[float, int]:
-        """Mean loss since the last call, and the number of bad steps so far. Waits for the device.
-
-        Raises PicoError when the run is lost.
-        """
+        """Mean loss since the last call, bad steps so far; waits for the device. PicoError when the run is lost."""
         _, in_a_row, skipped, loss_sum, n_good = self.state.tolist()
         if in_a_row >= self.patience:
             raise PicoError(
@@ -1846,67 +1828,51 @@ class Evaluation:
 def evaluate(
     model: nn.Module, file: TokenFile, context_length: int, batch_size: int = 16, dtype: torch.dtype = torch.float32
 ) -> Evaluation:
-    """Mean loss over the whole file, cut into windows of `context_length`; the last one may be shorter.
+    """Mean loss over the whole file in windows of `context_length`, the last one as long as is left.
 
     `dtype` is that of the matrix products.
     """
-    device = next(model.parameters()).device
-    targets = len(file.tokens) - 1
+    device, targets = next(model.parameters()).device, len(file.tokens) - 1
     total = torch.zeros((), dtype=torch.float64, device=device)
-    size = batch_size * context_length
+    in_windows = targets // context_length * context_length
+    cuts = sorted({*range(0, in_windows, batch_size * context_length), in_windows, targets})
     with evaluating(model), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-        for start in range(0, targets, size):
-            stop = min(start + size, targets)
-            window = torch.from_numpy(file.tokens[start : stop + 1].astype(np.int64)).to(device)
-            full = (stop - start) // context_length * context_length
-            if full:
-                x, y = window[:full].view(-1, context_length), window[1 : full + 1].view(-1, context_length)
-                total += model(x, y).double() * full
-            if start + full < stop:
-                total += model(window[None, full:-1], window[None, full + 1 :]).double() * (stop - start - full)
+        for start, stop in itertools.pairwise(cuts):
+            tokens = torch.from_numpy(file.tokens[start : stop + 1].astype(np.int64)).to(device)
+            x, y = (t.view(-1, min(context_length, stop - start)) for t in (tokens[:-1], tokens[1:]))
+            total += model(x, y).double() * (stop - start)
     return Evaluation(float(total) / targets, targets, file.n_words)
 
 
 # -- Speed
 
-_PEAKS = {  # device's name: GB/s of memory, dense TFLOP/s of fp32, tf32, fp16, 8 bit (the vendor's data sheets)
-    r"\bB200": (8000, 75, 1125, 2250, 4500),
-    r"GH200": (4000, 67, 494, 989, 1979),
-    r"\bH200 NVL": (4800, 60, 417, 835, 1671),
-    r"\bH200": (4800, 67, 494, 989, 1979),
-    r"\bH100 PCIe": (2039, 51, 378, 756, 1513),
-    r"\bH100 NVL": (3938, 60, 417, 835, 1671),
-    r"\bH100": (3350, 67, 494, 989, 1979),
-    r"\bA100-(SXM4|PCIE)-40GB": (1555, 19.5, 156, 312, 624),
-    r"\bA100 80GB PCIe": (1935, 19.5, 156, 312, 624),
-    r"\bA100": (2039, 19.5, 156, 312, 624),
-    r"\bL40S": (864, 91.6, 183, 362, 733),
-    r"\bL4\b": (300, 30.3, 60, 121, 242),
-    r"\bA10G": (600, 31.5, 35, 70, 140),
-    r"\bA10\b": (600, 31.2, 62.5, 125, 250),
-    r"\bV100": (900, 15.7, 15.7, 125, 62),
-    r"\bT4\b": (320, 8.1, 8.1, 65, 130),
-    r"RTX 4090": (1008, 82.6, 82.6, 165, 330),
-    r"RTX 3090": (936, 35.6, 35.6, 71, 284),
+_PEAKS = {  # a GPU's name, the first that fits: dense TFLOP/s of 16-bit matrices (the vendors' data sheets)
+    r"\bB200": 2250,
+    r"\bH[12]00 NVL": 835,
+    r"\bH100 PCIe": 756,
+    r"H[12]00": 989,  # GH200 too
+    r"\bA100": 312,
+    r"\bL40S": 362,
+    r"\bL4\b": 121,
+    r"\bA10G": 70,
+    r"\bA10\b": 125,
+    r"\bV100": 125,
+    r"\bT4\b": 65,
+    r"RTX 4090": 165,
+    r"RTX 3090": 71,
 }
-
-
-def device_peaks(device_name: str) -> tuple[float, ...] | None:
-    """GB/s of memory, dense TFLOP/s of fp32, tf32, fp16 (or bf16) and 8 bit; None for a device not in the table."""
-    if device_name.startswith("CPU"):
-        return None
-    return next((values for pattern, values in _PEAKS.items() if re.search(pattern, device_name)), None)
 
 
 def peak_flops(device_name: str) -> float | None:
     """FLOP/s of dense 16-bit matrix products by the data sheet, or None for an unknown device."""
-    peaks = device_peaks(device_name)
-    return peaks and 1e12 * peaks[3]
+    fits = (1e12 * peak for pattern, peak in _PEAKS.items() if re.search(pattern, device_name))
+    return None if "CPU, " in device_name else next(fits, None)
 
 
-def flops_per_token(config: ModelConfig, n_parameters: int) -> float:
+def flops_per_token(model: PicoLLM) -> float:
     """FLOPs of forward and backward pass per token, output projection included: 6 N + 12 L T D."""
-    return 6 * n_parameters + 12 * config.n_layer * config.context_length * config.d_model
+    config = model.config
+    return 6 * model.count_parameters()[1] + 12 * config.n_layer * config.context_length * config.d_model
 
 
 @functools.cache
@@ -1934,10 +1900,16 @@ def measured_on(device: torch.device) -> dict[str, str | None]:
     return {"device": name, "driver": driver, "torch": version, "date": datetime.date.today().isoformat()}
 
 
+def wait_for(device: torch.device) -> None:
+    """Returns when the device has nothing left to do."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 class _Stopwatch:
     """Seconds of training, from those of an earlier part of the run on. It stands still during a pause."""
 
-    def __init__(self, device: torch.device, seconds: float = 0.0) -> None:
+    def __init__(self, device: torch.device, seconds: float) -> None:
         self.device, self.started = device, time.perf_counter() - seconds
 
     def read(self) -> float:
@@ -1945,17 +1917,11 @@ class _Stopwatch:
 
     @contextlib.contextmanager
     def pause(self) -> Iterator[None]:
-        self._wait()  # what the device has yet to do is training
+        wait_for(self.device)  # what it has yet to do is training
         paused = time.perf_counter()
-        try:
-            yield
-        finally:
-            self._wait()
-            self.started += time.perf_counter() - paused
-
-    def _wait(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+        yield
+        wait_for(self.device)
+        self.started += time.perf_counter() - paused
 
 
 # -- Several processes, signals, errors
