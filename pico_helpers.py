@@ -1825,14 +1825,12 @@ class Evaluation:
         return math.exp(min(self.loss * self.n_tokens / self.n_words, 700.0))
 
 
-def evaluate(
-    model: nn.Module, file: TokenFile, context_length: int, batch_size: int = 16, dtype: torch.dtype = torch.float32
-) -> Evaluation:
-    """Mean loss over the whole file in windows of `context_length`, the last one as long as is left.
+def evaluate(model: PicoLLM, file: TokenFile, batch_size: int = 16, dtype: torch.dtype = torch.float32) -> Evaluation:
+    """Mean loss over the whole file in windows of the model's `context_length`, the last one as long as is left.
 
     `dtype` is that of the matrix products.
     """
-    device, targets = next(model.parameters()).device, len(file.tokens) - 1
+    device, context_length, targets = model.rope_cos.device, model.config.context_length, len(file.tokens) - 1
     total = torch.zeros((), dtype=torch.float64, device=device)
     in_windows = targets // context_length * context_length
     cuts = sorted({*range(0, in_windows, batch_size * context_length), in_windows, targets})
@@ -1960,16 +1958,14 @@ def _from_first(make: Callable[[], object]) -> object:
 @contextlib.contextmanager
 def readable_errors(config: TrainConfig) -> Iterator[None]:
     """Turns a lack of memory and the loss of another process into a PicoError."""
-    n_ranks = ranks()[1]
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        text = str(error)
-        out_of_memory = isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in text
-        if out_of_memory:
+        text, n_ranks = str(error), ranks()[1]
+        if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in text:
             part = config.batch_size // n_ranks
             size = config.micro_batch_size or part
-            smaller = [n for n in range(1, size) if part % n == 0 and n <= size // 2]
+            smaller = [n for n in range(1, size // 2 + 1) if part % n == 0]
             advice = f"set micro_batch_size to {smaller[-1]}" if smaller else "choose a smaller model"
             raise PicoError(f"Out of memory with {size} sequences at a time; {advice}.") from error
         if n_ranks > 1 and (isinstance(error, dist.DistError) or re.search("gloo|nccl|connection", text, re.I)):
@@ -2085,15 +2081,9 @@ class TrainingRun:
 
     @functools.cached_property
     def machine(self) -> dict[str, str | None]:
-        """Asked once and on need: on a GPU it starts nvidia-smi."""
+        """See `measured_on`. Asked once and on need: on a GPU it starts nvidia-smi."""
         here, n_ranks = measured_on(self.device), ranks()[1]
         return here | {"device": f"{n_ranks} x {here['device']}" if n_ranks > 1 else here["device"]}
-
-    @property
-    def environment(self) -> dict[str, str | None]:
-        """What a checkpoint tells of the machine and of what the run came from."""
-        here = self.machine | {"precision": str(self.dtype)[6:], "compiled": "yes" if self.compiled else "no"}
-        return here | ({"started_from": self.started_from} if self.started_from else {})
 
     def take_step(self, batch: Tensor) -> Tensor:
         """One step (see `train_step`). When the compiler fails, one line says so and the run goes on without it."""
@@ -2113,18 +2103,15 @@ class TrainingRun:
         self.step += 1
         return loss
 
-    def is_good(self, batch: Tensor) -> bool:
-        """Whether the weights are worth keeping: an update may have spoilt them, as only the next loss would show."""
-        with evaluating(self.model):
-            return bool(self.guard.is_good(self.model(batch[:4, :-1], batch[:4, 1:]), patience=1))
-
     def checkpoint(self, corpus_key: str | None = None) -> Checkpoint:
         """With `corpus_key` a checkpoint to resume from."""
         weights = {name: value.detach().cpu() for name, value in self.model.state_dict().items()}
         state = {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(), "corpus": corpus_key}
         state |= {"guard": self.guard.state, "seconds": self.seconds, "tokens_before": self.tokens_before}
+        here = self.machine | {"precision": str(self.dtype)[6:], "compiled": "yes" if self.compiled else "no"}
+        here |= {"started_from": self.started_from} if self.started_from else {}
         content = self.model_config, self.config, self.corpus, self.step, self.rows, weights
-        return Checkpoint(*content, state if corpus_key else None, environment=self.environment)
+        return Checkpoint(*content, state if corpus_key else None, environment=here)
 
     def restore(self, checkpoint: Checkpoint) -> None:
         state = checkpoint.training_state
@@ -2167,9 +2154,8 @@ def train(
     An unfinished run with the same settings is resumed; on a CPU its weights end up bit-for-bit equal to those of an
     uninterrupted run. Ctrl-C saves and returns. A finished run of the same name is kept under another one.
 
-    `on_log(rows)` is called after each line of metrics (their columns: `_Loop.row`), `on_snapshot(model, step)` at
-    `snapshot_steps`, in evaluation mode and without gradients; the run is the same with and without it. `corpus` is
-    given when it was chosen already.
+    `on_log(rows)` is called after each line of metrics (their columns: `_Loop.log`), `on_snapshot(model, step)` at
+    `snapshot_steps`, in evaluation mode and without gradients; neither changes the run. `corpus`: if chosen already.
 
     Under torchrun the processes share each batch (DistributedDataParallel); the first one alone prints and writes. The
     losses are those of one process up to rounding; with dropout only if `micro_batch_size` is set, since its random
@@ -2190,12 +2176,6 @@ def train(
         final, partial = run_files(results, config.name), run_files(results, f"{config.name}.partial")
         found = _from_first(lambda: _unfinished(partial, model_config, config, corpus_key))
         run = _begin(model_config, config, about, device, steps, found)
-        if rank == 0:
-            print(
-                f"Read {len(training.tokens):,} tokens in {training.n_documents:,} documents; using "
-                f"{stream.n_sequences:,} sequences of {model_config.context_length}. Held out: "
-                f"{len(validation.tokens):,} tokens.\n{_describe(run, steps)}"
-            )
         loop = _Loop(run, steps, stream, validation, partial, corpus_key, on_log, on_snapshot)
         with _stop_requests() as stop, torch.random.fork_rng([device] if device.type == "cuda" else []):
             is_finished = loop.go(stop)
@@ -2221,16 +2201,16 @@ def _unfinished(files: RunFiles, model_config: ModelConfig, config: TrainConfig,
     if not files.model.exists():
         return None
     problem = "it has other settings"
-    # may change, as another machine asks
-    free = {"micro_batch_size": None, "compile": None, "loss_chunk": None, "checkpoint_seconds": 0.0}
-    free["text_style"] = "natural"  # the key of the corpus tells it
+    # may change, as another machine asks; the key of the corpus tells the style of its text
+    free = {"checkpoint_seconds": 0.0, "text_style": "natural"}
+    free |= dict.fromkeys(("micro_batch_size", "compile", "loss_chunk"))
     try:
         found = load_checkpoint(files.model)
-        same = found.training_state and found.training_state["corpus"] == corpus_key
-        same = same and dataclasses.replace(found.train_config, **free) == dataclasses.replace(config, **free)
-        if same and found.model_config == model_config:
+        state, theirs = found.training_state or {}, dataclasses.replace(found.train_config, **free)
+        settings = state.get("corpus"), found.model_config, theirs
+        if settings == (corpus_key, model_config, dataclasses.replace(config, **free)):
             return found
-        if found.training_state and found.step == 0:  # nothing to lose
+        if state and found.step == 0:  # nothing to lose
             return None
     except PicoError as error:
         problem = str(error)
@@ -2255,8 +2235,7 @@ def _begin(
         dtype = getattr(torch, before["precision"]) if config.precision == "auto" else dtype
         asked = before.get("compiled") == "yes" if asked is None else asked
     with torch.device("meta"):
-        flops = flops_per_token(model_config, PicoLLM(model_config).count_parameters()[1])
-    flops *= steps * config.batch_size * model_config.context_length
+        flops = flops_per_token(PicoLLM(model_config)) * steps * config.batch_size * model_config.context_length
     compiled = _from_first(lambda: choose_compile(asked, device, flops))
     run = TrainingRun(model_config, config, about, device, dtype, compiled)
     if found:
@@ -2264,21 +2243,6 @@ def _begin(
     elif config.init_from:
         run.start_from(config.init_from)
     return run
-
-
-def _describe(run: TrainingRun, steps: int) -> str:
-    """What the run is, in a few lines."""
-    body, everything = run.model.count_parameters()
-    n_ranks = ranks()[1]
-    shared = f", {n_ranks} processes" if n_ranks > 1 else ""
-    lines = [f"Resuming {run.config.name} at step {run.step:,} of {steps:,}."] if run.step else []
-    lines += [f"Going on from {run.started_from}."] if run.started_from else []
-    lines += [
-        f"Model: {body / 1e6:.2f}M parameters without embeddings, {everything / 1e6:.2f}M with them. "
-        f"{steps:,} steps of {run.config.batch_size} sequences on {run.device}{shared} in {str(run.dtype)[6:]}"
-        f"{', compiled' if run.compiled else ''}."
-    ]
-    return "\n".join(lines)
 
 
 @dataclass
@@ -2295,22 +2259,39 @@ class _Loop:
     on_snapshot: Callable[[PicoLLM, int], None] | None
 
     def __post_init__(self) -> None:
-        (self.rank, self.n_ranks), run = ranks(), self.run
-        self.tokens_per_step = run.config.batch_size * run.model_config.context_length
+        self.rank, self.n_ranks = ranks()
         self.snapshots = snapshot_steps(self.total_steps) if self.on_snapshot and self.rank == 0 else []
-        self.logged_step, self.logged_seconds = run.step, run.seconds
-        if run.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(run.device)
+        self.logged = self.run.step, self.run.seconds
+        if self.run.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.run.device)
+
+    def announce(self) -> None:
+        """Says what the run is."""
+        run, training, (body, everything) = self.run, self.stream.file, self.run.model.count_parameters()
+        print(
+            f"Read {len(training.tokens):,} tokens in {training.n_documents:,} documents; using "
+            f"{self.stream.n_sequences:,} sequences of {self.stream.context_length}. Held out: "
+            f"{len(self.validation.tokens):,} tokens."
+        )
+        if run.step:
+            print(f"Resuming {run.config.name} at step {run.step:,} of {self.total_steps:,}.")
+        if run.started_from:
+            print(f"Going on from {run.started_from}.")
+        print(
+            f"Model: {body / 1e6:.2f}M parameters without embeddings, {everything / 1e6:.2f}M with them. "
+            f"{self.total_steps:,} steps of {run.config.batch_size} sequences on {run.device}"
+            f"{f', {self.n_ranks} processes' if self.n_ranks > 1 else ''} in {str(run.dtype)[6:]}"
+            f"{', compiled' if run.compiled else ''}."
+        )
 
     def go(self, stop: threading.Event) -> bool:
         """True at the end of the run, False when a stop was asked for."""
-        run, config = self.run, self.run.config
+        run, config, steps = self.run, self.run.config, range(self.run.step, self.total_steps)
         if self.rank == 0:
+            self.announce()
             self.save()  # a folder that cannot be written is found now, not after hours
-        kind, steps = choose_loader(self.stream, run.device), range(run.step, self.total_steps)
-        batches = make_loader(
-            kind, self.stream, config.batch_size, steps, run.device, rank=self.rank, n_ranks=self.n_ranks
-        )
+        kind = choose_loader(self.stream, run.device)
+        batches = make_loader(kind, self.stream, config.batch_size, steps, run.device)
         self.clock, saved_at = _Stopwatch(run.device, run.seconds), time.monotonic()
         options = {"total": self.total_steps, "initial": run.step, "desc": f"train {config.name}", "unit": "step"}
         with progress(**options, disable=self.rank > 0) as bar:
@@ -2324,62 +2305,58 @@ class _Loop:
                 set_rates(run.optimizer, step, self.total_steps, config)
                 run.take_step(batch)
                 bar.update()
-                is_evaluated = run.step == self.total_steps or run.step % config.eval_interval == 0
+                is_last = run.step == self.total_steps
+                is_evaluated = is_last or run.step % config.eval_interval == 0
                 is_logged = is_evaluated or run.step % config.log_interval == 0
                 if is_logged:
                     bar.set_postfix_str(self.log(is_evaluated))
                 self.snapshot()
+                if is_last:
+                    break
                 # several processes can only stop together; they agree on it with the metrics
                 is_stopped = (self.n_ranks == 1 or is_logged) and _any_process(stop.is_set(), run.device)
-                if run.step < self.total_steps and (
-                    is_stopped or time.monotonic() - saved_at > config.checkpoint_seconds
-                ):
+                if is_stopped or time.monotonic() - saved_at > config.checkpoint_seconds:
                     self.save_if_good(batch, is_stopped)
                     saved_at = time.monotonic()
-                if is_stopped and run.step < self.total_steps:
+                if is_stopped:
                     if self.rank == 0:
                         print(f"Stopped at step {run.step:,}; run it again to go on from there.")
                     return False
         return True
 
     def log(self, is_evaluated: bool) -> str:
-        """Adds a line of metrics; returns the essence of it."""
-        run = self.run
+        """Adds a line of metrics, with losses in nats per token; returns the essence of it."""
+        run, batch_size, context_length = self.run, self.run.config.batch_size, self.run.model_config.context_length
         loss, skipped = run.guard.read()  # the only wait for the device
         run.seconds = self.clock.read()
-        speed = (run.step - self.logged_step) * self.tokens_per_step / (run.seconds - self.logged_seconds)
-        self.logged_step, self.logged_seconds = run.step, run.seconds
+        (step, seconds), self.logged = self.logged, (run.step, run.seconds)
+        speed = (run.step - step) * batch_size * context_length / (run.seconds - seconds)
+        tokens, peak = run.step * batch_size * context_length, peak_flops(run.machine["device"])
         with self.clock.pause():
-            evaluation = None
-            if is_evaluated and self.rank == 0:
-                context_length = run.model_config.context_length
-                evaluation = evaluate(run.model, self.validation, context_length, dtype=run.dtype)
-            run.rows.append(self.row(loss, evaluation, speed, skipped))
+            is_evaluated = is_evaluated and self.rank == 0
+            evaluation = evaluate(run.model, self.validation, dtype=run.dtype) if is_evaluated else None
+            memory = torch.cuda.max_memory_allocated(run.device) if run.device.type == "cuda" else None
+            row = {
+                "step": run.step,
+                "tokens": tokens,
+                "tokens_total": run.tokens_before + tokens,  # with those of the model that it started from
+                "epoch": round(run.step * batch_size / self.stream.n_sequences, 4),
+                "train_loss": loss,
+                "val_loss": evaluation and evaluation.loss,  # where it was measured
+                "word_perplexity": evaluation and evaluation.word_perplexity,
+                "learning_rate": learning_rate_at(run.step - 1, self.total_steps, run.config),  # AdamW's
+                "tokens_per_second": round(speed, 1),
+                # share of the devices' 16-bit peak
+                "mfu": peak and round(speed * flops_per_token(run.model) / (peak * self.n_ranks), 4),
+                # of training so far, over all parts of a resumed run, with compilation; the rest counts in no time
+                "seconds": round(run.seconds, 2),
+                "peak_memory_mb": memory and round(memory / 1e6, 1),  # of PyTorch on the GPU since this part began
+                "skipped_steps": skipped,  # so far, see LossGuard
+            }
+            run.rows.append(row)
             if self.on_log and self.rank == 0:
                 self.on_log(run.rows)
         return f"loss {loss:.3f}, {speed:,.0f} tokens/s"
-
-    def row(self, loss: float, evaluation: Evaluation | None, speed: float, skipped: int) -> dict:
-        """A line of metrics. Losses are nats per token; evaluation, snapshots and checkpoints count in no time."""
-        run, device = self.run, self.run.device
-        n_parameters, peak = run.model.count_parameters()[1], peak_flops(run.machine["device"])
-        flops, tokens = flops_per_token(run.model_config, n_parameters), run.step * self.tokens_per_step
-        memory = round(torch.cuda.max_memory_allocated(device) / 1e6, 1) if device.type == "cuda" else None
-        return {
-            "step": run.step,
-            "tokens": tokens,
-            "tokens_total": run.tokens_before + tokens,  # with those of the model that it started from
-            "epoch": round(run.step * run.config.batch_size / self.stream.n_sequences, 4),
-            "train_loss": loss,
-            "val_loss": evaluation and evaluation.loss,  # where it was measured
-            "word_perplexity": evaluation and evaluation.word_perplexity,
-            "learning_rate": learning_rate_at(run.step - 1, self.total_steps, run.config),  # AdamW's
-            "tokens_per_second": round(speed, 1),
-            "mfu": peak and round(speed * flops / (peak * self.n_ranks), 4),  # share of the devices' 16-bit peak
-            "seconds": round(run.seconds, 2),  # of training so far, over all parts of a resumed run, with compilation
-            "peak_memory_mb": memory,  # that PyTorch held on the GPU since this part began
-            "skipped_steps": skipped,  # so far, see LossGuard
-        }
 
     def snapshot(self) -> None:
         if self.run.step in self.snapshots:
@@ -2391,15 +2368,17 @@ class _Loop:
         write_csv(self.files.metrics, self.run.rows)
 
     def save_if_good(self, batch: Tensor, is_stopped: bool) -> None:
-        """Saves the run unless its weights are spoilt. A full disk costs this checkpoint, not the run."""
+        """Saves the run unless an update spoilt its weights. A full disk costs this checkpoint, not the run."""
         if self.rank > 0:
             return
-        self.run.seconds = self.clock.read()
+        run = self.run
+        run.seconds = self.clock.read()
         with self.clock.pause():
-            if not self.run.is_good(batch):
-                return
+            with evaluating(run.model):  # only the loss after it tells what an update did
+                is_good = run.guard.is_good(run.model(batch[:4, :-1], batch[:4, 1:]), patience=1)
             try:
-                self.save()
+                if is_good:
+                    self.save()
             except PicoError as error:
                 if is_stopped:
                     raise
@@ -6227,7 +6206,7 @@ def publish(
     for kind, rows in (("metrics", saved.metrics), ("heads", history)):
         files += [write_csv(folder / f"{config.name}_{kind}.csv", rows)] if rows else []
     print(f"{files[0]}: {files[0].stat().st_size / 1e6:.1f} MB. Measuring its loss on all of the held-out text.")
-    evaluation = evaluate(load_model(files[0]), text[2], shipped.model_config.context_length)
+    evaluation = evaluate(load_model(files[0]), text[2])
     files += run_analysis(files[0], None, folder, data_folder, text=text)
     return [write_text(card, model_card(shipped, folder, evaluation, text[0], data_note)), *files]
 

@@ -270,7 +270,7 @@ def test_the_model_card_says_what_checkpoint_and_study_say(published, trained, c
     card, last = (published / "README.md").read_text(), trained.metrics[-1]
     saved = pico.load_checkpoint(published / "pico_llm.pt")
     validation = pico.open_corpus(pico.load_checkpoint(trained.checkpoint), None, data_folder)[2]
-    evaluation = pico.evaluate(pico.load_model(published / "pico_llm.pt"), validation, 32)
+    evaluation = pico.evaluate(pico.load_model(published / "pico_llm.pt"), validation)
     for fact in (
         "0.01M parameters without embeddings, 1.62M with them: 2 layers of 2 heads, width 32, feed-forward 32, context",
         f"Trained on the parquet folder {corpus_folder.name} (100% of its training rows",

@@ -157,7 +157,7 @@ def test_learning_rate_warms_up_and_ends_near_zero():
 def test_validation_covers_the_whole_split(tiny_model, corpus_folder, data_folder):
     file = pico.prepare_tokens(pico.choose_corpus(str(corpus_folder)), "validation", data_folder)
     assert (len(file.tokens) - 1) % 32, "the last window must be a short one"
-    result = pico.evaluate(tiny_model, file, 32, batch_size=3)
+    result = pico.evaluate(tiny_model, file, batch_size=3)
     tokens = torch.from_numpy(file.tokens.astype("int64"))
     total = 0.0
     with torch.no_grad():
