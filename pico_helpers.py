@@ -1642,19 +1642,14 @@ def make_optimizer(
     return optimizer
 
 
-def learning_rate_at(step: int, total_steps: int, config: TrainConfig, peak: float | None = None) -> float:
-    """AdamW's rate (or that with another peak): linear warm-up, then linear decay to zero (Bergsma et al. 2025)."""
-    peak = config.learning_rate if peak is None else peak
-    warmup = min(config.warmup_steps, total_steps // 2)
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    return peak * (total_steps - step) / max(1, total_steps - warmup)
-
-
 def set_rates(optimizer: torch.optim.Optimizer, step: int, total_steps: int, config: TrainConfig) -> None:
-    """Gives each group of `make_optimizer` its learning rate for a step."""
+    """Each group's rate for a step: linear warm-up, then linear decay to zero (Bergsma et al. 2025)."""
+    warmup = min(config.warmup_steps, total_steps // 2)
     for group in optimizer.param_groups:
-        group["lr"] = learning_rate_at(step, total_steps, config, group["peak_lr"])
+        if step < warmup:
+            group["lr"] = group["peak_lr"] * (step + 1) / warmup
+        else:
+            group["lr"] = group["peak_lr"] * (total_steps - step) / max(1, total_steps - warmup)
 
 
 # -- Loaders
@@ -2053,31 +2048,30 @@ def snapshot_steps(total_steps: int, n: int = 12) -> list[int]:
     return sorted({0, *(round(first * (total_steps / first) ** (k / (n - 1))) for k in range(n))})
 
 
+@dataclass
 class TrainingRun:
     """What changes from step to step, and how a checkpoint keeps it."""
 
-    def __init__(
-        self,
-        model_config: ModelConfig,
-        config: TrainConfig,
-        corpus: str,
-        device: torch.device,
-        dtype: torch.dtype,
-        compiled: bool = False,
-    ) -> None:
-        self.model_config, self.config, self.corpus = model_config, config, corpus
-        self.device, self.dtype, self.compiled = device, dtype, compiled
-        self.model = PicoLLM(model_config, config.seed).to(device).train()
-        self.model.loss_chunk = config.loss_chunk
-        self.forward = make_forward(self.model, device, compiled)
-        self.optimizer = make_optimizer(self.model, config, dtype, compiled and device.type == "cuda")
-        self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-        self.guard = LossGuard(model_config.vocab_size, device)
-        self.rows: list[dict] = []
-        self.step = 0  # steps done
-        self.seconds = 0.0  # of training
-        self.started_from: str | None = None  # the model whose weights it began with, for the reader
-        self.tokens_before = 0  # that this model had seen
+    model_config: ModelConfig
+    config: TrainConfig
+    corpus: str
+    device: torch.device
+    dtype: torch.dtype  # of the matrix products
+    compiled: bool = False
+    rows: list[dict] = field(default_factory=list)  # of metrics
+    step: int = 0  # steps done
+    seconds: float = 0.0  # of training
+    started_from: str | None = None  # the model whose weights it began with, for the reader
+    tokens_before: int = 0  # that this model had seen
+
+    def __post_init__(self) -> None:
+        on_gpu = self.device.type == "cuda"
+        self.model = PicoLLM(self.model_config, self.config.seed).to(self.device).train()
+        self.model.loss_chunk = self.config.loss_chunk
+        self.forward = make_forward(self.model, self.device, self.compiled)
+        self.optimizer = make_optimizer(self.model, self.config, self.dtype, self.compiled and on_gpu)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
+        self.guard = LossGuard(self.model_config.vocab_size, self.device)
 
     @functools.cached_property
     def machine(self) -> dict[str, str | None]:
@@ -2096,8 +2090,7 @@ class TrainingRun:
                     raise
                 print(f"The compiler failed, training goes on without it: {str(error).strip().splitlines()[0]}")
                 self.compiled, self.forward = False, make_forward(self.model, self.device, False)
-                if isinstance(self.optimizer, Muon):
-                    self.optimizer.update = muon_update
+                self.optimizer.update = muon_update
                 self.optimizer.zero_grad()
                 loss = train_step(self.forward, *rest)
         self.step += 1
@@ -2159,8 +2152,8 @@ def train(
 
     Under torchrun the processes share each batch (DistributedDataParallel); the first one alone prints and writes. The
     losses are those of one process up to rounding; with dropout only if `micro_batch_size` is set, since its random
-    numbers belong to a micro-batch. Raises PicoError when memory runs out, when another process is lost, and when the
-    loss is NaN or explodes for several steps in a row; the last good checkpoint then stays.
+    numbers belong to a micro-batch. Raises PicoError when memory runs out, another process is lost, or the loss is NaN
+    or explodes for several steps in a row; the last good checkpoint then stays.
     """
     with _process_group(torch.device(device or default_device())) as device, readable_errors(config):
         rank, n_ranks = ranks()
@@ -2175,7 +2168,14 @@ def train(
         steps = max(1, min(steps, config.max_steps or steps))
         final, partial = run_files(results, config.name), run_files(results, f"{config.name}.partial")
         found = _from_first(lambda: _unfinished(partial, model_config, config, corpus_key))
-        run = _begin(model_config, config, about, device, steps, found)
+        with torch.device("meta"):
+            flops = flops_per_token(PicoLLM(model_config)) * steps * config.batch_size * model_config.context_length
+        dtype, compiled = _from_first(lambda: _numerics(config, device, flops, found))
+        run = TrainingRun(model_config, config, about, device, dtype, compiled)
+        if found:
+            run.restore(found)
+        elif config.init_from:
+            run.start_from(config.init_from)
         loop = _Loop(run, steps, stream, validation, partial, corpus_key, on_log, on_snapshot)
         with _stop_requests() as stop, torch.random.fork_rng([device] if device.type == "cuda" else []):
             is_finished = loop.go(stop)
@@ -2220,29 +2220,16 @@ def _unfinished(files: RunFiles, model_config: ModelConfig, config: TrainConfig,
     return None
 
 
-def _begin(
-    model_config: ModelConfig,
-    config: TrainConfig,
-    about: str,
-    device: torch.device,
-    steps: int,
-    found: Checkpoint | None,
-) -> TrainingRun:
-    """A new run, one from the weights of another model, or the unfinished one as far as it came."""
-    dtype, asked = _from_first(lambda: choose_precision(config.precision, device)), config.compile
+def _numerics(
+    config: TrainConfig, device: torch.device, flops: float, found: Checkpoint | None
+) -> tuple[torch.dtype, bool]:
+    """(data type of the matrix products, whether a run of so many FLOPs is compiled)."""
+    dtype, asked = choose_precision(config.precision, device), config.compile
     before = found.environment if found else {}
     if before and before["device"].endswith(measured_on(device)["device"]):  # there the run goes on bit for bit
         dtype = getattr(torch, before["precision"]) if config.precision == "auto" else dtype
         asked = before.get("compiled") == "yes" if asked is None else asked
-    with torch.device("meta"):
-        flops = flops_per_token(PicoLLM(model_config)) * steps * config.batch_size * model_config.context_length
-    compiled = _from_first(lambda: choose_compile(asked, device, flops))
-    run = TrainingRun(model_config, config, about, device, dtype, compiled)
-    if found:
-        run.restore(found)
-    elif config.init_from:
-        run.start_from(config.init_from)
-    return run
+    return dtype, choose_compile(asked, device, flops)
 
 
 @dataclass
@@ -2344,7 +2331,7 @@ class _Loop:
                 "train_loss": loss,
                 "val_loss": evaluation and evaluation.loss,  # where it was measured
                 "word_perplexity": evaluation and evaluation.word_perplexity,
-                "learning_rate": learning_rate_at(run.step - 1, self.total_steps, run.config),  # AdamW's
+                "learning_rate": run.optimizer.param_groups[-1]["lr"],  # AdamW's
                 "tokens_per_second": round(speed, 1),
                 # share of the devices' 16-bit peak
                 "mfu": peak and round(speed * flops_per_token(run.model) / (peak * self.n_ranks), 4),
