@@ -29,9 +29,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import csv
 import dataclasses
 import gc
+import itertools
 import json
 import os
 import re
@@ -39,21 +39,19 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+import pandas as pd
 import torch
 import torch.nn.functional as F
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 from torch import Tensor
 
 import pico_helpers as pico
 from pico_helpers import PicoError, Preset, flops_per_token, peak_flops, profiler_range
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
 
 # -- What a trace tells
 
@@ -113,15 +111,17 @@ class Trace:
 def read_trace(trace: dict) -> Trace:
     """Reads a Chrome trace as the PyTorch profiler writes it (microseconds)."""
     events = [event for event in trace["traceEvents"] if event.get("ph") == "X"]
-    window = next(e for e in events if e["name"] == "window" and e.get("cat") == "user_annotation")
-    zero, length = window["ts"], window["dur"] / 1e3
+    named = [event for event in events if event.get("cat") == "user_annotation"]
+    window = next(event for event in named if event["name"] == "window")
+    length = window["dur"] / 1e3
 
     def place(event: dict) -> tuple[float, float]:
-        return (event["ts"] - zero) / 1e3, (event["ts"] + event["dur"] - zero) / 1e3
+        begin = (event["ts"] - window["ts"]) / 1e3
+        return begin, begin + event["dur"] / 1e3
 
-    named = [e for e in events if e["name"] in RANGES and e.get("cat") == "user_annotation"]
-    busy = union((place(e) for e in events if e.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")), 0, length)
-    return Trace(length, sorted((*place(e), e["name"]) for e in named), busy)
+    ranges = sorted((*place(event), event["name"]) for event in named if event["name"] in RANGES)
+    work = (event for event in events if event.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset"))
+    return Trace(length, ranges, union(map(place, work), 0, length))
 
 
 def step_shares(events: Iterable) -> dict[str, float]:
@@ -151,17 +151,15 @@ def step_shares(events: Iterable) -> dict[str, float]:
 class Contestant:
     """One way to train with its own model, optimizer and loader."""
 
-    n_steps = 1_000_000  # more than any measurement takes
-
     def __init__(
         self, kind: str, loader: str, preset: Preset, stream: pico.SequenceStream, device: torch.device, workers: int
     ) -> None:
-        self.kind, self.loader, self.config, self.device = kind, loader, preset.train, device
+        self.kind = self.name = kind
+        self.loader, self.config, self.device = loader, preset.train, device
         self.held_before = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0  # by the others
         dtype = pico.choose_precision(self.config.precision, device)
         self.run = pico.TrainingRun(preset.model, self.config, "", device, dtype, bool(self.config.compile))
-        steps, size = range(self.n_steps), self.config.batch_size
-        self.batches = pico.make_loader(loader, stream, size, steps, device, workers=workers)
+        self.batches = pico.make_loader(loader, stream, self.config.batch_size, itertools.count(), device, workers)
         self.windows: list[tuple[float, float]] = []  # (tokens per second, ms per step waiting for data)
         self.peak_memory: int | None = None  # bytes
         self.trace: Trace | None = None
@@ -187,7 +185,7 @@ class Contestant:
             if self.device.type == "cuda" and number < 2:
                 torch.cuda.reset_peak_memory_stats(self.device)
             self.step()
-        self.wait()
+        pico.wait_for(self.device)
         if self.device.type == "cuda":
             self.peak_memory = torch.cuda.max_memory_allocated(self.device) - self.held_before
 
@@ -195,10 +193,10 @@ class Contestant:
         """Times a window of steps. The warm-up before it also uses up the batches that workers made meanwhile."""
         for _ in range(warmup):
             self.step()
-        self.wait()
+        pico.wait_for(self.device)
         started = time.perf_counter()
         waited = sum(self.step() for _ in range(steps))
-        self.wait()
+        pico.wait_for(self.device)
         seconds = time.perf_counter() - started
         tokens = steps * self.config.batch_size * self.run.model.config.context_length
         self.windows.append((tokens / seconds, 1e3 * waited / steps))
@@ -209,19 +207,15 @@ class Contestant:
         if self.device.type == "cuda":
             activities.append(torch.profiler.ProfilerActivity.CUDA)
         self.step()
-        self.wait()
+        pico.wait_for(self.device)
         with torch.profiler.profile(activities=activities) as profiler, profiler_range("window"):
             for _ in range(steps):
                 self.step()
-            self.wait()
+            pico.wait_for(self.device)
         with pico.atomic_write(path) as temporary:
             profiler.export_chrome_trace(str(temporary))
         self.trace = read_trace(json.loads(path.read_text(encoding="utf-8")))
         self.shares = step_shares(profiler.events())
-
-    def wait(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
 
     @property
     def tokens_per_second(self) -> float:
@@ -234,30 +228,28 @@ class PlainLoop(Contestant):
     Where memory is short it takes ever smaller micro-batches.
     """
 
-    precision = "fp32"
-    may_compile = False
+    is_best = False
 
     def __init__(self, kind: str, loader: str, preset: Preset, *more) -> None:
-        plain = dataclasses.replace(preset.train, precision=self.precision, optimizer="adamw")
-        plain = plain if self.may_compile else dataclasses.replace(plain, compile=False)
-        super().__init__(kind, loader, dataclasses.replace(preset, train=plain), *more)
-        self.run.optimizer = torch.optim.AdamW(self.run.model.parameters(), lr=plain.learning_rate)
+        plain = {"precision": "auto"} if self.is_best else {"precision": "fp32", "compile": False}
+        super().__init__(kind, loader, preset.with_changes(plain | {"optimizer": "adamw"}), *more)
+        self.run.optimizer = torch.optim.AdamW(self.run.model.parameters(), lr=self.config.learning_rate)
         self.loss = pico.compile_function(self.plain_loss) if self.run.compiled else self.plain_loss
 
     def plain_loss(self, batch: Tensor) -> Tensor:
         return F.cross_entropy(self.run.model(batch[:, :-1]).flatten(0, 1), batch[:, 1:].flatten())
 
     def warm_up(self, steps: int) -> None:
-        while True:
-            try:
-                return super().warm_up(steps)
-            except torch.OutOfMemoryError:
-                size = self.config.micro_batch_size or self.config.batch_size
-                if size % 2:
-                    raise
-                self.config = dataclasses.replace(self.config, micro_batch_size=size // 2)
-            self.run.optimizer.zero_grad()  # outside `except`, whose error holds the tensors of the failed step
-            torch.cuda.empty_cache()
+        try:
+            return super().warm_up(steps)
+        except torch.OutOfMemoryError:
+            size = self.config.micro_batch_size or self.config.batch_size
+            if size % 2:
+                raise
+        self.config = dataclasses.replace(self.config, micro_batch_size=size // 2)
+        self.run.optimizer.zero_grad()  # outside `except`, whose error holds the tensors of the failed step
+        torch.cuda.empty_cache()
+        return self.warm_up(steps)
 
     def update(self, batch: Tensor) -> None:
         micro_batches, dtype = batch.split(self.config.micro_batch_size or len(batch)), self.run.dtype
@@ -279,28 +271,17 @@ class PlainLoop(Contestant):
 class BestPlainLoop(PlainLoop):
     """The same with what PyTorch offers: autocast to 16 bits where that is faster, torch.compile."""
 
-    precision = "auto"
-    may_compile = True
+    is_best = True
 
 
 # -- Measuring and reporting
 
 
-def matrix_rate(device: torch.device, dtype: torch.dtype, n: int = 8192, repeats: int = 20) -> float:
-    """FLOP/s of the product of two n x n matrices of random numbers (zeros are faster), median of the repeats."""
+def matrix_rate(device: torch.device, dtype: torch.dtype, n: int, seconds: float = 2.0) -> float:
+    """FLOP/s of the product of two n x n matrices of random numbers (zeros are faster), median over some seconds."""
     generator = torch.Generator(device).manual_seed(0)
     a, b = (torch.randn(n, n, device=device, generator=generator).to(dtype) for _ in range(2))
-    return 2 * n**3 / (1e-3 * statistics.median(pico.time_calls(lambda matrix: matrix @ b, [a], repeats)))
-
-
-@contextlib.contextmanager
-def captured(device: torch.device) -> Iterator[None]:
-    """What `nsys --capture-range=cudaProfilerApi` records."""
-    if device.type == "cuda":
-        torch.cuda.profiler.start()
-    yield
-    if device.type == "cuda":
-        torch.cuda.profiler.stop()
+    return 2 * n**3 / (1e-3 * statistics.median(pico.time_calls(lambda matrix: matrix @ b, [a], seconds)))
 
 
 def start(kind: type[Contestant], arguments: tuple, warmup: int) -> Contestant | None:
@@ -318,17 +299,12 @@ def start(kind: type[Contestant], arguments: tuple, warmup: int) -> Contestant |
 
 def measure_all(contestants: list[Contestant], warmup: int, steps: int, repeats: int) -> None:
     """Windows of all contestants in turn, each turn led by another one, so that a drift of the machine hits all."""
-    with captured(contestants[0].device):
+    on_gpu = contestants[0].device.type == "cuda"
+    with torch.cuda.profiler.profile() if on_gpu else contextlib.nullcontext():  # what nsys records
         for repeat in range(repeats):
             first = repeat % len(contestants)
             for contestant in contestants[first:] + contestants[:first]:
                 contestant.measure(warmup, steps)
-
-
-def names(contestants: list[Contestant]) -> list[str]:
-    """The kind of each, with the batch size where that differs."""
-    several = len({contestant.config.batch_size for contestant in contestants}) > 1
-    return [c.kind + (f", batch {c.config.batch_size}" if several else "") for c in contestants]
 
 
 def describe(contestants: list[Contestant], steps: int, rates: dict[torch.dtype, float]) -> list[dict]:
@@ -338,131 +314,109 @@ def describe(contestants: list[Contestant], steps: int, rates: dict[torch.dtype,
     """
     here = pico.measured_on(contestants[0].device)
     peak = peak_flops(here["device"])
-    speeds = {(c.kind, c.config.batch_size): c.tokens_per_second for c in contestants}
+    all_speeds = {(c.kind, c.config.batch_size): c.tokens_per_second for c in contestants}
     rows = []
-    for name, contestant in zip(names(contestants), contestants, strict=True):
+    for contestant in contestants:
         run, config, memory = contestant.run, contestant.config, contestant.peak_memory
-        flops = flops_per_token(run.model_config, run.model.count_parameters()[1])
-        speed, rate = contestant.tokens_per_second, rates.get(run.dtype)
-        ratios = {}
+        speeds, waits = zip(*contestant.windows, strict=True)
+        speed, rate, flops = contestant.tokens_per_second, rates.get(run.dtype), flops_per_token(run.model)
+        row = {"name": contestant.name, "tokens_per_second": round(speed, 1)}
+        row |= {"slowest": round(min(speeds), 1), "fastest": round(max(speeds), 1)}
         for kind in ("naive", "plain loop", "best plain loop"):
-            base = speeds.get((kind, config.batch_size))
-            ratios[f"ratio_to_{kind.replace(' ', '_')}"] = base and round(speed / base, 3)
-        rows.append(
-            {
-                "name": name,
-                "tokens_per_second": round(speed, 1),
-                "slowest": round(min(speed for speed, _ in contestant.windows), 1),
-                "fastest": round(max(speed for speed, _ in contestant.windows), 1),
-                **ratios,
-                "gpu_idle_share": contestant.trace and contestant.trace.idle,
-                "data_wait_ms": round(statistics.median(wait for _, wait in contestant.windows), 3),
-                "mfu": peak and round(speed * flops / peak, 4),
-                "mfu_of_measured_rate": rate and round(speed * flops / rate, 4),
-                "measured_tflops": rate and round(rate / 1e12, 3),
-                "peak_memory_mb": memory and round(memory / 1e6, 1),
-                **{f"share: {kind}": round(share, 3) for kind, share in contestant.shares.items()},
-                "flops_per_token": flops,
-                "precision": str(run.dtype)[6:],
-                "compiled": run.compiled,
-                "batch_size": config.batch_size,
-                "micro_batch_size": config.micro_batch_size,
-                "loss_chunk": None if isinstance(contestant, PlainLoop) else config.loss_chunk,
-                "context_length": run.model_config.context_length,
-                "dropout": run.model_config.dropout,
-                "steps": steps,
-                "windows": len(contestant.windows),
-                **here,
-            }
-        )
+            base = all_speeds.get((kind, config.batch_size))
+            row[f"ratio_to_{kind.replace(' ', '_')}"] = base and round(speed / base, 3)
+        row |= {
+            "gpu_idle_share": contestant.trace and contestant.trace.idle,
+            "data_wait_ms": round(statistics.median(waits), 3),
+            "mfu": peak and round(speed * flops / peak, 4),
+            "mfu_of_measured_rate": rate and round(speed * flops / rate, 4),
+            "measured_tflops": rate and round(rate / 1e12, 3),
+            "peak_memory_mb": memory and round(memory / 1e6, 1),
+            **{f"share: {kind}": round(share, 3) for kind, share in contestant.shares.items()},
+            "flops_per_token": flops,
+            "precision": str(run.dtype)[6:],
+            "compiled": run.compiled,
+            "batch_size": config.batch_size,
+            "micro_batch_size": config.micro_batch_size,
+            "loss_chunk": None if isinstance(contestant, PlainLoop) else config.loss_chunk,
+            "context_length": run.model_config.context_length,
+            "dropout": run.model_config.dropout,
+            "steps": steps,
+            "windows": len(contestant.windows),
+        }
+        rows.append(row | here)
     return rows
 
 
 def format_table(rows: list[dict]) -> str:
     """The rows as text. A missing number says why it is missing."""
-    has_gpu = not rows[0]["device"].startswith("CPU")
-
-    def shown(row: dict) -> dict[str, str]:
-        ratios = {name.removeprefix("ratio_").replace("_", " "): v for name, v in row.items() if name[:6] == "ratio_"}
-        idle, measured, memory = row["gpu_idle_share"], row["mfu_of_measured_rate"], row["peak_memory_mb"]
-        cells = {
-            "": row["name"],
-            "tokens/s": f"{row['tokens_per_second']:,.0f}",
-            **{name: ratio and f"{ratio:.2f}x" for name, ratio in ratios.items()},
-            "GPU idle": f"{idle:.1%}" if idle is not None else "not traced" if has_gpu else "no GPU",
-            "data wait": f"{row['data_wait_ms']:.2f} ms",
-            "MFU": f"{row['mfu']:.1%}" if row["mfu"] is not None else "peak unknown",
-            "of measured": measured and f"{measured:.1%}",
-            "memory": memory and f"{memory / 1e3:.1f} GB",
-        }
-        return {name: cell or "-" for name, cell in cells.items()}
-
-    table = [shown(row) for row in rows]
-    kept = [name for name in table[0] if any(line[name] != "-" for line in table)]
-    widths = {name: max(len(name), *(len(line[name]) for line in table)) for name in kept}
-    lines = ["  ".join(name.rjust(width) for name, width in widths.items())]
-    lines += ["  ".join(line[name].rjust(width) for name, width in widths.items()) for line in table]
+    first, table, lines = rows[0], pd.DataFrame(index=[row["name"] for row in rows]), []
+    columns = {  # heading: column, form, what stands for a missing number
+        "tokens/s": ("tokens_per_second", "{:,.0f}", "-"),
+        "to naive": ("ratio_to_naive", "{:.2f}x", "-"),
+        "to plain loop": ("ratio_to_plain_loop", "{:.2f}x", "-"),
+        "to best plain loop": ("ratio_to_best_plain_loop", "{:.2f}x", "-"),
+        "GPU idle": ("gpu_idle_share", "{:.1%}", "no GPU" if first["device"].startswith("CPU") else "not traced"),
+        "data wait": ("data_wait_ms", "{:.2f} ms", "-"),
+        "MFU": ("mfu", "{:.1%}", "peak unknown"),
+        "of measured": ("mfu_of_measured_rate", "{:.1%}", "-"),
+        "memory": ("peak_memory_mb", "{:,.0f} MB", "-"),
+    }
+    for heading, (column, form, missing) in columns.items():
+        table[heading] = [missing if row[column] is None else form.format(row[column]) for row in rows]
     for row in rows:
-        shares = {name.removeprefix("share: "): v for name, v in row.items() if name.startswith("share: ") and v}
+        shares = {name.removeprefix("share: "): share for name, share in row.items() if name.startswith("share: ")}
         largest = sorted(shares.items(), key=lambda item: -item[1])
-        lines += [f"{row['name']}: " + ", ".join(f"{name} {share:.0%}" for name, share in largest)] if shares else []
-    windows, steps = rows[0]["windows"], rows[0]["steps"]
+        lines.append(f"{row['name']}: " + ", ".join(f"{name} {share:.0%}" for name, share in largest if share))
+    windows, steps = first["windows"], first["steps"]
     about = f"median of {windows} windows of {steps} steps" if windows > 1 else f"one window of {steps} steps"
-    return "\n".join([f"{rows[0]['device']}; {about}", *lines])
+    table = table.loc[:, (table != "-").any()].to_string()
+    return "\n".join([f"{first['device']}; {about}", table, *(lines if shares else [])])
 
 
 def draw_chart(rows: list[dict]) -> Figure:
     """Bars of tokens per second with the range over the windows; a line at the plain loop, or at the loader `naive`."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6.5, 0.9 + 0.55 * len(rows)), layout="constrained")
-    axes = figure.add_subplot()
-    speeds = [row["tokens_per_second"] for row in rows]
-    spread = [[row["tokens_per_second"] - row["slowest"] for row in rows]]
-    spread += [[row["fastest"] - row["tokens_per_second"] for row in rows]]
-    axes.barh([row["name"] for row in rows], speeds, xerr=spread, color="#0072B2", ecolor="#333333", capsize=3)
+    frame, first = pd.DataFrame(rows), rows[0]
+    sizes = "/".join(str(size) for size in sorted(set(frame["batch_size"])))
+    title = f"{first['device']}: {sizes} x {first['context_length']} tokens a step"
+    figure = pico.new_figure(6.5, 0.7 + 0.55 * len(rows), title)
+    axes, speeds = figure.add_subplot(), frame["tokens_per_second"]
+    spread = [speeds - frame["slowest"], frame["fastest"] - speeds]
+    bars = axes.barh(frame["name"], speeds, xerr=spread, color="#0072B2", ecolor="#333333", capsize=3)
+    key = "ratio_to_plain_loop" if frame["ratio_to_plain_loop"].any() else "ratio_to_naive"
+    ratios = ["" if row[key] is None else f" ({row[key]:.2f}x)" for row in rows]
+    axes.bar_label(bars, [f"{v:,.0f}{r}" for v, r in zip(speeds, ratios, strict=True)], padding=6, fontsize=8)
+    bases = speeds[frame[key] == 1]
+    if len(bases) == 1:
+        axes.axvline(bases.iloc[0], color="#D55E00", linestyle="--", linewidth=1)
     axes.invert_yaxis()
     axes.margins(x=0.25)
-    key = "ratio_to_plain_loop" if any(row["ratio_to_plain_loop"] for row in rows) else "ratio_to_naive"
-    bases = [row["tokens_per_second"] for row in rows if row[key] == 1]
-    for index, row in enumerate(rows):
-        label = f"{row['tokens_per_second']:,.0f}" + ("" if row[key] is None else f" ({row[key]:.2f}x)")
-        axes.annotate(label, (row["fastest"], index), (6, 0), textcoords="offset points", va="center", fontsize=8)
-    if len(bases) == 1:
-        axes.axvline(bases[0], color="#D55E00", linestyle="--", linewidth=1)
-    axes.set_xlabel("training tokens per second")
-    sizes = "/".join(str(size) for size in sorted({row["batch_size"] for row in rows}))
-    axes.set_title(f"{rows[0]['device']}\n{sizes} x {rows[0]['context_length']} tokens a step", size=9)
+    pico.tidy_axes(axes, xlabel="training tokens per second")
     return figure
 
 
 def draw_timeline(traces: dict[str, Trace], about: str, n_steps: int = 2) -> Figure:
     """n steps of each trace on one time scale: a row for the host's ranges, one for the time in which a GPU works."""
-    from matplotlib.figure import Figure
-    from matplotlib.patches import Patch
-
-    has_gpu = any(trace.busy for trace in traces.values())
-    rows: list[str] = []
-    figure = Figure(figsize=(10, 1.4 + (0.8 if has_gpu else 0.45) * len(traces)), layout="constrained")
+    has_gpu, labels = any(trace.busy for trace in traces.values()), []
+    title = f"{n_steps} training steps, {about}{'' if has_gpu else '; no GPU'}"
+    figure = pico.new_figure(10, 1.2 + (0.8 if has_gpu else 0.45) * len(traces), title)
     axes = figure.add_subplot()
     for name, trace in traces.items():
         piece = trace.steps(n_steps)
         for begin, end, kind in piece.ranges:
-            axes.barh(len(rows), end - begin, 0.8, begin, color=RANGES[kind], linewidth=0)
-        rows.append(f"{name}, host")
+            axes.barh(len(labels), end - begin, 0.8, begin, color=RANGES[kind], linewidth=0)
+        labels.append(f"{name}, host")
         if piece.busy:
             bars = [(begin, end - begin) for begin, end in piece.busy]
-            axes.broken_barh(bars, (len(rows) - 0.4, 0.8), color="#333333", linewidth=0, rasterized=len(bars) > 500)
-            axes.text(piece.length, len(rows), f"  idle {trace.idle:.1%}", va="center", fontsize=8)
-            rows.append("GPU")
-        axes.axhline(len(rows) - 0.5, color="#cccccc", linewidth=0.8)
-    axes.set_yticks(range(len(rows)), rows)
+            axes.broken_barh(bars, (len(labels) - 0.4, 0.8), color="#333333", linewidth=0, rasterized=len(bars) > 500)
+            axes.text(piece.length, len(labels), f"  idle {trace.idle:.1%}", va="center", fontsize=8)
+            labels.append("GPU")
+        axes.axhline(len(labels) - 0.5, color="#cccccc", linewidth=0.8)
+    axes.set_yticks(range(len(labels)), labels)
     axes.invert_yaxis()
     axes.set_xlim(0, 1.12 * max(trace.steps(n_steps).length for trace in traces.values()))
-    axes.set_xlabel("milliseconds under the profiler")
-    title = f"{n_steps} training steps, {about}{'' if has_gpu else '; no GPU'}"
-    axes.set_title(f"{title}\nOur loops compute the gradients of the output layer with the loss, in `forward`", size=9)
-    axes.spines[["top", "right"]].set_visible(False)
+    note = "Our loops compute the gradients of the output layer with the loss, in `forward`"
+    pico.tidy_axes(axes, note, xlabel="milliseconds under the profiler")
     patches = [Patch(color=color, label=name) for name, color in RANGES.items()]
     patches += [Patch(color="#333333", label="any kernel or copy")] if has_gpu else []
     figure.legend(handles=patches, loc="outside lower center", ncols=len(patches), fontsize=8, frameon=False)
@@ -474,10 +428,7 @@ def draw_timeline(traces: dict[str, Trace], about: str, n_steps: int = 2) -> Fig
 
 def recipe_loss(preset: Preset, path: Path, seed: int, changes: dict, data: str | Path, device: torch.device) -> float:
     """Validation loss of the preset with these changes. One row a run is kept in `path` and not run again."""
-    rows = []
-    if path.exists():
-        with open(path, newline="", encoding="utf-8") as file:
-            rows = list(csv.DictReader(file))
+    rows = pd.read_csv(path, dtype=str, keep_default_na=False).to_dict("records") if path.exists() else []
     changed = preset.with_changes(changes | {"seed": seed})
     key = {"seed": str(seed), "settings": json.dumps(changes, sort_keys=True)}
     key |= {"scale": f"{changed.train.name}, {changed.train.max_steps} steps of {changed.train.batch_size} sequences"}
@@ -507,15 +458,12 @@ def compare_recipes(loss: Callable[[int, dict], float], preset: Preset, seeds: I
     """
     train, lines = preset.train, []
     for optimizer in ("adamw", "muon"):
-        best, best_loss = {"optimizer": optimizer, "learning_rate": train.learning_rate}, float("inf")
-        found = best
-        for name in ("learning_rate", *(["matrix_learning_rate"] if optimizer == "muon" else [])):
-            for factor in (0.25, 0.5, 1, 2):
-                changes = best | {name: getattr(train, name) * factor}
-                if (value := loss(0, changes)) < best_loss:
-                    best_loss, found = value, changes
-            best = found
-        losses = [loss(seed, best) for seed in seeds] or [best_loss]
+        best: dict = {"optimizer": optimizer}
+        for name in ("learning_rate", "matrix_learning_rate")[: 1 + (optimizer == "muon")]:
+            tried = [best | {name: getattr(train, name) * factor} for factor in (0.25, 0.5, 1, 2)]
+            losses = [loss(0, changes) for changes in tried]
+            best = tried[losses.index(min(losses))]
+        losses = [loss(seed, best) for seed in seeds] or [min(losses)]
         spread = f"{min(losses):.4f} to {max(losses):.4f}, {len(losses)} seeds"
         lines.append(f"{optimizer:6} {statistics.mean(losses):.4f}  ({spread})  {json.dumps(best)}")
     return "\n".join(["Validation loss:", *lines])
@@ -524,21 +472,17 @@ def compare_recipes(loss: Callable[[int, dict], float], preset: Preset, seeds: I
 # -- Command line
 
 
-def at_least(low: int) -> Callable[[str], int]:
-    """A type of whole numbers for argparse."""
-
-    def whole_number(text: str) -> int:
-        if (value := int(text)) < low:
-            raise argparse.ArgumentTypeError(f"must be at least {low}, not {value}")
-        return value
-
-    return whole_number
+def count(text: str) -> int:
+    """A type of numbers from 1 on, for argparse."""
+    if (value := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, not {value}")
+    return value
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     has_gpu = torch.cuda.is_available()
-    add, count = parser.add_argument, at_least(1)
+    add = parser.add_argument
     add("--preset", choices=list(pico.PRESETS), default=pico.default_preset())
     add("--loader", choices=pico.LOADERS, help="default: what `train` would choose")
     add("--compare", action="store_true", help="all loaders, interleaved")
@@ -546,11 +490,11 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--torch-profiler", action="store_true", help="write a Chrome trace of each contestant, draw them")
     add("--measure-peak", action=argparse.BooleanOptionalAction, default=True, help="rate of large matrix products")
     add("--recipes", action="store_true", help="compare optimizers instead; --steps is a run's length")
-    add("--seeds", type=at_least(0), default=3, help="of the best runs with --recipes (%(default)s)")
+    add("--seeds", type=int, default=3, help="of the best runs with --recipes (%(default)s)")
     add("--context-length", type=count, help="tokens per sequence, default: the preset's")
     add("--dropout", type=float, help="default: the preset's")
     add("--steps", type=count, help=f"of a window, default {50 if has_gpu else 4}")
-    add("--warmup", type=at_least(0), default=10 if has_gpu else 1, help="steps before a window (%(default)s)")
+    add("--warmup", type=int, default=10 if has_gpu else 1, help="steps before a window (%(default)s)")
     add("--repeats", type=count, help="windows of each contestant, default 5, with a single one 1")
     add("--batch-sizes", type=count, nargs="+", help="sequences per step, default: the preset's")
     add("--micro-batch-size", type=count, help="sequences per forward pass, default: all of them")
@@ -562,13 +506,6 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--out", default="results", help="folder for table and chart (%(default)s)")
     add("--data", default="data", help="folder for token files (%(default)s)")
     return parser.parse_args(arguments)
-
-
-def make_preset(options: argparse.Namespace) -> Preset:
-    """The preset with the options applied."""
-    names = ("corpus", "precision", "compile", "micro_batch_size", "loss_chunk", "context_length", "dropout")
-    given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
-    return pico.get_preset(options.preset).with_changes(given)
 
 
 def run_recipes(options: argparse.Namespace, preset: Preset, device: torch.device) -> None:
@@ -593,15 +530,14 @@ def start_all(
     kinds += [(Contestant, loader, loader) for loader in loaders]
     flops = 0.0 if preset.train.max_steps else float("inf")  # as `train` would: a preset of few steps is not compiled
     preset = preset.with_changes({"compile": pico.choose_compile(preset.train.compile, device, flops)})
-    contestants = []
-    for size in dict.fromkeys(options.batch_sizes or [preset.train.batch_size]):
+    contestants, sizes = [], dict.fromkeys(options.batch_sizes or [preset.train.batch_size])
+    for size, (kind, name, loader) in itertools.product(sizes, kinds):
         sized = preset.with_changes({"batch_size": size})
-        for kind, name, loader in kinds:
-            contestants.append(start(kind, (name, loader, sized, stream, device, options.workers), options.warmup))
-            gc.collect()  # one that ran out of memory is gone for good
-            if device.type == "cuda":
-                torch.cuda.empty_cache()
-    contestants = [contestant for contestant in contestants if contestant]
+        if contestant := start(kind, (name, loader, sized, stream, device, options.workers), options.warmup):
+            contestant.name += f", batch {size}" if len(sizes) > 1 else ""
+            contestants.append(contestant)
+        gc.collect()  # one that ran out of memory is gone for good
+        torch.cuda.empty_cache()
     if not contestants:
         raise PicoError("Nothing could be measured; the lines above say why.")
     return contestants
@@ -617,19 +553,19 @@ def run_profile(options: argparse.Namespace, preset: Preset, device: torch.devic
     steps = options.steps or (50 if on_gpu else 4)
     rates = {}
     if options.measure_peak:  # between the warm-up and the windows, so under the same conditions
-        size, repeats = (8192, 20) if on_gpu else (2048, 5)
-        rates = {dtype: matrix_rate(device, dtype, size, repeats) for dtype in {c.run.dtype for c in contestants}}
+        size = 8192 if on_gpu else 2048
+        rates = {dtype: matrix_rate(device, dtype, size) for dtype in {c.run.dtype for c in contestants}}
     measure_all(contestants, options.warmup, steps, options.repeats or (5 if len(contestants) > 1 else 1))
 
     out, traces = Path(options.out), {}
     under_nsys = "NSYS_PROFILING_SESSION_ID" in os.environ  # only one profiler can listen to the GPU
     with tempfile.TemporaryDirectory() as folder:
-        for name, contestant in zip(names(contestants), contestants, strict=True):
-            file = f"profile_{re.sub('[, ]+', '_', name)}.trace.json"
+        for contestant in contestants:
+            file = f"profile_{re.sub('[, ]+', '_', contestant.name)}.trace.json"
             if options.torch_profiler:
                 contestant.record(min(steps, 10), out / file)
                 print(f"Chrome trace: {out / file}")
-                traces[name] = contestant.trace
+                traces[contestant.name] = contestant.trace
             elif not under_nsys:
                 contestant.record(min(steps, 10 if on_gpu else 1), Path(folder) / file)
     about = {"preset": options.preset, "corpus": corpus.name}
@@ -645,8 +581,10 @@ def run_profile(options: argparse.Namespace, preset: Preset, device: torch.devic
 def main(arguments: list[str] | None = None) -> int:
     options = parse_arguments(arguments)
     device = pico.default_device()
+    settings = ("corpus", "precision", "compile", "micro_batch_size", "loss_chunk", "context_length", "dropout")
+    given = {name: getattr(options, name) for name in settings if getattr(options, name) is not None}
     try:
-        preset = make_preset(options)
+        preset = pico.get_preset(options.preset).with_changes(given)
         pico.check_writable(options.out)
         # training draws dropout from the global generator, which is put back for whoever calls this from Python
         with pico.readable_errors(preset.train), torch.random.fork_rng([device] if device.type == "cuda" else []):
