@@ -1899,24 +1899,6 @@ def wait_for(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-class _Stopwatch:
-    """Seconds of training, from those of an earlier part of the run on. It stands still during a pause."""
-
-    def __init__(self, device: torch.device, seconds: float) -> None:
-        self.device, self.started = device, time.perf_counter() - seconds
-
-    def read(self) -> float:
-        return time.perf_counter() - self.started
-
-    @contextlib.contextmanager
-    def pause(self) -> Iterator[None]:
-        wait_for(self.device)  # what it has yet to do is training
-        paused = time.perf_counter()
-        yield
-        wait_for(self.device)
-        self.started += time.perf_counter() - paused
-
-
 # -- Several processes, signals, errors
 
 
@@ -1977,17 +1959,15 @@ def _stop_requests() -> Iterator[threading.Event]:
 
     Under torchrun it never does, since every signal comes twice there, from the terminal and from torchrun.
     """
-    event = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield event
-        return
+    event, previous = threading.Event(), {}
 
     def request(number: int, frame) -> None:
         if event.is_set() and number == signal.SIGINT and ranks()[1] == 1:
             raise KeyboardInterrupt
         event.set()
 
-    previous = {number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)}
+    if threading.current_thread() is threading.main_thread():  # no other one gets signals
+        previous = {number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield event
     finally:
@@ -2279,7 +2259,8 @@ class _Loop:
             self.save()  # a folder that cannot be written is found now, not after hours
         kind = choose_loader(self.stream, run.device)
         batches = make_loader(kind, self.stream, config.batch_size, steps, run.device)
-        self.clock, saved_at = _Stopwatch(run.device, run.seconds), time.monotonic()
+        saved_at = time.monotonic()
+        self.started = time.perf_counter() - run.seconds  # moved on by each pause
         options = {"total": self.total_steps, "initial": run.step, "desc": f"train {config.name}", "unit": "step"}
         with progress(**options, disable=self.rank > 0) as bar:
             if run.step == 0:
@@ -2315,11 +2296,10 @@ class _Loop:
         """Adds a line of metrics, with losses in nats per token; returns the essence of it."""
         run, batch_size, context_length = self.run, self.run.config.batch_size, self.run.model_config.context_length
         loss, skipped = run.guard.read()  # the only wait for the device
-        run.seconds = self.clock.read()
-        (step, seconds), self.logged = self.logged, (run.step, run.seconds)
-        speed = (run.step - step) * batch_size * context_length / (run.seconds - seconds)
-        tokens, peak = run.step * batch_size * context_length, peak_flops(run.machine["device"])
-        with self.clock.pause():
+        with self.pause():
+            tokens, peak = run.step * batch_size * context_length, peak_flops(run.machine["device"])
+            (step, seconds), self.logged = self.logged, (run.step, run.seconds)
+            speed = (run.step - step) * batch_size * context_length / (run.seconds - seconds)
             is_evaluated = is_evaluated and self.rank == 0
             evaluation = evaluate(run.model, self.validation, dtype=run.dtype) if is_evaluated else None
             memory = torch.cuda.max_memory_allocated(run.device) if run.device.type == "cuda" else None
@@ -2345,9 +2325,19 @@ class _Loop:
                 self.on_log(run.rows)
         return f"loss {loss:.3f}, {speed:,.0f} tokens/s"
 
+    @contextlib.contextmanager
+    def pause(self) -> Iterator[None]:
+        """Brings the run's seconds up to date; the time inside does not count."""
+        wait_for(self.run.device)  # what it has yet to do is training
+        paused = time.perf_counter()
+        self.run.seconds = paused - self.started
+        yield
+        wait_for(self.run.device)
+        self.started += time.perf_counter() - paused
+
     def snapshot(self) -> None:
         if self.run.step in self.snapshots:
-            with self.clock.pause(), evaluating(self.run.model):
+            with self.pause(), evaluating(self.run.model):
                 self.on_snapshot(self.run.model, self.run.step)
 
     def save(self) -> None:
@@ -2358,11 +2348,10 @@ class _Loop:
         """Saves the run unless an update spoilt its weights. A full disk costs this checkpoint, not the run."""
         if self.rank > 0:
             return
-        run = self.run
-        run.seconds = self.clock.read()
-        with self.clock.pause():
-            with evaluating(run.model):  # only the loss after it tells what an update did
-                is_good = run.guard.is_good(run.model(batch[:4, :-1], batch[:4, 1:]), patience=1)
+        with self.pause():
+            with evaluating(self.run.model):  # only the loss after it tells what an update did
+                loss = self.run.model(batch[:4, :-1], batch[:4, 1:])
+                is_good = self.run.guard.is_good(loss, patience=1)
             try:
                 if is_good:
                     self.save()
