@@ -128,11 +128,10 @@ def step_shares(events: Iterable) -> dict[str, float]:
     """Shares of the time by kind of work, from a profiler's events: of the GPU's time if it did anything."""
 
     def kind(event, name: str) -> str:
-        parent = event
-        while parent is not None:
-            if parent.name == "optimizer":
+        while event is not None:
+            if event.name == "optimizer":
                 return "optimizer"
-            parent = parent.cpu_parent
+            event = event.cpu_parent
         return next((kind for kind, pattern in SHARES.items() if re.search(pattern, name)), "rest")
 
     events = list(events)
@@ -370,7 +369,7 @@ def format_table(rows: list[dict]) -> str:
         lines.append(f"{row['name']}: " + ", ".join(f"{name} {share:.0%}" for name, share in largest if share))
     windows, steps = first["windows"], first["steps"]
     about = f"median of {windows} windows of {steps} steps" if windows > 1 else f"one window of {steps} steps"
-    table = table.loc[:, (table != "-").any()].to_string()
+    table = table.loc[:, (table != "-").any()].add_prefix(" ").to_string()
     return "\n".join([f"{first['device']}; {about}", table, *(lines if shares else [])])
 
 
@@ -379,7 +378,7 @@ def draw_chart(rows: list[dict]) -> Figure:
     frame, first = pd.DataFrame(rows), rows[0]
     sizes = "/".join(str(size) for size in sorted(set(frame["batch_size"])))
     title = f"{first['device']}: {sizes} x {first['context_length']} tokens a step"
-    figure = pico.new_figure(6.5, 0.7 + 0.55 * len(rows), title)
+    figure = pico.new_figure(7, 0.7 + 0.5 * len(rows), title)
     axes, speeds = figure.add_subplot(), frame["tokens_per_second"]
     spread = [speeds - frame["slowest"], frame["fastest"] - speeds]
     bars = axes.barh(frame["name"], speeds, xerr=spread, color="#0072B2", ecolor="#333333", capsize=3)
