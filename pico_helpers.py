@@ -6160,7 +6160,7 @@ def run_analysis(
     ]
 
 
-def explore(texts: Sequence[str], checkpoint: str | Path | None = None, results: str | Path = "results") -> Path:
+def explore(texts: Sequence[str], checkpoint: str | Path | None = None, results: str | Path = "results") -> None:
     """Writes the interactive page of any sentences, `results`/my_explorer.html, and names it; default: newest model.
 
     Raises PicoError for a sentence that is empty or longer than the model reads.
@@ -6174,15 +6174,14 @@ def explore(texts: Sequence[str], checkpoint: str | Path | None = None, results:
     rows = [row for row in head_history(path, saved) if row["step"] == saved.step]
     page = write_explorer(Path(results) / "my_explorer.html", captures, pd.DataFrame(rows) if rows else None)
     print(f"{page} shows where the heads of {path} look in your text; open it in a browser.")
-    return page
 
 
 def publish(
-    checkpoint: str | Path,
+    checkpoint: str | Path | None = None,
     folder: str | Path = "results/pretrained",
     data_folder: str | Path = "data",
     corpus: str | None = None,
-    data_note: str = "",
+    data_note: str | None = None,
 ) -> list[Path]:
     """Writes all that a reader of a trained model needs to `folder`; returns the files.
 
@@ -6191,7 +6190,7 @@ def publish(
     data what the checkpoint cannot know: source and licence. `corpus` as in `open_corpus`. A model that was published
     there before is replaced; raises PicoError where pico_llm.pt or README.md is something else.
     """
-    path, folder = Path(checkpoint), Path(folder)
+    path, folder = Path(checkpoint or newest_checkpoint()), Path(folder)
     saved = load_checkpoint(path)
     if saved.training_state:
         raise PicoError(f"{path} is an unfinished run; run the training command again to finish it first.")
@@ -6204,9 +6203,8 @@ def publish(
     if card.exists() and not card.read_text(encoding="utf-8", errors="replace").startswith("# Pico-LLM, "):
         raise PicoError(f"{card} is not a model card of this project; choose another folder.")
     if old.exists():
-        name = load_checkpoint(old).train_config.name
-        for kind in ("metrics", "heads"):
-            (folder / f"{name}_{kind}.csv").unlink(missing_ok=True)
+        for table in run_files(folder, load_checkpoint(old).train_config.name)[1:]:
+            table.unlink(missing_ok=True)
     card.unlink(missing_ok=True)  # it is written last, when all that it describes is there
     # names of the corpus folder and of the model it started from, not where they lie on this machine
     config, start = saved.train_config, saved.train_config.init_from
@@ -6215,18 +6213,18 @@ def publish(
     )
     shipped = dataclasses.replace(saved, train_config=config, weights=weights)
     files = [save_checkpoint(folder / "pico_llm.pt", shipped)]
-    for kind, rows in (("metrics", saved.metrics), ("heads", history)):
-        files += [write_csv(folder / f"{config.name}_{kind}.csv", rows)] if rows else []
+    for table, rows in zip(run_files(folder, config.name)[1:], (saved.metrics, history), strict=True):
+        files += [write_csv(table, rows)] if rows else []
     print(f"{files[0]}: {files[0].stat().st_size / 1e6:.1f} MB. Measuring its loss on all of the held-out text.")
     evaluation = evaluate(load_model(files[0]), text[2], shipped.model_config.context_length)
-    files += run_analysis(files[0], None, folder, data_folder, text=text)
+    files += run_analysis(files[0], None, folder, text=text)
     return [write_text(card, model_card(shipped, folder, evaluation, text[0], data_note)), *files]
 
 
 _LICENCES = dict.fromkeys(("wikitext103", "offline"), "The text is by the contributors of English Wikipedia, CC BY-SA.")
 
 
-def model_card(saved: Checkpoint, folder: Path, evaluation: Evaluation, held_out: str, data_note: str = "") -> str:
+def model_card(saved: Checkpoint, folder: Path, evaluation: Evaluation, held_out: str, note: str | None = None) -> str:
     """The card of `publish`, as Markdown, from the checkpoint and the study in `folder`."""
     config, train = saved.model_config, saved.train_config
     body, everything = model_from_checkpoint(saved).count_parameters()
@@ -6246,7 +6244,7 @@ def model_card(saved: Checkpoint, folder: Path, evaluation: Evaluation, held_out
         f"with them: {config.n_layer} layers of {config.n_head} heads, width {config.d_model}, feed-forward "
         f"{config.d_ff}, context {config.context_length} tokens, {saved.tokenizer} vocabulary.",
         corpus=saved.corpus,
-        note=data_note or _LICENCES.get(train.corpus, "The checkpoint does not say where that text is from."),
+        note=note or _LICENCES.get(train.corpus, "The checkpoint does not say where that text is from."),
         table="\n".join(f"| {name} | {value} |" for name, value in table.items()),
         findings="\n".join(f"- {line}" for line in findings["headline"]),
         place=folder.name if folder.is_absolute() else folder.as_posix(),
@@ -6272,20 +6270,18 @@ def train_command(config: ModelConfig, train: TrainConfig) -> str:
 
 def _ask(question: str, default: str, read: Callable[[str], object], ask: Callable[[str], str]) -> object:
     """What `read` makes of the answer, asked again after a PicoError. With nobody there it is the default."""
-    while True:
+    while not is_unattended():
         try:
             return read(ask(f"{question} [{default}]: ").strip() or default)
         except PicoError as error:
             print(error)
         except (EOFError, NotImplementedError):  # no standard input; Jupyter raises StdinNotImplementedError
-            return read(default)
+            break
+    return read(default)
 
 
 def ask_choice(ask: Callable[[str], str] = input) -> str:
-    """The menu's train, analyze or both. Unattended it is the variable PICO_MENU, or both; a typo is asked again.
-
-    Raises PicoError for an unknown PICO_MENU.
-    """
+    """The menu's train, analyze or both; a typo is asked again. Unattended it is the variable PICO_MENU, or both."""
 
     def read(text: str) -> str:
         choice = dict(zip("123", MENU, strict=True)).get(text, text.lower())
@@ -6293,10 +6289,9 @@ def ask_choice(ask: Callable[[str], str] = input) -> str:
             raise PicoError(f"{text!r} is not on the menu; choose 1 (train), 2 (analyze) or 3 (both).")
         return choice
 
-    if is_unattended():
-        return read(os.environ.get("PICO_MENU", "").strip() or "3")
-    print("1  train a model\n2  analyze an existing model\n3  both")
-    return _ask("Your choice", "3", read, ask)
+    if not is_unattended():
+        print("1  train a model\n2  analyze an existing model\n3  both")
+    return _ask("Your choice", os.environ.get("PICO_MENU", "").strip() or "3", read, ask)
 
 
 def ask_checkpoint(results: str | Path = "results", ask: Callable[[str], str] = input) -> Path:
@@ -6304,10 +6299,9 @@ def ask_checkpoint(results: str | Path = "results", ask: Callable[[str], str] = 
 
     def read(text: str) -> Path:
         load_checkpoint(text)
-        return Path(text)
+        return Path(text).expanduser()
 
-    default = newest_checkpoint(results)
-    return default if is_unattended() else _ask("Path of the model", str(default), read, ask)
+    return _ask("Path of the model", str(newest_checkpoint(results)), read, ask)
 
 
 def main_menu(
@@ -6366,58 +6360,63 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parser() -> argparse.ArgumentParser:
+    """Every command with its options, which are named as the arguments of the function `run` that does it."""
     parser = _Parser(description="Pico-LLM: train a small transformer, look inside it, make it fast.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    checkpoint, corpus = (
-        ("--checkpoint", "a .pt file [the newest model]"),
-        ("--corpus", "held-out text [the model's own]"),
-    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    shared = {
+        "checkpoint": "a .pt file [the newest model]",
+        "corpus": "held-out text [the model's own]",
+        "preset": f"one of: {', '.join(PRESETS)} [{default_preset()}]",
+    }
 
-    def command(name: str, about: str, *options: tuple, results: str = "results") -> argparse.ArgumentParser:
+    def command(name: str, run: Callable, about: str, *options: str, out=("results", "results")) -> _Parser:
         sub = commands.add_parser(name, help=about, description=about)
-        sub.add_argument("--results", "--out", default=results, help="folder for the files [%(default)s]")
-        sub.add_argument("--data-folder", default="data", help="folder for token files [%(default)s]")
-        for option, text in options:
-            sub.add_argument(option, help=text)
+        sub.set_defaults(run=run)
+        sub.add_argument("--results", "--out", dest=out[0], default=out[1], help="folder for the files [%(default)s]")
+        if not {"corpus", "preset"}.isdisjoint(options):
+            sub.add_argument("--data-folder", default="data", help="folder for token files [%(default)s]")
+        for option in options:
+            sub.add_argument(f"--{option}", help=shared[option])
         return sub
 
-    preset, source = get_preset(), Path(__file__).read_text(encoding="utf-8")
-    source = source[source.index("class ModelConfig") : source.index("class Preset")]
-    comments = dict(re.findall(r"^    (\w+): .*?  # (.+)$", source, re.MULTILINE))  # of the settings
-    choice = ("--preset", f"one of: {', '.join(PRESETS)} [{default_preset()}]")
-    for name, about in (("train", "Train a model."), ("both", "Train a model and study its attention.")):
-        sub = command(name, about, choice)
+    preset = get_preset()
+    for name, run, about in (
+        ("train", _train, "Train a model."),
+        ("both", functools.partial(_train, study=True), "Train a model and study its attention."),
+    ):
+        sub = command(name, run, about, "preset")
         sub.usage = "%(prog)s [options]"
         for title, config in (("model", preset.model), ("training", preset.train)):
-            group = sub.add_argument_group(f"{title} [values of preset {default_preset()!r}]")
-            _add_config_options(group, config, comments)
-    command("analyze", "Study the attention of a model.", checkpoint, corpus)
-    sub = command("explore", "See where each head looks in sentences of your own.", checkpoint)
-    sub.add_argument("sentences", nargs="+", metavar="SENTENCE", help="in quotes")
-    sub = command("generate", "Continue a prompt.", checkpoint)
+            _add_config_options(sub.add_argument_group(f"{title} [values of preset {default_preset()!r}]"), config)
+    command("analyze", run_analysis, "Study the attention of a model.", "checkpoint", "corpus")
+    sub = command("explore", explore, "See where each head looks in sentences of your own.", "checkpoint")
+    sub.add_argument("texts", nargs="+", metavar="SENTENCE", help="in quotes")
+    sub = command("generate", _generate, "Continue a prompt.", "checkpoint")
     sub.add_argument("prompt", help="the beginning of a text, in quotes")
     for option, default in {"max-new-tokens": 100, "temperature": 0.8, "seed": 0}.items():
         sub.add_argument(f"--{option}", type=type(default), default=default, help="[%(default)s]")
-    sub = command("optimize", "Compile for inference, check, benchmark and save.", checkpoint, corpus)
+    sub = command("optimize", _optimize, "Compile for inference, check, benchmark and save.", "checkpoint", "corpus")
     sub.add_argument("--batch-sizes", type=int, nargs="+", metavar="N", help="[1 8 32 on a GPU, 1 on a CPU]")
-    sub.add_argument("--lengths", type=int, nargs="+", metavar="N", default=[64, 384], help="of texts [64 384]")
+    lengths = {"dest": "sequence_lengths", "default": [64, 384], "help": "of texts [64 384]"}
+    sub.add_argument("--lengths", type=int, nargs="+", metavar="N", **lengths)
     sub.add_argument("--variants", nargs="+", metavar="WORD", help="rows whose names hold one of the words [all]")
     sub.add_argument("--seconds", type=float, help="of timing for a row at a shape [1 on a GPU, 0.5 on a CPU]")
-    sub.add_argument("--no-install", action="store_true", help="do not ask pip for TensorRT")
-    command("export", "Write a Hugging Face folder of a model.", checkpoint)
-    note = ("--data-note", "a sentence on source and licence of the data, for the card")
-    about = "Write a model, its study and its card for others."
-    command("publish", about, checkpoint, corpus, note, results="results/pretrained")
+    sub.add_argument("--no-install", dest="install", action="store_false", help="do not ask pip for TensorRT")
+    command("export", _export, "Write a Hugging Face folder of a model.", "checkpoint")
+    about, out = "Write a model, its study and its card for others.", ("folder", "results/pretrained")
+    sub = command("publish", publish, about, "checkpoint", "corpus", out=out)
+    sub.add_argument("--data-note", help="a sentence on source and licence of the data, for the card")
     return parser
 
 
-def _add_config_options(
-    group: argparse._ArgumentGroup, config: ModelConfig | TrainConfig, comments: Mapping[str, str]
-) -> None:
+def _add_config_options(group: argparse._ArgumentGroup, config: ModelConfig | TrainConfig) -> None:
     """One option for each setting, such as --n-layer and --learning-rate; the comment on its field is its help."""
+    source = Path(__file__).read_text(encoding="utf-8").split(f"\nclass {type(config).__name__}:")[1]
+    comments = dict(re.findall(r"^    (\w+): .*?  # (.+)$", source.split("\n    def ")[0], re.MULTILINE))
     for item in dataclasses.fields(config):
         kind, value = item.type.split(" | ")[0], getattr(config, item.name)
-        options: dict = {"help": f"{comments.get(item.name, '')} [{value}]".strip().replace("%", "%%")}
+        about = f"{comments.get(item.name, '')} [{value}]".replace("%", "%%")
+        options: dict = {"help": about.strip(), "default": argparse.SUPPRESS}
         if kind == "bool":
             options["action"] = argparse.BooleanOptionalAction
         else:
@@ -6428,50 +6427,41 @@ def _add_config_options(
             group.add_argument("--" + item.name.replace("_", "-"), **options)
 
 
-def run_command(options: argparse.Namespace) -> list[Path]:
-    """Does what the command line asks for; returns the files written. Raises PicoError, and KeyboardInterrupt."""
-    results, data_folder = options.results, options.data_folder
-    if options.command in ("train", "both"):
-        names = [item.name for config in (ModelConfig, TrainConfig) for item in dataclasses.fields(config)]
-        changes = {name: value for name in names if (value := getattr(options, name, None)) is not None}
-        changes = {name: tuple(value) if isinstance(value, list) else value for name, value in changes.items()}
-        result, files = run_training(options.preset, results, data_folder, **changes)
-        if not result.finished:
-            raise KeyboardInterrupt
-        if options.command == "both" and files:  # only the first process of torchrun has files
-            files += run_analysis(result.checkpoint, None, results, data_folder)
-        return files
-    if options.command == "analyze":
-        return run_analysis(options.checkpoint, None, results, data_folder, options.corpus)
-    if options.command == "publish":
-        checkpoint = options.checkpoint or newest_checkpoint("results")
-        return publish(checkpoint, results, data_folder, options.corpus, options.data_note)
-    if options.command == "explore":
-        explore(options.sentences, options.checkpoint, results)  # it names its page
-        return []
-    saved = load_checkpoint(options.checkpoint or newest_checkpoint(results))
-    model = model_from_checkpoint(saved).to(default_device())
-    if options.command == "export":
-        return sorted(export_to_hf(model, Path(results) / "huggingface").iterdir())
-    if options.command == "optimize":
-        text = open_corpus(saved, options.corpus, data_folder)[2]
-        chosen = {name: getattr(options, name) for name in ("batch_sizes", "seconds", "variants")}
-        chosen |= {"sequence_lengths": options.lengths, "install": not options.no_install}
-        advanced_tensorrt_optimization_demo(model, results=results, file=text, **chosen)
-        return sorted(Path(results).glob("inference_benchmark.*"))
-    if options.command == "generate":
-        sampling = {name: getattr(options, name) for name in ("max_new_tokens", "temperature", "seed")}
-        for index, piece in enumerate(stream_text(model, options.prompt, **sampling)):
-            print(piece if index else options.prompt + piece, end="", flush=True)
-        print()
-    return []
+def _train(preset: str | None, results: str, data_folder: str, study: bool = False, **changes) -> list[Path]:
+    changes = {name: tuple(value) if isinstance(value, list) else value for name, value in changes.items()}
+    result, files = run_training(preset, results, data_folder, **changes)
+    if not result.finished:
+        raise KeyboardInterrupt
+    if study and files:  # only the first process of torchrun has files
+        files += run_analysis(result.checkpoint, results=results, data_folder=data_folder)
+    return files
+
+
+def _generate(prompt: str, checkpoint: str | None, results: str, **sampling) -> None:
+    model = load_model(checkpoint or newest_checkpoint(results))
+    for index, piece in enumerate(stream_text(model, prompt, **sampling)):
+        print(piece if index else prompt + piece, end="", flush=True)
+    print()
+
+
+def _optimize(checkpoint: str | None, results: str, data_folder: str, corpus: str | None, **options) -> list[Path]:
+    saved = load_checkpoint(checkpoint or newest_checkpoint(results))
+    file = open_corpus(saved, corpus, data_folder)[2]
+    advanced_tensorrt_optimization_demo(model_from_checkpoint(saved), file, results=results, **options)
+    return sorted(Path(results).glob("inference_benchmark.*"))
+
+
+def _export(checkpoint: str | None, results: str) -> list[Path]:
+    model = load_model(checkpoint or newest_checkpoint(results))
+    return sorted(export_to_hf(model, Path(results) / "huggingface").iterdir())
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """`python pico_helpers.py COMMAND ...`, see --help. Returns the exit status: 0, 2 after an error, 130 stopped."""
     try:
-        options = _parser().parse_args(arguments)
-        print_files(run_command(options))
+        options = vars(_parser().parse_args(arguments))
+        run = options.pop("run")
+        print_files(run(**options) or [])
     except PicoError as error:
         print(f"Error: {error}", file=sys.stderr)
         return 2
