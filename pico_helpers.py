@@ -5290,11 +5290,7 @@ ACCURACY_BOUNDS = Accuracy(0.5, mean_difference=0.025, top1_agreement=0.99, kl_d
 
 
 def check_accuracy(
-    reference: PicoLLM,
-    candidate: Callable[[Tensor], Tensor],
-    tokens: Tensor,
-    bounds: Accuracy = ACCURACY_BOUNDS,
-    precision: str = "fp16",
+    reference: PicoLLM, candidate: Callable, tokens: Tensor, bounds: Accuracy = ACCURACY_BOUNDS, precision: str = "fp16"
 ) -> Accuracy:
     """Compares logits on tokens (N, T + 1), one sequence at a time. Raises PicoError beyond a bound and for NaN.
 
@@ -5351,8 +5347,7 @@ def export_program(
 ) -> torch.export.ExportedProgram:
     """The model as a graph of operators, token ids (B, T) int64 -> logits (B, T, V), any B and T up to the maxima.
 
-    `max_length` defaults to `context_length`; with `fixed` the maxima are the only shape. Raises PicoError for a length
-    beyond `max_positions`.
+    `max_length` defaults to `context_length`; with `fixed` the maxima are the only shape.
     """
     max_length = max_length or model.config.context_length
     if max_length > model.config.max_positions:
@@ -5406,8 +5401,7 @@ def tensorrt_libraries(requirements: Sequence[str], cuda: str) -> list[str]:
 def install_tensorrt(install: bool = True) -> str:
     """Installs TensorRT for the installed PyTorch and its CUDA version, unless it works already; tells what there is.
 
-    Nothing installed is replaced, PyTorch least of all. With `install=False` pip is not asked. Raises PicoError
-    without a GPU and where it fails.
+    Nothing installed is replaced. With `install=False` pip is not asked. Raises PicoError where TensorRT cannot work.
     """
 
     def pip(arguments: Sequence[str]) -> None:
@@ -5498,8 +5492,8 @@ def compile_tensorrt(
 def save_engine(engine: Engine | torch.export.ExportedProgram, path: str | Path) -> Path:
     """Saves a TensorRT engine (.ts) or an exported program (.pt2), and beside it in JSON what it is; gives the path.
 
-    Both load without this module: `import torch_tensorrt; torch.jit.load(path)`, whose logits have more columns than
-    the vocabulary, and `torch.export.load(path).module()`.
+    Without this module `torch.jit.load(path)` (after `import torch_tensorrt`; its logits have more columns than the
+    vocabulary) and `torch.export.load(path).module()` load them.
     """
     is_engine = isinstance(engine, Engine)
     path, about, layers = Path(path).with_suffix(".ts" if is_engine else ".pt2"), {}, []
@@ -5668,7 +5662,12 @@ def time_calls(run: Callable, batches: Sequence[Tensor], seconds: float) -> list
 
 
 def time_shape(ways: Sequence[Variant], batches: Sequence[Tensor], seconds: float) -> list[dict]:
-    """A row of the table for each way. They take turns, each time in another order, so that none is always first."""
+    """A row of the table for each way. They take turns, each time in another order, so that none is always first.
+
+    Columns: variant, precision, batch, length, status ("ok" or the reason), note, p50_ms, p90_ms, p99_ms, tokens_per_s,
+    n_calls, speedup (over FP32 PyTorch without TF32), vs_best_pytorch (over the fastest PyTorch row), build_s (build
+    and first call), and the fields of `Accuracy`.
+    """
     n_turns, (batch, length), rows = 5, batches[0].shape, []
     for way in ways:
         way.attempt(lambda run: time_calls(run, batches[:1], 0.0))  # compiles
@@ -5706,18 +5705,16 @@ def benchmark(
     *,
     variants: Sequence[str] | None = None,
     engines: dict[str, Engine] | None = None,
-    on_shape: Callable[[pd.DataFrame], None] | None = None,
+    path: str | Path | None = None,
 ) -> pd.DataFrame:
     """Times every way to run the model on its device, on held-out text; a row for each way, batch size and length.
 
     All ways pass the accuracy gate first; those that fail get a row with the reason. The others take turns, so that
     heat and clocks hit them alike, for `seconds` each at each shape: 1 on a GPU and 0.5 on a CPU. The smallest batch
-    of the longest text comes first; `on_shape` gets the table so far after each shape. `variants`: words that the names
-    of the rows hold, default all. TensorRT's engines go to `engines` by their row's name.
+    of the longest text comes first; the table so far is written to `path` (CSV) after each shape. `variants`: words
+    that the names of the rows hold, default all. TensorRT's engines go to `engines` by their row's name.
 
-    Columns: variant, precision, batch, length, status ("ok" or the reason), note, p50_ms, p90_ms, p99_ms, tokens_per_s,
-    n_calls, speedup (over FP32 PyTorch without TF32), vs_best_pytorch (over the fastest PyTorch row), build_s (build
-    and first call), the fields of `Accuracy`, and those of `measured_on`.
+    Columns: those of `time_shape`, and of `measured_on`.
     """
     import pandas as pd
 
@@ -5729,7 +5726,7 @@ def benchmark(
         raise PicoError(f"Batch sizes, lengths and seconds must be positive numbers, lengths at most {limit}.")
     gate = held_out_sequences(file, 8 if device.type == "cuda" else 2, longest, 1).to(device)
     shapes = itertools.product(batch_sizes, sequence_lengths)
-    rows, frame, here = [], pd.DataFrame(), measured_on(device)
+    rows, here = [], measured_on(device)
     # each shape compiles anew, more often than torch.compile's limit allows
     with evaluating(model), torch._dynamo.config.patch(recompile_limit=64):
         ways = choose_variants(make_variants(model, max(batch_sizes), longest), variants)
@@ -5745,10 +5742,9 @@ def benchmark(
             batches = [idx.contiguous() for idx in tokens.split(batch)]
             able = [way for way in ways if way.shape in (None, (batch, length))]
             rows += [row | here for row in time_shape(able, batches, seconds)]
-            frame = pd.DataFrame(rows)
-            if on_shape is not None:
-                on_shape(frame)
-    return frame
+            if path is not None:
+                write_csv(path, rows)
+    return pd.DataFrame(rows)
 
 
 def plot_benchmark(frame: pd.DataFrame) -> Figure:
@@ -5796,11 +5792,7 @@ def advanced_tensorrt_optimization_demo(
         print(install_tensorrt(install))
     except PicoError as error:
         print(error)
-
-    def keep(frame: pd.DataFrame) -> None:
-        write_csv(results / "inference_benchmark.csv", frame.to_dict("records"))
-
-    options = {"variants": variants, "engines": engines, "on_shape": keep}
+    options = {"variants": variants, "engines": engines, "path": results / "inference_benchmark.csv"}
     frame = benchmark(model, file, batch_sizes, sequence_lengths, seconds, **options)
     if not (frame.status == "ok").any():
         print("No row could be timed; the table holds the reasons.")
@@ -5939,8 +5931,6 @@ def export_to_hf(model: PicoLLM, folder: str | Path) -> Path:
 # COMMAND LINE AND MENU
 # What the notebook's menu and `python pico_helpers.py ...` do, in the same few functions.
 # ======================================================================================================================
-
-MENU = ("train", "analyze", "both")  # 1, 2, 3
 
 
 def setup_notebook() -> None:
@@ -6096,10 +6086,9 @@ def open_corpus(
     machine has, which one line then says.
     """
     config = checkpoint.train_config
+    fraction = None if corpus else config.corpus_fraction
     try:
-        chosen = choose_corpus(
-            corpus or config.corpus, None if corpus else config.corpus_fraction, data_folder, config.text_style
-        )
+        chosen = choose_corpus(corpus or config.corpus, fraction, data_folder, config.text_style)
     except PicoError as error:
         if corpus:
             raise
@@ -6136,8 +6125,8 @@ def run_analysis(
     context = {"history": head_history(path, saved), "metrics": saved.metrics, "token_counts": token_counts(training)}
     started = time.perf_counter()
     study = study_model(model, texts, study_windows(validation, model.config), **context)
-    seconds = round(time.perf_counter() - started, 1)
-    print(took := f"The study took {seconds:.0f} seconds on {here['device']}, pictures aside.")
+    here["seconds"] = round(time.perf_counter() - started, 1)
+    print(took := f"The study took {here['seconds']:.0f} seconds on {here['device']}, pictures aside.")
     n, config = model.count_parameters()[0], model.config
     about = {
         "Model": f"{path.name}: {n / 1e6:.2f}M parameters without embeddings, {config.n_layer} x {config.n_head} heads",
@@ -6146,14 +6135,14 @@ def run_analysis(
         "Held-out text": held_out,
         "Time": took,
     }
-    findings = study_findings(study, about) | {"measured": here | {"seconds": seconds}}
-    repeats = {"Repeats": [capture_attention(model, text) for text in REPEATED_TEXTS]}
+    findings = study_findings(study, about) | {"measured": here}
+    captures["Repeats"] = [capture_attention(model, text) for text in REPEATED_TEXTS]
     remove_old_pictures(results / "attention")
-    pictures = draw_study(study, captures | repeats, results / "attention")
+    pictures = draw_study(study, captures, results / "attention")
     print(*findings["headline"], sep="\n")
     return [
         write_report(results / "attention_report.html", findings, pictures),
-        write_explorer(results / "attention_explorer.html", captures | repeats, on_windows(study.scores)),
+        write_explorer(results / "attention_explorer.html", captures, on_windows(study.scores)),
         write_findings(results / "findings.json", findings),
         write_csv(results / "head_scores.csv", study.scores.to_dict("records")),
         *(picture.path for picture in pictures),
@@ -6183,12 +6172,12 @@ def publish(
     corpus: str | None = None,
     data_note: str | None = None,
 ) -> list[Path]:
-    """Writes all that a reader of a trained model needs to `folder`; returns the files.
+    """Writes all that a reader of a trained model (default: the newest) needs to `folder`; returns the files.
 
-    pico_llm.pt (weights in FP16, nothing else of the run's state), the run's metrics and scores of heads, the attention
-    study of these weights, and README.md, a model card of what checkpoint and study say. `data_note` tells of the
-    data what the checkpoint cannot know: source and licence. `corpus` as in `open_corpus`. A model that was published
-    there before is replaced; raises PicoError where pico_llm.pt or README.md is something else.
+    pico_llm.pt (weights in FP16), the run's metrics and scores of heads, the attention study of these weights, and
+    README.md, a model card. `data_note` tells of the data what the checkpoint cannot know: source and licence. `corpus`
+    as in `open_corpus`. A model that was published there before is replaced; raises PicoError where pico_llm.pt or
+    README.md is something else.
     """
     path, folder = Path(checkpoint or newest_checkpoint()), Path(folder)
     saved = load_checkpoint(path)
@@ -6207,10 +6196,8 @@ def publish(
             table.unlink(missing_ok=True)
     card.unlink(missing_ok=True)  # it is written last, when all that it describes is there
     # names of the corpus folder and of the model it started from, not where they lie on this machine
-    config, start = saved.train_config, saved.train_config.init_from
-    config = dataclasses.replace(
-        config, corpus=Path(config.corpus).resolve().name, init_from=start and Path(start).name
-    )
+    corpus, start = Path(saved.train_config.corpus).resolve().name, saved.train_config.init_from
+    config = dataclasses.replace(saved.train_config, corpus=corpus, init_from=start and Path(start).name)
     shipped = dataclasses.replace(saved, train_config=config, weights=weights)
     files = [save_checkpoint(folder / "pico_llm.pt", shipped)]
     for table, rows in zip(run_files(folder, config.name)[1:], (saved.metrics, history), strict=True):
@@ -6254,15 +6241,19 @@ def model_card(saved: Checkpoint, folder: Path, evaluation: Evaluation, held_out
 
 
 def train_command(config: ModelConfig, train: TrainConfig) -> str:
-    """The command that trains with these settings."""
-    preset = train.name if train.name in PRESETS else "wikitext103"
-    base = vars(PRESETS[preset].model) | vars(PRESETS[preset].train)
-    command = f"python pico_helpers.py train --preset {preset}"
-    for name, value in (vars(config) | vars(train)).items():
+    """The command that trains with these settings: a preset and what differs from it, as little as possible."""
+    settings, candidates = vars(config) | vars(train), {}
+    for name, preset in PRESETS.items():
+        base = vars(preset.model) | vars(preset.train)
+        candidates[name] = {key: value for key, value in settings.items() if value != base[key]}
+    # no option says None
+    best = min(candidates, key=lambda name: (None in candidates[name].values(), len(candidates[name])))
+    command = f"python pico_helpers.py train --preset {best}"
+    for name, value in candidates[best].items():
         option = name.replace("_", "-")
-        if value != base[name] and isinstance(value, bool):
+        if isinstance(value, bool):
             command += f" --{'' if value else 'no-'}{option}"
-        elif value != base[name]:
+        else:
             values = value if isinstance(value, tuple) else [value]
             command += f" --{option} " + " ".join(shlex.quote(str(value)) for value in values)
     return command
@@ -6282,10 +6273,11 @@ def _ask(question: str, default: str, read: Callable[[str], object], ask: Callab
 
 def ask_choice(ask: Callable[[str], str] = input) -> str:
     """The menu's train, analyze or both; a typo is asked again. Unattended it is the variable PICO_MENU, or both."""
+    choices = {"1": "train", "2": "analyze", "3": "both"}
 
     def read(text: str) -> str:
-        choice = dict(zip("123", MENU, strict=True)).get(text, text.lower())
-        if choice not in MENU:
+        choice = choices.get(text, text.lower())
+        if choice not in choices.values():
             raise PicoError(f"{text!r} is not on the menu; choose 1 (train), 2 (analyze) or 3 (both).")
         return choice
 
@@ -6312,9 +6304,9 @@ def main_menu(
     ask: Callable[[str], str] = input,
 ) -> tuple[Path, list[Path]]:
     """The notebook's menu: train, analyze an existing model, or both. Returns the model's path and the files."""
-    choice, files, finished = ask_choice(ask), [], True
+    choice = ask_choice(ask)
     if choice == "analyze":
-        checkpoint = ask_checkpoint(results, ask)
+        checkpoint, finished, files = ask_checkpoint(results, ask), True, []
     else:
         result, files = run_training(preset, results, data_folder)
         checkpoint, finished = result.checkpoint, result.finished
@@ -6340,16 +6332,14 @@ def print_files(files: Sequence[Path]) -> None:
         print(f"{'pictures':9} {len(pictures)} in {os.path.commonpath([path.parent for path in pictures])}")
 
 
-def offer_download(results: str | Path = "results") -> Path | None:
+def offer_download(results: str | Path = "results") -> None:
     """In Colab, offers `results` as a zip for download; elsewhere the files are already on your disk."""
-    if "google.colab" not in sys.modules:
-        print(f"Your files are in {Path(results).resolve()}.")
-        return None
-    from google.colab import files
+    if "google.colab" in sys.modules:
+        from google.colab import files
 
-    archive = Path(shutil.make_archive("pico_llm_results", "zip", results))
-    files.download(str(archive))
-    return archive
+        files.download(shutil.make_archive("pico_llm_results", "zip", results))
+    else:
+        print(f"Your files are in {Path(results).resolve()}.")
 
 
 class _Parser(argparse.ArgumentParser):

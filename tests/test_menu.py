@@ -289,6 +289,8 @@ def test_the_command_on_the_card_gives_the_same_settings(published, monkeypatch)
     odd = dataclasses.replace(pico.PRESETS["tiny"].train, betas=(0.8, 0.9), compile=False, corpus="my texts")
     command = pico.train_command(pico.PRESETS["tiny"].model, odd)
     assert command.endswith("--preset tiny --corpus 'my texts' --betas 0.8 0.9 --no-compile")
+    renamed = dataclasses.replace(pico.PRESETS["quick"].train, name="mine")  # reads all sequences: no option says that
+    assert pico.train_command(pico.PRESETS["quick"].model, renamed).endswith("--preset quick --name mine")
 
 
 def test_what_cannot_be_published_leaves_the_folder_as_it_was(trained, tmp_path, data_folder):
