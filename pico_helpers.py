@@ -6204,7 +6204,7 @@ def publish(
         files += [write_csv(table, rows)] if rows else []
     print(f"{files[0]}: {files[0].stat().st_size / 1e6:.1f} MB. Measuring its loss on all of the held-out text.")
     evaluation = evaluate(load_model(files[0]), text[2], shipped.model_config.context_length)
-    files += run_analysis(files[0], None, folder, text=text)
+    files += run_analysis(files[0], None, folder, data_folder, text=text)
     return [write_text(card, model_card(shipped, folder, evaluation, text[0], data_note)), *files]
 
 
@@ -6259,11 +6259,11 @@ def train_command(config: ModelConfig, train: TrainConfig) -> str:
     return command
 
 
-def _ask(question: str, default: str, read: Callable[[str], object], ask: Callable[[str], str]) -> object:
+def _ask(question: str, default: str, read: Callable[[str], object]) -> object:
     """What `read` makes of the answer, asked again after a PicoError. With nobody there it is the default."""
     while not is_unattended():
         try:
-            return read(ask(f"{question} [{default}]: ").strip() or default)
+            return read(input(f"{question} [{default}]: ").strip() or default)
         except PicoError as error:
             print(error)
         except (EOFError, NotImplementedError):  # no standard input; Jupyter raises StdinNotImplementedError
@@ -6271,7 +6271,7 @@ def _ask(question: str, default: str, read: Callable[[str], object], ask: Callab
     return read(default)
 
 
-def ask_choice(ask: Callable[[str], str] = input) -> str:
+def ask_choice() -> str:
     """The menu's train, analyze or both; a typo is asked again. Unattended it is the variable PICO_MENU, or both."""
     choices = {"1": "train", "2": "analyze", "3": "both"}
 
@@ -6283,17 +6283,17 @@ def ask_choice(ask: Callable[[str], str] = input) -> str:
 
     if not is_unattended():
         print("1  train a model\n2  analyze an existing model\n3  both")
-    return _ask("Your choice", os.environ.get("PICO_MENU", "").strip() or "3", read, ask)
+    return _ask("Your choice", os.environ.get("PICO_MENU", "").strip() or "3", read)
 
 
-def ask_checkpoint(results: str | Path = "results", ask: Callable[[str], str] = input) -> Path:
+def ask_checkpoint(results: str | Path = "results") -> Path:
     """Asks for the model to analyze; Enter, or nobody there, takes the newest. A wrong path is asked again."""
 
     def read(text: str) -> Path:
         load_checkpoint(text)
         return Path(text).expanduser()
 
-    return _ask("Path of the model", str(newest_checkpoint(results)), read, ask)
+    return _ask("Path of the model", str(newest_checkpoint(results)), read)
 
 
 def main_menu(
@@ -6301,12 +6301,11 @@ def main_menu(
     sentences: Mapping[str, Sequence[str]] | None = None,
     results: str | Path = "results",
     data_folder: str | Path = "data",
-    ask: Callable[[str], str] = input,
 ) -> tuple[Path, list[Path]]:
     """The notebook's menu: train, analyze an existing model, or both. Returns the model's path and the files."""
-    choice = ask_choice(ask)
+    choice = ask_choice()
     if choice == "analyze":
-        checkpoint, finished, files = ask_checkpoint(results, ask), True, []
+        checkpoint, finished, files = ask_checkpoint(results), True, []
     else:
         result, files = run_training(preset, results, data_folder)
         checkpoint, finished = result.checkpoint, result.finished
