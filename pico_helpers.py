@@ -5965,10 +5965,10 @@ def _live_loss_curve() -> Callable[[list[dict]], None] | None:
     return update
 
 
-def study_windows(validation: TokenFile, config: ModelConfig, n: int = 16) -> Tensor:
-    """Held-out text to score heads on: at most n windows of at most 128 tokens, (n, T) int64."""
+def study_windows(validation: TokenFile, config: ModelConfig) -> Tensor:
+    """Held-out text to score heads on: at most 16 windows of at most 128 tokens, (n, T) int64."""
     length = min(128, config.context_length)
-    return held_out_sequences(validation, min(n, count_sequences(validation, length)), length)[:, :-1]
+    return held_out_sequences(validation, min(16, count_sequences(validation, length)), length)[:, :-1]
 
 
 def read_head_rows(path: str | Path, last_step: int) -> list[dict]:
