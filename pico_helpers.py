@@ -6188,18 +6188,18 @@ def publish(
     if not all(value.isfinite().all() for value in weights.values()):
         raise PicoError(f"{path} has weights beyond the range of FP16; train again with a lower learning rate.")
     check_writable(folder)
-    card, old = folder / "README.md", folder / "pico_llm.pt"
+    card, model = folder / "README.md", folder / "pico_llm.pt"
     if card.exists() and not card.read_text(encoding="utf-8", errors="replace").startswith("# Pico-LLM, "):
         raise PicoError(f"{card} is not a model card of this project; choose another folder.")
-    if old.exists():
-        for table in run_files(folder, load_checkpoint(old).train_config.name)[1:]:
+    if model.exists():
+        for table in run_files(folder, load_checkpoint(model).train_config.name)[1:]:
             table.unlink(missing_ok=True)
     card.unlink(missing_ok=True)  # it is written last, when all that it describes is there
     # names of the corpus folder and of the model it started from, not where they lie on this machine
     corpus, start = Path(saved.train_config.corpus).resolve().name, saved.train_config.init_from
     config = dataclasses.replace(saved.train_config, corpus=corpus, init_from=start and Path(start).name)
     shipped = dataclasses.replace(saved, train_config=config, weights=weights)
-    files = [save_checkpoint(folder / "pico_llm.pt", shipped)]
+    files = [save_checkpoint(model, shipped)]
     for table, rows in zip(run_files(folder, config.name)[1:], (saved.metrics, history), strict=True):
         files += [write_csv(table, rows)] if rows else []
     print(f"{files[0]}: {files[0].stat().st_size / 1e6:.1f} MB. Measuring its loss on all of the held-out text.")
@@ -6369,11 +6369,8 @@ def _parser() -> argparse.ArgumentParser:
         return sub
 
     preset = get_preset()
-    for name, run, about in (
-        ("train", _train, "Train a model."),
-        ("both", functools.partial(_train, study=True), "Train a model and study its attention."),
-    ):
-        sub = command(name, run, about, "preset")
+    for name, about in (("train", "Train a model."), ("both", "Train a model and study its attention.")):
+        sub = command(name, functools.partial(_train, study=name == "both"), about, "preset")
         sub.usage = "%(prog)s [options]"
         for title, config in (("model", preset.model), ("training", preset.train)):
             _add_config_options(sub.add_argument_group(f"{title} [values of preset {default_preset()!r}]"), config)
@@ -6416,7 +6413,7 @@ def _add_config_options(group: argparse._ArgumentGroup, config: ModelConfig | Tr
             group.add_argument("--" + item.name.replace("_", "-"), **options)
 
 
-def _train(preset: str | None, results: str, data_folder: str, study: bool = False, **changes) -> list[Path]:
+def _train(preset: str | None, results: str, data_folder: str, study: bool, **changes) -> list[Path]:
     changes = {name: tuple(value) if isinstance(value, list) else value for name, value in changes.items()}
     result, files = run_training(preset, results, data_folder, **changes)
     if not result.finished:
