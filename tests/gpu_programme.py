@@ -18,20 +18,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-TINY = [
-    "--n-layer",
-    "1",
-    "--n-head",
-    "2",
-    "--d-model",
-    "32",
-    "--d-ff",
-    "32",
-    "--context-length",
-    "32",
-    "--batch-size",
-    "2",
-]
+TINY = ["--n-layer=1", "--n-head=2", "--d-model=32", "--d-ff=32", "--context-length=32", "--batch-size=2"]
 
 VERSIONS = """
 import torch, pico_helpers as pico
@@ -89,8 +76,8 @@ sys.exit(failed)
 """
 
 
-def steps(options: argparse.Namespace) -> list[tuple[str, list[list[str]]]]:
-    """(name, commands), in order; {out} stands for the step's folder."""
+def steps(options: argparse.Namespace) -> list[tuple[str, list[str]]]:
+    """(name, command), in order; {out} stands for the step's folder."""
     tiny, python = options.dry_run, sys.executable
     pico, profile = [python, "pico_helpers.py"], [python, "profile_training.py"]
     where = ["--corpus", options.corpus, "--data-folder", options.data]
@@ -102,44 +89,36 @@ def steps(options: argparse.Namespace) -> list[tuple[str, list[list[str]]]]:
     optimize = [*pico, "optimize", "--checkpoint", study, *where, "--results", "{out}"]
     optimize += ["--no-install"] if options.no_install or tiny else []
     quick = ["--seconds", "0.01", "--variants", "PyTorch FP32"] if tiny else []
+    only_list = ["--collect-only"] if tiny else []
     batches = ["2", "4"] if tiny else ["32", "64", "128", "256"]
     lengths, sizes = (["16"], ["1"]) if tiny else (["64", "384"], ["1", "8", "32"])
     found = [
-        ("versions", [[python, "-c", VERSIONS]]),
-        (
-            "tests",
-            [[python, "-m", "pytest", "-o", "addopts=", "-m", "gpu", "tests", *(["--collect-only"] if tiny else [])]],
-        ),
-        ("steps", [[python, "-c", STEPS, *(["tiny"] if tiny else [])]]),
-        ("train", [[*train, "--max-steps", "2" if tiny else "100"]]),
-        ("profile", [[*profile, "--compare", "--peer", *([] if tiny else ["--torch-profiler"])]]),
-        ("batch_sizes", [[*profile, "--batch-sizes", *batches]]),
-        ("headline", [[*optimize, "--batch-sizes", "1", "--lengths", lengths[-1], *quick]]),
-        ("shapes", [[*optimize, "--batch-sizes", *sizes, "--lengths", *lengths, *quick]]),
-        ("study", [[*pico, "analyze", "--checkpoint", study, *where, "--results", "{out}"]]),
+        ("versions", [python, "-c", VERSIONS]),
+        ("tests", [python, "-m", "pytest", "-o", "addopts=", "-m", "gpu", "tests", *only_list]),
+        ("steps", [python, "-c", STEPS, *(["tiny"] if tiny else [])]),
+        ("train", [*train, "--max-steps", "2" if tiny else "100"]),
+        ("profile", [*profile, "--compare", "--peer", *([] if tiny else ["--torch-profiler"])]),
+        ("batch_sizes", [*profile, "--batch-sizes", *batches]),
+        ("headline", [*optimize, "--batch-sizes", "1", "--lengths", lengths[-1], *quick]),
+        ("shapes", [*optimize, "--batch-sizes", *sizes, "--lengths", *lengths, *quick]),
+        ("study", [*pico, "analyze", "--checkpoint", study, *where, "--results", "{out}"]),
     ]
     if options.full:  # after the profile, as long as it takes
-        found.insert(6, ("full", [[*train, *(["--max-steps", "3"] if tiny else [])]]))
+        found.insert(6, ("full", [*train, *(["--max-steps", "3"] if tiny else [])]))
     return [step for step in found if not options.only or any(word in step[0] for word in options.only)]
 
 
-def run_step(commands: list[list[str]], folder: Path, limit: float) -> str:
-    """Runs a step's commands with their output in a file; "ok" or what went wrong."""
+def run_step(command: list[str], folder: Path, limit: float) -> str:
+    """Runs a step's command with its output in a file; "ok" or what went wrong."""
     folder.mkdir(parents=True, exist_ok=True)
-    environment = os.environ | {"TORCH_LOGS": os.environ.get("TORCH_LOGS", "graph_breaks,recompiles")}
+    command = [str(folder) if part == "{out}" else part for part in command]
+    environment = {"TORCH_LOGS": "graph_breaks,recompiles"} | os.environ
     with open(folder.with_suffix(".log"), "w", encoding="utf-8") as log:
-        for command in commands:
-            command = [part.format(out=folder) if part == "{out}" else part for part in command]
-            process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, env=environment)
-            try:
-                status = process.wait(limit)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
-                return f"stopped after {limit:.0f} s"
-            if status:
-                return f"exit status {status}"
-    return "ok"
+        try:
+            done = subprocess.run(command, cwd=ROOT, stdout=log, stderr=log, env=environment, timeout=limit)
+        except subprocess.TimeoutExpired:
+            return f"stopped after {limit:.0f} s"
+    return f"exit status {done.returncode}" if done.returncode else "ok"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -156,9 +135,9 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     out, rows = Path(options.out).resolve(), []
     out.mkdir(parents=True, exist_ok=True)
-    for number, (name, commands) in enumerate(steps(options), 1):
+    for number, (name, command) in enumerate(steps(options), 1):
         started = time.perf_counter()
-        status = run_step(commands, out / f"{number}_{name}", options.limit)
+        status = run_step(command, out / f"{number}_{name}", options.limit)
         rows.append({"step": name, "status": status, "seconds": round(time.perf_counter() - started, 1)})
         print(f"{number} {name}: {status}, {rows[-1]['seconds']} s", flush=True)
         with open(out / "summary.csv", "w", newline="", encoding="utf-8") as file:

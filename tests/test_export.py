@@ -2,11 +2,11 @@
 
 import dataclasses
 import json
-import sys
 
 import pytest
 import torch
 
+import pico_helpers as pico
 from pico_helpers import ModelConfig, PicoError, PicoLLM, export_to_hf, get_tokenizer, to_stablelm_state_dict
 
 transformers = pytest.importorskip("transformers")
@@ -98,6 +98,6 @@ def test_half_precision_keeps_its_type(model, tmp_path):
 
 
 def test_a_missing_package_is_named(model, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+    monkeypatch.setattr(pico, "package_folder", lambda name: None if name == "safetensors" else tmp_path)
     with pytest.raises(PicoError, match="pip install safetensors"):
         export_to_hf(model, tmp_path)

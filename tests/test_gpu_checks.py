@@ -109,7 +109,7 @@ def test_nothing_in_a_step_reads_a_value_back(tiny_config, optimizer):
 
 def test_the_programme_for_a_gpu_goes_on_after_a_failure(tmp_path, monkeypatch):
     scripts = {"fails": "raise SystemExit(3)", "hangs": "import time; time.sleep(60)", "works": "print('done')"}
-    steps = [(name, [[sys.executable, "-c", script]]) for name, script in scripts.items()]
+    steps = [(name, [sys.executable, "-c", script]) for name, script in scripts.items()]
     monkeypatch.setattr(gpu_programme, "steps", lambda options: steps)
     assert gpu_programme.main(["--out", str(tmp_path), "--limit", "5"]) == 2
     table = pd.read_csv(tmp_path / "summary.csv").set_index("step").status

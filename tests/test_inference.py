@@ -190,7 +190,7 @@ def test_unusable_files_are_explained(model, tmp_path):
     assert meta["environment"]["torch"] == torch.__version__
     for damaged in (content[: len(content) // 2], b"x" * len(content)):
         path.write_bytes(damaged)
-        with pytest.raises(PicoError, match=r"cannot be loaded .*save the engine again"):
+        with pytest.raises(PicoError, match=r"cannot be loaded; build it again and save it\. "):
             load_engine(path)
     path.with_suffix(".json").write_text("{")
     with pytest.raises(PicoError, match="cannot be loaded"):
@@ -203,7 +203,7 @@ def test_an_engine_of_another_machine_is_refused_before_it_is_read(tmp_path, mon
     monkeypatch.setattr(pico, "engine_environment", lambda: here)
     (tmp_path / "engine.ts").write_bytes(b"1234")
     (tmp_path / "engine.json").write_text(json.dumps({"environment": {**here, key: "other"}, "engine": {}}))
-    with pytest.raises(PicoError, match=f"built for {key} other, here is {here[key]}; build it again"):
+    with pytest.raises(PicoError, match=f"build it again and save it. It was built for {key} other, here is "):
         load_engine(tmp_path / "engine.ts")
 
 
@@ -335,8 +335,6 @@ def test_build_errors_and_partial_engines_are_refused(stand_in, model):
         stand_in(lambda program, options, names=names: engine_of(program, *names))
         with pytest.raises(PicoError, match="did not take the whole model"):
             pico.compile_tensorrt(model)
-    with pytest.raises(PicoError, match="Unknown precision 'int4'"):
-        pico.compile_tensorrt(model, "int4")
 
 
 @pytest.mark.gpu
@@ -391,33 +389,30 @@ def test_a_failed_recording_is_not_replayed(monkeypatch):
 # ---- benchmark ----
 
 
-class Clock:
-    """Time that passes only when a stand-in says so."""
-
-    def __init__(self):
-        self.now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
+@pytest.fixture()
+def clock(monkeypatch):
+    """Time in seconds, which passes only when a stand-in says so."""
+    clock = types.SimpleNamespace(now=0.0)
+    monkeypatch.setattr(pico.time, "perf_counter", lambda: clock.now)
+    return clock
 
 
-def test_timing_fills_its_time_and_batches_take_turns(model):
-    clock, seen = Clock(), []
+def test_timing_fills_its_time_and_batches_take_turns(clock):
+    seen = []
 
     def run(idx):
         seen.append(int(idx[0, 0]))
         clock.now += 0.25
 
     batches = [torch.full((1, 1), i) for i in (0, 1)]
-    assert pico.time_calls(run, batches, 2.0, clock) == [250.0] * 8
+    assert pico.time_calls(run, batches, 2.0) == [250.0] * 8
     assert seen == [0, 1] * 5  # the first two are not counted
-    assert len(pico.time_calls(run, batches, 0.0, clock)) == 3
+    assert len(pico.time_calls(run, batches, 0.0)) == 3
 
 
 @pytest.fixture()
-def script(monkeypatch, model):
-    """The clock of ways to run of known speed: a baseline, a faster one, TensorRT between them, three that fail."""
-    clock = Clock()
+def script(monkeypatch, model, clock):
+    """Ways to run of known speed: a baseline, a faster one, TensorRT between them, three that fail."""
 
     def taking(milliseconds, fails_at=0):
         def run(idx):
@@ -435,13 +430,11 @@ def script(monkeypatch, model):
     builds |= {"inaccurate": lambda: lambda idx: model(idx) + 1, "explodes": taking(15, fails_at=16)}
     rows = [pico.Variant(name, "fp32", build) for name, build in builds.items()]
     monkeypatch.setattr(pico, "make_variants", lambda *_: copy.deepcopy(rows))
-    return clock
 
 
 def test_benchmark_table_is_complete_and_its_ratios_right(script, model, file, capsys):
-    seen = []
-    table = pico.benchmark(model, file, (1, 2), (16, 8, 32), 1.0, clock=script, on_shape=seen.append)
-    assert [len(frame) for frame in seen] == [6 * n for n in range(1, 7)] and len(table) == 36
+    table = pico.benchmark(model, file, (1, 2), (16, 8, 32), 1.0)
+    assert len(table) == 36
     shapes = list(dict.fromkeys(zip(table.batch, table.length, strict=True)))
     assert shapes == [(1, 32), (1, 16), (1, 8), (2, 16), (2, 8), (2, 32)], "the headline shape first"
     good = table[table.status == "ok"]
@@ -472,14 +465,14 @@ def test_no_row_is_always_first(monkeypatch, model):
     monkeypatch.setattr(pico, "time_calls", lambda run, *_: order.append(run()) or [1.0])
     exact = Accuracy(0, 0, 1, 0, 0)
     ways = [pico.Variant(str(i), "fp32", lambda i=i: lambda: i, accuracy=exact) for i in range(3)]
-    pico.time_shape(ways, [torch.zeros(1, 1)], 1.0, Clock())
+    pico.time_shape(ways, [torch.zeros(1, 1)], 1.0)
     turns = [order[i : i + 3] for i in range(3, len(order), 3)]  # the first three calls compile
     assert len(turns) == 5 and all(sorted(turn) == [0, 1, 2] for turn in turns)
     assert {turn[0] for turn in turns} == {0, 1, 2}
 
 
 def test_rows_are_chosen_by_words_in_their_names(script, model, file):
-    table = pico.benchmark(model, file, (1,), (8,), 0.1, variants=("FAST", "tensorrt"), clock=script)
+    table = pico.benchmark(model, file, (1,), (8,), 0.1, variants=("FAST", "tensorrt"))
     assert table.variant.tolist() == [pico.BASELINE, "fast", "TensorRT FP16"]
     with pytest.raises(PicoError, match="No row is called 'flash'; choose from: PyTorch FP32; fast;"):
         pico.benchmark(model, file, (1,), (8,), variants=("flash",))
@@ -513,16 +506,14 @@ def test_rows_on_a_gpu_make_the_ratio_honest(monkeypatch, model):
 
 
 def test_benchmark_refuses_impossible_settings(model, file):
-    for sizes in (((0,), (8,)), ((1,), (65,)), ((1,), (0,))):
-        with pytest.raises(PicoError, match="Benchmark sizes"):
-            pico.benchmark(model, file, *sizes)
-    for seconds in (-1.0, 0.0, math.nan, math.inf):
-        with pytest.raises(PicoError, match="seconds must be a positive number"):
-            pico.benchmark(model, file, (1,), (8,), seconds)
+    sizes = (((0,), (8,)), ((1,), (65,)), ((1,), (0,)))
+    for options in (*sizes, *(((1,), (8,), seconds) for seconds in (-1.0, 0.0, math.nan, math.inf))):
+        with pytest.raises(PicoError, match="must be positive numbers, lengths at most 64"):
+            pico.benchmark(model, file, *options)
 
 
 def test_plot_shows_every_row_of_every_shape(script, model, file):
-    table = pico.benchmark(model, file, (1, 2), (8, 16), 0.1, clock=script)
+    table = pico.benchmark(model, file, (1, 2), (8, 16), 0.1)
     for frame in (table, table.assign(p50_ms=math.nan, p99_ms=math.nan, speedup=math.nan)):  # also when all failed
         figure = pico.plot_benchmark(frame)
         assert [axes.get_title("left") for axes in figure.axes] == [
@@ -537,7 +528,7 @@ def test_plot_shows_every_row_of_every_shape(script, model, file):
 def test_demo_on_a_cpu_tells_checks_times_and_saves(monkeypatch, model, file, tmp_path, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     table = pico.advanced_tensorrt_optimization_demo(
-        model, sequence_lengths=(16,), seconds=0.01, results=tmp_path / "out", file=file
+        model, file, sequence_lengths=(16,), seconds=0.01, results=tmp_path / "out"
     )
     out = capsys.readouterr().out
     assert "No GPU" in out and "TensorRT needs an NVIDIA GPU" in out and "without TensorRT" in out
@@ -561,6 +552,6 @@ def test_an_interruption_leaves_the_shapes_timed_before(script, monkeypatch, mod
     monkeypatch.setattr(pico, "time_shape", interrupt)
     with pytest.raises(KeyboardInterrupt):
         pico.advanced_tensorrt_optimization_demo(
-            model, (1,), (8, 16), tmp_path, file, seconds=0.01, install=False, variants=("fast",)
+            model, file, (1,), (8, 16), tmp_path, seconds=0.01, install=False, variants=("fast",)
         )
     assert set(pd.read_csv(tmp_path / "inference_benchmark.csv").length) == {16}

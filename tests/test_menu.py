@@ -59,20 +59,22 @@ def published(short_study, trained, data_folder, tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def attended(monkeypatch):
+def typing(monkeypatch):
+    """Somebody is there, who types `typing(...)`: texts, or what input() raises."""
+
+    def type_in(*texts: str | Exception) -> None:
+        remaining = list(texts)
+
+        def ask(prompt: str) -> str:
+            answer = remaining.pop(0)
+            if isinstance(answer, Exception):
+                raise answer
+            return answer
+
+        monkeypatch.setattr("builtins.input", ask)
+
     monkeypatch.setattr(pico, "is_unattended", lambda: False)
-
-
-def answers(*texts: str | Exception):
-    remaining = list(texts)
-
-    def ask(prompt: str) -> str:
-        answer = remaining.pop(0)
-        if isinstance(answer, Exception):
-            raise answer
-        return answer
-
-    return ask
+    return type_in
 
 
 # --- the menu ---------------------------------------------------------------------------------------------------------
@@ -81,35 +83,41 @@ def answers(*texts: str | Exception):
 @pytest.mark.parametrize(
     ("typed", "expected"), [("1", "train"), (" 2 ", "analyze"), ("Both", "both"), ("", "both"), ("train", "train")]
 )
-def test_a_choice_is_taken_at_the_keyboard_and_from_the_variable(attended, monkeypatch, typed, expected):
-    assert pico.ask_choice(answers(typed)) == expected
+def test_a_choice_is_taken_at_the_keyboard_and_from_the_variable(typing, monkeypatch, typed, expected):
+    typing(typed)  # and then nothing
+    assert pico.ask_choice() == expected
     monkeypatch.setattr(pico, "is_unattended", lambda: True)
     monkeypatch.setenv("PICO_MENU", typed)
-    assert pico.ask_choice(lambda prompt: pytest.fail("nobody is there to ask")) == expected
+    assert pico.ask_choice() == expected
 
 
-def test_a_typo_is_asked_again_and_nobody_there_means_both(attended, monkeypatch, capsys):
-    assert pico.ask_choice(answers("4", "trian", "1 2", "2")) == "analyze"
+def test_a_typo_is_asked_again_and_nobody_there_means_both(typing, monkeypatch, capsys):
+    typing("4", "trian", "1 2", "2")
+    assert pico.ask_choice() == "analyze"
     output = capsys.readouterr().out
     assert all(f"{typo!r} is not on the menu; choose 1 (train)" in output for typo in ("4", "trian", "1 2"))
-    assert pico.ask_choice(answers(EOFError())) == pico.ask_choice(answers(NotImplementedError())) == "both"
+    typing(EOFError(), NotImplementedError())
+    assert pico.ask_choice() == pico.ask_choice() == "both"
     monkeypatch.setattr(pico, "is_unattended", lambda: True)
     monkeypatch.setenv("PICO_MENU", "7")
     with pytest.raises(PicoError, match=r"'7' is not on the menu; choose 1 \(train\)"):
         pico.ask_choice()
 
 
-def test_the_path_of_the_model_is_asked_until_it_is_good(attended, trained, tmp_path, monkeypatch, capsys):
+def test_the_path_of_the_model_is_asked_until_it_is_good(typing, trained, tmp_path, monkeypatch, capsys):
     default = pico.save_checkpoint(tmp_path / "pico_llm_a.pt", pico.load_checkpoint(trained.checkpoint))
-    assert pico.ask_checkpoint(tmp_path, answers("")) == default
+    typing("")
+    assert pico.ask_checkpoint(tmp_path) == default
     (tmp_path / "text.pt").write_text("no model")
     wrong = ("no-such.pt", str(tmp_path), str(tmp_path / "text.pt"))
-    assert pico.ask_checkpoint(tmp_path, answers(*wrong, str(trained.checkpoint))) == trained.checkpoint
+    typing(*wrong, str(trained.checkpoint))
+    assert pico.ask_checkpoint(tmp_path) == trained.checkpoint
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 3 and "There is no checkpoint" in lines[0] and "is not a Pico-LLM checkpoint" in lines[2]
     monkeypatch.setattr(pico, "__file__", str(tmp_path / "elsewhere" / "pico_helpers.py"))
+    typing("2", "")
     with pytest.raises(PicoError, match=r"train one first \(menu choice 1 or 3"):
-        pico.main_menu(results=tmp_path / "empty", ask=answers("2", ""))
+        pico.main_menu(results=tmp_path / "empty")
 
 
 def test_a_newcomer_studies_the_shipped_model_into_a_folder_of_their_own(
@@ -314,6 +322,8 @@ def test_the_command_on_the_card_gives_the_same_settings(published, monkeypatch)
     odd = dataclasses.replace(pico.PRESETS["tiny"].train, betas=(0.8, 0.9), compile=False, corpus="my texts")
     command = pico.train_command(pico.PRESETS["tiny"].model, odd)
     assert command.endswith("--preset tiny --corpus 'my texts' --betas 0.8 0.9 --no-compile")
+    renamed = dataclasses.replace(pico.PRESETS["quick"].train, name="mine")  # reads all sequences: no option says that
+    assert pico.train_command(pico.PRESETS["quick"].model, renamed).endswith("--preset quick --name mine")
 
 
 def test_what_cannot_be_published_leaves_the_folder_as_it_was(trained, tmp_path, data_folder):
