@@ -1513,10 +1513,10 @@ def choose_compile(asked: bool | None, device: torch.device, flops: float) -> bo
 
 
 def compile_function(function: Callable) -> Callable:
-    """torch.compile that fails after 64 shapes, where PyTorch by default goes on eagerly after 8, without a word."""
+    """torch.compile, anew for each shape; it fails after 64, where PyTorch goes on eagerly after 8, without a word."""
     torch._dynamo.config.recompile_limit = 64
     torch._dynamo.config.fail_on_recompile_limit_hit = True
-    return torch.compile(function)
+    return torch.compile(function, dynamic=False)  # else Muon's second shape would make all sizes symbols
 
 
 @contextlib.contextmanager
@@ -2048,6 +2048,8 @@ class TrainingRun:
         on_gpu = self.device.type == "cuda"
         self.model = PicoLLM(self.model_config, self.config.seed).to(self.device).train()
         self.model.loss_chunk = self.config.loss_chunk
+        if on_gpu:  # cuDNN's attention knows dropout in 16ths only, and PyTorch 2.11 does not look
+            torch.backends.cuda.enable_cudnn_sdp((16 * self.model_config.dropout).is_integer())
         self.forward = make_forward(self.model, self.device, self.compiled)
         self.optimizer = make_optimizer(self.model, self.config, self.dtype, self.compiled and on_gpu)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
@@ -5264,11 +5266,17 @@ def first_line(error: Exception) -> str:
 
 
 def export_program(
-    model: PicoLLM, max_batch: int = 32, max_length: int | None = None, *, fixed: bool = False
+    model: PicoLLM,
+    max_batch: int = 32,
+    max_length: int | None = None,
+    *,
+    fixed: bool = False,
+    example: tuple[int, int] = (2, 8),
 ) -> torch.export.ExportedProgram:
     """The model as a graph of operators, token ids (B, T) int64 -> logits (B, T, V), any B and T up to the maxima.
 
-    `max_length` defaults to `context_length`; with `fixed` the maxima are the only shape.
+    `max_length` defaults to `context_length`; with `fixed` the maxima are the only shape. `example` is the shape that
+    the graph is traced with; it is the one that TensorRT tunes for.
     """
     max_length = max_length or model.config.context_length
     if max_length > model.config.max_positions:
@@ -5277,7 +5285,7 @@ def export_program(
     if not fixed:
         sizes = {0: ("batch", max_batch), 1: ("length", max_length)}
         dynamic = ({i: torch.export.Dim(name, min=1, max=n) for i, (name, n) in sizes.items() if n > 1},)
-        shape = min(2, max_batch), min(8, max_length)  # export takes a 1 in the example for a constant
+        shape = min(example[0], max_batch), min(example[1], max_length)  # a 1 would be taken for a constant
     idx = torch.zeros(shape, dtype=torch.int64, device=model.rope_cos.device)
     with evaluating(model):
         return torch.export.export(model, (idx,), dynamic_shapes=dynamic)
@@ -5377,7 +5385,7 @@ class Engine:
 def compile_tensorrt(
     model: PicoLLM, max_batch: int = 32, max_length: int | None = None, *, fixed: bool = False, **options
 ) -> Engine:
-    """Builds an FP16 TensorRT engine, tuned for batches of 1 or 2, or for one `fixed` shape, the maxima.
+    """Builds an FP16 TensorRT engine, tuned for 2 texts of the longest length, or for one `fixed` shape, the maxima.
 
     The network is strongly typed: it is a half copy of the model, and its products stay in FP16. A program exported
     on the GPU gets TensorRT's own attention layer; when that fails, one exported on the CPU without it is tried.
@@ -5385,9 +5393,10 @@ def compile_tensorrt(
     accuracy gate refuse. Raises PicoError without a GPU or TensorRT, and when the build fails.
     """
     trt, max_length, reasons = import_tensorrt(), max_length or model.config.context_length, []
+    example = 2, min(max_length, model.config.max_positions - 1)  # the whole RoPE cache would make it a constant
     shapes = {"shape": (max_batch, max_length)}
-    if not fixed:  # in a dynamic profile the optimum must differ from the minimum
-        shapes = {"min_shape": (1, 1), "opt_shape": (min(2, max_batch), max_length), "max_shape": shapes["shape"]}
+    if not fixed:  # the releases read the optimum from the example; the least and the largest, too, from the export
+        shapes = {"min_shape": (1, 1), "opt_shape": (min(2, max_batch), example[1]), "max_shape": shapes["shape"]}
     half = copy.deepcopy(model).half().requires_grad_(False)
     half.config = dataclasses.replace(model.config, vocab_size=model.config.padded_vocab_size)  # `Engine` cuts
     for device in ("cuda", "cpu"):
@@ -5396,7 +5405,7 @@ def compile_tensorrt(
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 module = trt.dynamo.compile(  # a release ignores options that it does not know
-                    export_program(half.to(device), max_batch, max_length, fixed=fixed),
+                    export_program(half.to(device), max_batch, max_length, fixed=fixed, example=example),
                     arg_inputs=[trt.Input(dtype=torch.int64, **shapes)],
                     **settings | {"require_full_compilation": True} | options,
                 )
@@ -5462,7 +5471,7 @@ def load_engine(path: str | Path) -> Engine:
 class CudaGraph:
     """Replays the forward pass as one launch. Recorded anew for each shape; each call overwrites the last output."""
 
-    def __init__(self, model: PicoLLM) -> None:
+    def __init__(self, model: Callable[[Tensor], Tensor]) -> None:
         self.model, self.shape = model, None  # shape of the recorded pass
 
     def __call__(self, idx: Tensor) -> Tensor:
@@ -5472,7 +5481,7 @@ class CudaGraph:
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
-                for _ in range(3):  # allocations and kernel choices happen before the recording
+                for _ in range(3):  # allocations, kernel choices and compilation happen before the recording
                     self.model(self.idx)
             torch.cuda.current_stream().wait_stream(stream)
             with torch.cuda.graph(self.graph):
@@ -5517,16 +5526,19 @@ TENSORRT = "TensorRT"  # what the names of its rows begin with
 
 
 def make_variants(model: PicoLLM, max_batch: int, length: int) -> list[Variant]:
-    """The rows of the table, on a GPU or on the CPU. TensorRT's engine for one shape is for (1, length)."""
+    """The rows of the table, on a GPU or a CPU. Those for one shape, which take long to build, have (1, length)."""
 
     @functools.cache
     def copied(dtype: torch.dtype) -> PicoLLM:
         return copy.deepcopy(model).to(dtype)
 
     def compiled(m: PicoLLM, mode: str) -> Callable[[Tensor], Tensor]:
-        if mode == "max-autotune" and torch.cuda.get_device_properties().multi_processor_count < 68:
+        if "autotune" in mode and torch.cuda.get_device_properties().multi_processor_count < 68:
             raise PicoError("PyTorch autotunes matrix products only on GPUs of 68 multiprocessors or more.")
         return torch.compile(m, mode=mode, dynamic=False, fullgraph=True)  # fullgraph: no silent fallback to eager
+
+    def tuned() -> CudaGraph:
+        return CudaGraph(compiled(copied(half), "max-autotune-no-cudagraphs"))
 
     half, graphs, build = torch.float16, Engine.cuda_graphs, functools.partial(compile_tensorrt, model)
     baseline = Variant(BASELINE, "fp32", lambda: model)
@@ -5545,7 +5557,9 @@ def make_variants(model: PicoLLM, max_batch: int, length: int) -> list[Variant]:
         Variant("PyTorch FP16", "fp16", lambda: copied(half)),
         Variant("PyTorch FP16, CUDA graph", "fp16", lambda: CudaGraph(copied(half))),
         Variant("torch.compile FP16, reduce-overhead", "fp16", lambda: compiled(copied(half), "reduce-overhead")),
-        Variant("torch.compile FP16, max-autotune", "fp16", lambda: compiled(copied(half), "max-autotune")),
+        # our own recording: what reduce-overhead checks before each replay takes the host longer than the GPU computes
+        Variant("torch.compile FP16, CUDA graph", "fp16", lambda: CudaGraph(compiled(copied(half), "default"))),
+        Variant("torch.compile FP16, max-autotune, one shape", "fp16", tuned, shape=(1, length)),
         engine,
         Variant(f"{TENSORRT} FP16, one shape", "fp16", lambda: build(1, length, fixed=True), graphs, (1, length)),
     ]
@@ -5724,11 +5738,12 @@ def advanced_tensorrt_optimization_demo(
         place = f"batch {best.batch}, {best.length} tokens{'' if engines else ' (without TensorRT)'}"
         speed = f"{best.p50_ms:.3g} ms, {best.speedup:.2f} times as fast as {BASELINE}"
         print(f"Fastest at {place}: {best.variant}, {speed}.")
-    program = export_program(copy.deepcopy(model).half() if on_gpu else model, max(batch_sizes), longest)
-    saves = {f"pico_llm_{'fp16' if on_gpu else 'fp32'}": program}
+    saves = {f"pico_llm_{'fp16' if on_gpu else 'fp32'}": None}  # the exported program
     saves |= {f"pico_llm_trt_fp16{'_one_shape' if 'one' in name else ''}": engines[name] for name in engines}
     for name, engine in saves.items():
         try:
+            if engine is None:
+                engine = export_program(copy.deepcopy(model).half() if on_gpu else model, max(batch_sizes), longest)
             path = save_engine(engine, results / name)
             check_accuracy(model, load_engine(path), held_out_sequences(file, 1, longest))
             print(f"Saved {path}; loaded back, it passes the accuracy gate.")

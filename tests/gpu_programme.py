@@ -1,12 +1,14 @@
-"""Everything that wants to be measured on a GPU, in one go of about thirty minutes, so that the GPU never waits.
+"""Everything that wants to be measured on a GPU, the most wanted first, so that the GPU never waits.
 
     python tests/gpu_programme.py --corpus my_parquet --out results/benchmarks/gpu
     python tests/gpu_programme.py --dry-run          # the same on a CPU with tiny settings
+    python tests/gpu_programme.py --full --only full headline  # in parts, into the same folder
 
 Each step is a process with a limit of its own (--limit, seconds). A step that fails or takes too long is named and the
 next one begins. Every step's output is in OUT/N_name.log, its files are in OUT/N_name/, and OUT/summary.csv (written
 after each step) tells status and seconds. --only runs the steps whose names hold one of the words; --full adds the run
-of the whole budget. Nothing is installed but TensorRT, and that not with --no-install.
+of the whole budget. Nothing is installed but TensorRT, and that not with --no-install. Where the model that comes with
+the project was left behind, inference and study take the one that the step `train` made.
 """
 
 import argparse
@@ -85,11 +87,16 @@ def steps(options: argparse.Namespace) -> list[tuple[str, list[str]]]:
     train = [*pico, "train", *preset, *where, "--results", "{out}", *(TINY if tiny else [])]
     short = ["--steps", "1", "--warmup", "0", "--repeats", "1", "--no-compile", "--no-measure-peak"] if tiny else []
     profile += [*preset, "--corpus", options.corpus, "--data", options.data, "--out", "{out}", *short]
-    study = options.checkpoint or str(ROOT / "results" / "pretrained" / "pico_llm.pt")
+    shipped = ROOT / "results" / "pretrained" / "pico_llm.pt"
+    made = Path(options.out).resolve() / "4_train" / f"pico_llm_{preset[1]}.pt"
+    study = options.checkpoint or str(shipped if shipped.exists() else made)
     optimize = [*pico, "optimize", "--checkpoint", study, *where, "--results", "{out}"]
     optimize += ["--no-install"] if options.no_install or tiny else []
-    quick = ["--seconds", "0.01", "--variants", "PyTorch FP32"] if tiny else []
+    few = ["--seconds", "0.01", "--variants", "PyTorch FP32"] if tiny else []
+    pytorch, engines = few or ["--variants", "PyTorch", "torch.compile"], few or ["--variants", "TensorRT"]
+    others = few or ["--variants", "PyTorch FP", "CUDA graph"]  # what does not compile long
     only_list = ["--collect-only"] if tiny else []
+    brief = [] if tiny else ["--steps", "20", "--warmup", "5", "--repeats", "3"]
     batches = ["2", "4"] if tiny else ["32", "64", "128", "256"]
     lengths, sizes = (["16"], ["1"]) if tiny else (["64", "384"], ["1", "8", "32"])
     found = [
@@ -97,22 +104,24 @@ def steps(options: argparse.Namespace) -> list[tuple[str, list[str]]]:
         ("tests", [python, "-m", "pytest", "-o", "addopts=", "-m", "gpu", "tests", *only_list]),
         ("steps", [python, "-c", STEPS, *(["tiny"] if tiny else [])]),
         ("train", [*train, "--max-steps", "2" if tiny else "100"]),
-        ("profile", [*profile, "--compare", "--peer", *([] if tiny else ["--torch-profiler"])]),
-        ("batch_sizes", [*profile, "--batch-sizes", *batches]),
-        ("headline", [*optimize, "--batch-sizes", "1", "--lengths", lengths[-1], *quick]),
-        ("shapes", [*optimize, "--batch-sizes", *sizes, "--lengths", *lengths, *quick]),
+        ("profile", [*profile, *brief, "--compare", "--peer", *([] if tiny else ["--torch-profiler"])]),
+        ("batch_sizes", [*profile, *brief, "--batch-sizes", *batches]),
+        ("headline", [*optimize, "--batch-sizes", "1", "--lengths", lengths[-1], *pytorch]),
+        # in a process of its own: an error of CUDA in an engine would spoil the rows that follow it
+        ("tensorrt", [*optimize, "--batch-sizes", "1", "--lengths", lengths[-1], *engines]),
+        ("shapes", [*optimize, "--batch-sizes", *sizes, "--lengths", *lengths, *others]),
         ("study", [*pico, "analyze", "--checkpoint", study, *where, "--results", "{out}"]),
     ]
-    if options.full:  # after the profile, as long as it takes
-        found.insert(6, ("full", [*train, *(["--max-steps", "3"] if tiny else [])]))
-    return [step for step in found if not options.only or any(word in step[0] for word in options.only)]
+    if options.full:  # as long as it takes
+        found.append(("full", [*train, *(["--max-steps", "3"] if tiny else [])]))
+    return found
 
 
 def run_step(command: list[str], folder: Path, limit: float) -> str:
     """Runs a step's command with its output in a file; "ok" or what went wrong."""
     folder.mkdir(parents=True, exist_ok=True)
     command = [str(folder) if part == "{out}" else part for part in command]
-    environment = {"TORCH_LOGS": "graph_breaks,recompiles"} | os.environ
+    environment = {"TORCH_LOGS": "graph_breaks,recompiles", "PYTHONUNBUFFERED": "1"} | os.environ
     with open(folder.with_suffix(".log"), "w", encoding="utf-8") as log:
         try:
             done = subprocess.run(command, cwd=ROOT, stdout=log, stderr=log, env=environment, timeout=limit)
@@ -135,7 +144,12 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     out, rows = Path(options.out).resolve(), []
     out.mkdir(parents=True, exist_ok=True)
+    if options.only and (out / "summary.csv").exists():  # of the parts before
+        rows = list(csv.DictReader((out / "summary.csv").read_text(encoding="utf-8").splitlines()))
+    before = len(rows)
     for number, (name, command) in enumerate(steps(options), 1):
+        if options.only and not any(word in name for word in options.only):
+            continue
         started = time.perf_counter()
         status = run_step(command, out / f"{number}_{name}", options.limit)
         rows.append({"step": name, "status": status, "seconds": round(time.perf_counter() - started, 1)})
@@ -144,7 +158,7 @@ def main(arguments: list[str] | None = None) -> int:
             writer = csv.DictWriter(file, list(rows[0]))
             writer.writeheader()
             writer.writerows(rows)
-    return sum(row["status"] != "ok" for row in rows)
+    return sum(row["status"] != "ok" for row in rows[before:])
 
 
 if __name__ == "__main__":

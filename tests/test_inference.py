@@ -301,6 +301,8 @@ def test_compile_asks_for_a_whole_typed_engine_with_attention_as_a_layer(stand_i
     assert not call.get("use_fp32_acc"), "it would cast every product to FP32"
     profile = {"min_shape": (1, 1), "opt_shape": (2, 48), "max_shape": (8, 48)}
     assert call["shapes"] == {"dtype": torch.int64, **profile}
+    (idx,) = (node for node in call["program"].graph.nodes if node.name == "idx")
+    assert [size.node.hint for size in idx.meta["val"].shape] == [2, 48], "the releases tune for the example"
     assert {t.dtype for t in call["program"].state_dict.values()} == {torch.float16}
     assert any("scaled_dot_product" in str(node.target) for node in call["program"].graph.nodes)
     assert next(model.parameters()).dtype == torch.float32 and next(model.parameters()).requires_grad
@@ -499,7 +501,7 @@ def test_rows_on_a_gpu_make_the_ratio_honest(monkeypatch, model):
     assert next(iter(rows)) == pico.BASELINE and "PyTorch BF16" not in rows
     assert {"PyTorch FP32, CUDA graph", "torch.compile FP32, reduce-overhead", "TensorRT FP16, one shape"} <= set(rows)
     monkeypatch.setattr(copy, "deepcopy", lambda value: model)
-    row = rows["torch.compile FP16, max-autotune"]
+    row = rows["torch.compile FP16, max-autotune, one shape"]
     assert row.attempt(lambda run: run) is None and "68 multiprocessors" in row.failure
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
     assert "PyTorch BF16" in {row.name for row in pico.make_variants(gpu, 8, 32)}

@@ -10,10 +10,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from jupyter_client.manager import start_new_kernel
 from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parent.parent
+start_new_kernel = pytest.importorskip("jupyter_client.manager").start_new_kernel
 
 
 def test_notebook_runs_end_to_end(tmp_path):

@@ -735,10 +735,12 @@ def test_shares_sum_up_and_what_the_optimizer_does_is_its_own():
     of_20 = {"attention": 3, "matrix products": 4, "compiled kernels": 5, "random numbers": 1, "copies and casts": 2}
     assert shares == {name: value / 20 for name, value in (of_20 | {"optimizer": 4, "rest": 1}).items()}
     kernels = [
-        SimpleNamespace(name="ampere_sgemm_128x64", duration=30),
+        SimpleNamespace(name="ampere_sgemm_128x64", duration=20),
+        SimpleNamespace(name="nvjet_hsh_192x192_64x3_2x1_v_bz_coopB_TNN", duration=10),  # cuBLAS on Hopper
         SimpleNamespace(name="Memcpy HtoD", duration=10),
     ]
-    assert profile.step_shares([*events, event("launch", 0, None, kernels)])["matrix products"] == 0.75
+    shares = profile.step_shares([*events, event("launch", 0, None, kernels)])
+    assert shares["matrix products"] == 0.75 and shares["copies and casts"] == 0.25
 
 
 def test_timeline_shows_host_and_gpu_on_one_scale():
