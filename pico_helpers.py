@@ -2557,8 +2557,7 @@ _MAX_TOKENS = 2**13
 def stream_attention(model: PicoLLM, idx: Tensor, reduce: Callable[[int, Tensor], None]) -> None:
     """Runs token ids (B, T) and hands each layer's pattern to `reduce(layer, weights)`, weights (B, H, T, T) float32.
 
-    Only one layer's pattern is alive at a time, so any number of windows can be scored in the memory of one batch.
-    The output projection, two thirds of the work, is left out.
+    Only one layer's pattern is alive at a time; the output projection, two thirds of the work, is left out.
     """
     with evaluating(model):
         model.hidden_states(idx.to(model.token_embedding.weight.device), on_attention=reduce)
@@ -2571,31 +2570,24 @@ class AttentionCapture:
     text: str
     token_ids: list[int]
     labels: list[str]  # readable tokens, see Tokenizer.labels
-    offsets: list[tuple[int, int]]  # character ranges in `text`
     weights: Tensor  # (n_layer, H, T, T) float32 on the CPU; row = query, column = key
-    logits: Tensor  # (T, V) float32 on the CPU
+
+
+def _encode_sentence(text: str, model: PicoLLM, name: str = "The sentence") -> list[int]:
+    """Token ids of a text for the model to read; an error calls it by `name`."""
+    if not isinstance(text, str) or not text.strip():
+        raise PicoError(f"{name} is empty or no text ({text!r}); write at least one word.")
+    ids, limit = get_tokenizer().encode(text), model.config.max_positions
+    if len(ids) > limit:
+        raise PicoError(f"{name} has {len(ids)} tokens; the model reads {limit}, so shorten {text[:40]!r}...")
+    return ids
 
 
 def capture_attention(model: PicoLLM, text: str) -> AttentionCapture:
-    """Attention patterns of every layer and head for one text.
-
-    Raises PicoError for an empty text and for one of more than `max_positions` tokens.
-    """
-    if not isinstance(text, str):
-        raise PicoError(f"A sentence must be a text, not {text!r}.")
-    if not text.strip():
-        raise PicoError("The sentence is empty; write at least one word.")
-    tokenizer, limit = get_tokenizer(), model.config.max_positions
-    ids = tokenizer.encode(text)
-    if len(ids) > limit:
-        raise PicoError(f"A sentence of {len(ids)} tokens exceeds the model's {limit}; shorten {text[:40]!r}...")
-    layers: list[Tensor] = []
-    with evaluating(model):
-        idx = torch.tensor([ids], device=model.token_embedding.weight.device)
-        logits = model(idx, on_attention=lambda _, weights: layers.append(weights[0].cpu()))
-    return AttentionCapture(
-        text, ids, tokenizer.labels(ids), tokenizer.offsets(ids), torch.stack(layers), logits[0].float().cpu()
-    )
+    """Attention patterns of every layer and head for one text of at most `max_positions` tokens, else PicoError."""
+    ids, layers = _encode_sentence(text, model), []
+    stream_attention(model, torch.tensor([ids]), lambda _, weights: layers.append(weights[0].cpu()))
+    return AttentionCapture(text, ids, get_tokenizer().labels(ids), torch.stack(layers))
 
 
 def head_name(layer: int, head: int) -> str:
@@ -2614,12 +2606,10 @@ def _head_outputs(model: PicoLLM) -> Iterator[list[Tensor]]:
     def keep(_: nn.Module, args: tuple[Tensor]) -> None:
         outputs.append(args[0].unflatten(-1, (model.config.n_head, -1)))
 
-    hooks = [block.attention.out_proj.register_forward_pre_hook(keep) for block in model.blocks]
-    try:
+    with contextlib.ExitStack() as hooks:
+        for block in model.blocks:
+            hooks.enter_context(block.attention.out_proj.register_forward_pre_hook(keep))
         yield outputs
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def mean_head_outputs(model: PicoLLM, idx: Tensor) -> Tensor:
@@ -2641,15 +2631,8 @@ def ablated_hidden_states(
     Each (layer, head) of a set writes its mean output (`mean_head_outputs`) at every position. That takes away what the
     head tells about the text and leaves its constant part, which the later layers rely on (Wang et al. 2022). With
     n_last, only that many last positions are returned. The sets run side by side, and those that agree up to a layer
-    are one until there: the layers below the lowest ablated head, and an empty set, cost next to nothing. Raises
-    PicoError for a head that does not exist and for means of another model.
+    are one until there: the layers below the lowest ablated head, and an empty set, cost next to nothing.
     """
-    config = model.config
-    for layer, head in itertools.chain(*sets):
-        if not (0 <= layer < config.n_layer and 0 <= head < config.n_head):
-            raise PicoError(f"There is no head {head_name(layer, head)} in {config.n_layer} layers of {config.n_head}.")
-    if tuple(means.shape) != (config.n_layer, config.n_head, config.head_dim):
-        raise PicoError("The means are not of this model; make them with mean_head_outputs(model, idx).")
     means = means.to(model.token_embedding.weight)
     cos, sin = model.rope_cos[: idx.shape[1]], model.rope_sin[: idx.shape[1]]
     for batch in idx.to(means.device).split(max(1, _MAX_TOKENS // (len(sets) * idx.shape[1]))):
@@ -2664,7 +2647,7 @@ def ablated_hidden_states(
                 x, y = x[before], outputs[-1].unflatten(0, (len(x), -1))[before]
                 for place, (_, heads) in enumerate(states):
                     y[place][:, :, list(heads)] = means[layer, list(heads)]
-                if n_last and layer == config.n_layer - 1:
+                if n_last and layer == model.config.n_layer - 1:
                     x, y = x[:, :, -n_last:], y[:, :, -n_last:]
                 x = x + F.linear(y.flatten(-2), block.attention.out_proj.weight)
                 x = x + block.mlp(block.mlp_norm(x))
@@ -3353,18 +3336,12 @@ def minimal_pair_accuracy(model: PicoLLM, pairs: Sequence[tuple[str, str]], seed
     """
     if not pairs:
         raise PicoError("There are no pairs to score; pass a list of (good, bad) sentences.")
-    tokenizer, limit, sequences = get_tokenizer(), model.config.max_positions, []
+    sequences, scores = [], {}
     for index, pair in enumerate(pairs):
-        if isinstance(pair, str) or len(pair) != 2 or not all(isinstance(sentence, str) for sentence in pair):
+        if isinstance(pair, str) or len(pair) != 2:
             raise PicoError(f"Pair {index} is {pair!r}; it must be two sentences, (good, bad).")
         for name, sentence in zip(("good", "bad"), pair, strict=True):
-            ids = tokenizer.encode(sentence)
-            if not sentence.strip():
-                raise PicoError(f"The {name} sentence of pair {index} is empty; write at least one word.")
-            if len(ids) > limit:
-                raise PicoError(f"The {name} sentence of pair {index} has {len(ids)} tokens; the model reads {limit}.")
-            sequences.append(tuple(ids))
-    scores = {}
+            sequences.append(tuple(_encode_sentence(sentence, model, f"The {name} sentence of pair {index}")))
     with evaluating(model):
         for length, equal in itertools.groupby(sorted(set(sequences), key=len), key=len):
             idx = torch.tensor([[Tokenizer.end_of_text, *ids] for ids in equal])

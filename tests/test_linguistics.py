@@ -109,7 +109,7 @@ def test_accuracy_of_a_rigged_scorer_counts_ties_one_half():
         ([("A cat", "  ")], "bad sentence of pair 0 is empty"),
         ([("A cat", "A dog"), "ab"], "Pair 1 is 'ab'; it must be two sentences"),
         ([("A cat", "A dog", "A bird")], "must be two sentences"),
-        ([("A cat", None)], "must be two sentences"),
+        ([("A cat", None)], "bad sentence of pair 0 is empty or no text"),
         ([("A cat", "A dog"), ("A cat", "word " * 70)], "bad sentence of pair 1 has 71 tokens; the model reads 64"),
     ],
 )
