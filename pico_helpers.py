@@ -2466,7 +2466,6 @@ def _finish(run: TrainingRun, results: str | Path, partial: RunFiles, final: Run
 # Ablation replaces a head's output before the output projection; it shows whether a head matters, not what it does.
 # ======================================================================================================================
 
-
 # The study's sentences: ten categories as in the original study, written for this project.
 ALL_TEST_CATEGORIES: dict[str, list[str]] = {
     "Simple": [
@@ -2661,7 +2660,6 @@ def ablated_hidden_states(
 # Intervals and tests that everything below shares: what a number is worth before it becomes a statement.
 # ======================================================================================================================
 
-
 SIGNIFICANCE = 0.05  # of every p-value here, adjusted for the number of tests
 
 
@@ -2710,8 +2708,7 @@ def random_head_sets(heads: Heads, n_layer: int, n_head: int, n: int, seed: int)
     """At most n distinct sets of as many heads as `heads`, which is not among them, for `rank_p`.
 
     They have as many heads in each layer as `heads`; only where fewer than n such sets exist do others of any layers
-    follow. A set may share heads with `heads`: were these chosen at random, they would be a set like any other, and
-    their rank equally likely to be any.
+    follow. A set may share heads with `heads`, as one that is drawn at random may.
     """
     random = Random(seed)
     wanted = {layer: sum(other == layer for other, _ in heads) for layer, _ in heads}
@@ -2761,11 +2758,10 @@ Attend = Callable[[Tensor, Callable[[int, Tensor], None]], None]
 
 @dataclass(frozen=True)
 class ScoreThresholds:
-    """Where a score becomes a statement; `dataclasses.asdict` prints them all.
+    """Where a score becomes a statement.
 
-    tau[score] = max(floor, `percentile` of the score over untrained models), see `score_thresholds`. The floor matters:
-    one untrained head in a hundred lies above the 99th percentile by definition, and a model has dozens of heads. For
-    the sink the floor of 0.3 is that of Gu et al. 2024, here beyond chance.
+    tau[score] = max(floor, `percentile` of the score over untrained models). The floor matters: one untrained head in a
+    hundred lies above the 99th percentile by definition. For the sink, 0.3 is the threshold of Gu et al. 2024.
     """
 
     floor: float = 0.3  # smallest tau
@@ -2996,10 +2992,7 @@ def _attend_uniformly(idx: Tensor, reduce: Callable[[int, Tensor], None]) -> Non
 
 
 def head_sums(
-    model: PicoLLM | None,
-    sources: Mapping[str, Sequence[Tensor]],
-    repeats: Sequence[Tensor],
-    counts: np.ndarray | None = None,
+    model: PicoLLM | None, sources: dict[str, list[Tensor]], repeats: list[Tensor], counts: np.ndarray | None
 ) -> dict[str, HeadSums]:
     """The sums of a model's scores on each source of token sequences; None is a model of one uniform head.
 
@@ -3007,8 +3000,8 @@ def head_sums(
     """
     attend = _attend_uniformly if model is None else functools.partial(stream_attention, model)
 
-    def sums(sequences: Sequence[Tensor]) -> np.ndarray:
-        own = torch.bincount(torch.cat(list(sequences))) if counts is None else torch.tensor(counts, dtype=torch.int64)
+    def sums(sequences: list[Tensor]) -> np.ndarray:
+        own = torch.bincount(torch.cat(sequences)) if counts is None else torch.tensor(counts, dtype=torch.int64)
         return text_sums(attend, sequences, own)
 
     of_repeats = sums(repeats)
@@ -3053,15 +3046,12 @@ def on_windows(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def best_heads(history: pd.DataFrame) -> pd.DataFrame:
-    """The highest score of a head for each kappa, by tokens of training (by step where they are not told).
-
-    `history` has the columns of `score_heads`, step and, if known, tokens.
-    """
+    """The highest score of a head for each kappa by tokens of training, or by step where `history` lacks tokens."""
     return history.groupby("tokens" if "tokens" in history else "step")[list(KAPPAS)].max()
 
 
 def describe_emergence(history: pd.DataFrame, thresholds: ScoreThresholds) -> str:
-    """One sentence on when previous-token and induction heads appear; `history` as in `best_heads`."""
+    """One sentence on when previous-token and induction heads appear in a history of `score_heads`."""
     best, parts = best_heads(history), []
     unit = "tokens of training" if best.index.name == "tokens" else "steps"
     for score, kind in (("previous", "previous-token"), ("induction", "induction")):
@@ -3073,9 +3063,8 @@ def describe_emergence(history: pd.DataFrame, thresholds: ScoreThresholds) -> st
             parts.append(f"one head looks like a {kind} head after {reached[0]:,} {unit}, when the first were scored")
         else:
             before = best.index[best.index < reached[0]].max()
-            parts.append(
-                f"the first {kind} head appears between {before:,} and {reached[0]:,} {unit} (score {tau:.2f})"
-            )
+            between = f"between {before:,} and {reached[0]:,} {unit}"
+            parts.append(f"the first {kind} head appears {between} (score {tau:.2f})")
     text = "; ".join(parts)
     return f"{text[0].upper()}{text[1:]}."
 
@@ -3086,17 +3075,14 @@ Sums = HeadSums | Sequence[HeadSums]  # of one model, or of several untrained on
 def _estimates(sums: Sums, statistics: Callable[[dict, dict], dict], n: int, seed: int) -> Iterator[tuple]:
     """(key, value, low, high) for each of `statistics(scores, scores on left-out texts)`, arrays (R,).
 
-    For one model: its value and the 2.5 and 97.5 percentiles over n resamples of the texts. For a list of models: mean,
-    smallest and largest.
+    For one model: its value and the 95 % interval over n resamples of the texts. For a list of models: mean and range.
     """
+    limits = [0.025, 0.975] if isinstance(sums, HeadSums) else [0, 1]
+    tables = [each.scores() for each in ([sums] if isinstance(sums, HeadSums) else sums)]
+    together = {name: np.concatenate([table[name] for table in tables]) for name in _RATIOS}
+    values = resampled = statistics(together, together)
     if isinstance(sums, HeadSums):
-        values, resampled = statistics(sums.scores(), sums.scores()), statistics(*sums.bootstrap(n, seed))
-        limits = (0.025, 0.975)
-    else:
-        tables = [each.scores() for each in sums]
-        together = {name: np.concatenate([table[name] for table in tables]) for name in _RATIOS}
-        values = resampled = statistics(together, together)
-        limits = (0.0, 1.0)
+        resampled = statistics(*sums.bootstrap(n, seed))
     for key, value in values.items():
         yield key, float(np.mean(value)), *map(float, np.quantile(resampled[key], limits))
 
@@ -3104,8 +3090,8 @@ def _estimates(sums: Sums, statistics: Callable[[dict, dict], dict], n: int, see
 def class_shares(sums: Sums, thresholds: ScoreThresholds, n_bootstrap: int = 1000, seed: int = 0) -> pd.DataFrame:
     """Share of the heads in each class, columns class, share, low, high; "Specialised" is the sum of the first three.
 
-    For one model low..high is the 95 % bootstrap interval over texts: each resample is scored and classified anew. For
-    a list of models (the untrained seeds) the share is their mean and low..high their range.
+    For one model low and high are a 95 % interval over texts: each resample is scored and classified anew. For a list
+    of models (the untrained seeds) the share is their mean, low and high their range.
     """
     import pandas as pd
 
@@ -3253,11 +3239,7 @@ def head_similarity(model: PicoLLM, windows: Tensor, drop_sink: bool = False) ->
 
 
 def _baseline_sums(
-    model: PicoLLM,
-    sources: Mapping[str, list[Tensor]],
-    counts: np.ndarray | None,
-    untrained: Iterable[PicoLLM],
-    seed: int,
+    model: PicoLLM, sources: dict[str, list[Tensor]], counts: np.ndarray | None, untrained: Iterable[PicoLLM], seed: int
 ) -> dict[tuple[str, str], Sums]:
     """The sums of the model and each of its baselines, by source and name as in Study.shares."""
     repeats, generator = _induction_sequences(model.config, counts, seed), torch.Generator().manual_seed(seed)
@@ -3301,25 +3283,25 @@ def correct(margins: Tensor) -> np.ndarray:
 def minimal_pair_accuracy(model: PicoLLM, pairs: Sequence[tuple[str, str]], seed: int = 0) -> PairResult:
     """How often a model finds the good sentence of (good, bad) more probable, as BLiMP counts (Warstadt et al. 2020).
 
-    The score of a sentence is its total log-probability after end-of-text. Raises PicoError for an empty list and for
-    a sentence that is no text, empty or longer than `max_positions` tokens, naming it.
+    The score of a sentence is its total log-probability after end-of-text. Raises PicoError for an empty list and,
+    naming it, for a sentence that is empty, no text or longer than `max_positions` tokens.
     """
     if not pairs:
         raise PicoError("There are no pairs to score; pass a list of (good, bad) sentences.")
-    sequences, scores = [], {}
-    for index, pair in enumerate(pairs):
-        if isinstance(pair, str) or len(pair) != 2:
-            raise PicoError(f"Pair {index} is {pair!r}; it must be two sentences, (good, bad).")
-        for name, sentence in zip(("good", "bad"), pair, strict=True):
-            sequences.append(tuple(_encode_sentence(sentence, model, f"The {name} sentence of pair {index}")))
+
+    def log_probability(sentence: str, name: str) -> Tensor:
+        ids = [Tokenizer.end_of_text, *_encode_sentence(sentence, model, name)]
+        idx = torch.tensor([ids], device=model.token_embedding.weight.device)
+        return -model.token_losses(model.hidden_states(idx[:, :-1]), idx[:, 1:]).sum().cpu()
+
+    margins = torch.empty(len(pairs))
     with evaluating(model):
-        for length, equal in itertools.groupby(sorted(set(sequences), key=len), key=len):
-            idx = torch.tensor([[Tokenizer.end_of_text, *ids] for ids in equal])
-            for rows in idx.to(model.token_embedding.weight.device).split(max(1, _MAX_TOKENS // length)):
-                log_probs = -model.token_losses(model.hidden_states(rows[:, :-1]), rows[:, 1:]).sum(dim=1)
-                scores |= zip(map(tuple, rows[:, 1:].tolist()), log_probs.cpu(), strict=True)
-    good, bad = torch.stack([scores[ids] for ids in sequences]).view(-1, 2).unbind(1)
-    return PairResult(*bootstrap_interval(correct(good - bad), seed), good - bad)
+        for index, pair in enumerate(pairs):
+            if isinstance(pair, str) or len(pair) != 2:
+                raise PicoError(f"Pair {index} is {pair!r}; it must be two sentences, (good, bad).")
+            good, bad = map(log_probability, pair, (f"The {name} sentence of pair {index}" for name in ("good", "bad")))
+            margins[index] = good - bad
+    return PairResult(*bootstrap_interval(correct(margins), seed), margins)
 
 
 # The templates. Each returns the pairs of one item: (sentence up to the decision, right word, wrong word). [target] is
@@ -3519,10 +3501,9 @@ class MinimalPair:
 
 
 def make_pairs(phenomenon: str, n_items: int = 40, seed: int = 0) -> list[MinimalPair]:
-    """Pairs of one of PHENOMENA, item after item, each drawn from its templates without repetition.
+    """Pairs of one of PHENOMENA, item after item of 2 or 4 pairs, each drawn from its templates without repetition.
 
-    An item has the same number of pairs (2 or 4) throughout a phenomenon. Raises PicoError when the templates hold
-    fewer items.
+    Raises PicoError when the templates hold fewer items.
     """
     random, seen, pairs, item = Random(f"{phenomenon} {seed}"), set(), [], 0
     for _ in range(20 * n_items):
@@ -3545,8 +3526,7 @@ def make_pairs(phenomenon: str, n_items: int = 40, seed: int = 0) -> list[Minima
 
 
 def _by_length(pairs: Sequence[MinimalPair]) -> Iterator[tuple[list[int], Tensor, Tensor]]:
-    """The pairs of each length: their places in the list, their tokens up to the decision (B, T), and the two last
-    words (B, 2), right and wrong."""
+    """Of pairs of each length the places in the list, tokens up to the decision (B, T), right and wrong word (B, 2)."""
     encode, groups = get_tokenizer().encode, {}
     for place, pair in enumerate(pairs):
         ids = [Tokenizer.end_of_text, *encode(pair.good)]
@@ -3563,9 +3543,9 @@ def _margins(model: PicoLLM, hidden: Tensor, words: Tensor) -> Tensor:
 
 
 def measure_pairs(model: PicoLLM, pairs: Sequence[MinimalPair]) -> tuple[Tensor, Tensor]:
-    """Margins (pairs,) in nats and target-minus-distractor attention (pairs, n_layer, H), both at the query.
+    """Margins (pairs,) in nats and target-minus-distractor attention (pairs, n_layer, H) at the decision; CPU, float32.
 
-    Controls have no target: their attention is NaN. CPU, float32.
+    Controls have no target: their attention is NaN.
     """
     margins = torch.empty(len(pairs))
     differences = torch.full((len(pairs), model.config.n_layer, model.config.n_head), math.nan)
@@ -3585,9 +3565,7 @@ def measure_pairs(model: PicoLLM, pairs: Sequence[MinimalPair]) -> tuple[Tensor,
     return margins, differences
 
 
-def ablated_margins(
-    model: PicoLLM, pairs: Sequence[MinimalPair], sets: Sequence[Heads], means: Tensor | None
-) -> np.ndarray:
+def ablated_margins(model: PicoLLM, pairs: Sequence[MinimalPair], sets: Sequence[Heads], means: Tensor) -> np.ndarray:
     """Margin of each item (sets, items), its pairs' mean, in nats, with each set of heads mean-ablated."""
     margins = torch.empty(len(sets), len(pairs))
     for rows, idx, words in _by_length(pairs):
@@ -3677,12 +3655,7 @@ def verdict(e: NamedTuple) -> tuple[str, str]:
 
 
 def _rank_heads(
-    model: PicoLLM,
-    table: pd.DataFrame,
-    pairs: Sequence[Sequence[MinimalPair]],
-    heads: Sequence[Heads],
-    means: Tensor,
-    seed: int,
+    model: PicoLLM, table: pd.DataFrame, pairs: list[list[MinimalPair]], heads: list[Heads], means: Tensor, seed: int
 ) -> pd.DataFrame:
     """Columns n_random_sets to needs_p_value of `study_language`, for a table of those before them.
 
@@ -3733,7 +3706,7 @@ def study_language(
     groups = [make_pairs(name, n_items, seed) for name in PHENOMENA]
     models = itertools.chain([model], untrained)
     own, *others = [[_examine_pairs(each, pairs, n_heads) for pairs in groups] for each in models]
-    choices, heads, attention = zip(*own, strict=True)
+    choices, heads, attention = map(list, zip(*own, strict=True))
     accuracies = [[items.mean() for items, _, _ in other] for other in others]
     means, estimate = mean_head_outputs(model, windows), functools.partial(bootstrap_interval, seed=seed)
     losses = _ablated_losses(model, windows[:4, :129], [(), *heads], means).mean(axis=1)
