@@ -2389,7 +2389,6 @@ def _finish(run: TrainingRun, results: str | Path, partial: RunFiles, final: Run
 # Ablation replaces a head's output before the output projection; it shows whether a head matters, not what it does.
 # ======================================================================================================================
 
-
 # The study's sentences: ten categories as in the original study, written for this project.
 ALL_TEST_CATEGORIES: dict[str, list[str]] = {
     "Simple": [
@@ -2480,8 +2479,7 @@ _MAX_TOKENS = 2**13
 def stream_attention(model: PicoLLM, idx: Tensor, reduce: Callable[[int, Tensor], None]) -> None:
     """Runs token ids (B, T) and hands each layer's pattern to `reduce(layer, weights)`, weights (B, H, T, T) float32.
 
-    Only one layer's pattern is alive at a time, so any number of windows can be scored in the memory of one batch.
-    The output projection, two thirds of the work, is left out.
+    Only one layer's pattern is alive at a time; the output projection, two thirds of the work, is left out.
     """
     with evaluating(model):
         model.hidden_states(idx.to(model.token_embedding.weight.device), on_attention=reduce)
@@ -2494,31 +2492,24 @@ class AttentionCapture:
     text: str
     token_ids: list[int]
     labels: list[str]  # readable tokens, see Tokenizer.labels
-    offsets: list[tuple[int, int]]  # character ranges in `text`
     weights: Tensor  # (n_layer, H, T, T) float32 on the CPU; row = query, column = key
-    logits: Tensor  # (T, V) float32 on the CPU
+
+
+def _encode_sentence(text: str, model: PicoLLM, name: str = "The sentence") -> list[int]:
+    """Token ids of a text for the model to read; an error calls it by `name`."""
+    if not isinstance(text, str) or not text.strip():
+        raise PicoError(f"{name} is empty or no text ({text!r}); write at least one word.")
+    ids, limit = get_tokenizer().encode(text), model.config.max_positions
+    if len(ids) > limit:
+        raise PicoError(f"{name} has {len(ids)} tokens; the model reads {limit}, so shorten {text[:40]!r}...")
+    return ids
 
 
 def capture_attention(model: PicoLLM, text: str) -> AttentionCapture:
-    """Attention patterns of every layer and head for one text.
-
-    Raises PicoError for an empty text and for one of more than `max_positions` tokens.
-    """
-    if not isinstance(text, str):
-        raise PicoError(f"A sentence must be a text, not {text!r}.")
-    if not text.strip():
-        raise PicoError("The sentence is empty; write at least one word.")
-    tokenizer, limit = get_tokenizer(), model.config.max_positions
-    ids = tokenizer.encode(text)
-    if len(ids) > limit:
-        raise PicoError(f"A sentence of {len(ids)} tokens exceeds the model's {limit}; shorten {text[:40]!r}...")
-    layers: list[Tensor] = []
-    with evaluating(model):
-        idx = torch.tensor([ids], device=model.token_embedding.weight.device)
-        logits = model(idx, on_attention=lambda _, weights: layers.append(weights[0].cpu()))
-    return AttentionCapture(
-        text, ids, tokenizer.labels(ids), tokenizer.offsets(ids), torch.stack(layers), logits[0].float().cpu()
-    )
+    """Attention patterns of every layer and head for one text of at most `max_positions` tokens, else PicoError."""
+    ids, layers = _encode_sentence(text, model), []
+    stream_attention(model, torch.tensor([ids]), lambda _, weights: layers.append(weights[0].cpu()))
+    return AttentionCapture(text, ids, get_tokenizer().labels(ids), torch.stack(layers))
 
 
 def head_name(layer: int, head: int) -> str:
@@ -2537,12 +2528,10 @@ def _head_outputs(model: PicoLLM) -> Iterator[list[Tensor]]:
     def keep(_: nn.Module, args: tuple[Tensor]) -> None:
         outputs.append(args[0].unflatten(-1, (model.config.n_head, -1)))
 
-    hooks = [block.attention.out_proj.register_forward_pre_hook(keep) for block in model.blocks]
-    try:
+    with contextlib.ExitStack() as hooks:
+        for block in model.blocks:
+            hooks.enter_context(block.attention.out_proj.register_forward_pre_hook(keep))
         yield outputs
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def mean_head_outputs(model: PicoLLM, idx: Tensor) -> Tensor:
@@ -2564,15 +2553,8 @@ def ablated_hidden_states(
     Each (layer, head) of a set writes its mean output (`mean_head_outputs`) at every position. That takes away what the
     head tells about the text and leaves its constant part, which the later layers rely on (Wang et al. 2022). With
     n_last, only that many last positions are returned. The sets run side by side, and those that agree up to a layer
-    are one until there: the layers below the lowest ablated head, and an empty set, cost next to nothing. Raises
-    PicoError for a head that does not exist and for means of another model.
+    are one until there: the layers below the lowest ablated head, and an empty set, cost next to nothing.
     """
-    config = model.config
-    for layer, head in itertools.chain(*sets):
-        if not (0 <= layer < config.n_layer and 0 <= head < config.n_head):
-            raise PicoError(f"There is no head {head_name(layer, head)} in {config.n_layer} layers of {config.n_head}.")
-    if tuple(means.shape) != (config.n_layer, config.n_head, config.head_dim):
-        raise PicoError("The means are not of this model; make them with mean_head_outputs(model, idx).")
     means = means.to(model.token_embedding.weight)
     cos, sin = model.rope_cos[: idx.shape[1]], model.rope_sin[: idx.shape[1]]
     for batch in idx.to(means.device).split(max(1, _MAX_TOKENS // (len(sets) * idx.shape[1]))):
@@ -2587,7 +2569,7 @@ def ablated_hidden_states(
                 x, y = x[before], outputs[-1].unflatten(0, (len(x), -1))[before]
                 for place, (_, heads) in enumerate(states):
                     y[place][:, :, list(heads)] = means[layer, list(heads)]
-                if n_last and layer == config.n_layer - 1:
+                if n_last and layer == model.config.n_layer - 1:
                     x, y = x[:, :, -n_last:], y[:, :, -n_last:]
                 x = x + F.linear(y.flatten(-2), block.attention.out_proj.weight)
                 x = x + block.mlp(block.mlp_norm(x))
@@ -2600,7 +2582,6 @@ def ablated_hidden_states(
 # STATISTICS
 # Intervals and tests that everything below shares: what a number is worth before it becomes a statement.
 # ======================================================================================================================
-
 
 SIGNIFICANCE = 0.05  # of every p-value here, adjusted for the number of tests
 
@@ -2650,8 +2631,7 @@ def random_head_sets(heads: Heads, n_layer: int, n_head: int, n: int, seed: int)
     """At most n distinct sets of as many heads as `heads`, which is not among them, for `rank_p`.
 
     They have as many heads in each layer as `heads`; only where fewer than n such sets exist do others of any layers
-    follow. A set may share heads with `heads`: were these chosen at random, they would be a set like any other, and
-    their rank equally likely to be any.
+    follow. A set may share heads with `heads`, as one that is drawn at random may.
     """
     random = Random(seed)
     wanted = {layer: sum(other == layer for other, _ in heads) for layer, _ in heads}
@@ -2672,8 +2652,6 @@ def random_head_sets(heads: Heads, n_layer: int, n_head: int, n: int, seed: int)
 # Every score is a ratio of two sums, kept text by text: tables, classes and bootstrap intervals are all made of these.
 # ======================================================================================================================
 
-HEAD_CLASSES = ("Diagonal/Self", "Local Context", "Token-Specific", "Global/Broad", "Mixed", "Resting")
-SPECIALISED_CLASSES = HEAD_CLASSES[:3]
 CLASS_LABELS = {  # how a class, named as in the original study, is shown
     "Diagonal/Self": "Self or previous token",
     "Local Context": "Last three tokens",
@@ -2682,6 +2660,8 @@ CLASS_LABELS = {  # how a class, named as in the original study, is shown
     "Mixed": "Mixed",
     "Resting": "Resting on the first token",
 }
+HEAD_CLASSES = tuple(CLASS_LABELS)
+SPECIALISED_CLASSES = HEAD_CLASSES[:3]
 CLASS_RULE = (
     "A head is resting if hardly any of its attention goes beyond the first token. Otherwise its highest score that "
     "reaches a threshold decides: self or previous token, last three tokens, or certain tokens. A head that looks at "
@@ -2701,11 +2681,10 @@ Attend = Callable[[Tensor, Callable[[int, Tensor], None]], None]
 
 @dataclass(frozen=True)
 class ScoreThresholds:
-    """Where a score becomes a statement; `dataclasses.asdict` prints them all.
+    """Where a score becomes a statement.
 
-    tau[score] = max(floor, `percentile` of the score over untrained models), see `score_thresholds`. The floor matters:
-    one untrained head in a hundred lies above the 99th percentile by definition, and a model has dozens of heads. For
-    the sink the floor of 0.3 is that of Gu et al. 2024, here beyond chance.
+    tau[score] = max(floor, `percentile` of the score over untrained models). The floor matters: one untrained head in a
+    hundred lies above the 99th percentile by definition. For the sink, 0.3 is the threshold of Gu et al. 2024.
     """
 
     floor: float = 0.3  # smallest tau
@@ -2797,12 +2776,11 @@ def _score_sums(weights: Tensor, keys: Tensor) -> Tensor:
     return torch.cat([kappas, torch.stack([torch.stack(pair) for pair in others], dim=-1)], dim=-1)
 
 
-def _as_sequences(texts: Sequence[str] | None, idx: Tensor | None) -> list[Tensor]:
+def _as_sequences(texts: Sequence[str] | None = None, idx: Tensor | None = None) -> list[Tensor]:
     """Token ids of each text or window."""
-    if (texts is None) == (idx is None) or isinstance(texts, str):
-        raise PicoError("Give either texts, a list of them, or idx, token windows of shape (n_windows, T).")
-    if idx is not None and (idx.ndim != 2 or idx.is_floating_point()):
-        raise PicoError(f"idx must be whole numbers of shape (n_windows, T), not {idx.dtype} of {tuple(idx.shape)}.")
+    unusable = isinstance(texts, str) if idx is None else idx.ndim != 2 or idx.is_floating_point()
+    if unusable or (texts is None) == (idx is None):
+        raise PicoError("Give either texts, a list of them, or idx, whole numbers of shape (n_windows, T).")
     sequences = [torch.tensor(ids) for ids in map(get_tokenizer().encode, texts)] if idx is None else list(idx.cpu())
     if not sequences or min(map(len, sequences)) == 0:
         raise PicoError("There is no text to score, or one of the texts is empty; give at least one word in each.")
@@ -2814,9 +2792,9 @@ def text_sums(attend: Attend, sequences: Sequence[Tensor], counts: Tensor) -> np
 
     `attend` is run on batches of sequences of equal length; `counts` (V,) int64 say which tokens are rare.
     """
-    sums: list[np.ndarray | None] = [None] * len(sequences)
-    order = sorted(range(len(sequences)), key=lambda k: len(sequences[k]))
-    for length, group in itertools.groupby(order, key=lambda k: len(sequences[k])):
+    lengths, batches = list(map(len, sequences)), []
+    order = np.argsort(lengths, kind="stable")
+    for length, group in itertools.groupby(order, key=lengths.__getitem__):
         for places in torch.tensor(list(group)).split(max(1, _MAX_MAP // length**2)):
             idx, layers = torch.stack([sequences[k] for k in places]), []
             keys = key_sets(idx, counts)
@@ -2825,9 +2803,8 @@ def text_sums(attend: Attend, sequences: Sequence[Tensor], counts: Tensor) -> np
                 layers.append(_score_sums(weights, keys.to(weights.device)).double().cpu())
 
             attend(idx, score)
-            for k, of_text in zip(places, torch.stack(layers, dim=2).unbind(1), strict=True):
-                sums[k] = of_text.numpy()  # (2, n_layer, n_head, ratios)
-    return np.stack(sums, axis=1)
+            batches.append(torch.stack(layers, dim=2))  # (2, B, n_layer, n_head, ratios)
+    return torch.cat(batches, dim=1).numpy()[:, np.argsort(order)]
 
 
 def token_counts(file: TokenFile) -> np.ndarray:
@@ -2847,11 +2824,10 @@ def repeated_random_tokens(
     that looks back a fixed distance scores no better than chance. With the training tokens' `counts` only tokens
     seen at least 50 times are drawn (or the 1000 most frequent): a model knows nothing of tokens that it never saw.
     """
-    random = np.random.default_rng(seed)
-    candidates = np.arange(vocab_size)
+    random, candidates = np.random.default_rng(seed), np.arange(vocab_size)
     if counts is not None:
-        known = np.argsort(-np.asarray(counts[:vocab_size]), kind="stable")
-        candidates = known[: max(1000, int((np.asarray(counts[:vocab_size]) >= 50).sum()))]
+        counts = np.asarray(counts[:vocab_size])
+        candidates = np.argsort(-counts, kind="stable")[: max(1000, int((counts >= 50).sum()))]
 
     def sequence() -> list[int]:
         fresh, chunks, tokens = itertools.cycle(random.permutation(candidates)[:length]), [], []
@@ -2911,22 +2887,18 @@ class HeadSums:
 
 
 def classify_heads(scores: Mapping[str, np.ndarray], thresholds: ScoreThresholds) -> np.ndarray:
-    """One of HEAD_CLASSES for each head, as CLASS_RULE says; scores are arrays of any one shape, `rest` among them.
-
-    A previous-token head also fills the window of the last three tokens; so Diagonal/Self is asked before Local
-    Context, and holds when self or previous makes up `diagonal_share` of the window.
-    """
+    """One of HEAD_CLASSES for each head, as CLASS_RULE says; scores are arrays of any one shape, `rest` among them."""
 
     def strength(*names: str) -> np.ndarray:
         return np.max([np.where(scores[name] >= thresholds.tau[name], scores[name], 0.0) for name in names], axis=0)
 
     diagonal, local = strength("self", "previous"), strength("local")
     conditions = {
-        "Resting": np.asarray(scores["rest"]) < thresholds.resting,
+        "Resting": scores["rest"] < thresholds.resting,
         "Token-Specific": strength(*KAPPAS[4:]) > np.maximum(diagonal, local),
-        "Diagonal/Self": (diagonal > 0) & (diagonal >= thresholds.diagonal_share * np.asarray(scores["local"])),
+        "Diagonal/Self": (diagonal > 0) & (diagonal >= thresholds.diagonal_share * scores["local"]),
         "Local Context": local > 0,
-        "Global/Broad": np.asarray(scores["broad"]) >= thresholds.broad,
+        "Global/Broad": scores["broad"] >= thresholds.broad,
     }
     return np.select(list(conditions.values()), list(conditions), "Mixed")
 
@@ -2943,33 +2915,23 @@ def _attend_uniformly(idx: Tensor, reduce: Callable[[int, Tensor], None]) -> Non
 
 
 def head_sums(
-    model: PicoLLM | None,
-    sources: Mapping[str, Sequence[Tensor]],
-    repeats: Sequence[Tensor],
-    counts: np.ndarray | None = None,
+    model: PicoLLM | None, sources: dict[str, list[Tensor]], repeats: list[Tensor], counts: np.ndarray | None
 ) -> dict[str, HeadSums]:
     """The sums of a model's scores on each source of token sequences; None is a model of one uniform head.
 
     `counts` are those of the training tokens; without them the counts within a source decide what is rare.
     """
     attend = _attend_uniformly if model is None else functools.partial(stream_attention, model)
-    vocab_size = Tokenizer.end_of_text + 1 if model is None else model.config.vocab_size
-    if counts is not None and len(counts) < vocab_size:
-        raise PicoError(f"token_counts has {len(counts)} entries; the model's vocabulary has {vocab_size}.")
-    largest = max(int(ids.max()) for sequences in sources.values() for ids in sequences)
-    if largest >= vocab_size:
-        raise PicoError(f"Token {largest} is not in the model's vocabulary of {vocab_size}; use its own tokenizer.")
 
-    def sums(sequences: Sequence[Tensor]) -> np.ndarray:
-        if counts is None:
-            return text_sums(attend, sequences, torch.bincount(torch.cat(list(sequences)), minlength=vocab_size))
-        return text_sums(attend, sequences, torch.as_tensor(np.asarray(counts, dtype=np.int64)))
+    def sums(sequences: list[Tensor]) -> np.ndarray:
+        own = torch.bincount(torch.cat(sequences)) if counts is None else torch.tensor(counts, dtype=torch.int64)
+        return text_sums(attend, sequences, own)
 
     of_repeats = sums(repeats)
     return {source: HeadSums(sums(sequences), of_repeats) for source, sequences in sources.items()}
 
 
-def _induction_sequences(config: ModelConfig, counts: np.ndarray | None, seed: int) -> list[Tensor]:
+def _induction_sequences(config: ModelConfig, counts: np.ndarray | None, seed: int = 0) -> list[Tensor]:
     return list(repeated_random_tokens(9, min(128, config.context_length), config.vocab_size, seed, counts))
 
 
@@ -2980,7 +2942,6 @@ def score_heads(
     *,
     token_counts: np.ndarray | None = None,
     thresholds: ScoreThresholds | None = None,
-    seed: int = 0,
 ) -> pd.DataFrame:
     """What each head does, on texts of any length or on token windows `idx` (n_windows, T): a row per layer and head.
 
@@ -2988,17 +2949,17 @@ def score_heads(
     - sink: kappa of the first token, rows i >= 2
     - on the rest of the map, see `kappa_sums`: self {i}, previous {i-1}, local {i-2..i} (rows i >= 6), duplicate
       (earlier copies of token i), punctuation, rare (least frequent token so far); induction (tokens that follow
-      earlier copies of token i) is measured on `repeated_random_tokens(seed=seed)`, whatever the texts are
+      earlier copies of token i) is measured on `repeated_random_tokens`, whatever the texts are
     - broad: entropy of the rest of the map, 1 for uniform
     - mean_distance: sum A_ij (i - j) / sum A_ij, tokens (Vig & Belinkov 2019); entropy: nats, mean over rows (Clark et
       al. 2019); both are not corrected for chance, so compare them with a uniform head's on the same texts
     - resting, sink_flag: bool; class: one of HEAD_CLASSES, see `classify_heads`
 
     A score that no row allows (no punctuation, all attention on the first token) is 0. `token_counts` are those of the
-    training tokens, see `token_counts`; without them the counts within the given texts decide what is rare, a weak
-    stand-in with many ties. Memory is that of one window. Raises PicoError for empty or too long texts.
+    training tokens; without them the counts within the given texts decide what is rare, a weak stand-in with many ties.
+    Raises PicoError for empty or too long texts.
     """
-    repeats = _induction_sequences(model.config, token_counts, seed)
+    repeats = _induction_sequences(model.config, token_counts)
     return head_sums(model, {"": _as_sequences(texts, idx)}, repeats, token_counts)[""].table(thresholds)
 
 
@@ -3008,15 +2969,12 @@ def on_windows(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def best_heads(history: pd.DataFrame) -> pd.DataFrame:
-    """The highest score of a head for each kappa, by tokens of training (by step where they are not told).
-
-    `history` has the columns of `score_heads`, step and, if known, tokens.
-    """
+    """The highest score of a head for each kappa by tokens of training, or by step where `history` lacks tokens."""
     return history.groupby("tokens" if "tokens" in history else "step")[list(KAPPAS)].max()
 
 
 def describe_emergence(history: pd.DataFrame, thresholds: ScoreThresholds) -> str:
-    """One sentence on when previous-token and induction heads appear; `history` as in `best_heads`."""
+    """One sentence on when previous-token and induction heads appear in a history of `score_heads`."""
     best, parts = best_heads(history), []
     unit = "tokens of training" if best.index.name == "tokens" else "steps"
     for score, kind in (("previous", "previous-token"), ("induction", "induction")):
@@ -3028,9 +2986,8 @@ def describe_emergence(history: pd.DataFrame, thresholds: ScoreThresholds) -> st
             parts.append(f"one head looks like a {kind} head after {reached[0]:,} {unit}, when the first were scored")
         else:
             before = best.index[best.index < reached[0]].max()
-            parts.append(
-                f"the first {kind} head appears between {before:,} and {reached[0]:,} {unit} (score {tau:.2f})"
-            )
+            between = f"between {before:,} and {reached[0]:,} {unit}"
+            parts.append(f"the first {kind} head appears {between} (score {tau:.2f})")
     text = "; ".join(parts)
     return f"{text[0].upper()}{text[1:]}."
 
@@ -3041,17 +2998,14 @@ Sums = HeadSums | Sequence[HeadSums]  # of one model, or of several untrained on
 def _estimates(sums: Sums, statistics: Callable[[dict, dict], dict], n: int, seed: int) -> Iterator[tuple]:
     """(key, value, low, high) for each of `statistics(scores, scores on left-out texts)`, arrays (R,).
 
-    For one model: its value and the 2.5 and 97.5 percentiles over n resamples of the texts. For a list of models: mean,
-    smallest and largest.
+    For one model: its value and the 95 % interval over n resamples of the texts. For a list of models: mean and range.
     """
+    limits = [0.025, 0.975] if isinstance(sums, HeadSums) else [0, 1]
+    tables = [each.scores() for each in ([sums] if isinstance(sums, HeadSums) else sums)]
+    together = {name: np.concatenate([table[name] for table in tables]) for name in _RATIOS}
+    values = resampled = statistics(together, together)
     if isinstance(sums, HeadSums):
-        values, resampled = statistics(sums.scores(), sums.scores()), statistics(*sums.bootstrap(n, seed))
-        limits = (0.025, 0.975)
-    else:
-        tables = [each.scores() for each in sums]
-        together = {name: np.concatenate([table[name] for table in tables]) for name in _RATIOS}
-        values = resampled = statistics(together, together)
-        limits = (0.0, 1.0)
+        resampled = statistics(*sums.bootstrap(n, seed))
     for key, value in values.items():
         yield key, float(np.mean(value)), *map(float, np.quantile(resampled[key], limits))
 
@@ -3059,8 +3013,8 @@ def _estimates(sums: Sums, statistics: Callable[[dict, dict], dict], n: int, see
 def class_shares(sums: Sums, thresholds: ScoreThresholds, n_bootstrap: int = 1000, seed: int = 0) -> pd.DataFrame:
     """Share of the heads in each class, columns class, share, low, high; "Specialised" is the sum of the first three.
 
-    For one model low..high is the 95 % bootstrap interval over texts: each resample is scored and classified anew. For
-    a list of models (the untrained seeds) the share is their mean and low..high their range.
+    For one model low and high are a 95 % interval over texts: each resample is scored and classified anew. For a list
+    of models (the untrained seeds) the share is their mean, low and high their range.
     """
     import pandas as pd
 
@@ -3105,21 +3059,16 @@ def _ablated_losses(
     return torch.cat(losses, dim=1).numpy()
 
 
-def head_ablation_map(
-    model: PicoLLM, idx: Tensor, means: Tensor | None = None, n_last: int | None = None
-) -> pd.DataFrame:
-    """Loss on held-out token windows (n_windows, T) with each head mean-ablated in turn.
+def head_ablation_map(model: PicoLLM, idx: Tensor, means: Tensor, n_last: int | None = None) -> pd.DataFrame:
+    """Loss on held-out token windows (n_windows, T), two or more, with each head mean-ablated in turn.
 
     Columns layer, head, loss and loss_increase in nats per token, standard_error, that of the increase over windows,
-    and matters, see `heads_that_matter`. The means are taken from `idx` unless given. With n_last the loss is that of
-    each window's last n_last predictions. Raises PicoError for fewer than two windows.
+    and matters, see `heads_that_matter`. `means` as in `ablated_hidden_states`. With n_last the loss is that of each
+    window's last n_last predictions.
     """
     import pandas as pd
 
-    if len(idx) < 2:
-        raise PicoError("An ablation map needs two windows or more, for its standard error.")
     heads = list(itertools.product(range(model.config.n_layer), range(model.config.n_head)))
-    means = mean_head_outputs(model, idx) if means is None else means
     losses = _ablated_losses(model, idx, [(), *((head,) for head in heads)], means, n_last)
     increase = losses[1:] - losses[0]
     table = pd.DataFrame(heads, columns=["layer", "head"]).assign(
@@ -3143,13 +3092,7 @@ def heads_that_matter(ablation: pd.DataFrame, n_windows: int) -> tuple[pd.Series
 
 
 def class_ablation(
-    model: PicoLLM,
-    idx: Tensor,
-    scores: pd.DataFrame,
-    means: Tensor | None = None,
-    n_sets: int = 99,
-    n_last: int | None = None,
-    seed: int = 0,
+    model: PicoLLM, idx: Tensor, scores: pd.DataFrame, means: Tensor, n_last: int | None = None, seed: int = 0
 ) -> pd.DataFrame:
     """Loss increase on token windows (n_windows, T) when all heads of a specialised class are mean-ablated together.
 
@@ -3157,18 +3100,17 @@ def class_ablation(
     class, n_heads, loss_increase in nats per token with low and high, the 95 % t interval over windows; n_random_sets,
     random_loss_increase, the mean over these sets of as many heads (`random_head_sets`), and p_value, the class's rank
     among them (`rank_p`, Holm-adjusted over the classes). The sets are compared on the first quarter of the windows, up
-    to 64 tokens and 16 predictions of each. `n_last` as in `head_ablation_map`.
+    to 64 tokens and 16 predictions of each. `means` and `n_last` as in `head_ablation_map`.
     """
     import pandas as pd
 
-    means = mean_head_outputs(model, idx) if means is None else means
     short, rows = idx[: max(1, len(idx) // 4), :65], []
     for name in SPECIALISED_CLASSES:
         heads = tuple(scores.loc[scores["class"] == name, ["layer", "head"]].itertuples(index=False, name=None))
         if not heads:
             continue
         base, own = _ablated_losses(model, idx, [(), heads], means, n_last)
-        sets = random_head_sets(heads, model.config.n_layer, model.config.n_head, n_sets, seed)
+        sets = random_head_sets(heads, model.config.n_layer, model.config.n_head, 99, seed)
         losses = _ablated_losses(model, short, [(), heads, *sets], means, min(n_last or 64, 16)).mean(axis=1)
         cost, *random_costs = losses[1:] - losses[0]
         average = float(np.mean(random_costs)) if sets else math.nan
@@ -3195,11 +3137,8 @@ def head_similarity(model: PicoLLM, windows: Tensor, drop_sink: bool = False) ->
     same window (n_windows, T), averaged over rows, then over windows: 0 for equal maps, 1 for disjoint ones (Clark et
     al. 2019 sum the divergence itself). `drop_sink` compares the maps without their first column. The noise floor is
     the distance of a head to itself between two windows, averaged over pairs of windows and heads: two heads that are
-    closer differ less from each other than one does from itself when the text changes. Raises PicoError for fewer than
-    two windows of 3 tokens.
+    closer differ less from each other than one does from itself when the text changes. Needs two windows of 3 tokens.
     """
-    if len(windows) < 2 or windows.shape[1] < 3:
-        raise PicoError("The similarity of heads needs at least two windows of three tokens or more.")
 
     def read(ids: Tensor) -> tuple[Tensor, Tensor]:
         layers: list[Tensor] = []
@@ -3223,27 +3162,23 @@ def head_similarity(model: PicoLLM, windows: Tensor, drop_sink: bool = False) ->
 
 
 def _baseline_sums(
-    model: PicoLLM, sources: Mapping[str, list[Tensor]], counts: np.ndarray | None, n_seeds: int, seed: int
-) -> Iterator[tuple[str, dict[str, HeadSums | list[HeadSums]]]]:
-    """For the model and each of its baselines the name, as in Study.shares, and the sums by source."""
-    device, generator = model.token_embedding.weight.device, torch.Generator().manual_seed(seed)
-    repeats = _induction_sequences(model.config, counts, seed)
+    model: PicoLLM, sources: dict[str, list[Tensor]], counts: np.ndarray | None, untrained: Iterable[PicoLLM], seed: int
+) -> dict[tuple[str, str], Sums]:
+    """The sums of the model and each of its baselines, by source and name as in Study.shares."""
+    repeats, generator = _induction_sequences(model.config, counts, seed), torch.Generator().manual_seed(seed)
 
     def shuffle(sequences: list[Tensor]) -> list[Tensor]:
         return [ids[torch.randperm(len(ids), generator=generator)] for ids in sequences]
 
-    yield "trained", head_sums(model, sources, repeats, counts)
     shuffled = {source: shuffle(sources[source]) for source in sorted(sources)}  # one generator, one order
-    yield "shuffled", head_sums(model, shuffled, shuffle(repeats), counts)
-    yield "uniform", head_sums(None, sources, repeats, counts)
-    others = (PicoLLM(model.config, other).to(device) for other in untrained_seeds(n_seeds))
-    untrained = [head_sums(other, sources, repeats, counts) for other in others]
-    yield "untrained", {source: [sums[source] for sums in untrained] for source in sources}
-
-
-def untrained_seeds(n: int) -> range:
-    """Seeds of the untrained models of a study, which its own model is not likely to have."""
-    return range(1000, 1000 + n)
+    sums = {
+        "trained": head_sums(model, sources, repeats, counts),
+        "shuffled": head_sums(model, shuffled, shuffle(repeats), counts),
+        "uniform": head_sums(None, sources, repeats, counts),
+    }
+    each = [head_sums(other, sources, repeats, counts) for other in untrained]
+    sums["untrained"] = {source: [of_model[source] for of_model in each] for source in sources}
+    return {(source, name): of for name, by_source in sums.items() for source, of in by_source.items()}
 
 
 # ======================================================================================================================
@@ -3271,31 +3206,25 @@ def correct(margins: Tensor) -> np.ndarray:
 def minimal_pair_accuracy(model: PicoLLM, pairs: Sequence[tuple[str, str]], seed: int = 0) -> PairResult:
     """How often a model finds the good sentence of (good, bad) more probable, as BLiMP counts (Warstadt et al. 2020).
 
-    The score of a sentence is its total log-probability after end-of-text. Raises PicoError for an empty list and for
-    a sentence that is no text, empty or longer than `max_positions` tokens, naming it.
+    The score of a sentence is its total log-probability after end-of-text. Raises PicoError for an empty list and,
+    naming it, for a sentence that is empty, no text or longer than `max_positions` tokens.
     """
     if not pairs:
         raise PicoError("There are no pairs to score; pass a list of (good, bad) sentences.")
-    tokenizer, limit, sequences = get_tokenizer(), model.config.max_positions, []
-    for index, pair in enumerate(pairs):
-        if isinstance(pair, str) or len(pair) != 2 or not all(isinstance(sentence, str) for sentence in pair):
-            raise PicoError(f"Pair {index} is {pair!r}; it must be two sentences, (good, bad).")
-        for name, sentence in zip(("good", "bad"), pair, strict=True):
-            ids = tokenizer.encode(sentence)
-            if not sentence.strip():
-                raise PicoError(f"The {name} sentence of pair {index} is empty; write at least one word.")
-            if len(ids) > limit:
-                raise PicoError(f"The {name} sentence of pair {index} has {len(ids)} tokens; the model reads {limit}.")
-            sequences.append(tuple(ids))
-    scores = {}
+
+    def log_probability(sentence: str, name: str) -> Tensor:
+        ids = [Tokenizer.end_of_text, *_encode_sentence(sentence, model, name)]
+        idx = torch.tensor([ids], device=model.token_embedding.weight.device)
+        return -model.token_losses(model.hidden_states(idx[:, :-1]), idx[:, 1:]).sum().cpu()
+
+    margins = torch.empty(len(pairs))
     with evaluating(model):
-        for length, equal in itertools.groupby(sorted(set(sequences), key=len), key=len):
-            idx = torch.tensor([[Tokenizer.end_of_text, *ids] for ids in equal])
-            for rows in idx.to(model.token_embedding.weight.device).split(max(1, _MAX_TOKENS // length)):
-                log_probs = -model.token_losses(model.hidden_states(rows[:, :-1]), rows[:, 1:]).sum(dim=1)
-                scores |= zip(map(tuple, rows[:, 1:].tolist()), log_probs.cpu(), strict=True)
-    good, bad = torch.stack([scores[ids] for ids in sequences]).view(-1, 2).unbind(1)
-    return PairResult(*bootstrap_interval(correct(good - bad), seed), good - bad)
+        for index, pair in enumerate(pairs):
+            if isinstance(pair, str) or len(pair) != 2:
+                raise PicoError(f"Pair {index} is {pair!r}; it must be two sentences, (good, bad).")
+            good, bad = map(log_probability, pair, (f"The {name} sentence of pair {index}" for name in ("good", "bad")))
+            margins[index] = good - bad
+    return PairResult(*bootstrap_interval(correct(margins), seed), margins)
 
 
 # The templates. Each returns the pairs of one item: (sentence up to the decision, right word, wrong word). [target] is
@@ -3347,9 +3276,9 @@ def _determiner_noun(random: Random, flip: bool) -> list[_Frame]:
 
 def _subject_verb(random: Random, flip: bool) -> list[_Frame]:
     first, second = random.sample(_PERSON.split(), 2)
-    near, adverb, verb = _pick(random, "near behind beside"), _pick(random, _OFTEN), _pick(random, _VERB)
-    one, many = verb + "s", verb
-    first, second, right, wrong = (first, second + "s", one, many) if flip else (first + "s", second, many, one)
+    near, adverb, many = _pick(random, "near behind beside"), _pick(random, _OFTEN), _pick(random, _VERB)
+    one = f"{many}s"
+    first, second, right, wrong = (first, f"{second}s", one, many) if flip else (f"{first}s", second, many, one)
     return [
         (f"The [{first}] {near} the ({second}) {adverb}", right, wrong),
         (f"The ({first}) that the [{second}] {adverb}", wrong, right),
@@ -3358,9 +3287,8 @@ def _subject_verb(random: Random, flip: bool) -> list[_Frame]:
 
 def _pronoun(random: Random, flip: bool) -> list[_Frame]:
     city, verb, job = _pick(random, _CITY), _pick(random, _SAY), _pick(random, "writer lawyer doctor teacher")
-    first, second, right, wrong = _pick(random, MEN), _pick(random, WOMEN), "he", "she"
-    if flip:
-        first, second, right, wrong = second, first, wrong, right
+    people = (_pick(random, MEN), "he"), (_pick(random, WOMEN), "she")
+    (first, right), (second, wrong) = reversed(people) if flip else people
     return [
         (f"[{first}] from ({city}) {verb} that", right, wrong),
         (f"({city}) {job} [{second}] {verb} that", wrong, right),
@@ -3370,9 +3298,8 @@ def _pronoun(random: Random, flip: bool) -> list[_Frame]:
 def _reflexive(random: Random, flip: bool) -> list[_Frame]:
     met, say = _pick(random, "met knew loved visited saw followed left"), _pick(random, _SAY)
     verb = _pick(random, "blamed hurt killed saved helped defended described praised protected trusted")
-    first, second, right, wrong = _pick(random, MEN), _pick(random, WOMEN), "himself", "herself"
-    if flip:
-        first, second, right, wrong = second, first, wrong, right
+    people = (_pick(random, MEN), "himself"), (_pick(random, WOMEN), "herself")
+    (first, right), (second, wrong) = reversed(people) if flip else people
     return [
         (f"[{first}] who {met} ({second}) {verb}", right, wrong),
         (f"({first}) {say} that [{second}] {verb}", wrong, right),
@@ -3410,11 +3337,9 @@ def _question(random: Random, flip: bool) -> list[_Frame]:
 
 def _collocation(random: Random, flip: bool) -> list[_Frame]:
     of_noun = random.choice(["importance", _pick(random, "knowledge fear awareness lack love")])
-    noun, preposition = _pick(random, _NOUN_PREPOSITION).split(":")
+    nouns = (of_noun, "of"), _pick(random, _NOUN_PREPOSITION).split(":")
     people, now = _pick(random, _PERSON) + "s", _pick(random, "now today here there")
-    first, second, right, wrong = of_noun, noun, "of", preposition
-    if flip:
-        first, second, right, wrong = second, first, wrong, right
+    (first, right), (second, wrong) = reversed(nouns) if flip else nouns
     return [
         (f"The [{first}] among the ({people}) {now}", right, wrong),
         (f"The ({people}) and the [{second}] {now}", wrong, right),
@@ -3494,19 +3419,15 @@ class MinimalPair:
     item: int  # the pairs of an item are role-swapped partners and controls of each other
     good: str
     bad: str
-    query: int  # the token before the last word, where the model decides
     target: int | None  # the token that decides which word is right; None in a control, where nothing stands out
     distractor: int | None  # stands where the target stands in the partner
 
 
 def make_pairs(phenomenon: str, n_items: int = 40, seed: int = 0) -> list[MinimalPair]:
-    """Pairs of a phenomenon, item after item, each drawn from its templates without repetition.
+    """Pairs of one of PHENOMENA, item after item of 2 or 4 pairs, each drawn from its templates without repetition.
 
-    An item has the same number of pairs (2 or 4) throughout a phenomenon. Raises PicoError for an unknown name and
-    when the templates hold fewer items.
+    Raises PicoError when the templates hold fewer items.
     """
-    if phenomenon not in PHENOMENA:
-        raise PicoError(f"Unknown phenomenon {phenomenon!r}; choose one of: {', '.join(PHENOMENA)}.")
     random, seen, pairs, item = Random(f"{phenomenon} {seed}"), set(), [], 0
     for _ in range(20 * n_items):
         if item == n_items:
@@ -3516,11 +3437,11 @@ def make_pairs(phenomenon: str, n_items: int = 40, seed: int = 0) -> list[Minima
             continue
         seen.update(frames)
         for sentence, right, wrong in frames:
-            words = sentence.split()
-            places = {word[0]: place for place, word in enumerate(words)}  # of [target] and (distractor)
+            places = {word[0]: place for place, word in enumerate(sentence.split())}  # of [target] and (distractor)
             text = re.sub(r"[\[\]()]", "", sentence)
-            positions = (len(words) - 1, places.get("["), places.get("("))
-            pairs.append(MinimalPair(phenomenon, item, f"{text} {right}", f"{text} {wrong}", *positions))
+            pairs.append(
+                MinimalPair(phenomenon, item, f"{text} {right}", f"{text} {wrong}", places.get("["), places.get("("))
+            )
         item += 1
     if item < n_items:
         raise PicoError(f"The templates of {phenomenon!r} give fewer than {n_items} different items; ask for fewer.")
@@ -3528,8 +3449,7 @@ def make_pairs(phenomenon: str, n_items: int = 40, seed: int = 0) -> list[Minima
 
 
 def _by_length(pairs: Sequence[MinimalPair]) -> Iterator[tuple[list[int], Tensor, Tensor]]:
-    """The pairs of each length: their places in the list, their tokens up to the decision (B, T), and the two last
-    words (B, 2), right and wrong."""
+    """Of pairs of each length the places in the list, tokens up to the decision (B, T), right and wrong word (B, 2)."""
     encode, groups = get_tokenizer().encode, {}
     for place, pair in enumerate(pairs):
         ids = [Tokenizer.end_of_text, *encode(pair.good)]
@@ -3546,9 +3466,9 @@ def _margins(model: PicoLLM, hidden: Tensor, words: Tensor) -> Tensor:
 
 
 def measure_pairs(model: PicoLLM, pairs: Sequence[MinimalPair]) -> tuple[Tensor, Tensor]:
-    """Margins (pairs,) in nats and target-minus-distractor attention (pairs, n_layer, H), both at the query.
+    """Margins (pairs,) in nats and target-minus-distractor attention (pairs, n_layer, H) at the decision; CPU, float32.
 
-    Controls have no target: their attention is NaN. CPU, float32.
+    Controls have no target: their attention is NaN.
     """
     margins = torch.empty(len(pairs))
     differences = torch.full((len(pairs), model.config.n_layer, model.config.n_head), math.nan)
@@ -3568,9 +3488,7 @@ def measure_pairs(model: PicoLLM, pairs: Sequence[MinimalPair]) -> tuple[Tensor,
     return margins, differences
 
 
-def ablated_margins(
-    model: PicoLLM, pairs: Sequence[MinimalPair], sets: Sequence[Heads], means: Tensor | None
-) -> np.ndarray:
+def ablated_margins(model: PicoLLM, pairs: Sequence[MinimalPair], sets: Sequence[Heads], means: Tensor) -> np.ndarray:
     """Margin of each item (sets, items), its pairs' mean, in nats, with each set of heads mean-ablated."""
     margins = torch.empty(len(sets), len(pairs))
     for rows, idx, words in _by_length(pairs):
@@ -3596,39 +3514,11 @@ def choose_and_test(differences: Tensor, n_heads: int) -> tuple[Heads, np.ndarra
     return tuple(sorted(divmod(index, differences.shape[2]) for index in best.tolist())), values.double().numpy()
 
 
-@dataclass(frozen=True)
-class LinguisticEvidence:
-    """What was measured for one phenomenon. Attention is a difference of weights, margins and losses are in nats.
-
-    The heads are chosen on one half of the items; their attention and what they are needed for is measured on the other
-    half. A low and a high are the 95 % bootstrap interval over items.
-    """
-
-    phenomenon: str
-    claim: str
-    n_items: int  # independent items
-    n_pairs: int  # (good, bad) pairs of all items: role swaps and controls
-    accuracy: float  # one half for a model that ignores the context
-    accuracy_low: float
-    accuracy_high: float
-    untrained_accuracy: float  # mean over the untrained models
-    untrained_accuracy_highest: float
-    n_heads: int  # as many as were chosen
-    heads: str
-    attention_difference: float  # attention to the target minus attention to the distractor, mean of the heads
-    attention_low: float
-    attention_high: float
-    untrained_attention_highest: float  # the same procedure on the untrained models
-    p_value: float  # of the attention: sign-flip test, Holm-adjusted over the phenomena
-    loss_increase: float  # of mean-ablating the heads, on held-out text, nats per token
-    margin_drop: float  # of mean-ablating the heads: loss of log-probability margin, right minus wrong word
-    margin_low: float
-    margin_high: float
-    n_random_sets: int = 0  # of as many heads; 0 where the other links fail or too few sets exist for a test
-    random_margin_drop: float = math.nan  # mean over these sets
-    random_margin_low: float = math.nan  # 95 % of these sets lie between low and high
-    random_margin_high: float = math.nan
-    needs_p_value: float = math.nan  # rank of the heads among these sets, Holm-adjusted over the phenomena ranked
+def _examine_pairs(model: PicoLLM, pairs: Sequence[MinimalPair], n_heads: int) -> tuple[np.ndarray, Heads, np.ndarray]:
+    """Of all pairs of a phenomenon: share of right choices (items,), and the results of `choose_and_test`."""
+    margins, differences = measure_pairs(model, pairs)
+    of_items = differences.view(pairs[-1].item + 1, -1, *differences.shape[1:]).nanmean(dim=1)
+    return correct(margins).reshape(len(of_items), -1).mean(axis=1), *choose_and_test(of_items, n_heads)
 
 
 NULL_ACCURACY = 0.6  # an interval wholly below one of these counts as evidence of absence
@@ -3636,16 +3526,16 @@ NULL_ATTENTION = 0.02  # difference of attention weights
 NULL_MARGIN = 0.01  # nats
 
 
-def _prefers(e: LinguisticEvidence) -> bool:
+def _prefers(e: NamedTuple) -> bool:
     return e.accuracy_low > max(0.5, e.untrained_accuracy_highest)
 
 
-def _looks(e: LinguisticEvidence) -> bool:
+def _looks(e: NamedTuple) -> bool:
     return e.p_value < SIGNIFICANCE and e.attention_low > max(NULL_ATTENTION, e.untrained_attention_highest)
 
 
-def verdict(e: LinguisticEvidence) -> tuple[str, str]:
-    """("supported" | "not supported" | "undecided", the reason as one sentence).
+def verdict(e: NamedTuple) -> tuple[str, str]:
+    """("supported" | "not supported" | "undecided", the reason as one sentence) of a row of `study_language`.
 
     A claim rests on three links, and each must hold for "supported": the accuracy's interval lies above 0.5 and above
     every untrained model; the attention difference has p < SIGNIFICANCE and its interval lies above NULL_ATTENTION and
@@ -3655,7 +3545,6 @@ def verdict(e: LinguisticEvidence) -> tuple[str, str]:
     """
     attention = (e.attention_difference, e.attention_low, e.attention_high, e.untrained_attention_highest)
     difference, low, high, untrained = (number(100 * value, 1) for value in attention)
-    drop, drop_low, drop_high = map(number, (e.margin_drop, e.margin_low, e.margin_high))
     prefers = (
         f"the model prefers the right word in {e.accuracy:.0%} of the pairs ({e.accuracy_low:.0%} to "
         f"{e.accuracy_high:.0%}; untrained models {e.untrained_accuracy:.0%}, at most "
@@ -3665,14 +3554,13 @@ def verdict(e: LinguisticEvidence) -> tuple[str, str]:
         f"{e.heads} give the word that decides {difference} percentage points more attention than the distractor "
         f"({low} to {high}, p = {e.p_value:.2g}; untrained models at most {untrained})"
     )
-    needs = f"without them the right word loses {drop} nats of its lead ({drop_low} to {drop_high})"
-    if e.n_random_sets:
-        needs += (
-            f", without as many random heads {number(e.random_margin_drop)} on average (p = {e.needs_p_value:.2g} by "
-            f"rank among {e.n_random_sets} sets)"
-        )
-    else:
-        needs += ", but the model has too few other sets of as many heads to compare with"
+    drop, low, high = map(number, (e.margin_drop, e.margin_low, e.margin_high))
+    needs = f"without them the right word loses {drop} nats of its lead ({low} to {high}), " + (
+        f"without as many random heads {number(e.random_margin_drop)} on average (p = {e.needs_p_value:.2g} by rank "
+        f"among {e.n_random_sets} sets)"
+        if e.n_random_sets
+        else "but the model has too few other sets of as many heads to compare with"
+    )
     needed = e.needs_p_value < SIGNIFICANCE and e.margin_drop - e.random_margin_drop > NULL_MARGIN
     links = [  # (what was found, whether it holds, its upper end, what refutes it if that is lower, the same in words)
         (prefers, _prefers(e), e.accuracy_high, NULL_ACCURACY, f"{NULL_ACCURACY:.0%}"),
@@ -3680,107 +3568,89 @@ def verdict(e: LinguisticEvidence) -> tuple[str, str]:
     ]
     if _prefers(e) and _looks(e):
         links.append((needs, needed, e.margin_high, NULL_MARGIN, f"{NULL_MARGIN} nats"))
-    against = [
-        f"{found}, wholly below {words}" for found, holds, high, limit, words in links if high < limit and not holds
-    ]
-    missing = [found for found, holds, *_ in links if not holds]
+    missing = [link for link in links if not link[1]]
+    against = [f"{found}, wholly below {words}" for found, _, high, limit, words in missing if high < limit]
     if against:
         return "not supported", f"The evidence is against it: {'; '.join(against)}."
     if missing:
-        return "undecided", f"The evidence does not suffice: {'; '.join(missing)}."
+        return "undecided", f"The evidence does not suffice: {'; '.join(found for found, *_ in missing)}."
     return "supported", f"All three links hold: {'; '.join(found for found, *_ in links)}."
 
 
 def _rank_heads(
-    model: PicoLLM, measured: Mapping[str, tuple[LinguisticEvidence, Heads]], means: Tensor, n_items: int, seed: int
-) -> dict[str, LinguisticEvidence]:
-    """The evidence with the rank of the chosen heads among random sets, for the phenomena whose other links hold.
+    model: PicoLLM, table: pd.DataFrame, pairs: list[list[MinimalPair]], heads: list[Heads], means: Tensor, seed: int
+) -> pd.DataFrame:
+    """Columns n_random_sets to needs_p_value of `study_language`, for a table of those before them.
 
     As many sets are drawn as it takes for the Holm-adjusted rank to be able to fall to half of SIGNIFICANCE.
     """
-    asked, ranked = [name for name, (e, _) in measured.items() if _prefers(e) and _looks(e)], {}
-    n_sets = max(99, math.ceil(2 / SIGNIFICANCE * len(asked)) - 1)
-    items = halves(n_items)[1]
-    for name in asked:
-        evidence, heads = measured[name]
-        sets = random_head_sets(heads, model.config.n_layer, model.config.n_head, n_sets, seed)
+    import pandas as pd
+
+    asked = [_prefers(e) and _looks(e) for e in table.itertuples()]
+    n_sets, rows = max(99, math.ceil(2 / SIGNIFICANCE * sum(asked)) - 1), []
+    for is_asked, group, chosen in zip(asked, pairs, heads, strict=True):
+        sets = random_head_sets(chosen, model.config.n_layer, model.config.n_head, n_sets, seed) if is_asked else []
         if 1 / (1 + len(sets)) >= SIGNIFICANCE:
+            rows.append((0, *[math.nan] * 4))
             continue
-        pairs = [pair for pair in make_pairs(name, n_items, seed) if pair.item in items]
-        margins = ablated_margins(model, pairs, [(), heads, *sets], means).mean(axis=1)
-        drop, *random_drops = margins[0] - margins[1:]
-        ranked[name] = dataclasses.replace(
-            evidence,
-            n_random_sets=len(sets),
-            random_margin_drop=float(np.mean(random_drops)),
-            random_margin_low=float(np.quantile(random_drops, 0.025)),
-            random_margin_high=float(np.quantile(random_drops, 0.975)),
-            needs_p_value=rank_p(drop, random_drops),
-        )
-    adjusted = holm([e.needs_p_value for e in ranked.values()])
-    for (name, evidence), p_value in zip(list(ranked.items()), adjusted, strict=True):
-        ranked[name] = dataclasses.replace(evidence, needs_p_value=float(p_value))
-    return {name: ranked.get(name, evidence) for name, (evidence, _) in measured.items()}
+        margins = ablated_margins(model, group, [(), chosen, *sets], means).mean(axis=1)
+        drop, *others = margins[0] - margins[1:]
+        rows.append((len(sets), np.mean(others), *np.quantile(others, [0.025, 0.975]), rank_p(drop, others)))
+    columns = ["n_random_sets", "random_margin_drop", "random_margin_low", "random_margin_high", "needs_p_value"]
+    ranks = pd.DataFrame(rows, columns=columns)
+    ranked = ranks["n_random_sets"] > 0
+    ranks.loc[ranked, "needs_p_value"] = holm(ranks.loc[ranked, "needs_p_value"])
+    return ranks
 
 
 def study_language(
-    model: PicoLLM,
-    *,
-    windows: Tensor,
-    untrained: Iterable[PicoLLM] | None = None,
-    n_items: int = 40,
-    n_heads: int = 3,
-    seed: int = 0,
+    model: PicoLLM, windows: Tensor, untrained: Iterable[PicoLLM], n_items: int = 40, n_heads: int = 3, seed: int = 0
 ) -> pd.DataFrame:
-    """Tests every phenomenon: a row each, the fields of LinguisticEvidence, `verdict` and `reason`.
+    """Tests every phenomenon, a row each. Attention is a difference of weights, margins and losses are in nats.
 
     `windows` (N, T) are tokens of held-out text: all of them give the mean output that ablated heads are set to, 128
-    positions of each of the first four the loss. `untrained` are the baseline, by default five models of other seeds.
-    The p-values speak of new items of the same templates, not of other constructions. Raises PicoError for fewer than 8
-    items.
+    positions of each of the first four the loss. The heads are chosen on one half of the items; what they look at and
+    are needed for is measured on the other. A low and a high are the 95 % bootstrap interval over items, and p-values
+    are Holm-adjusted; both speak of new items of the same templates, not of other constructions. Columns:
+
+    - phenomenon, claim, n_items and n_pairs, their (good, bad) pairs: role swaps and controls
+    - accuracy with low and high: one half for a model that ignores the context; untrained_accuracy, the mean of the
+      `untrained` models, untrained_accuracy_highest
+    - n_heads, heads; attention_difference with low and high: attention to the target minus attention to the distractor,
+      mean of the heads; untrained_attention_highest by the same procedure; p_value of a sign-flip test
+    - of mean-ablating the heads: loss_increase per token of held-out text; margin_drop with low and high: what the
+      right word loses of its log-probability margin
+    - n_random_sets of as many heads, 0 where accuracy or attention fails or too few exist for a test;
+      random_margin_drop, their mean, low and high where 95 % of them lie; needs_p_value, rank of the heads among them
+    - verdict, reason: see `verdict`
     """
     import pandas as pd
 
-    if n_items < 8:
-        raise PicoError(f"{n_items} items are too few for a half that chooses heads and one that tests them; use 40.")
-    if untrained is None:
-        device = model.token_embedding.weight.device
-        untrained = (PicoLLM(model.config, other).to(device) for other in untrained_seeds(5))
-    groups, tests = {name: make_pairs(name, n_items, seed) for name in PHENOMENA}, halves(n_items)[1]
-    # of each model and phenomenon: margins (pairs,), and (the heads chosen, their attention on the items that test)
-    found = [{name: measure_pairs(each, group) for name, group in groups.items()} for each in (model, *untrained)]
-    correct_of = [{name: correct(margins) for name, (margins, _) in each.items()} for each in found]
-    looks_of = [
-        {
-            name: choose_and_test(d.view(n_items, -1, *d.shape[1:]).nanmean(dim=1), n_heads)
-            for name, (_, d) in each.items()
-        }
-        for each in found
-    ]
-    p_values = holm([sign_flip_p(values, seed) for _, values in looks_of[0].values()])
-    means, measured = mean_head_outputs(model, windows), {}
-    chosen = [heads for heads, _ in looks_of[0].values()]
-    losses = _ablated_losses(model, windows[:4, :129], [(), *chosen], means).mean(axis=1)
-    for (name, group), p_value, loss in zip(groups.items(), p_values, losses[1:], strict=True):
-        heads, attention = looks_of[0][name]
-        accuracies = [each[name].mean() for each in correct_of[1:]]
-        margins = ablated_margins(model, [pair for pair in group if pair.item in tests], [(), heads], means)
-        evidence = LinguisticEvidence(
-            *(name, PHENOMENA[name].claim, n_items, len(group)),
-            *bootstrap_interval(correct_of[0][name].reshape(n_items, -1).mean(axis=1), seed),
-            *(float(np.mean(accuracies)), float(max(accuracies))),
-            *(len(heads), ", ".join(head_name(*head) for head in heads)),
-            *bootstrap_interval(attention, seed),
-            float(max(each[name][1].mean() for each in looks_of[1:])),
-            *(float(p_value), float(loss - losses[0])),
-            *bootstrap_interval(margins[0] - margins[1], seed),
-        )
-        measured[name] = (evidence, heads)
-    rows = [
-        asdict(e) | dict(zip(("verdict", "reason"), verdict(e), strict=True))
-        for e in _rank_heads(model, measured, means, n_items, seed).values()
-    ]
-    return pd.DataFrame(rows)
+    groups = [make_pairs(name, n_items, seed) for name in PHENOMENA]
+    models = itertools.chain([model], untrained)
+    own, *others = [[_examine_pairs(each, pairs, n_heads) for pairs in groups] for each in models]
+    choices, heads, attention = map(list, zip(*own, strict=True))
+    accuracies = [[items.mean() for items, _, _ in other] for other in others]
+    means, estimate = mean_head_outputs(model, windows), functools.partial(bootstrap_interval, seed=seed)
+    losses = _ablated_losses(model, windows[:4, :129], [(), *heads], means).mean(axis=1)
+    tested = [[pair for pair in pairs if pair.item in halves(n_items)[1]] for pairs in groups]
+    margins = [ablated_margins(model, pairs, [(), each], means) for pairs, each in zip(tested, heads, strict=True)]
+
+    table = pd.DataFrame({"phenomenon": list(PHENOMENA), "claim": [each.claim for each in PHENOMENA.values()]})
+    table["n_items"], table["n_pairs"] = n_items, list(map(len, groups))
+    table[["accuracy", "accuracy_low", "accuracy_high"]] = list(map(estimate, choices))
+    table["untrained_accuracy"] = np.mean(accuracies, axis=0)
+    table["untrained_accuracy_highest"] = np.max(accuracies, axis=0)
+    table["n_heads"] = list(map(len, heads))
+    table["heads"] = [", ".join(itertools.starmap(head_name, each)) for each in heads]
+    table[["attention_difference", "attention_low", "attention_high"]] = list(map(estimate, attention))
+    table["untrained_attention_highest"] = np.max([[each.mean() for _, _, each in other] for other in others], axis=0)
+    table["p_value"] = holm([sign_flip_p(each, seed) for each in attention])
+    table["loss_increase"] = losses[1:] - losses[0]
+    table[["margin_drop", "margin_low", "margin_high"]] = [estimate(intact - ablated) for intact, ablated in margins]
+    table = table.join(_rank_heads(model, table, tested, heads, means, seed))
+    verdicts, reasons = zip(*map(verdict, table.itertuples()), strict=True)
+    return table.assign(verdict=verdicts, reason=reasons)
 
 
 @dataclass(frozen=True)
@@ -3809,33 +3679,28 @@ def _study_scores(
     sentences: Mapping[str, Sequence[str]],
     windows: Tensor,
     counts: np.ndarray | None,
-    n_seeds: int,
+    untrained: Iterable[PicoLLM],
     n_bootstrap: int,
     seed: int,
 ) -> dict[str, object]:
     """What a Study holds of the heads' scores, by its field: the model's own, its baselines' and the thresholds."""
     import pandas as pd
 
-    texts = [text for members in sentences.values() for text in members]
-    sources, sums = {"windows": _as_sequences(None, windows), "sentences": _as_sequences(texts, None)}, {}
-    for name, by_source in _baseline_sums(model, sources, counts, n_seeds, seed):
-        sums |= {(source, name): of_source for source, of_source in by_source.items()}
-    untrained = [pd.concat(each.table() for each in sums[source, "untrained"]) for source in sources]
-    thresholds = score_thresholds(*untrained)
+    texts = list(itertools.chain(*sentences.values()))
+    sources = {"windows": _as_sequences(idx=windows), "sentences": _as_sequences(texts)}
+    sums = _baseline_sums(model, sources, counts, untrained, seed)
+    thresholds = score_thresholds(*(pd.concat(each.table() for each in sums[name, "untrained"]) for name in sources))
 
     def for_all(summarise: Callable[[Sums], pd.DataFrame]) -> pd.DataFrame:
         rows = pd.concat({key: summarise(each) for key, each in sums.items()}, names=["source", "model"])
         return rows.reset_index(["source", "model"]).reset_index(drop=True)
 
     tables = {source: sums[source, "trained"].table(thresholds) for source in sources}
-    categories, start = [], 0
-    for category, members in sentences.items():  # the classes on the sentences of one category alone
-        own = dataclasses.replace(
-            sums["sentences", "trained"], texts=sums["sentences", "trained"].texts[:, start : start + len(members)]
-        )
-        classes = own.table(thresholds)["class"]
+    own, categories = sums["sentences", "trained"], []
+    ends = np.cumsum([len(members) for members in sentences.values()])
+    for category, of_texts in zip(sentences, np.split(own.texts, ends[:-1], axis=1), strict=True):
+        classes = HeadSums(of_texts, own.repeats).table(thresholds)["class"]  # on this category's sentences alone
         categories += [(category, name, float((classes == name).mean())) for name in HEAD_CLASSES]
-        start += len(members)
     return {
         "scores": pd.concat(tables, names=["source"]).reset_index("source").reset_index(drop=True),
         "shares": for_all(lambda each: class_shares(each, thresholds, n_bootstrap, seed)),
@@ -3843,6 +3708,11 @@ def _study_scores(
         "categories": pd.DataFrame(categories, columns=["category", "class", "share"]),
         "thresholds": thresholds,
     }
+
+
+def untrained_models(model: PicoLLM, seeds: Iterable[int]) -> Iterator[PicoLLM]:
+    """Untrained models of the same configuration, one at a time."""
+    return (PicoLLM(model.config, seed).to(model.token_embedding.weight.device) for seed in seeds)
 
 
 def study_model(
@@ -3857,7 +3727,6 @@ def study_model(
     n_bootstrap: int = 1000,
     n_items: int = 40,
     seed: int = 0,
-    bar: tqdm | None = None,
 ) -> Study:
     """The whole study of a model.
 
@@ -3865,27 +3734,30 @@ def study_model(
     short sentences alone cannot separate the classes. The baselines are n_seeds untrained models of the same
     configuration, the model itself on shuffled tokens, and one uniform head; one set of thresholds, from the untrained
     heads on both sources, serves both. `history` and `metrics` are rows of the training run, kept with the study.
-    Ablations read about 2,000 tokens and predict the last ones of each window. A given `bar` moves by five steps.
+    Ablations read about 2,000 tokens and predict the last ones of each window. Raises PicoError for too little text.
     """
     import pandas as pd
 
+    if len(windows) < 2 or windows.shape[1] < 3:
+        raise PicoError("The study needs two windows of held-out text, three tokens or more each; use a larger corpus.")
     ablated, compared = windows[: max(2, 2048 // windows.shape[1])], windows[:8]
     n_ablations = len(ablated) * model.config.n_layer * model.config.n_head
     n_last = min(windows.shape[1] - 1, max(1, _MAX_PREDICTIONS // n_ablations))
-    with progress(total=5, desc="Study", unit="step") if bar is None else contextlib.nullcontext(bar) as bar:
-        parts = _study_scores(model, sentences, windows, token_counts, n_seeds, n_bootstrap, seed)
+    seeds = range(1000, 1000 + n_seeds)  # the model's own is hardly among them
+    with progress(total=5, desc="Study", unit="step") as bar:
+        untrained = untrained_models(model, seeds)
+        parts = _study_scores(model, sentences, windows, token_counts, untrained, n_bootstrap, seed)
         bar.update()
         means = mean_head_outputs(model, windows)
         parts["ablation"] = head_ablation_map(model, ablated, means, n_last)
         bar.update()
-        scores = on_windows(parts["scores"])
-        parts["class_ablation"] = class_ablation(model, ablated, scores, means, n_last=n_last, seed=seed)
+        parts["class_ablation"] = class_ablation(model, ablated, on_windows(parts["scores"]), means, n_last, seed)
         bar.update()
-        for suffix in ("", "_without_sink"):
-            distances = head_similarity(model, compared, drop_sink=bool(suffix))
-            parts |= dict(zip(("distances" + suffix, "noise_floor" + suffix), distances, strict=True))
+        parts["distances"], parts["noise_floor"] = head_similarity(model, compared)
+        without_sink = head_similarity(model, compared, drop_sink=True)
+        parts["distances_without_sink"], parts["noise_floor_without_sink"] = without_sink
         bar.update()
-        parts["language"] = study_language(model, windows=windows, n_items=n_items, seed=seed)
+        parts["language"] = study_language(model, windows, untrained_models(model, seeds), n_items, seed=seed)
         bar.update()
     settings = {
         "n_texts": sum(map(len, sentences.values())),
@@ -3895,7 +3767,7 @@ def study_model(
         "ablation_mode": "mean",
         "ablation_predictions": len(ablated) * n_last,
         "similarity_windows": len(compared),
-        "untrained_seeds": list(untrained_seeds(n_seeds)),
+        "untrained_seeds": list(seeds),
         "n_bootstrap": n_bootstrap,
         "seed": seed,
         "rare_by": "training counts" if token_counts is not None else "counts within the texts",

@@ -24,14 +24,7 @@ def make_capture(text: str, n_layer: int = 2, n_head: int = 2, seed: int = 0) ->
             scores[layer, head] += 4.0 * {0: distance == 0, 1: distance == 1, 2: np.arange(n) == 0}.get(kind, 0)
     weights = np.exp(scores) * np.tri(n)
     weights /= weights.sum(-1, keepdims=True)
-    return pico.AttentionCapture(
-        text,
-        ids,
-        tokenizer.labels(ids),
-        tokenizer.offsets(ids),
-        torch.tensor(weights, dtype=torch.float32),
-        torch.zeros(n, 1),
-    )
+    return pico.AttentionCapture(text, ids, tokenizer.labels(ids), torch.tensor(weights, dtype=torch.float32))
 
 
 def make_study(n_layer: int = 2, n_head: int = 2, trained: bool = True, seed: int = 0) -> pico.Study:

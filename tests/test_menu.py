@@ -388,7 +388,7 @@ def test_command_line_trains_explores_and_generates(tmp_path, corpus_folder, cap
         (["train", "--n-layer", "0"], "n_layer must be"),
         (["analyze", "--checkpoint", "README.md"], "README.md "),
         (["explore", ""], "The sentence is empty"),
-        (["explore", "A good one.", "word " * 600], "A sentence of 601 tokens exceeds the model's 512"),
+        (["explore", "A good one.", "word " * 600], "The sentence has 601 tokens; the model reads 512"),
         (["generate", "A", "--temperature", "-1"], "Generation needs"),
         (["publish", "--checkpoint", "results"], "There is no checkpoint results"),
     ],
