@@ -2553,8 +2553,13 @@ def ablated_hidden_states(
     Each (layer, head) of a set writes its mean output (`mean_head_outputs`) at every position. That takes away what the
     head tells about the text and leaves its constant part, which the later layers rely on (Wang et al. 2022). With
     n_last, only that many last positions are returned. The sets run side by side, and those that agree up to a layer
-    are one until there: the layers below the lowest ablated head, and an empty set, cost next to nothing.
+    are one until there: the layers below the lowest ablated head, and an empty set, cost next to nothing. Raises
+    PicoError for a head that does not exist.
     """
+    n_layer, n_head = model.config.n_layer, model.config.n_head
+    for layer, head in itertools.chain(*sets):
+        if not (0 <= layer < n_layer and 0 <= head < n_head):
+            raise PicoError(f"There is no head {head_name(layer, head)} in {n_layer} layers of {n_head}.")
     means = means.to(model.token_embedding.weight)
     cos, sin = model.rope_cos[: idx.shape[1]], model.rope_sin[: idx.shape[1]]
     for batch in idx.to(means.device).split(max(1, _MAX_TOKENS // (len(sets) * idx.shape[1]))):
@@ -2569,7 +2574,7 @@ def ablated_hidden_states(
                 x, y = x[before], outputs[-1].unflatten(0, (len(x), -1))[before]
                 for place, (_, heads) in enumerate(states):
                     y[place][:, :, list(heads)] = means[layer, list(heads)]
-                if n_last and layer == model.config.n_layer - 1:
+                if n_last and layer == n_layer - 1:
                     x, y = x[:, :, -n_last:], y[:, :, -n_last:]
                 x = x + F.linear(y.flatten(-2), block.attention.out_proj.weight)
                 x = x + block.mlp(block.mlp_norm(x))
@@ -3211,20 +3216,20 @@ def minimal_pair_accuracy(model: PicoLLM, pairs: Sequence[tuple[str, str]], seed
     """
     if not pairs:
         raise PicoError("There are no pairs to score; pass a list of (good, bad) sentences.")
-
-    def log_probability(sentence: str, name: str) -> Tensor:
-        ids = [Tokenizer.end_of_text, *_encode_sentence(sentence, model, name)]
-        idx = torch.tensor([ids], device=model.token_embedding.weight.device)
-        return -model.token_losses(model.hidden_states(idx[:, :-1]), idx[:, 1:]).sum().cpu()
-
-    margins = torch.empty(len(pairs))
+    sequences, scores = [], {}
+    for index, pair in enumerate(pairs):
+        if isinstance(pair, str) or len(pair) != 2:
+            raise PicoError(f"Pair {index} is {pair!r}; it must be two sentences, (good, bad).")
+        for name, sentence in zip(("good", "bad"), pair, strict=True):
+            sequences.append(tuple(_encode_sentence(sentence, model, f"The {name} sentence of pair {index}")))
     with evaluating(model):
-        for index, pair in enumerate(pairs):
-            if isinstance(pair, str) or len(pair) != 2:
-                raise PicoError(f"Pair {index} is {pair!r}; it must be two sentences, (good, bad).")
-            good, bad = map(log_probability, pair, (f"The {name} sentence of pair {index}" for name in ("good", "bad")))
-            margins[index] = good - bad
-    return PairResult(*bootstrap_interval(correct(margins), seed), margins)
+        for length, equal in itertools.groupby(sorted(set(sequences), key=len), key=len):
+            idx = torch.tensor([[Tokenizer.end_of_text, *ids] for ids in equal])
+            for rows in idx.to(model.token_embedding.weight.device).split(max(1, _MAX_TOKENS // length)):
+                log_probs = -model.token_losses(model.hidden_states(rows[:, :-1]), rows[:, 1:]).sum(dim=1)
+                scores |= zip(map(tuple, rows[:, 1:].tolist()), log_probs.cpu(), strict=True)
+    good, bad = torch.stack([scores[ids] for ids in sequences]).view(-1, 2).unbind(1)
+    return PairResult(*bootstrap_interval(correct(good - bad), seed), good - bad)
 
 
 # The templates. Each returns the pairs of one item: (sentence up to the decision, right word, wrong word). [target] is

@@ -520,6 +520,11 @@ def test_mean_head_outputs():
     assert model.training
 
 
+def test_a_head_that_does_not_exist_is_not_ablated_silently():
+    with pytest.raises(ph.PicoError, match="no head L5H0 in 2 layers of 2"):
+        list(ph.ablated_hidden_states(ph.PicoLLM(CONFIG), random_windows(2, 16), [((5, 0),)], torch.zeros(2, 2, 8)))
+
+
 # ---- random sets ---------------------------------------------------------------------------------
 
 
