@@ -4011,10 +4011,11 @@ _SCORES = {  # a score, what it looks at, and the class that heads of a high sco
 _EMERGING = ("previous", "self", "induction", "duplicate", "sink")
 _MAX_LABELS = 40  # tokens in a heatmap
 _MAX_NODES = 20  # tokens in a flow graph
+_LEGEND = {"frameon": False, "fontsize": 8}
 
 
-def new_figure(width: float, height: float, title: str = "") -> Figure:
-    """A white figure in inches whose parts find their places themselves, with a bold title that is wrapped to fit."""
+def new_figure(width: float, height: float, title: str = "", **subplots) -> tuple[Figure, Axes | np.ndarray]:
+    """A white figure in inches and its axes, which `subplots` tells Figure.subplots; a bold title is wrapped to fit."""
     from matplotlib.figure import Figure
 
     warnings.filterwarnings("ignore", r"Glyph \d+ .* missing from font")  # a box stands for what the font lacks
@@ -4023,7 +4024,7 @@ def new_figure(width: float, height: float, title: str = "") -> Figure:
     figure.get_layout_engine().set(w_pad=0.07, h_pad=0.07)
     if lines:
         figure.suptitle("\n".join(lines), x=0.01, ha="left", fontsize=10, weight="bold")
-    return figure
+    return figure, figure.subplots(**subplots)
 
 
 def save_figure(figure: Figure, path: str | Path, svg: bool = True) -> list[Path]:
@@ -4087,11 +4088,11 @@ def number_repeats(labels: Sequence[str]) -> list[str]:
     return numbered
 
 
-def _short_labels(labels: Sequence[str], limit: int) -> list[str]:
+def _short_labels(labels: Sequence[str], limit: int = _MAX_LABELS) -> list[str]:
     return number_repeats([_literal(label if len(label) <= 14 else f"{label[:12]}…") for label in labels[:limit]])
 
 
-def _sentence_title(capture: AttentionCapture, limit: int) -> str:
+def _sentence_title(capture: AttentionCapture, limit: int = _MAX_LABELS) -> str:
     n = len(capture.labels)
     return (f"First {limit} of {n} tokens of " if n > limit else "") + f"“{capture.text}”"
 
@@ -4124,7 +4125,7 @@ def choose_heads(scores: pd.DataFrame, n: int = 4) -> list[tuple[int, int]]:
 # -- Sentences
 
 
-def _pattern(capture: AttentionCapture, head: tuple[int, int], limit: int) -> np.ndarray:
+def _pattern(capture: AttentionCapture, head: tuple[int, int], limit: int = _MAX_LABELS) -> np.ndarray:
     """A head's map of the first tokens, (T, T); later tokens, which a row cannot see, are NaN."""
     n_layer, n_head = capture.weights.shape[:2]
     if not (0 <= head[0] < n_layer and 0 <= head[1] < n_head):
@@ -4144,41 +4145,38 @@ def _draw_map(axes: Axes, values: np.ndarray, labels: Sequence[str], columns: bo
         axes.set(xlabel="token looked at", ylabel="token that looks")
 
 
-def plot_attention_heatmap(capture: AttentionCapture, layer: int, head: int) -> Figure:
-    """The map of one head: each row is the token doing the looking, its colours say where it looks."""
-    return plot_chosen_heads(capture, [(layer, head)])
+def _name_heads(panels: Iterable[Axes], heads: Sequence[tuple[int, int]], scores: pd.DataFrame | None) -> None:
+    """Each panel's title is its head and, where scores are given, what the head is."""
+    kinds = None if scores is None else head_kinds(scores)
+    for axes, head in zip(panels, heads, strict=False):
+        words = "" if kinds is None else "\n" + kinds.words[head].replace(": ", "\n")
+        axes.set_title(head_name(*head) + words, loc="left", fontsize=9)
 
 
 def plot_chosen_heads(
     capture: AttentionCapture, heads: Sequence[tuple[int, int]], scores: pd.DataFrame | None = None
 ) -> Figure:
     """The maps of some (layer, head); `scores`, as in Study, add what each head is."""
-    labels, kinds = _short_labels(capture.labels, _MAX_LABELS), None if scores is None else head_kinds(scores)
-    n_columns, side = min(2, len(heads)), max(2.6, 0.15 * len(labels))
-    n_rows = math.ceil(len(heads) / n_columns)
+    labels, n_columns = _short_labels(capture.labels), min(2, len(heads))
+    n_rows, side = math.ceil(len(heads) / n_columns), max(2.6, 0.15 * len(labels))
     size = max(4.5, n_columns * (side + 0.8) + 0.8), n_rows * (side + 1.2) + 0.3
-    figure = new_figure(*size, _sentence_title(capture, _MAX_LABELS))
-    panels = list(figure.subplots(n_rows, n_columns, squeeze=False).flat)
-    for axes in panels[len(heads) :]:
+    grid = {"nrows": n_rows, "ncols": n_columns, "squeeze": False}
+    figure, panels = new_figure(*size, _sentence_title(capture), **grid)
+    for axes in panels.flat[len(heads) :]:
         axes.remove()
-    for axes, head in zip(panels, heads, strict=False):
-        _draw_map(axes, _pattern(capture, head, _MAX_LABELS), labels)
-        _name_head(axes, head, kinds)
-    _color_bar(panels[: len(heads)], "share of attention")
+    panels = panels.flat[: len(heads)]
+    for axes, head in zip(panels, heads, strict=True):
+        _draw_map(axes, _pattern(capture, head), labels)
+    _name_heads(panels, heads, scores)
+    _color_bar(panels, "share of attention")
     return figure
-
-
-def _name_head(axes: Axes, head: tuple[int, int], kinds: pd.DataFrame | None) -> None:
-    words = "" if kinds is None else "\n" + kinds.words[head].replace(": ", "\n")
-    axes.set_title(head_name(*head) + words, loc="left", fontsize=9)
 
 
 def plot_all_heads(capture: AttentionCapture) -> Figure:
     """Maps of every layer and head as one tiled map: a row of tiles a layer, a column a head."""
     n_layer, n_head, n, _ = capture.weights.shape
     tile = min(0.95, 8.0 / max(n_layer, n_head))
-    figure = new_figure(max(4.5, n_head * tile + 1.6), n_layer * tile + 1.2, _sentence_title(capture, n))
-    axes = figure.subplots()
+    figure, axes = new_figure(max(4.5, n_head * tile + 1.6), n_layer * tile + 1.2, _sentence_title(capture, n))
     weights = np.where(np.tri(n, dtype=bool), np.asarray(capture.weights), np.nan)
     _draw_map(axes, weights.transpose(0, 2, 1, 3).reshape(n_layer * n, n_head * n), [], columns=False)
     axes.hlines(np.arange(n_layer + 1) * n, 0, n_head * n, "white", linewidth=2)
@@ -4194,19 +4192,18 @@ def plot_category(
     captures: Sequence[AttentionCapture], heads: Sequence[tuple[int, int]], scores: pd.DataFrame | None = None
 ) -> Figure:
     """The sheet of a category: a row a sentence, a column a chosen head."""
-    counts, kinds = [min(len(c.labels), _MAX_LABELS) for c in captures], None if scores is None else head_kinds(scores)
+    counts = [min(len(capture.labels), _MAX_LABELS) for capture in captures]
     cell = 2.1 / max(*counts, 14)
-    figure = new_figure(1.8 + 2.2 * len(heads), max(2.4, 1.1 + cell * sum(counts) + 0.12 * len(counts)))
-    panels = figure.subplots(len(captures), len(heads), squeeze=False, height_ratios=counts)
+    size = 1.8 + 2.2 * len(heads), max(2.4, 1.1 + cell * sum(counts) + 0.12 * len(counts))
+    grid = {"nrows": len(captures), "ncols": len(heads), "squeeze": False}
+    figure, panels = new_figure(*size, height_ratios=counts, **grid)
     for (row, column), axes in np.ndenumerate(panels):
-        labels = _short_labels(captures[row].labels, _MAX_LABELS)
-        pattern = _pattern(captures[row], heads[column], _MAX_LABELS)
-        _draw_map(axes, pattern, [] if column else labels, columns=False)
+        labels = [] if column else _short_labels(captures[row].labels)
+        _draw_map(axes, _pattern(captures[row], heads[column]), labels, columns=False)
         axes.tick_params(labelsize=min(7, 72 * cell))
         axes.set(anchor="NW", xlim=(0, max(counts)))
-        if row == 0:
-            _name_head(axes, heads[column], kinds)
-    _color_bar(list(panels.flat), "share of attention")
+    _name_heads(panels[0], heads, scores)
+    _color_bar(panels.flat, "share of attention")
     return figure
 
 
@@ -4240,11 +4237,12 @@ def plot_attention_flow(
     """
     import networkx
 
-    n, kinds = min(len(capture.labels), _MAX_NODES), None if scores is None else head_kinds(scores)
+    n, classes = min(len(capture.labels), _MAX_NODES), None if scores is None else head_kinds(scores)["class"]
     reach = 0.32 * n + 1  # of the longest arc, in rows
-    figure = new_figure(len(heads) * max(2.4, 1.1 + 0.27 * reach), 1.3 + 0.27 * n, _sentence_title(capture, _MAX_NODES))
-    for axes, head in zip(figure.subplots(1, len(heads), squeeze=False).flat, heads, strict=True):
-        color = "#222222" if kinds is None else CLASS_COLORS[kinds["class"][head]]
+    size = len(heads) * max(2.4, 1.1 + 0.27 * reach), 1.3 + 0.27 * n
+    figure, panels = new_figure(*size, _sentence_title(capture, _MAX_NODES), ncols=len(heads), squeeze=False)
+    for axes, head in zip(panels.flat, heads, strict=True):
+        color = "#222222" if classes is None else CLASS_COLORS[classes[head]]
         graph = attention_graph(_pattern(capture, head, n), capture.labels)
         arcs = {(i, j): weight for i, j, weight in graph.edges(data="weight") if i != j}
         rings = [graph.edges[i, i]["weight"] if graph.has_edge(i, i) else 0 for i in graph]
@@ -4257,7 +4255,7 @@ def plot_attention_flow(
         axes.spines[:].set_visible(False)
         axes.tick_params(left=False, bottom=False, labelleft=True, labelbottom=False, labelsize=8)
         axes.set_yticks(range(n), [label for _, label in graph.nodes(data="label")])
-        _name_head(axes, head, kinds)
+    _name_heads(panels.flat, heads, scores)
     return figure
 
 
@@ -4272,22 +4270,16 @@ def attention_rollout(weights: np.ndarray) -> np.ndarray:
     return functools.reduce(lambda below, layer: (layer + identity) / 2 @ below, layers, identity)
 
 
-def rollout_difference(weights: np.ndarray) -> np.ndarray:
-    """Rollout of (n_layer, H, T, T) minus that of uniform heads, (T, T); NaN where a token cannot look."""
-    n_layer, _, n_tokens, _ = weights.shape
-    difference = attention_rollout(weights) - attention_rollout(uniform_attention(n_layer, n_tokens))
-    return np.where(np.tri(n_tokens, dtype=bool), difference, np.nan)
-
-
 def plot_rollout(capture: AttentionCapture) -> Figure:
     """Attention rollout minus that of uniform heads: blue where more, red where less of an input arrives."""
-    labels = _short_labels(capture.labels, _MAX_LABELS)
-    difference = rollout_difference(capture.weights)[: len(labels), : len(labels)]
+    labels, (n_layer, _, n_tokens, _) = _short_labels(capture.labels), capture.weights.shape
+    difference = attention_rollout(capture.weights) - attention_rollout(uniform_attention(n_layer, n_tokens))
+    difference[~np.tri(n_tokens, dtype=bool)] = np.nan  # a token cannot look there
+    difference = difference[: len(labels), : len(labels)]
     # noise stays pale; the first column, which often towers over the others, may be beyond the scale
     limit = max(float(np.nanmax(np.abs(difference[1:, 1:]), initial=0)), 0.05)
     side = max(3.2, 0.16 * len(labels))
-    figure = new_figure(side + 2.0, side + 1.2, _sentence_title(capture, _MAX_LABELS))
-    axes = figure.subplots()
+    figure, axes = new_figure(side + 2.0, side + 1.2, _sentence_title(capture))
     _draw_map(axes, difference, labels, cmap="RdBu", vmin=-limit, vmax=limit)
     axes.set(xlabel="token that it comes from", ylabel="position that it reaches")
     _color_bar([axes], "rollout minus that of uniform heads")
@@ -4297,15 +4289,15 @@ def plot_rollout(capture: AttentionCapture) -> Figure:
 # -- The model
 
 
-def plot_loss_curve(rows: Sequence[dict] | pd.DataFrame, uniform_loss: float = math.log(50257)) -> Figure:
+def plot_loss_curve(rows: Sequence[dict] | pd.DataFrame) -> Figure:
     """Training and validation loss by step; `rows` have step, train_loss, val_loss (missing: not measured).
 
     The dotted line is the loss of a model that guesses every token alike, ln of the vocabulary.
     """
     import pandas as pd
 
-    figure = new_figure(7, 4)
-    axes, table = figure.subplots(), pd.DataFrame(rows)
+    table, uniform_loss = pd.DataFrame(rows), math.log(Tokenizer.end_of_text + 1)
+    figure, axes = new_figure(7, 4)
     for key, name, style in (
         ("train_loss", "training", {"color": GREY, "linewidth": 1.2}),
         ("val_loss", "held-out text", {"color": MODEL_COLORS["trained"], "marker": "o", "markersize": 3.5}),
@@ -4315,7 +4307,7 @@ def plot_loss_curve(rows: Sequence[dict] | pd.DataFrame, uniform_loss: float = m
     label = f"guessing all tokens alike ({uniform_loss:.2f})"
     axes.axhline(uniform_loss, color=MODEL_COLORS["uniform"], linestyle=":", linewidth=1.5, label=label)
     tidy_axes(axes, xlabel="step", ylabel="loss (nats per token)", xlim=(0, None))
-    axes.legend(frameon=False, fontsize=8)
+    axes.legend(**_LEGEND)
     return figure
 
 
@@ -4325,19 +4317,18 @@ def plot_head_emergence(history: Sequence[dict] | pd.DataFrame, thresholds: Scor
     import seaborn
 
     best, thresholds = best_heads(pd.DataFrame(history))[list(_EMERGING)], thresholds or ScoreThresholds()
-    figure = new_figure(8, 4.5)
-    axes = figure.subplots()
+    figure, axes = new_figure(8, 4.5)
     names = {kind: f"{kind}: {_SCORES[kind][0]}" for kind in _EMERGING}
     colors = [CLASS_COLORS[_SCORES[kind][1]] for kind in _EMERGING]
     seaborn.lineplot(best[best.index > 0].rename(columns=names), palette=colors, markers=True, linewidth=1.8, ax=axes)
     for tau in sorted({thresholds.tau[kind] for kind in _EMERGING}):
         axes.axhline(tau, color=GREY, linestyle="--", linewidth=1, label=f"threshold ({tau:.2f})")
     if 0 in best.index:
-        style, untrained = {"color": MODEL_COLORS["untrained"], "linestyle": ":"}, best.loc[0].max()
-        axes.axhline(untrained, label=f"highest before training ({untrained:.2f})", **style)
+        label = f"highest before training ({best.loc[0].max():.2f})"
+        axes.axhline(best.loc[0].max(), color=MODEL_COLORS["untrained"], linestyle=":", label=label)
     tidy_axes(axes, "Highest score of a head (0: chance, 1: ideal)", xscale="log", ylim=(-0.05, 1), ylabel="score")
     axes.set_xlabel("tokens of training" if best.index.name == "tokens" else "step")
-    axes.legend(frameon=False, fontsize=8, loc="upper left", handlelength=4)
+    axes.legend(loc="upper left", handlelength=4, **_LEGEND)
     return figure
 
 
@@ -4354,14 +4345,13 @@ def _draw_class_bars(axes: Axes, table: pd.DataFrame) -> None:
     axes.set_yticks(range(len(table)), [_literal(str(name)) for name in table.index])
     tidy_axes(axes, xlim=(0, 1), ylim=(len(table) - 0.5, -0.5), xlabel="share of the heads")
     axes.xaxis.set_major_formatter("{x:.0%}")
-    axes.legend(frameon=False, fontsize=8, ncols=3, loc="lower left", bbox_to_anchor=(0, 1))
+    axes.legend(ncols=3, loc="lower left", bbox_to_anchor=(0, 1), **_LEGEND)
 
 
 def plot_class_baselines(study: Study) -> Figure:
     """Classes of the heads on held-out text: this model, shuffled tokens, untrained models, a uniform head."""
     table = on_windows(study.shares).pivot(index="model", columns="class").reindex(list(MODEL_NAMES))
-    figure = new_figure(8, 3.2)
-    axes = figure.subplots()
+    figure, axes = new_figure(8, 3.2)
     _draw_class_bars(axes, table["share"].rename(index=MODEL_NAMES))
     low, high = table["low", "Specialised"], table["high", "Specialised"]
     axes.hlines(np.arange(len(table)) + 0.42, low, high, "black", linewidth=2)
@@ -4375,8 +4365,8 @@ def plot_categories(study: Study) -> Figure:
     held_out = on_windows(study.shares).query("model == 'trained'").assign(category="Held-out text")
     table = pd.concat([held_out, study.categories])
     names = table["category"].unique()
-    figure = new_figure(8.5, 1.2 + 0.36 * len(names))
-    _draw_class_bars(figure.subplots(), table.pivot(index="category", columns="class", values="share").loc[names])
+    figure, axes = new_figure(8.5, 1.2 + 0.36 * len(names))
+    _draw_class_bars(axes, table.pivot(index="category", columns="class", values="share").loc[names])
     return figure
 
 
@@ -4388,12 +4378,12 @@ def plot_class_grid(study: Study) -> Figure:
     words = words.where(~kinds["class"].isin(["Mixed", "Resting"]), kinds["class"].str.lower()).unstack()
     codes = kinds["class"].map(HEAD_CLASSES.index).unstack()
     widths = 3.2, max(2.5, 0.78 * codes.shape[1])
-    figure = new_figure(sum(widths) + 0.8, max(3.6, 1 + 0.46 * len(codes)))
-    pie, grid = figure.subplots(1, 2, width_ratios=widths)
+    size = sum(widths) + 0.8, max(3.6, 1 + 0.46 * len(codes))
+    figure, (pie, grid) = new_figure(*size, ncols=2, width_ratios=widths)
     colors = [CLASS_COLORS[name] for name in counts.index]
     legend = [f"{CLASS_LABELS[name]}: {count} ({count / len(kinds):.0%})" for name, count in counts.items()]
     wedges = pie.pie(counts, colors=colors, startangle=90, counterclock=False, wedgeprops={"edgecolor": "white"})[0]
-    pie.legend(wedges, legend, loc="upper center", bbox_to_anchor=(0.5, 0.02), frameon=False, fontsize=8)
+    pie.legend(wedges, legend, loc="upper center", bbox_to_anchor=(0.5, 0.02), **_LEGEND)
     tidy_axes(pie, f"All {len(kinds)} heads")
     options = {"cmap": list(CLASS_COLORS.values()), "vmin": -0.5, "vmax": len(HEAD_CLASSES) - 0.5, "linewidths": 1}
     draw_heatmap(grid, codes, "Each head", annot=words, annot_kws={"fontsize": 7, "color": "white"}, **options)
@@ -4416,14 +4406,14 @@ def plot_score_maps(study: Study) -> Figure:
     limits = study.thresholds.tau | {"broad": study.thresholds.broad}
     grids = {kind: on_windows(study.scores).pivot(index="layer", columns="head", values=kind) for kind in _SCORES}
     n_layer, n_head = grids["self"].shape
-    figure = new_figure(1.2 + 3 * max(2.5, 0.42 * n_head), 3 * max(1.4, 0.75 + 0.28 * n_layer))
-    panels = list(figure.subplots(3, 3).flat)
+    size = 1.2 + 3 * max(2.5, 0.42 * n_head), 3 * max(1.4, 0.75 + 0.28 * n_layer)
+    figure, panels = new_figure(*size, nrows=3, ncols=3)
     kinds = sorted(grids, key=lambda kind: not (grids[kind] >= limits[kind]).any(axis=None))
-    for axes, kind in zip(panels, kinds, strict=True):
+    for axes, kind in zip(panels.flat, kinds, strict=True):
         title = f"{kind.capitalize()}: {_SCORES[kind][0]}"
         draw_heatmap(axes, grids[kind], title, annot=grids[kind].map(number), vmin=0, vmax=1, cmap="mako_r")
         _outline(axes, grids[kind] >= limits[kind])
-    _color_bar(panels, "score (0: chance, 1: ideal)")
+    _color_bar(panels.flat, "score (0: chance, 1: ideal)")
     return figure
 
 
@@ -4432,8 +4422,7 @@ def plot_ablation(study: Study) -> Figure:
     table = study.ablation.pivot(index="layer", columns="head")
     grid = 1000 * table["loss_increase"]
     limit = max(float(grid.abs().max(axis=None)), 1.0)
-    figure = new_figure(max(5, 1.8 + 0.62 * grid.shape[1]), max(2.2, 1 + 0.4 * len(grid)))
-    axes = figure.subplots()
+    figure, axes = new_figure(max(5, 1.8 + 0.62 * grid.shape[1]), max(2.2, 1 + 0.4 * len(grid)))
     words = grid.map(lambda value: number(value, 1 if abs(value) < 10 else 0))
     draw_heatmap(axes, grid, annot=words, cmap="RdBu_r", vmin=-limit, vmax=limit)
     _outline(axes, table["matters"])
@@ -4450,16 +4439,14 @@ def plot_similarity(study: Study, without_sink: bool = False) -> Figure:
     if without_sink:
         distances, floor = study.distances_without_sink, study.noise_floor_without_sink
     side = min(8, 3.5 + 0.09 * len(distances))
-    figure = new_figure(side, side + 1)
-    top, bottom = figure.subplots(2, 1, height_ratios=(1, 4.5))
+    figure, (top, bottom) = new_figure(side, side + 1, nrows=2, height_ratios=(1, 4.5))
     tree = linkage(squareform(distances, checks=False), "average")  # seaborn.clustermap would need pyplot
     order = dendrogram(tree, ax=top, no_labels=True, color_threshold=0, above_threshold_color="#222222")["leaves"]
     style = {"color": MODEL_COLORS["shuffled"], "linestyle": "--", "linewidth": 1.5}
     top.axhline(floor, label=f"a head and itself on other text: {number(floor)}", **style)
-    top.legend(frameon=False, fontsize=8, loc="lower left", bbox_to_anchor=(0, 1))
-    tidy_axes(
-        top, ylabel="distance", xlim=(0, 10 * len(order)), ylim=(0.9 * tree[0, 2], 1.05 * max(tree[:, 2].max(), floor))
-    )
+    top.legend(loc="lower left", bbox_to_anchor=(0, 1), **_LEGEND)
+    heights = 0.9 * tree[0, 2], 1.05 * max(tree[:, 2].max(), floor)
+    tidy_axes(top, ylabel="distance", xlim=(0, 10 * len(order)), ylim=heights)
     scale = {"vmax": min(1, max(distances.max(), 2 * floor, 1e-6)), "cmap": "viridis_r", "square": False}
     _draw_map(bottom, distances[np.ix_(order, order)], [head_name(*kinds.index[index]) for index in order], **scale)
     bottom.set(xlabel="", ylabel="")
@@ -4476,8 +4463,7 @@ def plot_entropy_distance(study: Study) -> Figure:
     heads = on_windows(study.scores).sort_values("class", key=lambda names: names.map(HEAD_CLASSES.index))
     beside = heads["layer"] + 0.5 * (heads["head"] / max(heads["head"].max(), 1) - 0.5)
     base = on_windows(study.baselines).query("statistic == 'mean'").set_index(["model", "score"])
-    figure = new_figure(9, 4)
-    panels = figure.subplots(1, 2)
+    figure, panels = new_figure(9, 4, ncols=2)
     colors = {CLASS_LABELS[name]: color for name, color in CLASS_COLORS.items()}
     for axes, score, *words in (
         (panels[0], "entropy", "How widely heads look", "entropy (nats)"),
@@ -4486,13 +4472,12 @@ def plot_entropy_distance(study: Study) -> Figure:
         hues = heads["class"].map(CLASS_LABELS)
         seaborn.scatterplot(heads, x=beside, y=score, hue=hues, palette=colors, ax=axes)
         for model, line in (("untrained", "--"), ("uniform", ":")):
-            row, style = base.loc[(model, score)], {"color": MODEL_COLORS[model], "linestyle": line}
-            axes.axhline(row["mean"], label=MODEL_NAMES[model], **style)
-            axes.axhspan(row["low"], row["high"], color=style["color"], alpha=0.2, linewidth=0)
+            row, color = base.loc[(model, score)], MODEL_COLORS[model]
+            axes.axhline(row["mean"], label=MODEL_NAMES[model], color=color, linestyle=line)
+            axes.axhspan(row["low"], row["high"], color=color, alpha=0.2, linewidth=0)
         tidy_axes(axes, words[0], xlabel="layer", ylabel=words[1], ylim=(0, None), xticks=heads["layer"].unique())
         axes.get_legend().remove()
-    handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, frameon=False, fontsize=8, ncols=4, loc="outside lower center")
+    figure.legend(*panels[0].get_legend_handles_labels(), ncols=4, loc="outside lower center", **_LEGEND)
     return figure
 
 
@@ -4500,8 +4485,7 @@ def plot_language(study: Study) -> Figure:
     """Minimal pairs: accuracy, attention to the target, cost of removing the chosen heads, each beside its baseline."""
     table, y, dots = study.language, np.arange(len(study.language)), {"marker": "o", "linestyle": "none"}
     own, untrained = MODEL_COLORS["trained"], {"color": MODEL_COLORS["untrained"], "mfc": "none"} | dots
-    figure = new_figure(10.5, 1.5 + 0.36 * len(table))
-    prefers, looks, needs = figure.subplots(1, 3, sharey=True)
+    figure, (prefers, looks, needs) = new_figure(10.5, 1.5 + 0.36 * len(table), ncols=3, sharey=True)
     low, high = table["random_margin_low"], table["random_margin_high"]
     needs.hlines(y, low, high, GREY, linewidth=5, label="95% of random sets of as many heads")
     for axes, value, name, none in (
@@ -4522,7 +4506,7 @@ def plot_language(study: Study) -> Figure:
         needs.text(1.01, place, words, transform=needs.get_yaxis_transform(), va="center", fontsize=7.5)
     prefers.set_yticks(y, map(_literal, table["phenomenon"]))
     handles = [*prefers.get_legend_handles_labels()[0], needs.collections[0]]
-    figure.legend(handles=handles, frameon=False, fontsize=8, loc="outside lower center", ncols=3)
+    figure.legend(handles=handles, ncols=3, loc="outside lower center", **_LEGEND)
     return figure
 
 
@@ -4535,21 +4519,9 @@ class Picture:
 
     path: Path
     group: str  # "Model" or the sentences' category
-    title: str
-    alt: str  # what a reader who cannot see it needs to know
-    caption: str
-
-
-@dataclass(frozen=True)
-class StudyFigure:
-    """A line of the tables of pictures. Functions get the Study or, for sentences, (captures, chosen heads, Study)."""
-
-    name: str  # of the file
     title: str  # the question
-    caption: str | Callable[..., str]  # how to read it
-    alt: Callable[..., str]
-    draw: Callable[..., Figure]
-    needs: Callable[..., bool] = lambda *subject: True
+    alt: str  # what a reader who cannot see it needs to know
+    caption: str  # how to read it
 
 
 def _in_words(values: pd.Series, digits: int = 2) -> str:
@@ -4560,7 +4532,8 @@ def _bars_in_words(bars: pd.DataFrame, by: str) -> str:
     """The shares of the classes in percent, bar by bar."""
     bars = bars[bars["class"].isin(HEAD_CLASSES) & (bars["share"] > 0)].replace({by: MODEL_NAMES})
     each = bars.set_index(bars["class"].map(CLASS_LABELS)).groupby(by, sort=False)["share"]
-    return "; ".join(f"{name}: {_in_words(100 * shares, 0)}" for name, shares in each)
+    words = "; ".join(f"{name}: {_in_words(100 * shares, 0)}" for name, shares in each)
+    return f"Bars, percent of the heads. {words}."
 
 
 def _looks_in_words(capture: AttentionCapture, heads: Sequence[tuple[int, int]]) -> str:
@@ -4575,158 +4548,103 @@ def _looks_in_words(capture: AttentionCapture, heads: Sequence[tuple[int, int]])
     return f"“{capture.text}” Strongest looks beyond the first token: {'; '.join(looks)}."
 
 
-_SIMILARITY = (
-    "How different two heads are on the same text: mean square root of the Jensen-Shannon divergence of their rows. "
-    "Heads that meet below the dashed line differ less than a head does from itself when the text changes."
-)
-MODEL_FIGURES = (
-    StudyFigure(
-        "loss_curve",
-        "Does it learn?",
-        "How wrong the guesses of the next token were; lower is better.",
-        lambda study: f"Line chart of the loss over {study.metrics['step'].max():,} steps of training.",
-        lambda study: plot_loss_curve(study.metrics),
-        needs=lambda study: len(study.metrics) > 0,
-    ),
-    StudyFigure(
-        "head_emergence",
-        "When do heads of each kind appear?",
-        lambda study: describe_emergence(study.history, study.thresholds),
-        lambda study: f"Line chart. {describe_emergence(study.history, study.thresholds)}",
-        lambda study: plot_head_emergence(study.history, study.thresholds),
-        needs=lambda study: len(study.history) > 0,
-    ),
-    StudyFigure(
-        "class_grid",
-        "What kind of head is each one?",
-        "The original study's pie, and the heads that it counts: a row a layer, a column a head, in the colour of the "
-        "class, with the score that stands for it. Mixed: no score reaches its threshold.",
-        lambda study: (
-            f"Pie and grid of heads, such as {'; '.join(head_kinds(study.scores).groupby('kind')['words'].max())}."
-        ),
-        plot_class_grid,
-    ),
-    StudyFigure(
-        "class_baselines",
-        "Is that more than chance?",
-        "Classes of the heads on held-out text. Black line below a bar: where the first three classes, the specialised "
-        "heads, may end (95% interval over texts; for untrained models the range over seeds).",
-        lambda study: f"Bars, percent of the heads. {_bars_in_words(on_windows(study.shares), 'model')}.",
-        plot_class_baselines,
-    ),
-    StudyFigure(
-        "categories",
-        "Does the kind of sentence change what heads do?",
-        "Classes of the same heads, measured on each category's sentences. Few short sentences tell classes apart less "
-        "well than held-out text.",
-        lambda study: f"Bars, percent of the heads. {_bars_in_words(study.categories, 'category')}.",
-        plot_categories,
-        needs=lambda study: len(study.categories) > 0,
-    ),
-    StudyFigure(
-        "score_maps",
-        "How strongly does each head do each thing?",
-        "A row a layer, a column a head. 0 is what a uniform head reaches, 1 the ideal head of that kind. Outlined: "
-        "beyond the threshold.",
-        lambda study: f"Nine maps. Highest scores: {_in_words(on_windows(study.scores)[list(_SCORES)].max())}.",
-        plot_score_maps,
-    ),
-    StudyFigure(
-        "ablation",
-        "What is each head worth?",
-        "A row a layer, a column a head. Red: a higher loss without the head; blue: lower. Outlined: beyond noise.",
-        lambda study: f"Map of the loss without each head; {study.ablation['matters'].sum()} heads are beyond noise.",
-        plot_ablation,
-    ),
-    StudyFigure(
-        "similarity",
-        "Which heads look alike?",
-        _SIMILARITY,
-        lambda study: f"Heatmap and dendrogram; the dashed line is at a distance of {number(study.noise_floor)}.",
-        plot_similarity,
-        needs=lambda study: len(study.distances) > 1,
-    ),
-    StudyFigure(
-        "similarity_without_sink",
-        "Which heads look alike when the first token is left out?",
-        _SIMILARITY,
-        lambda study: f"The same without the first token; the line is at {number(study.noise_floor_without_sink)}.",
-        lambda study: plot_similarity(study, without_sink=True),
-        needs=lambda study: len(study.distances) > 1 and on_windows(study.scores)["sink_flag"].any(),
-    ),
-    StudyFigure(
-        "entropy_distance",
-        "How widely and how far back do heads look?",
-        "A dot is a head in the colour of its class. Dashed: untrained models, with their range where it can be seen.",
-        lambda study: f"Dots. Mean entropy: {_in_words(on_windows(study.scores).groupby('layer')['entropy'].mean())}.",
-        plot_entropy_distance,
-    ),
-    StudyFigure(
-        "language",
-        "Does it follow rules of language, and through which heads?",
-        "Black: this model, with 95% intervals; hollow: the highest of the untrained models; grey: what random sets of "
-        "as many heads cost, drawn where the first two panels hold; p: the rank among them.",
-        lambda study: f"Three panels. Accuracy: {_in_words(study.language.set_index('phenomenon')['accuracy'])}.",
-        plot_language,
-        needs=lambda study: len(study.language) > 0,
-    ),
-)
-_READING = "Each row is the token doing the looking; grey: later tokens, which it cannot see."
-SENTENCE_FIGURES = (
-    StudyFigure(
-        "category_grid",
-        "Do the chosen heads do the same on every sentence?",
-        f"A row a sentence, a column a head. {_READING} Columns of a map are the same tokens from left to right.",
-        lambda captures, heads, study: f"Maps of {len(heads)} heads on: {' '.join(each.text for each in captures)}",
-        lambda captures, heads, study: plot_category(captures, heads, study.scores),
-    ),
-    StudyFigure(
-        "every_head",
-        "What does every head do on the first sentence?",
-        f"A row of tiles a layer, a column a head. {_READING}",
-        lambda captures, heads, study: f"Maps of all heads on “{captures[0].text}”",
-        lambda captures, heads, study: plot_all_heads(captures[0]),
-    ),
-    StudyFigure(
-        "chosen_heads",
-        "What do the chosen heads do on the first sentence?",
-        _READING,
-        lambda captures, heads, study: f"Maps of chosen heads. {_looks_in_words(captures[0], heads)}",
-        lambda captures, heads, study: plot_chosen_heads(captures[0], heads, study.scores),
-    ),
-    StudyFigure(
-        "flow",
-        "Who looks at whom in the first sentence?",
-        "An arrow points at the token looked at; wider is more, a ring is a look at itself. Up to three arcs per "
-        "token, each at least 5 percentage points above uniform.",
-        lambda captures, heads, study: f"Arrows between tokens. {_looks_in_words(captures[0], heads)}",
-        lambda captures, heads, study: plot_attention_flow(captures[0], heads, study.scores),
-    ),
-    StudyFigure(
-        "rollout",
-        "What reaches each position of the first sentence?",
-        "Attention followed through all layers (rollout), minus what uniform heads would give. Blue: more; red: less.",
-        lambda captures, heads, study: f"Map of the rollout of “{captures[0].text}” minus that of uniform heads.",
-        lambda captures, heads, study: plot_rollout(captures[0]),
-    ),
-)
+# of a picture: name of its file, title, caption, alt, what draws it
+Plan = tuple[str, str, str, str, Callable[[], Figure]]
+
+
+def model_pictures(study: Study) -> Iterator[Plan]:
+    """How the model learned and what its heads are, as far as the study has data."""
+    heads, n_heads, layout = on_windows(study.scores), len(study.distances), "A row a layer, a column a head."
+    if len(study.metrics):
+        caption = "How wrong the guesses of the next token were; lower is better."
+        alt = f"Line chart of the loss over {study.metrics['step'].max():,} steps of training."
+        yield "loss_curve", "Does it learn?", caption, alt, lambda: plot_loss_curve(study.metrics)
+    if len(study.history):
+        title, caption = "When do heads of each kind appear?", describe_emergence(study.history, study.thresholds)
+        draw = functools.partial(plot_head_emergence, study.history, study.thresholds)
+        yield "head_emergence", title, caption, f"Line chart. {caption}", draw
+    title, examples = "What kind of head is each one?", head_kinds(study.scores).groupby("kind")["words"].max()
+    caption = "The original study's pie, and the heads that it counts: a row a layer, a column a head, in the colour "
+    caption += "of the class, with the score that stands for it. Mixed: no score reaches its threshold."
+    alt = f"Pie and grid of heads, such as {'; '.join(examples)}."
+    yield "class_grid", title, caption, alt, lambda: plot_class_grid(study)
+    caption = "Classes of the heads on held-out text. Black line below a bar: where the first three classes, the "
+    caption += "specialised heads, may end (95% interval over texts; for untrained models the range over seeds)."
+    alt = _bars_in_words(on_windows(study.shares), "model")
+    yield "class_baselines", "Is that more than chance?", caption, alt, lambda: plot_class_baselines(study)
+    if len(study.categories):
+        title, alt = "Does the kind of sentence change what heads do?", _bars_in_words(study.categories, "category")
+        caption = "Classes of the same heads, measured on each category's sentences. Few short sentences tell classes "
+        caption += "apart less well than held-out text."
+        yield "categories", title, caption, alt, lambda: plot_categories(study)
+    title, alt = "How strongly does each head do each thing?", _in_words(heads[list(_SCORES)].max())
+    caption = f"{layout} 0 is what a uniform head reaches, 1 the ideal head of that kind. Outlined: beyond the "
+    caption += "threshold."
+    yield "score_maps", title, caption, f"Nine maps. Highest scores: {alt}.", lambda: plot_score_maps(study)
+    caption = f"{layout} Red: a higher loss without the head; blue: lower. Outlined: beyond noise."
+    alt = f"Map of the loss without each head; {study.ablation['matters'].sum()} heads are beyond noise."
+    yield "ablation", "What is each head worth?", caption, alt, lambda: plot_ablation(study)
+    caption = "How different two heads are on the same text: mean square root of the Jensen-Shannon divergence of "
+    caption += "their rows. Heads that meet below the dashed line differ less than a head does from itself when the "
+    caption += "text changes."
+    if n_heads > 1:
+        alt = f"Heatmap and dendrogram; the dashed line is at a distance of {number(study.noise_floor)}."
+        yield "similarity", "Which heads look alike?", caption, alt, lambda: plot_similarity(study)
+    if n_heads > 1 and heads["sink_flag"].any():
+        title = "Which heads look alike when the first token is left out?"
+        alt = f"The same without the first token; the line is at {number(study.noise_floor_without_sink)}."
+        yield "similarity_without_sink", title, caption, alt, lambda: plot_similarity(study, without_sink=True)
+    title, alt = "How widely and how far back do heads look?", _in_words(heads.groupby("layer")["entropy"].mean())
+    caption = "A dot is a head in the colour of its class. Dashed: untrained models, with their range where it can be "
+    caption += "seen."
+    yield "entropy_distance", title, caption, f"Dots. Mean entropy: {alt}.", lambda: plot_entropy_distance(study)
+    if len(study.language):
+        title = "Does it follow rules of language, and through which heads?"
+        caption = "Black: this model, with 95% intervals; hollow: the highest of the untrained models; grey: what "
+        caption += "random sets of as many heads cost, drawn where the first two panels hold; p: the rank among them."
+        alt = f"Three panels. Accuracy: {_in_words(study.language.set_index('phenomenon')['accuracy'])}."
+        yield "language", title, caption, alt, lambda: plot_language(study)
+
+
+def sentence_pictures(
+    captures: Sequence[AttentionCapture], heads: Sequence[tuple[int, int]], scores: pd.DataFrame
+) -> Iterator[Plan]:
+    """The sentences of a category: one sheet shows all of them, the other pictures the first one."""
+    first, reading = captures[0], "Each row is the token doing the looking; grey: later tokens, which it cannot see."
+    looks = _looks_in_words(first, heads)
+    title = "Do the chosen heads do the same on every sentence?"
+    caption = f"A row a sentence, a column a head. {reading} Columns of a map are the same tokens from left to right."
+    alt = f"Maps of {len(heads)} heads on: {' '.join(each.text for each in captures)}"
+    yield "category_grid", title, caption, alt, lambda: plot_category(captures, heads, scores)
+    title, alt = "What does every head do on the first sentence?", f"Maps of all heads on “{first.text}”"
+    yield "every_head", title, f"A row of tiles a layer, a column a head. {reading}", alt, lambda: plot_all_heads(first)
+    title, alt = "What do the chosen heads do on the first sentence?", f"Maps of chosen heads. {looks}"
+    yield "chosen_heads", title, reading, alt, lambda: plot_chosen_heads(first, heads, scores)
+    title, alt = "Who looks at whom in the first sentence?", f"Arrows between tokens. {looks}"
+    caption = "An arrow points at the token looked at; wider is more, a ring is a look at itself. Up to three arcs "
+    caption += "per token, each at least 5 percentage points above uniform."
+    yield "flow", title, caption, alt, lambda: plot_attention_flow(first, heads, scores)
+    title = "What reaches each position of the first sentence?"
+    caption = "Attention followed through all layers (rollout), minus what uniform heads would give. Blue: more; red: "
+    caption += "less."
+    alt = f"Map of the rollout of “{first.text}” minus that of uniform heads."
+    yield "rollout", title, caption, alt, lambda: plot_rollout(first)
 
 
 def draw_study(study: Study, captures: Mapping[str, Sequence[AttentionCapture]], folder: str | Path) -> list[Picture]:
     """Draws every picture of the study into `folder`, with a progress bar; pictures of the model first.
 
-    `captures` maps each category to its sentences: one sheet shows all of them, the other pictures the first one.
+    `captures` maps each category to its sentences.
     """
     folder, heads = Path(folder), choose_heads(study.scores)
-    plan = [("Model", folder / "model", figure, (study,)) for figure in MODEL_FIGURES if figure.needs(study)]
-    for index, (name, members) in enumerate(captures.items(), start=1):
-        place = folder / f"{index:02d}_{re.sub(r'[^a-z0-9]+', '_', name.lower()).strip('_')}"
-        plan += [(name, place, figure, (members, heads, study)) for figure in SENTENCE_FIGURES]
+    plans = [("Model", folder / "model", *plan) for plan in model_pictures(study)]
+    for index, (category, members) in enumerate(captures.items(), start=1):
+        place = folder / f"{index:02d}_{re.sub(r'[^a-z0-9]+', '_', category.lower()).strip('_')}"
+        plans += [(category, place, *plan) for plan in sentence_pictures(members, heads, study.scores)]
     pictures = []
-    for group, place, figure, subject in progress(plan, desc="Drawing", unit="picture"):
-        png, *_ = save_figure(figure.draw(*subject), place / figure.name, svg=group == "Model")
-        caption = figure.caption if isinstance(figure.caption, str) else figure.caption(*subject)
-        pictures.append(Picture(png, group, figure.title, figure.alt(*subject), caption))
+    for group, place, name, title, caption, alt, draw in progress(plans, desc="Drawing", unit="picture"):
+        png, *_ = save_figure(draw(), place / name, svg=group == "Model")
+        pictures.append(Picture(png, group, title, alt, caption))
     return pictures
 
 

@@ -166,8 +166,10 @@ class Page(html.parser.HTMLParser):
 def make_pictures(folder):
     """A picture of each name that a study draws."""
     pictures = []
-    names = [f"model/{figure.name}" for figure in pico.MODEL_FIGURES]
-    names += [f"01_simple/{figure.name}" for figure in pico.SENTENCE_FIGURES]
+    study = make_study(2, 2)
+    names = [f"model/{name}" for name, *_ in pico.model_pictures(study)]
+    of_sentences = pico.sentence_pictures([make_capture("The cat sat.")], [(0, 0)], study.scores)
+    names += [f"01_simple/{name}" for name, *_ in of_sentences]
     for path in (folder / f"{name}.png" for name in names):
         path.parent.mkdir(parents=True, exist_ok=True)
         Figure(figsize=(4, 2)).savefig(path)
