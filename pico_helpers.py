@@ -4549,7 +4549,7 @@ def _looks_in_words(capture: AttentionCapture, heads: Sequence[tuple[int, int]])
 
 
 # of a picture: name of its file, title, caption, alt, what draws it
-Plan = tuple[str, str, str, str, Callable[[], Figure]]
+Plan = tuple[str, str, str, str, Callable[[], "Figure"]]
 
 
 def model_pictures(study: Study) -> Iterator[Plan]:
@@ -4838,21 +4838,19 @@ def _listed(items: Sequence[str]) -> str:
 
 def _headline(study: Study, statements: Sequence[dict]) -> list[str]:
     """The lead of the report in words: what the heads do, beside baselines, what removing them costs, and language."""
-    heads, rows = on_windows(study.scores), _shares_of(study, "Specialised")
-    n, counts = len(heads), heads["class"].value_counts()
-    kinds = [f"{counts[name]} {_CLASS_ACTIONS[name]}" for name in SPECIALISED_CLASSES if name in counts]
-    kinds = [words.replace("1 look", "1 looks") if words.startswith("1 ") else words for words in kinds]
-    if "Token-Specific" in counts:
-        each = head_kinds(study.scores).query("`class` == 'Token-Specific'")["kind"]
-        what = HEAD_ACTIONS[each.mode()[0]].removeprefix("looks at ")
-        kinds[-1] = kinds[-1].replace(
-            "certain tokens", what if each.nunique() == 1 else f"certain tokens, mostly at {what}"
-        )
-    n_special = sum(counts.get(name, 0) for name in SPECIALISED_CLASSES)
-    n_untrained, n_shuffled = round(n * rows["untrained"]["high"]), round(n * rows["shuffled"]["share"])
-    lines = [f"{n_special} of the {n} heads specialise on held-out text{': ' * bool(kinds)}{_listed(kinds)}."]
+    kinds, shares, actions, lines = head_kinds(study.scores), _shares_of(study, "Specialised"), dict(_CLASS_ACTIONS), []
+    n, counts = len(kinds), kinds["class"].value_counts().reindex(HEAD_CLASSES, fill_value=0)
+    targets = kinds["kind"][kinds["class"] == "Token-Specific"]
+    if len(targets):
+        mostly = "" if targets.nunique() == 1 else "certain tokens, mostly at "
+        actions["Token-Specific"] = HEAD_ACTIONS[targets.mode()[0]].replace("looks at ", f"look at {mostly}")
+    special = [f"{counts[name]} {actions[name]}" for name in SPECIALISED_CLASSES if counts[name]]
+    special = [re.sub("^1 look", "1 looks", words) for words in special]
+    n_special = counts[list(SPECIALISED_CLASSES)].sum()
+    n_untrained, n_shuffled = round(n * shares["untrained"]["high"]), round(n * shares["shuffled"]["share"])
     if all(row["verdict"] != "supported" for row in statements):
-        lines.insert(0, f"This study finds nothing: none of the {len(statements)} claims tested is supported.")
+        lines.append(f"This study finds nothing: none of the {len(statements)} claims tested is supported.")
+    lines.append(f"{n_special} of the {n} heads specialise on held-out text{': ' * bool(special)}{_listed(special)}.")
     lines.append(
         f"In untrained models of the same shape {f'up to {n_untrained}' if n_untrained else 'none'} do. On text whose "
         f"words are shuffled, {n_shuffled} still do"
@@ -4867,15 +4865,14 @@ def _headline(study: Study, statements: Sequence[dict]) -> list[str]:
         )
     if len(study.language):
         claims = study.language["phenomenon"].map("“{}”".format)
-        groups = claims.groupby(study.language["verdict"]).agg(list)
-        found = [(name, groups[name]) for name in VERDICTS if name in groups]
-        parts = [f"{len(g)} {'is' if len(g) == 1 else 'are'} {name} ({_listed(g)})" for name, g in found]
+        groups = claims.groupby(study.language["verdict"]).agg(list).reindex(VERDICTS).dropna()
+        parts = [f"{len(g)} {'is' if len(g) == 1 else 'are'} {name} ({_listed(g)})" for name, g in groups.items()]
         lines.append(f"Of {len(study.language)} claims about language, {_listed(parts)}.")
     lines.append(
         "The original study, the notebook that this project began with, sorted heads by plain averages of their "
         f"attention over short sentences and found {_ORIGINAL_BROAD:.1%} of them to attend broadly. By scores that are "
-        f"corrected for chance, {counts.get('Global/Broad', 0)} of {n} spread their attention almost evenly; "
-        f"{counts.get('Mixed', 0)} are mixed: no score reaches its threshold."
+        f"corrected for chance, {counts['Global/Broad']} of {n} spread their attention almost evenly; "
+        f"{counts['Mixed']} are mixed: no score reaches its threshold."
     )
     return lines
 
@@ -4927,85 +4924,47 @@ _SETTINGS = {  # how a setting of the study is called in the report; others by t
 }
 
 
-def _settings_table(findings: dict) -> str:
+def _tables(findings: dict) -> dict[str, str]:
+    """The tables of the report: settings, scores, ablation and language, in HTML."""
     limits = {name: value for name, value in findings["thresholds"].items() if name != "tau"}
     limits |= {f"threshold of {name}": value for name, value in findings["thresholds"]["tau"].items()}
     limits |= findings["settings"]
-    rows = [{"name": _SETTINGS.get(name, name.replace("_", " ")), "value": str(v)} for name, v in limits.items()]
-    return _table(rows, {"name": "what", "value": "value"})
-
-
-def _score_table(findings: dict) -> str:
-    rows = [row for row in findings["head_scores"] if row["source"] == "windows"]
-    rows.sort(key=lambda row: (HEAD_CLASSES.index(row["class"]), -max(row[name] or 0 for name in KAPPAS)))
-    return _table(rows, {"head": "head", "class": "class", **{name: name.replace("_", " ") for name in HEAD_SCORES}})
-
-
-def _ablation_table(findings: dict) -> str:
-    columns = {"head": "head", "loss_increase": "nats per token", "standard_error": "standard error"}
-    return _table(findings["ablation"], columns | {"matters": "beyond noise"}, "loss_increase", 3)
-
-
-def _language_table(findings: dict) -> str:
-    def show(row: dict) -> dict:
+    limits = [{"name": _SETTINGS.get(name, name.replace("_", " ")), "value": str(v)} for name, v in limits.items()]
+    heads = [row for row in findings["head_scores"] if row["source"] == "windows"]
+    heads.sort(key=lambda row: (HEAD_CLASSES.index(row["class"]), -max(row[name] or 0 for name in KAPPAS)))
+    claims = []
+    for row in findings["language"]:
         prefers = f"{row['accuracy']:.0%} (untrained {row['untrained_accuracy']:.0%})"
         looks = f"{number(100 * row['attention_difference'], 1)} points (p = {row['p_value']:.2g})"
         needs = f"{number(row['margin_drop'])} nats"
         if row["n_random_sets"]:
             needs += f" (random {number(row['random_margin_drop'])}, p = {row['needs_p_value']:.2g})"
-        return row | {"prefers": prefers, "looks": looks, "needs": needs}
-
-    columns = {"phenomenon": "claim", "verdict": "verdict", "prefers": "prefers the right word", "heads": "heads"}
-    columns |= {"looks": "look at the target", "needs": "margin lost without them", "n_items": "items"}
-    return _table(list(map(show, findings["language"])), columns)
-
-
-@dataclass(frozen=True)
-class _Section:
-    """A section of the report; its text is _REPORT_TEXTS[anchor]."""
-
-    anchor: str
-    title: str
-    topic: str = ""  # of the statements it shows
-    pictures: tuple[str, ...] = ()  # how the names of its pictures begin
-    table: tuple[str, Callable[[dict], str]] | None = None  # its title, what makes it of the findings
-
-
-_SECTIONS = (
-    _Section("run", "What was run", "", ("loss",), ("Thresholds and settings", _settings_table)),
-    _Section("read", "How to read an attention map"),
-    _Section("classes", "Classes of heads", "Classes", ("class_", "categor")),
-    _Section("scores", "What single heads do", "Heads", ("score", "head_"), ("Scores of every head", _score_table)),
-    _Section("ablation", "Which heads matter", "Ablation", ("ablation",), ("Loss without each head", _ablation_table)),
-    _Section("language", "Language", "Language", ("language",), ("The claims in numbers", _language_table)),
-    _Section("spread", "Spread and reach", "", ("entropy",)),
-    _Section("similarity", "Which heads look alike", "", ("similarity",)),
-    _Section("sentences", "The sentences"),
-    _Section("next", "What to try next"),
-    _Section("terms", "Terms"),
-)
+        claims.append(row | {"prefers": prefers, "looks": looks, "needs": needs})
+    scores = {"head": "head", "class": "class"} | {name: name.replace("_", " ") for name in HEAD_SCORES}
+    losses = {"head": "head", "loss_increase": "nats per token", "standard_error": "standard error"}
+    language = {"phenomenon": "claim", "verdict": "verdict", "prefers": "prefers the right word", "heads": "heads"}
+    language |= {"looks": "look at the target", "needs": "margin lost without them", "n_items": "items"}
+    return {
+        "settings": _table(limits, {"name": "what", "value": "value"}),
+        "scores": _table(heads, scores),
+        "ablation": _table(findings["ablation"], losses | {"matters": "beyond noise"}, "loss_increase", 3),
+        "language": _table(claims, language),
+    }
 
 
 def write_report(path: str | Path, findings: dict, pictures: Sequence[Picture]) -> Path:
     """Writes the report as one HTML page. `findings` as of `study_findings`, `pictures` as of `draw_study`."""
     shown = [vars(p) | {"name": p.path.stem, "data": base64.b64encode(p.path.read_bytes()).decode()} for p in pictures]
     of_sentences = [picture for picture in shown if picture["group"] != "Model"]
-    groups = {name: list(members) for name, members in itertools.groupby(of_sentences, key=lambda p: p["group"])}
-    sections = []
-    for section in _SECTIONS:
-        begins = section.pictures or ("?",)
-        content = vars(section) | {
-            "text": _REPORT_TEXTS[section.anchor].replace("CLASS_RULE", CLASS_RULE),
-            "about": findings["about"] if section.anchor == "run" else {},
-            "statements": [row for row in findings["statements"] if row["topic"] == section.topic],
-            "pictures": [p for p in shown if p["group"] == "Model" and p["name"].startswith(begins)],
-            "table": (section.table[0], section.table[1](findings)) if section.table else (),
-            "groups": groups if section.anchor == "sentences" else {},
-        }
-        if section.anchor == "read":
-            content["pictures"] = [p for p in of_sentences if p["name"] == "chosen_heads"][-1:]  # a text with repeats
-        sections.append(content)
-    body = _render(_REPORT_HTML, headline=findings["headline"], sections=sections)
+    body = _render(
+        _REPORT_HTML,
+        findings=findings,
+        of_model={picture["name"]: picture for picture in shown if picture["group"] == "Model"},
+        of_sentences={name: list(group) for name, group in itertools.groupby(of_sentences, key=lambda p: p["group"])},
+        examples=[picture for picture in of_sentences if picture["name"] == "chosen_heads"][-1:],  # a text with repeats
+        tables=_tables(findings),
+        class_rule=CLASS_RULE,
+    )
     return write_text(path, _render(_PAGE_HTML, title="Attention report", style=_PAGE_CSS + _REPORT_CSS, body=body))
 
 
@@ -5053,7 +5012,9 @@ def explorer_html(
     names = itertools.starmap(head_name, itertools.product(range(n_layer), range(n_head)))
     heads = [{"name": name, "does": "", "scores": "", "kind": "", "strength": 0.0} for name in names]
     if scores is not None:
-        heads = [head | _describe_head(row) for head, row in zip(heads, _by_head(scores), strict=True)]
+        table = on_windows(scores).set_index(["layer", "head"]).drop(columns="class").join(head_kinds(scores))
+        rows = table.sort_index().to_dict("records")
+        heads = [head | _describe_head(row) for head, row in zip(heads, rows, strict=True)]
     order = sorted(range(len(heads)), key=lambda i: (heads[i]["kind"] != "induction", -heads[i]["strength"]))
     repeats = [1 - len(set(capture.token_ids)) / len(capture.token_ids) for _, capture in flat]
     data = {
@@ -5068,12 +5029,6 @@ def explorer_html(
     }
     text = json.dumps(data, ensure_ascii=False).replace("<", "\\u003c")  # no text can end the script element
     return _render(_EXPLORER_HTML, style=_EXPLORER_CSS, data=text, script=_EXPLORER_JS, address=address)
-
-
-def _by_head(scores: pd.DataFrame) -> list[dict]:
-    """Of each head in order, its scores with the columns of `head_kinds`."""
-    table = on_windows(scores).set_index(["layer", "head"]).drop(columns="class")
-    return table.join(head_kinds(scores)).sort_index().to_dict("records")
 
 
 def _describe_head(row: Mapping[str, object]) -> dict[str, object]:
@@ -6502,11 +6457,37 @@ details { margin: .75rem 0; } summary { cursor: pointer; font-weight: 600; }
 dt { font-weight: 600; } dd { margin: 0 0 .5rem 1rem; }
 """
 
-_REPORT_HTML = """{% macro show(picture) %}
+_REPORT_HTML = """{% set titles = {"run": "What was run", "read": "How to read an attention map",
+  "classes": "Classes of heads", "scores": "What single heads do", "ablation": "Which heads matter",
+  "language": "Language", "spread": "Spread and reach", "similarity": "Which heads look alike",
+  "sentences": "The sentences", "next": "What to try next", "terms": "Terms"} %}
+{% macro heading(anchor) %}
+<h2 id="{{ anchor }}">{{ titles[anchor] }}</h2>
+{% endmacro %}
+{% macro show(picture) %}
 <figure>
 <img alt="{{ picture.alt }}" src="data:image/png;base64,{{ picture.data }}" decoding="async">
 <figcaption><strong>{{ picture.title }}</strong><br>{{ picture.caption }}</figcaption>
 </figure>
+{% endmacro %}
+{% macro pictures() %}{# some pictures of the model, by name, as far as they were drawn #}
+{% for name in varargs if name in of_model %}
+{{ show(of_model[name]) }}
+{% endfor %}
+{% endmacro %}
+{% macro statements(topic) %}
+{% for row in findings.statements if row.topic == topic %}
+<div class="statement {{ row.verdict }}">
+<p><strong>{{ row.verdict }}</strong> · {{ row.claim }}</p>
+<p class="evidence">{{ row.evidence }}</p>
+</div>
+{% endfor %}
+{% endmacro %}
+{% macro table(title, rows) %}
+{% if rows %}
+<details><summary>{{ title }}</summary>
+<div class="scroll" tabindex="0">{{ rows|safe }}</div></details>
+{% endif %}
 {% endmacro %}
 <main>
 <h1>Where the heads of a small language model look</h1>
@@ -6514,91 +6495,98 @@ _REPORT_HTML = """{% macro show(picture) %}
 every token, a head decides how much to look at each earlier token. This report asks what the heads of one model do,
 and how much of that an untrained model would show as well.</p>
 <div class="lead">
-{% for line in headline %}
+{% for line in findings.headline %}
 <p>{{ line }}</p>
 {% endfor %}
 </div>
 <nav aria-label="Contents">
 <p>See for yourself in the <a href="attention_explorer.html">attention explorer</a>, or read on:</p>
 <ul>
-{% for section in sections %}
-<li><a href="#{{ section.anchor }}">{{ section.title }}</a></li>
+{% for anchor, title in titles.items() %}
+<li><a href="#{{ anchor }}">{{ title }}</a></li>
 {% endfor %}
 </ul>
 </nav>
-{% for section in sections %}
-<h2 id="{{ section.anchor }}">{{ section.title }}</h2>
-{{ section.text|safe }}
-{% for name, value in section.about.items() %}
+{{ heading("run") }}
+{% for name, value in findings.about.items() %}
 <p><strong>{{ name }}:</strong> {{ value }}</p>
 {% endfor %}
-{% for row in section.statements %}
-<div class="statement {{ row.verdict }}">
-<p><strong>{{ row.verdict }}</strong> · {{ row.claim }}</p>
-<p class="evidence">{{ row.evidence }}</p>
-</div>
-{% endfor %}
-{% for picture in section.pictures %}
+{{ pictures("loss_curve") }}
+{{ table("Thresholds and settings", tables.settings) }}
+{{ heading("read") }}
+<p>Each row is the token doing the looking; the colours of the row say how its attention is shared among the tokens up
+to itself, and sum to 100%. Yellow is much, dark is little. Grey are later tokens, which the model cannot see. A bright
+diagonal is a head that looks at the token itself; one step lower, at the previous token; a bright first column is a
+head that parks its attention on the first token. <code>·</code> marks a leading space and <code>the²</code> is the
+second <code>the</code>. Layers and heads are counted from 0: L2H1 is head 1 of layer 2.</p>
+<p>Short maps mislead: in the first rows there is little to choose from, so every head seems to look at itself and at
+the first token. All scores are therefore corrected for chance: 0 is what a head gets that looks everywhere alike, at
+any length of text, and 1 is the ideal head. They are measured on long windows of held-out text.</p>
+{% for picture in examples %}
 {{ show(picture) }}
 {% endfor %}
-{% if section.table and section.table[1] %}
-<details><summary>{{ section.table[0] }}</summary>
-<div class="scroll" tabindex="0">{{ section.table[1]|safe }}</div></details>
-{% endif %}
-{% for name, members in section.groups.items() %}
+{{ heading("classes") }}
+<p>{{ class_rule }} Thresholds are so high that untrained heads rarely reach them. Percentages are shares of all heads,
+with 95% bootstrap intervals over texts and, for untrained models, the range over seeds.</p>
+{{ statements("Classes") }}
+{{ pictures("class_grid", "class_baselines", "categories") }}
+{{ heading("scores") }}
+<p>Each kind of looking has a score; a head does it if its score reaches the threshold and lies beyond those of
+untrained models. Intervals are 95% bootstrap intervals over texts.</p>
+{{ statements("Heads") }}
+{{ pictures("head_emergence", "score_maps") }}
+{{ table("Scores of every head", tables.scores) }}
+{{ heading("ablation") }}
+<p>A pattern is no proof of use. Here each head's output is replaced by its mean, and the loss on held-out text is
+measured again; then the same for all heads of a class at once, since single heads can be spared when others do the
+same, beside random sets of as many heads.</p>
+{{ statements("Ablation") }}
+{{ pictures("ablation") }}
+{{ table("Loss without each head", tables.ablation) }}
+{{ heading("language") }}
+<p>Each claim is tested with pairs of sentences, one good and one wrong or at least unusual, that differ in little else.
+Three things must hold: the model finds the good one more likely; heads look at the word that decides, chosen on one
+half of the pairs and tested on the other; and without these heads the preference shrinks more than without random
+heads. All p-values are adjusted for the number of claims (Holm).</p>
+{{ statements("Language") }}
+{{ pictures("language") }}
+{{ table("The claims in numbers", tables.language) }}
+{{ heading("spread") }}
+<p>Entropy says over how many tokens a head spreads its attention, mean distance how far back it looks.</p>
+{{ pictures("entropy_distance") }}
+{{ heading("similarity") }}
+<p>Heads that share a branch low in the tree look at the same places of the same text. The dashed line is a yardstick,
+not a limit of error: how far one head is from itself when the text changes.</p>
+{{ pictures("similarity", "similarity_without_sink") }}
+{{ heading("sentences") }}
+<p>For each kind of sentence: chosen heads on all of its sentences; then, for the first one, every head, the chosen
+heads, the flow between tokens, and rollout, which follows attention through all layers. The
+<a href="attention_explorer.html">explorer</a> has every sentence and every head.</p>
+{% for name, members in of_sentences.items() %}
 <details><summary>{{ name }} ({{ members|length }} pictures)</summary>
 {% for picture in members %}
 {{ show(picture) }}
 {% endfor %}
 </details>
 {% endfor %}
-{% endfor %}
-</main>"""
-
-_REPORT_TEXTS = {  # of the sections of the report, by anchor
-    "run": "",
-    "read": """<p>Each row is the token doing the looking; the colours of the row say how its attention is shared among
-the tokens up to itself, and sum to 100%. Yellow is much, dark is little. Grey are later tokens, which the model cannot
-see. A bright diagonal is a head that looks at the token itself; one step lower, at the previous token; a bright first
-column is a head that parks its attention on the first token. <code>·</code> marks a leading space and
-<code>the²</code> is the second <code>the</code>. Layers and heads are counted from 0: L2H1 is head 1 of layer 2.</p>
-<p>Short maps mislead: in the first rows there is little to choose from, so every head seems to look at itself and at
-the first token. All scores are therefore corrected for chance: 0 is what a head gets that looks everywhere alike, at
-any length of text, and 1 is the ideal head. They are measured on long windows of held-out text.</p>""",
-    "classes": """<p>CLASS_RULE Thresholds are so high that untrained heads rarely reach them. Percentages are shares of
-all heads, with 95% bootstrap intervals over texts and, for untrained models, the range over seeds.</p>""",
-    "scores": """<p>Each kind of looking has a score; a head does it if its score reaches the threshold and lies beyond
-those of untrained models. Intervals are 95% bootstrap intervals over texts.</p>""",
-    "ablation": """<p>A pattern is no proof of use. Here each head's output is replaced by its mean, and the loss on
-held-out text is measured again; then the same for all heads of a class at once, since single heads can be spared when
-others do the same, beside random sets of as many heads.</p>""",
-    "language": """<p>Each claim is tested with pairs of sentences, one good and one wrong or at least unusual, that
-differ in little else. Three things must hold: the model finds the good one more likely; heads look at the word that
-decides, chosen on one half of the pairs and tested on the other; and without these heads the preference shrinks more
-than without random heads. All p-values are adjusted for the number of claims (Holm).</p>""",
-    "spread": """<p>Entropy says over how many tokens a head spreads its attention, mean distance how far back it
-looks.</p>""",
-    "similarity": """<p>Heads that share a branch low in the tree look at the same places of the same text. The dashed
-line is a yardstick, not a limit of error: how far one head is from itself when the text changes.</p>""",
-    "sentences": """<p>For each kind of sentence: chosen heads on all of its sentences; then, for the first one, every
-head, the chosen heads, the flow between tokens, and rollout, which follows attention through all layers. The
-<a href="attention_explorer.html">explorer</a> has every sentence and every head.</p>""",
-    "next": """<ul>
+{{ heading("next") }}
+<ul>
 <li>Point at tokens and compare heads in the <a href="attention_explorer.html">explorer</a>.</li>
 <li>Try a sentence of your own: <code>python pico_helpers.py explore "My sentence."</code></li>
 <li>Train a model of your own with <code>python pico_helpers.py train</code>, then study it with
 <code>python pico_helpers.py analyze</code>.</li>
 <li>Read every number of this page in <a href="findings.json">findings.json</a>, each head's scores in
 <a href="head_scores.csv">head_scores.csv</a>.</li>
-</ul>""",
-    "terms": """<p><strong>Token</strong>: a piece of text, often a word with its leading space.
+</ul>
+{{ heading("terms") }}
+<p><strong>Token</strong>: a piece of text, often a word with its leading space.
 <strong>Attention sink</strong>: a head that puts its attention on the first token when it has nothing to do (Xiao et
 al. 2023; Gu et al. 2024). <strong>Induction</strong>: looking at what followed an earlier copy of the current token,
 which continues repeated text (Olsson et al. 2022); measured on repeated random tokens. <strong>Score</strong>:
 attention on a set of tokens beyond what a uniform head puts there, divided by the most that is possible beyond it
 (after Cohen's kappa). <strong>Rollout</strong>: attention multiplied through the layers (Abnar &amp; Zuidema 2020),
-here minus that of uniform heads. <strong>Nat</strong>: the unit of loss; 0.69 nats are one bit.</p>""",
-}
+here minus that of uniform heads. <strong>Nat</strong>: the unit of loss; 0.69 nats are one bit.</p>
+</main>"""
 
 _EXPLORER_PAGE_HTML = """<main>
 {% if has_report %}
