@@ -4723,13 +4723,9 @@ def study_findings(study: Study, about: Mapping[str, str] | None = None) -> dict
     return json.loads(json.dumps(findings, default=plain))
 
 
-def _with_interval(row: Mapping[str, float], key: str, form: Callable[[float], str]) -> str:
+def _interval(row: Mapping[str, float], key: str = "share", form: Callable[[float], str] = "{:.1%}".format) -> str:
     value, low, high = (form(row[name]) for name in (key, "low", "high"))
     return value if low == high else f"{value} ({low} to {high})"
-
-
-def _percent(row: Mapping[str, float]) -> str:
-    return _with_interval(row, "share", "{:.1%}".format)
 
 
 def _shares_of(study: Study, name: str) -> dict[str, pd.Series]:
@@ -4752,12 +4748,13 @@ def _class_statements(study: Study) -> Iterator[tuple[str, ...]]:
     special, broad = _shares_of(study, "Specialised"), _shares_of(study, "Global/Broad")
     more = special["trained"]["share"] > special["untrained"]["high"]
     verdict = "supported" if _is_found(study, "Specialised") else "undecided" if more else "not supported"
-    evidence = f"{_percent(special['trained'])} of the heads are, {_percent(special['untrained'])} in untrained models."
+    own, untrained = _interval(special["trained"]), _interval(special["untrained"])
+    evidence = f"{own} of the heads are, {untrained} in untrained models."
     yield "Classes", "Some heads are specialised, more than in untrained models", verdict, evidence
     found = {name: _shares_of(study, name) for name in SPECIALISED_CLASSES if _is_found(study, name)}
     if found:
         changes = [
-            f"{CLASS_LABELS[name]}: {_percent(rows['trained'])}, on shuffled tokens {_percent(rows['shuffled'])}"
+            f"{CLASS_LABELS[name]}: {_interval(rows['trained'])}, on shuffled tokens {_interval(rows['shuffled'])}"
             for name, rows in found.items()
             if _apart(rows["trained"], rows["shuffled"])
         ]
@@ -4770,7 +4767,7 @@ def _class_statements(study: Study) -> Iterator[tuple[str, ...]]:
         "Classes",
         f"{_ORIGINAL_BROAD:.1%} of the heads attend broadly and the rest are specialised (the original study)",
         "not supported" if not agrees else "supported" if _apart(own, untrained) else "undecided",
-        f"{_percent(own)} attend broadly here, in untrained models {_percent(untrained)}: a model has broad heads "
+        f"{_interval(own)} attend broadly here, in untrained models {_interval(untrained)}: a model has broad heads "
         "before it learns anything. The original's averages over short sentences mostly reflect their length.",
     )
 
@@ -4781,7 +4778,7 @@ def _score_statements(study: Study) -> Iterator[tuple[str, ...]]:
         rows = {row["model"]: row for _, row in highest[highest["score"] == score].iterrows()}
         own, limit, tau = rows["trained"], rows["untrained"]["high"], study.thresholds.tau[score]
         best = heads.loc[heads[score].idxmax()]
-        name, value = head_name(best["layer"], best["head"]), _with_interval(own, "mean", number)
+        name, value = head_name(best["layer"], best["head"]), _interval(own, "mean", number)
         if own["mean"] < tau:
             verdict, evidence = "not supported", f"No head does this (highest score {number(own['mean'])})."
         elif own["low"] >= tau and own["low"] > limit:
@@ -5003,6 +5000,8 @@ def explorer_html(
     makes the page say what each head does and open on the most telling one. `address` keeps what is shown in the
     page's address, for a page that holds nothing else. Needs a browser of 2023 or newer.
     """
+    from matplotlib import colormaps
+
     if not isinstance(captures, Mapping):
         captures = {"Sentences": captures}
     flat = [(name, capture) for name, members in captures.items() for capture in members]
@@ -5019,6 +5018,7 @@ def explorer_html(
     repeats = [1 - len(set(capture.token_ids)) / len(capture.token_ids) for _, capture in flat]
     data = {
         "nHead": n_head,
+        "colors": colormaps["viridis"](range(256), bytes=True)[:, :3].tolist(),
         "heads": heads,
         "telling": order[:2],  # the heads that the page opens on, alone or side by side
         "text": int(np.argmax(repeats)) if heads[order[0]]["kind"] in ("induction", "duplicate") else 0,
@@ -6629,35 +6629,33 @@ token, <kbd>Esc</kbd> lets go. <kbd>←</kbd> <kbd>→</kbd> other token, <kbd>�
 _EXPLORER_CSS = """
 .pico-explorer { --pico-back: #ffffff; --pico-text: #1c1c1c; --pico-soft: #5c5c5c; --pico-none: #dcdcdc;
   --pico-mark: #d3330a; background: var(--pico-back); color: var(--pico-text); font: 15px/1.5 system-ui, sans-serif; }
-@media (prefers-color-scheme: dark) {
-  .pico-explorer { --pico-back: #16181b; --pico-text: #e6e6e3; --pico-soft: #a5a8ab; --pico-none: #34383d;
-    --pico-mark: #ff7a4d; }
-}
+@media (prefers-color-scheme: dark) { .pico-explorer { --pico-back: #16181b; --pico-text: #e6e6e3; --pico-soft: #a5a8ab;
+  --pico-none: #34383d; --pico-mark: #ff7a4d; } }
 .pico-explorer .pico-controls { display: flex; flex-wrap: wrap; gap: .25rem 1.25rem; align-items: center; }
-.pico-explorer select { max-width: min(30rem, 70vw); font: inherit; color: inherit; background: var(--pico-back);
-  border: 1px solid var(--pico-soft); border-radius: 4px; padding: .1rem .3rem; }
-.pico-explorer button { font: inherit; color: inherit; background: none; border: 2px solid transparent; cursor: pointer;
-  border-radius: 4px; }
+.pico-explorer :is(select, button) { font: inherit; color: inherit; border-radius: 4px; }
+.pico-explorer select { max-width: min(30rem, 70vw); background: var(--pico-back); border: 1px solid var(--pico-soft);
+  padding: .1rem .3rem; }
+.pico-explorer button { background: none; border: 2px solid transparent; cursor: pointer; }
 .pico-explorer :focus-visible { outline: 2px solid var(--pico-text); outline-offset: 1px; }
 .pico-explorer .pico-tokens { display: flex; flex-wrap: wrap; gap: 3px; margin: .75rem 0 .25rem; }
 .pico-explorer .pico-tokens button { padding: 0 .3rem; background: var(--pico-none); }
-.pico-explorer .pico-tokens button[aria-current] { border-color: var(--pico-mark); }
 .pico-explorer .pico-tokens button[aria-pressed=true] { box-shadow: 0 0 0 2px var(--pico-mark); }
+.pico-explorer :is(.pico-tokens [aria-current], .pico-thumbs [aria-pressed=true]) { border-color: var(--pico-mark); }
 .pico-explorer .pico-status { min-height: 3em; margin: .25rem 0; max-width: none; white-space: pre-line; }
 .pico-explorer .pico-panels { display: flex; flex-wrap: wrap; gap: 1rem 1.5rem; }
 .pico-explorer .pico-panels > * { flex: 1 1 320px; max-width: 500px; min-width: 0; margin: 0; }
-.pico-explorer figcaption { min-height: 4.5em; color: inherit; } .pico-explorer figcaption small { display: block;
-  color: var(--pico-soft); }
+.pico-explorer figcaption { min-height: 4.5em; color: inherit; }
+.pico-explorer figcaption small { display: block; color: var(--pico-soft); }
 .pico-explorer .pico-panel[data-active] strong { border-bottom: 3px solid var(--pico-mark); }
 .pico-explorer .pico-panel canvas { display: block; margin-top: .4rem; max-width: 100%; cursor: crosshair; }
 .pico-explorer .pico-scale { display: flex; gap: .5rem; align-items: center; font-size: .85em; min-height: 2em; }
 .pico-explorer .pico-scale i { width: 7em; height: .9em; }
-.pico-explorer .pico-scale .pico-none { width: .9em; background: var(--pico-none); margin-left: 1em; }
+.pico-explorer .pico-scale .pico-none { width: .9em; margin-left: 1em; }
 .pico-explorer .pico-thumbs { display: grid; gap: 2px; font-size: .8em; color: var(--pico-soft); align-items: center; }
 .pico-explorer .pico-thumbs span { text-align: center; }
 .pico-explorer .pico-thumbs button { padding: 0; line-height: 0; }
-.pico-explorer .pico-thumbs button[aria-pressed=true] { border-color: var(--pico-mark); }
 .pico-explorer .pico-thumbs canvas { width: 100%; aspect-ratio: 1; image-rendering: pixelated; }
+.pico-explorer :is(.pico-none, .pico-thumbs canvas) { background: var(--pico-none); }
 .pico-explorer .pico-help { color: var(--pico-soft); font-size: .9em; max-width: 46rem; }
 .pico-explorer .pico-tip { position: fixed; pointer-events: none; background: var(--pico-text); color: var(--pico-back);
   padding: .1rem .5rem; border-radius: 4px; font-size: .9em; }
@@ -6667,14 +6665,6 @@ _EXPLORER_JS = r"""
 (() => {
   "use strict";
   const FLAGS = ["pinned", "lines", "drop"]; // kept in the address
-  const STOPS = ["440154", "472c7a", "3b518b", "2c718e", "21908d", "27ad81", "5cc863", "aadc32", "fde725"]; // viridis
-  const rgb = (hex) => [0, 2, 4].map((i) => parseInt(hex.slice(i, i + 2), 16));
-  const COLORS = Array.from({ length: 256 }, (_, value) => {
-    const place = (value / 255) * (STOPS.length - 1);
-    const below = Math.min(Math.floor(place), STOPS.length - 2);
-    const [a, b] = [rgb(STOPS[below]), rgb(STOPS[below + 1])];
-    return a.map((channel, i) => Math.round(channel + (b[i] - channel) * (place - below)));
-  });
   const clamp = (value, low, high) => Math.max(low, Math.min(high, value));
   const share = (value) => `${Math.round((100 * value) / 255)}%`;
   const make = (tag, properties) => Object.assign(document.createElement(tag), properties);
@@ -6690,8 +6680,8 @@ _EXPLORER_JS = r"""
     const find = (name) => root.querySelector(".pico-" + name);
     const style = (name) => getComputedStyle(root).getPropertyValue(name).trim();
     const data = JSON.parse(find("data").textContent);
-    const nHeads = data.heads.length;
     const panels = [...root.querySelectorAll(".pico-panel")];
+    const [thumbs, tip] = [find("thumbs"), find("tip")];
     // heads: of the two panels, the second null without comparison; pinned: a token that pointing does not change
     const state = { text: 0, heads: [0, null], active: 0, token: 0, pinned: false, lines: false, drop: false };
     let maps = null; // of the current text: lower triangles of all heads, one byte a weight
@@ -6719,15 +6709,15 @@ _EXPLORER_JS = r"""
       return `${word(labels()[row])} looks at ${word(labels()[key])}: ${share(weight(index, row, key))}`;
     }
 
-    // a map as an image of one pixel a weight; grey where no token can look
+    // a map as an image of one pixel a weight; clear where no token can look
     function paint(canvas, index) {
       const n = (canvas.width = canvas.height = labels().length);
       const context = canvas.getContext("2d");
       const image = context.createImageData(n, n);
-      const none = rgb(style("--pico-none").slice(1));
-      for (let row = 0, at = 0; row < n; row++) {
-        for (let key = 0; key < n; key++, at += 4) {
-          image.data.set(key > row ? none : COLORS[Math.round(weight(index, row, key))], at);
+      for (let row = 0; row < n; row++) {
+        for (let key = 0; key <= row; key++) {
+          const at = 4 * (row * n + key);
+          image.data.set(data.colors[Math.round(weight(index, row, key))], at);
           image.data[at + 3] = 255;
         }
       }
@@ -6735,33 +6725,34 @@ _EXPLORER_JS = r"""
       return canvas;
     }
 
-    // sizes a panel's canvas for the screen; its context's unit is the CSS pixel, its text as wide as the labels allow
-    function prepare(panel, fontSize, heightOf) {
+    // a panel's canvas, sharp on every screen: its unit is the CSS pixel, its margin as wide as the labels
+    function prepare(panel, width, height, fontSize) {
       const canvas = panel.querySelector("canvas");
-      const width = Math.min(500, panel.clientWidth);
       const context = canvas.getContext("2d");
-      const font = `${fontSize(width)}px system-ui, sans-serif`;
-      context.font = font;
-      const names = labels().map((name) => (name.length > 14 ? name.slice(0, 13) + "…" : name));
-      const margin = Math.ceil(Math.max(...names.map((name) => context.measureText(name).width))) + 10;
-      const height = heightOf(width, margin);
       const scale = window.devicePixelRatio || 1;
       canvas.width = Math.round(width * scale);
       canvas.height = Math.round(height * scale);
       canvas.style.width = `${width}px`;
       context.setTransform(scale, 0, 0, scale, 0, 0);
-      Object.assign(context, { font, textBaseline: "middle", textAlign: "right", lineWidth: 2 });
+      Object.assign(context, { textBaseline: "middle", textAlign: "right", lineWidth: 2 });
       context.imageSmoothingEnabled = false;
-      return { context, names, width, height, margin };
+      context.font = `${fontSize}px system-ui, sans-serif`;
+      const names = labels().map((name) => (name.length > 14 ? name.slice(0, 13) + "…" : name));
+      const margin = Math.ceil(Math.max(...names.map((name) => context.measureText(name).width))) + 10;
+      return { context, names, margin };
     }
 
     const inkOf = (isCurrent) => style(isCurrent ? "--pico-mark" : "--pico-text");
 
+    // draws a head as a matrix, no higher than the window; returns what tells the cell at a place
     function drawMatrix(panel, index) {
       const n = labels().length;
-      const { context, names, width, margin } = prepare(panel, (w) => clamp((w / n) * 0.65, 7, 12), (w) => w);
-      const [side, cell] = [width - margin, (width - margin) / n];
-      context.drawImage(paint(document.createElement("canvas"), index), margin, 0, side, side);
+      const size = Math.min(500, panel.clientWidth, Math.max(260, window.innerHeight - 40));
+      const { context, names, margin } = prepare(panel, size, size, clamp((size / n) * 0.65, 7, 12));
+      const [side, cell] = [size - margin, (size - margin) / n];
+      context.fillStyle = style("--pico-none");
+      context.fillRect(margin, 0, side, side);
+      context.drawImage(paint(make("canvas"), index), margin, 0, side, side);
       names.forEach((name, i) => {
         if (cell < 7 && i !== state.token) return; // long texts: only the current token has room for its name
         context.fillStyle = inkOf(i === state.token);
@@ -6780,10 +6771,11 @@ _EXPLORER_JS = r"""
       };
     }
 
+    // the same as lines from the tokens that look, at the left, to those looked at
     function drawLines(panel, index) {
-      const n = labels().length;
+      const [n, width] = [labels().length, Math.min(500, panel.clientWidth)];
       const line = n > 40 ? 13 : 20;
-      const { context, names, width, margin } = prepare(panel, () => line * 0.62, () => n * line);
+      const { context, names, margin } = prepare(panel, width, n * line, line * 0.62);
       const middle = (i) => (i + 0.5) * line;
       context.strokeStyle = context.fillStyle = style("--pico-mark");
       for (let row = 0; row < n; row++) {
@@ -6801,11 +6793,11 @@ _EXPLORER_JS = r"""
       context.globalAlpha = 1;
       names.forEach((name, i) => {
         context.fillStyle = inkOf(i === state.token);
+        context.textAlign = "right";
         context.fillText(name, margin - 5, middle(i));
         context.fillStyle = inkOf(false);
         context.textAlign = "left";
         context.fillText(name, width - margin + 5, middle(i));
-        context.textAlign = "right";
       });
       return (x, y) => {
         const at = clamp(Math.floor(y / line), 0, n - 1);
@@ -6814,11 +6806,23 @@ _EXPLORER_JS = r"""
       };
     }
 
+    function drawPanel(panel, i) {
+      const index = state.heads[i];
+      panel.hidden = index === null;
+      if (panel.hidden) return;
+      const { name, does, scores } = data.heads[index];
+      const [title, small] = [make("strong", { textContent: name }), make("small", { textContent: scores })];
+      panel.querySelector("figcaption").replaceChildren(title, ` ${does}`, small);
+      panel.querySelector("canvas").setAttribute("aria-label", `Attention of head ${name}`);
+      panel.toggleAttribute("data-active", i === state.active && state.heads[1] !== null);
+      panel.hit = (state.lines ? drawLines : drawMatrix)(panel, index);
+    }
+
     function drawTokens() {
       [...find("tokens").children].forEach((button, key) => {
         const isSeen = key <= state.token;
         const value = isSeen ? Math.round(weight(current(), state.token, key)) : 0;
-        button.style.background = isSeen ? `rgb(${COLORS[value]})` : "";
+        button.style.background = isSeen ? `rgb(${data.colors[value]})` : "";
         button.style.color = isSeen ? (value > 140 ? "#000000" : "#ffffff") : "";
         button.title = isSeen ? describe(current(), state.token, key) : "comes later";
         button.tabIndex = key === state.token ? 0 : -1;
@@ -6828,8 +6832,8 @@ _EXPLORER_JS = r"""
     }
 
     function drawThumbs() {
-      const shows = [state.text, state.drop, style("--pico-none")].join();
-      find("thumbs").querySelectorAll("button").forEach((button, index) => {
+      const shows = [state.text, state.drop].join();
+      thumbs.querySelectorAll("button").forEach((button, index) => {
         if (shows !== thumbsShow) paint(button.firstChild, index);
         button.setAttribute("aria-pressed", state.heads.includes(index));
         button.tabIndex = index === current() ? 0 : -1;
@@ -6849,21 +6853,10 @@ _EXPLORER_JS = r"""
     function draw() {
       isPlanned = false;
       if (!maps) return;
-      find("lines").checked = state.lines;
-      find("drop").checked = state.drop;
+      for (const flag of ["lines", "drop"]) find(flag).checked = state[flag];
       find("compare").checked = state.heads[1] !== null;
       find("text").value = state.text;
-      panels.forEach((panel, i) => {
-        const index = state.heads[i];
-        panel.hidden = index === null;
-        if (panel.hidden) return;
-        const { name, does, scores } = data.heads[index];
-        const [title, small] = [make("strong", { textContent: name }), make("small", { textContent: scores })];
-        panel.querySelector("figcaption").replaceChildren(title, ` ${does}`, small);
-        panel.querySelector("canvas").setAttribute("aria-label", `Attention of head ${name}`);
-        panel.toggleAttribute("data-active", i === state.active && state.heads[1] !== null);
-        panel.hit = (state.lines ? drawLines : drawMatrix)(panel, index);
-      });
+      panels.forEach(drawPanel);
       drawTokens();
       drawThumbs();
       drawStatus();
@@ -6879,9 +6872,7 @@ _EXPLORER_JS = r"""
     const point = (token) => state.pinned || update({ token });
     const pin = (token) => update({ token, pinned: !(state.pinned && token === state.token) });
     function pickHead(index, panel = state.active) {
-      const heads = [...state.heads];
-      heads[panel] = index;
-      update({ heads, active: panel });
+      update({ heads: state.heads.map((head, i) => (i === panel ? index : head)), active: panel });
     }
 
     // another text, opened at the token in its middle third that looks most sharply, unless `change` names one
@@ -6889,17 +6880,16 @@ _EXPLORER_JS = r"""
       maps = await unpack(data.texts[text].maps);
       update({ text, pinned: false, ...change });
       const n = labels().length;
-      const sharpest = Array.from({ length: Math.ceil(n / 3) }, (_, i) => i + Math.floor(n / 3))
-        .map((row) => [looks(current(), row)[0][0], row])
-        .reduce((best, other) => (other[0] > best[0] ? other : best))[1];
+      const sharpness = (row) => looks(current(), row)[0][0];
+      const middle = [...labels().keys()].slice(Math.floor(n / 3), Math.floor(n / 3) + Math.ceil(n / 3));
+      const sharpest = middle.reduce((best, row) => (sharpness(row) > sharpness(best) ? row : best));
       update({ token: clamp(change.token ?? sharpest, 0, n - 1) });
-      find("tokens").replaceChildren(
-        ...labels().map((name, token) => {
-          const button = make("button", { type: "button", textContent: name, onclick: () => pin(token) });
-          button.addEventListener("pointerenter", (event) => event.pointerType === "touch" || point(token));
-          return button;
-        })
-      );
+      const buttons = labels().map((name, token) => {
+        const button = make("button", { type: "button", textContent: name, onclick: () => pin(token) });
+        button.addEventListener("pointerenter", (event) => event.pointerType === "touch" || point(token));
+        return button;
+      });
+      find("tokens").replaceChildren(...buttons);
     }
 
     // -- The state in the page's address: #text=3&head=L2H1&with=L3H6&token=5&pinned=1&lines=1&drop=1
@@ -6932,22 +6922,23 @@ _EXPLORER_JS = r"""
       if (!group) find("text").append((group = make("optgroup", { label: category })));
       group.append(new Option(text, i));
     });
+    thumbs.style.gridTemplateColumns = `auto repeat(${data.nHead}, minmax(0, 64px))`;
     const headings = ["", ...Array.from({ length: data.nHead }, (_, head) => `H${head}`)];
-    find("thumbs").style.gridTemplateColumns = `auto repeat(${data.nHead}, minmax(0, 64px))`;
-    find("thumbs").append(...headings.map((textContent) => make("span", { textContent })));
+    thumbs.append(...headings.map((textContent) => make("span", { textContent })));
     data.heads.forEach(({ name, does }, index) => {
-      if (index % data.nHead === 0) find("thumbs").append(make("span", { textContent: `L${index / data.nHead}` }));
+      if (index % data.nHead === 0) thumbs.append(make("span", { textContent: `L${index / data.nHead}` }));
       const onclick = (event) => pickHead(index, event.shiftKey ? 1 : state.active);
-      find("thumbs").append(make("button", { type: "button", title: `${name} ${does}`, onclick }));
-      find("thumbs").lastChild.append(make("canvas"));
+      thumbs.append(make("button", { type: "button", title: `${name} ${does}`, onclick }));
+      thumbs.lastChild.append(make("canvas"));
     });
-    find("bar").style.background = `linear-gradient(to right, ${STOPS.map((stop) => "#" + stop)})`;
+    find("bar").style.background = `linear-gradient(to right, ${data.colors.map((color) => `rgb(${color})`)})`;
     find("text").addEventListener("change", (event) => pickText(Number(event.target.value)));
-    find("lines").addEventListener("change", (event) => update({ lines: event.target.checked }));
-    find("drop").addEventListener("change", (event) => update({ drop: event.target.checked }));
+    for (const flag of ["lines", "drop"]) {
+      find(flag).addEventListener("change", (event) => update({ [flag]: event.target.checked }));
+    }
     find("compare").addEventListener("change", (event) => {
-      const [first, other] = [state.heads[0], data.telling.find((index) => index !== state.heads[0]) ?? 0];
-      update({ heads: [first, event.target.checked ? other : null], active: 0 });
+      const other = data.telling.find((index) => index !== state.heads[0]) ?? 0;
+      update({ heads: [state.heads[0], event.target.checked ? other : null], active: 0 });
     });
     panels.forEach((panel, i) => {
       const canvas = panel.querySelector("canvas");
@@ -6957,22 +6948,20 @@ _EXPLORER_JS = r"""
       };
       canvas.addEventListener("pointermove", (event) => {
         const place = at(event);
-        find("tip").hidden = !place || place.key < 0;
-        if (!place) return;
-        if (event.pointerType !== "touch") point(place.row);
-        if (place.key < 0) return;
-        find("tip").textContent = describe(state.heads[i], place.row, place.key);
-        find("tip").style.left = `${clamp(event.clientX + 14, 0, window.innerWidth - find("tip").offsetWidth - 4)}px`;
-        find("tip").style.top = `${event.clientY + 18}px`;
+        tip.hidden = !place || place.key < 0;
+        if (place && event.pointerType !== "touch") point(place.row);
+        if (tip.hidden) return;
+        tip.textContent = describe(state.heads[i], place.row, place.key);
+        tip.style.left = `${clamp(event.clientX + 14, 0, window.innerWidth - tip.offsetWidth - 4)}px`;
+        tip.style.top = `${event.clientY + 18}px`;
       });
-      canvas.addEventListener("pointerleave", () => (find("tip").hidden = true));
+      canvas.addEventListener("pointerleave", () => (tip.hidden = true));
       canvas.addEventListener("click", (event) => at(event) && pin(at(event).row));
       panel.addEventListener("pointerdown", () => update({ active: i }));
     });
     root.addEventListener("keydown", (event) => {
-      const isThumb = find("thumbs").contains(event.target);
       if (event.target.matches("select, input") || event.altKey || event.ctrlKey || event.metaKey) return;
-      const last = labels().length - 1;
+      const [isThumb, last, nHeads] = [thumbs.contains(event.target), labels().length - 1, data.heads.length];
       const tokens = { ArrowLeft: state.token - 1, ArrowRight: state.token + 1, Home: 0, End: last };
       const steps = isThumb
         ? { ArrowLeft: -1, ArrowRight: 1, ArrowUp: -data.nHead, ArrowDown: data.nHead }
@@ -6981,11 +6970,12 @@ _EXPLORER_JS = r"""
       else if (event.key in tokens) update({ token: clamp(tokens[event.key], 0, last) });
       else return;
       event.preventDefault();
-      if (isThumb) find("thumbs").querySelectorAll("button")[current()].focus();
+      if (isThumb) thumbs.querySelectorAll("button")[current()].focus();
       else if (find("tokens").contains(event.target)) find("tokens").children[state.token].focus();
     });
     document.addEventListener("keydown", (event) => event.key === "Escape" && update({ pinned: false }));
     matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => update({}));
+    window.addEventListener("resize", () => update({}));
     new ResizeObserver(() => update({})).observe(find("panels"));
     if ("address" in root.dataset) window.addEventListener("hashchange", restore);
     restore();
