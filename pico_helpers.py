@@ -2603,7 +2603,7 @@ def head_name(layer: int, head: int) -> str:
     return f"L{layer}H{head}"
 
 
-Heads = tuple[tuple[int, int], ...]  # (layer, head) pairs
+Heads = Sequence[tuple[int, int]]  # (layer, head) pairs
 
 
 @contextlib.contextmanager
@@ -4145,17 +4145,15 @@ def _draw_map(axes: Axes, values: np.ndarray, labels: Sequence[str], columns: bo
         axes.set(xlabel="token looked at", ylabel="token that looks")
 
 
-def _name_heads(panels: Iterable[Axes], heads: Sequence[tuple[int, int]], scores: pd.DataFrame | None) -> None:
+def _name_heads(panels: Iterable[Axes], heads: Heads, scores: pd.DataFrame | None) -> None:
     """Each panel's title is its head and, where scores are given, what the head is."""
     kinds = None if scores is None else head_kinds(scores)
-    for axes, head in zip(panels, heads, strict=False):
+    for axes, head in zip(panels, heads, strict=True):
         words = "" if kinds is None else "\n" + kinds.words[head].replace(": ", "\n")
         axes.set_title(head_name(*head) + words, loc="left", fontsize=9)
 
 
-def plot_chosen_heads(
-    capture: AttentionCapture, heads: Sequence[tuple[int, int]], scores: pd.DataFrame | None = None
-) -> Figure:
+def plot_chosen_heads(capture: AttentionCapture, heads: Heads, scores: pd.DataFrame | None = None) -> Figure:
     """The maps of some (layer, head); `scores`, as in Study, add what each head is."""
     labels, n_columns = _short_labels(capture.labels), min(2, len(heads))
     n_rows, side = math.ceil(len(heads) / n_columns), max(2.6, 0.15 * len(labels))
@@ -4188,9 +4186,7 @@ def plot_all_heads(capture: AttentionCapture) -> Figure:
     return figure
 
 
-def plot_category(
-    captures: Sequence[AttentionCapture], heads: Sequence[tuple[int, int]], scores: pd.DataFrame | None = None
-) -> Figure:
+def plot_category(captures: Sequence[AttentionCapture], heads: Heads, scores: pd.DataFrame | None = None) -> Figure:
     """The sheet of a category: a row a sentence, a column a chosen head."""
     counts = [min(len(capture.labels), _MAX_LABELS) for capture in captures]
     cell = 2.1 / max(*counts, 14)
@@ -4207,13 +4203,11 @@ def plot_category(
     return figure
 
 
-def attention_graph(
-    weights: np.ndarray, labels: Sequence[str], max_edges: int = 3, min_excess: float = 0.05
-) -> networkx.DiGraph:
+def attention_graph(weights: np.ndarray, labels: Sequence[str], max_edges: int = 3) -> networkx.DiGraph:
     """The strongest looks of one map (T, T) as a graph: an edge i -> j says that token i looks at token j.
 
-    Nodes carry `label`, edges `weight`; each token keeps its `max_edges` strongest edges, of those that are
-    `min_excess` above an even spread: a uniform map has no edges. Holds the first 20 tokens.
+    Nodes carry `label`, edges `weight`; each of the first 20 tokens keeps its `max_edges` strongest edges, of those
+    that are 0.05 above an even spread: a uniform map has no edges.
     """
     import networkx
 
@@ -4222,18 +4216,15 @@ def attention_graph(
         graph.add_node(index, label=label)
         row = np.asarray(weights[index, : index + 1], dtype=float)
         for key in np.argsort(-row, kind="stable")[:max_edges]:
-            if row[key] >= 1 / (index + 1) + min_excess:
+            if row[key] >= 1 / (index + 1) + 0.05:
                 graph.add_edge(index, int(key), weight=float(row[key]))
     return graph
 
 
-def plot_attention_flow(
-    capture: AttentionCapture, heads: Sequence[tuple[int, int]], scores: pd.DataFrame | None = None
-) -> Figure:
-    """Arrows from each token to the earlier ones that a head looks at, a panel for each of some (layer, head).
+def plot_attention_flow(capture: AttentionCapture, heads: Heads, scores: pd.DataFrame | None = None) -> Figure:
+    """Arrows from each token to the earlier ones that a head looks at, a panel a head, in the colour of its class.
 
-    The width of an arrow is its weight, a ring is a look at the token itself; see `attention_graph`. With `scores`, as
-    in Study, each head is in the colour of its class.
+    The width of an arrow is its weight, a ring is a look at the token itself; see `attention_graph`.
     """
     import networkx
 
@@ -4536,7 +4527,7 @@ def _bars_in_words(bars: pd.DataFrame, by: str) -> str:
     return f"Bars, percent of the heads. {words}."
 
 
-def _looks_in_words(capture: AttentionCapture, heads: Sequence[tuple[int, int]]) -> str:
+def _looks_in_words(capture: AttentionCapture, heads: Heads) -> str:
     """The strongest look of each head at a token that is neither the first nor the looking one."""
     names, looks = number_repeats(capture.labels), []
     for head in heads:
@@ -4606,9 +4597,7 @@ def model_pictures(study: Study) -> Iterator[Plan]:
         yield "language", title, caption, alt, lambda: plot_language(study)
 
 
-def sentence_pictures(
-    captures: Sequence[AttentionCapture], heads: Sequence[tuple[int, int]], scores: pd.DataFrame
-) -> Iterator[Plan]:
+def sentence_pictures(captures: Sequence[AttentionCapture], heads: Heads, scores: pd.DataFrame) -> Iterator[Plan]:
     """The sentences of a category: one sheet shows all of them, the other pictures the first one."""
     first, reading = captures[0], "Each row is the token doing the looking; grey: later tokens, which it cannot see."
     looks = _looks_in_words(first, heads)
@@ -4988,12 +4977,11 @@ REPEATED_TEXTS = (  # where a head that continues repetitions (induction) has so
     "seven window paper garden orange river music seven window paper garden orange river music",
 )
 
+# sentences by category, or a list of them
+Captures = Mapping[str, Sequence[AttentionCapture]] | Sequence[AttentionCapture]
 
-def explorer_html(
-    captures: Mapping[str, Sequence[AttentionCapture]] | Sequence[AttentionCapture],
-    scores: pd.DataFrame | None = None,
-    address: bool = False,
-) -> str:
+
+def explorer_html(captures: Captures, scores: pd.DataFrame | None = None, address: bool = False) -> str:
     """The interactive explorer as an HTML fragment: show it with IPython.display.HTML, several times if you like.
 
     `captures` maps categories to sentences, or is a list of them. `scores` is a table of `score_heads` with classes; it
@@ -5050,11 +5038,7 @@ def _pack_maps(weights: Tensor) -> str:
     return base64.b64encode(zlib.compress(data, 9)).decode()
 
 
-def write_explorer(
-    path: str | Path,
-    captures: Mapping[str, Sequence[AttentionCapture]] | Sequence[AttentionCapture],
-    scores: pd.DataFrame | None = None,
-) -> Path:
+def write_explorer(path: str | Path, captures: Captures, scores: pd.DataFrame | None = None) -> Path:
     """Writes the explorer as one HTML page; arguments as in `explorer_html`."""
     has_report = Path(path).with_name("attention_report.html").exists()
     body = _render(_EXPLORER_PAGE_HTML, explorer=explorer_html(captures, scores, address=True), has_report=has_report)
