@@ -4323,8 +4323,9 @@ def plot_head_emergence(history: Sequence[dict] | pd.DataFrame, thresholds: Scor
     return figure
 
 
-def _draw_class_bars(axes: Axes, table: pd.DataFrame) -> None:
+def _class_bars(table: pd.DataFrame, width: float, height: float) -> tuple[Figure, Axes]:
     """A bar of 100 % for each row of `table`, whose columns are classes and whose values are shares of the heads."""
+    figure, axes = new_figure(width, height)
     table, start = table.reindex(columns=HEAD_CLASSES).fillna(0), np.zeros(len(table))
     for name, shares in table.items():
         style = {"color": CLASS_COLORS[name], "edgecolor": "white", "height": 0.72}
@@ -4337,13 +4338,13 @@ def _draw_class_bars(axes: Axes, table: pd.DataFrame) -> None:
     tidy_axes(axes, xlim=(0, 1), ylim=(len(table) - 0.5, -0.5), xlabel="share of the heads")
     axes.xaxis.set_major_formatter("{x:.0%}")
     axes.legend(ncols=3, loc="lower left", bbox_to_anchor=(0, 1), **_LEGEND)
+    return figure, axes
 
 
 def plot_class_baselines(study: Study) -> Figure:
     """Classes of the heads on held-out text: this model, shuffled tokens, untrained models, a uniform head."""
     table = on_windows(study.shares).pivot(index="model", columns="class").reindex(list(MODEL_NAMES))
-    figure, axes = new_figure(8, 3.2)
-    _draw_class_bars(axes, table["share"].rename(index=MODEL_NAMES))
+    figure, axes = _class_bars(table["share"].rename(index=MODEL_NAMES), 8, 3.2)
     low, high = table["low", "Specialised"], table["high", "Specialised"]
     axes.hlines(np.arange(len(table)) + 0.42, low, high, "black", linewidth=2)
     return figure
@@ -4356,9 +4357,8 @@ def plot_categories(study: Study) -> Figure:
     held_out = on_windows(study.shares).query("model == 'trained'").assign(category="Held-out text")
     table = pd.concat([held_out, study.categories])
     names = table["category"].unique()
-    figure, axes = new_figure(8.5, 1.2 + 0.36 * len(names))
-    _draw_class_bars(axes, table.pivot(index="category", columns="class", values="share").loc[names])
-    return figure
+    table = table.pivot(index="category", columns="class", values="share").loc[names]
+    return _class_bars(table, 8.5, 1.2 + 0.36 * len(names))[0]
 
 
 def plot_class_grid(study: Study) -> Figure:
@@ -4717,10 +4717,9 @@ def _interval(row: Mapping[str, float], key: str = "share", form: Callable[[floa
     return value if low == high else f"{value} ({low} to {high})"
 
 
-def _shares_of(study: Study, name: str) -> dict[str, pd.Series]:
+def _shares_of(study: Study, name: str) -> dict[str, dict]:
     """Rows of study.shares for one class by model, on held-out text."""
-    rows = on_windows(study.shares).query("`class` == @name")
-    return {row["model"]: row for _, row in rows.iterrows()}
+    return on_windows(study.shares).query("`class` == @name").set_index("model").to_dict("index")
 
 
 def _is_found(study: Study, name: str) -> bool:
@@ -4764,7 +4763,7 @@ def _class_statements(study: Study) -> Iterator[tuple[str, ...]]:
 def _score_statements(study: Study) -> Iterator[tuple[str, ...]]:
     highest, heads = on_windows(study.baselines).query("statistic == 'max'"), on_windows(study.scores)
     for score, action in HEAD_ACTIONS.items():
-        rows = {row["model"]: row for _, row in highest[highest["score"] == score].iterrows()}
+        rows = highest[highest["score"] == score].set_index("model").to_dict("index")
         own, limit, tau = rows["trained"], rows["untrained"]["high"], study.thresholds.tau[score]
         best = heads.loc[heads[score].idxmax()]
         name, value = head_name(best["layer"], best["head"]), _interval(own, "mean", number)
@@ -6635,7 +6634,8 @@ _EXPLORER_CSS = """
 .pico-explorer .pico-scale { display: flex; gap: .5rem; align-items: center; font-size: .85em; min-height: 2em; }
 .pico-explorer .pico-scale i { width: 7em; height: .9em; }
 .pico-explorer .pico-scale .pico-none { width: .9em; margin-left: 1em; }
-.pico-explorer .pico-thumbs { display: grid; gap: 2px; font-size: .8em; color: var(--pico-soft); align-items: center; }
+.pico-explorer .pico-thumbs { display: grid; place-content: start; align-items: center; gap: 2px; font-size: .8em;
+  color: var(--pico-soft); }
 .pico-explorer .pico-thumbs span { text-align: center; }
 .pico-explorer .pico-thumbs button { padding: 0; line-height: 0; }
 .pico-explorer .pico-thumbs canvas { width: 100%; aspect-ratio: 1; image-rendering: pixelated; }
@@ -6671,6 +6671,7 @@ _EXPLORER_JS = r"""
     let maps = null; // of the current text: lower triangles of all heads, one byte a weight
     let thumbsShow = ""; // what the small maps were drawn for
     let isPlanned = false;
+    let wanted = 0; // the text picked last
 
     const labels = () => data.texts[state.text].labels;
     const current = () => state.heads[state.active];
@@ -6861,7 +6862,10 @@ _EXPLORER_JS = r"""
 
     // another text, opened at the token in its middle third that looks most sharply, unless `change` names one
     async function pickText(text, change = {}) {
-      maps = await unpack(data.texts[text].maps);
+      wanted = text;
+      const unpacked = await unpack(data.texts[text].maps);
+      if (text !== wanted) return; // another one was picked meanwhile
+      maps = unpacked;
       update({ text, pinned: false, ...change });
       const n = labels().length;
       const sharpness = (row) => looks(current(), row)[0][0];
