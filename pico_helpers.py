@@ -6634,8 +6634,7 @@ _EXPLORER_CSS = """
 .pico-explorer .pico-scale { display: flex; gap: .5rem; align-items: center; font-size: .85em; min-height: 2em; }
 .pico-explorer .pico-scale i { width: 7em; height: .9em; }
 .pico-explorer .pico-scale .pico-none { width: .9em; margin-left: 1em; }
-.pico-explorer .pico-thumbs { display: grid; place-content: start; align-items: center; gap: 2px; font-size: .8em;
-  color: var(--pico-soft); }
+.pico-explorer .pico-thumbs { display: grid; gap: 2px; font-size: .8em; color: var(--pico-soft); align-items: center; }
 .pico-explorer .pico-thumbs span { text-align: center; }
 .pico-explorer .pico-thumbs button { padding: 0; line-height: 0; }
 .pico-explorer .pico-thumbs canvas { width: 100%; aspect-ratio: 1; image-rendering: pixelated; }
