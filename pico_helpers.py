@@ -2517,7 +2517,7 @@ def head_name(layer: int, head: int) -> str:
     return f"L{layer}H{head}"
 
 
-Heads = tuple[tuple[int, int], ...]  # (layer, head) pairs
+Heads = Sequence[tuple[int, int]]  # (layer, head) pairs
 
 
 @contextlib.contextmanager
@@ -3811,10 +3811,11 @@ _SCORES = {  # a score, what it looks at, and the class that heads of a high sco
 _EMERGING = ("previous", "self", "induction", "duplicate", "sink")
 _MAX_LABELS = 40  # tokens in a heatmap
 _MAX_NODES = 20  # tokens in a flow graph
+_LEGEND = {"frameon": False, "fontsize": 8}
 
 
-def new_figure(width: float, height: float, title: str = "") -> Figure:
-    """A white figure in inches whose parts find their places themselves, with a bold title that is wrapped to fit."""
+def new_figure(width: float, height: float, title: str = "", **subplots) -> tuple[Figure, Axes | np.ndarray]:
+    """A white figure in inches and its axes, which `subplots` tells Figure.subplots; a bold title is wrapped to fit."""
     from matplotlib.figure import Figure
 
     warnings.filterwarnings("ignore", r"Glyph \d+ .* missing from font")  # a box stands for what the font lacks
@@ -3823,7 +3824,7 @@ def new_figure(width: float, height: float, title: str = "") -> Figure:
     figure.get_layout_engine().set(w_pad=0.07, h_pad=0.07)
     if lines:
         figure.suptitle("\n".join(lines), x=0.01, ha="left", fontsize=10, weight="bold")
-    return figure
+    return figure, figure.subplots(**subplots)
 
 
 def save_figure(figure: Figure, path: str | Path, svg: bool = True) -> list[Path]:
@@ -3887,11 +3888,11 @@ def number_repeats(labels: Sequence[str]) -> list[str]:
     return numbered
 
 
-def _short_labels(labels: Sequence[str], limit: int) -> list[str]:
+def _short_labels(labels: Sequence[str], limit: int = _MAX_LABELS) -> list[str]:
     return number_repeats([_literal(label if len(label) <= 14 else f"{label[:12]}…") for label in labels[:limit]])
 
 
-def _sentence_title(capture: AttentionCapture, limit: int) -> str:
+def _sentence_title(capture: AttentionCapture, limit: int = _MAX_LABELS) -> str:
     n = len(capture.labels)
     return (f"First {limit} of {n} tokens of " if n > limit else "") + f"“{capture.text}”"
 
@@ -3924,7 +3925,7 @@ def choose_heads(scores: pd.DataFrame, n: int = 4) -> list[tuple[int, int]]:
 # -- Sentences
 
 
-def _pattern(capture: AttentionCapture, head: tuple[int, int], limit: int) -> np.ndarray:
+def _pattern(capture: AttentionCapture, head: tuple[int, int], limit: int = _MAX_LABELS) -> np.ndarray:
     """A head's map of the first tokens, (T, T); later tokens, which a row cannot see, are NaN."""
     n_layer, n_head = capture.weights.shape[:2]
     if not (0 <= head[0] < n_layer and 0 <= head[1] < n_head):
@@ -3944,41 +3945,36 @@ def _draw_map(axes: Axes, values: np.ndarray, labels: Sequence[str], columns: bo
         axes.set(xlabel="token looked at", ylabel="token that looks")
 
 
-def plot_attention_heatmap(capture: AttentionCapture, layer: int, head: int) -> Figure:
-    """The map of one head: each row is the token doing the looking, its colours say where it looks."""
-    return plot_chosen_heads(capture, [(layer, head)])
+def _name_heads(panels: Iterable[Axes], heads: Heads, scores: pd.DataFrame | None) -> None:
+    """Each panel's title is its head and, where scores are given, what the head is."""
+    kinds = None if scores is None else head_kinds(scores)
+    for axes, head in zip(panels, heads, strict=True):
+        words = "" if kinds is None else "\n" + kinds.words[head].replace(": ", "\n")
+        axes.set_title(head_name(*head) + words, loc="left", fontsize=9)
 
 
-def plot_chosen_heads(
-    capture: AttentionCapture, heads: Sequence[tuple[int, int]], scores: pd.DataFrame | None = None
-) -> Figure:
+def plot_chosen_heads(capture: AttentionCapture, heads: Heads, scores: pd.DataFrame | None = None) -> Figure:
     """The maps of some (layer, head); `scores`, as in Study, add what each head is."""
-    labels, kinds = _short_labels(capture.labels, _MAX_LABELS), None if scores is None else head_kinds(scores)
-    n_columns, side = min(2, len(heads)), max(2.6, 0.15 * len(labels))
-    n_rows = math.ceil(len(heads) / n_columns)
+    labels, n_columns = _short_labels(capture.labels), min(2, len(heads))
+    n_rows, side = math.ceil(len(heads) / n_columns), max(2.6, 0.15 * len(labels))
     size = max(4.5, n_columns * (side + 0.8) + 0.8), n_rows * (side + 1.2) + 0.3
-    figure = new_figure(*size, _sentence_title(capture, _MAX_LABELS))
-    panels = list(figure.subplots(n_rows, n_columns, squeeze=False).flat)
-    for axes in panels[len(heads) :]:
+    grid = {"nrows": n_rows, "ncols": n_columns, "squeeze": False}
+    figure, panels = new_figure(*size, _sentence_title(capture), **grid)
+    for axes in panels.flat[len(heads) :]:
         axes.remove()
-    for axes, head in zip(panels, heads, strict=False):
-        _draw_map(axes, _pattern(capture, head, _MAX_LABELS), labels)
-        _name_head(axes, head, kinds)
-    _color_bar(panels[: len(heads)], "share of attention")
+    panels = panels.flat[: len(heads)]
+    for axes, head in zip(panels, heads, strict=True):
+        _draw_map(axes, _pattern(capture, head), labels)
+    _name_heads(panels, heads, scores)
+    _color_bar(panels, "share of attention")
     return figure
-
-
-def _name_head(axes: Axes, head: tuple[int, int], kinds: pd.DataFrame | None) -> None:
-    words = "" if kinds is None else "\n" + kinds.words[head].replace(": ", "\n")
-    axes.set_title(head_name(*head) + words, loc="left", fontsize=9)
 
 
 def plot_all_heads(capture: AttentionCapture) -> Figure:
     """Maps of every layer and head as one tiled map: a row of tiles a layer, a column a head."""
     n_layer, n_head, n, _ = capture.weights.shape
     tile = min(0.95, 8.0 / max(n_layer, n_head))
-    figure = new_figure(max(4.5, n_head * tile + 1.6), n_layer * tile + 1.2, _sentence_title(capture, n))
-    axes = figure.subplots()
+    figure, axes = new_figure(max(4.5, n_head * tile + 1.6), n_layer * tile + 1.2, _sentence_title(capture, n))
     weights = np.where(np.tri(n, dtype=bool), np.asarray(capture.weights), np.nan)
     _draw_map(axes, weights.transpose(0, 2, 1, 3).reshape(n_layer * n, n_head * n), [], columns=False)
     axes.hlines(np.arange(n_layer + 1) * n, 0, n_head * n, "white", linewidth=2)
@@ -3990,33 +3986,28 @@ def plot_all_heads(capture: AttentionCapture) -> Figure:
     return figure
 
 
-def plot_category(
-    captures: Sequence[AttentionCapture], heads: Sequence[tuple[int, int]], scores: pd.DataFrame | None = None
-) -> Figure:
+def plot_category(captures: Sequence[AttentionCapture], heads: Heads, scores: pd.DataFrame | None = None) -> Figure:
     """The sheet of a category: a row a sentence, a column a chosen head."""
-    counts, kinds = [min(len(c.labels), _MAX_LABELS) for c in captures], None if scores is None else head_kinds(scores)
+    counts = [min(len(capture.labels), _MAX_LABELS) for capture in captures]
     cell = 2.1 / max(*counts, 14)
-    figure = new_figure(1.8 + 2.2 * len(heads), max(2.4, 1.1 + cell * sum(counts) + 0.12 * len(counts)))
-    panels = figure.subplots(len(captures), len(heads), squeeze=False, height_ratios=counts)
+    size = 1.8 + 2.2 * len(heads), max(2.4, 1.1 + cell * sum(counts) + 0.12 * len(counts))
+    grid = {"nrows": len(captures), "ncols": len(heads), "squeeze": False}
+    figure, panels = new_figure(*size, height_ratios=counts, **grid)
     for (row, column), axes in np.ndenumerate(panels):
-        labels = _short_labels(captures[row].labels, _MAX_LABELS)
-        pattern = _pattern(captures[row], heads[column], _MAX_LABELS)
-        _draw_map(axes, pattern, [] if column else labels, columns=False)
+        labels = [] if column else _short_labels(captures[row].labels)
+        _draw_map(axes, _pattern(captures[row], heads[column]), labels, columns=False)
         axes.tick_params(labelsize=min(7, 72 * cell))
         axes.set(anchor="NW", xlim=(0, max(counts)))
-        if row == 0:
-            _name_head(axes, heads[column], kinds)
-    _color_bar(list(panels.flat), "share of attention")
+    _name_heads(panels[0], heads, scores)
+    _color_bar(panels.flat, "share of attention")
     return figure
 
 
-def attention_graph(
-    weights: np.ndarray, labels: Sequence[str], max_edges: int = 3, min_excess: float = 0.05
-) -> networkx.DiGraph:
+def attention_graph(weights: np.ndarray, labels: Sequence[str], max_edges: int = 3) -> networkx.DiGraph:
     """The strongest looks of one map (T, T) as a graph: an edge i -> j says that token i looks at token j.
 
-    Nodes carry `label`, edges `weight`; each token keeps its `max_edges` strongest edges, of those that are
-    `min_excess` above an even spread: a uniform map has no edges. Holds the first 20 tokens.
+    Nodes carry `label`, edges `weight`; each of the first 20 tokens keeps its `max_edges` strongest edges, of those
+    that are 0.05 above an even spread: a uniform map has no edges.
     """
     import networkx
 
@@ -4025,26 +4016,24 @@ def attention_graph(
         graph.add_node(index, label=label)
         row = np.asarray(weights[index, : index + 1], dtype=float)
         for key in np.argsort(-row, kind="stable")[:max_edges]:
-            if row[key] >= 1 / (index + 1) + min_excess:
+            if row[key] >= 1 / (index + 1) + 0.05:
                 graph.add_edge(index, int(key), weight=float(row[key]))
     return graph
 
 
-def plot_attention_flow(
-    capture: AttentionCapture, heads: Sequence[tuple[int, int]], scores: pd.DataFrame | None = None
-) -> Figure:
-    """Arrows from each token to the earlier ones that a head looks at, a panel for each of some (layer, head).
+def plot_attention_flow(capture: AttentionCapture, heads: Heads, scores: pd.DataFrame | None = None) -> Figure:
+    """Arrows from each token to the earlier ones that a head looks at, a panel a head, in the colour of its class.
 
-    The width of an arrow is its weight, a ring is a look at the token itself; see `attention_graph`. With `scores`, as
-    in Study, each head is in the colour of its class.
+    The width of an arrow is its weight, a ring is a look at the token itself; see `attention_graph`.
     """
     import networkx
 
-    n, kinds = min(len(capture.labels), _MAX_NODES), None if scores is None else head_kinds(scores)
+    n, classes = min(len(capture.labels), _MAX_NODES), None if scores is None else head_kinds(scores)["class"]
     reach = 0.32 * n + 1  # of the longest arc, in rows
-    figure = new_figure(len(heads) * max(2.4, 1.1 + 0.27 * reach), 1.3 + 0.27 * n, _sentence_title(capture, _MAX_NODES))
-    for axes, head in zip(figure.subplots(1, len(heads), squeeze=False).flat, heads, strict=True):
-        color = "#222222" if kinds is None else CLASS_COLORS[kinds["class"][head]]
+    size = len(heads) * max(2.4, 1.1 + 0.27 * reach), 1.3 + 0.27 * n
+    figure, panels = new_figure(*size, _sentence_title(capture, _MAX_NODES), ncols=len(heads), squeeze=False)
+    for axes, head in zip(panels.flat, heads, strict=True):
+        color = "#222222" if classes is None else CLASS_COLORS[classes[head]]
         graph = attention_graph(_pattern(capture, head, n), capture.labels)
         arcs = {(i, j): weight for i, j, weight in graph.edges(data="weight") if i != j}
         rings = [graph.edges[i, i]["weight"] if graph.has_edge(i, i) else 0 for i in graph]
@@ -4057,7 +4046,7 @@ def plot_attention_flow(
         axes.spines[:].set_visible(False)
         axes.tick_params(left=False, bottom=False, labelleft=True, labelbottom=False, labelsize=8)
         axes.set_yticks(range(n), [label for _, label in graph.nodes(data="label")])
-        _name_head(axes, head, kinds)
+    _name_heads(panels.flat, heads, scores)
     return figure
 
 
@@ -4072,22 +4061,16 @@ def attention_rollout(weights: np.ndarray) -> np.ndarray:
     return functools.reduce(lambda below, layer: (layer + identity) / 2 @ below, layers, identity)
 
 
-def rollout_difference(weights: np.ndarray) -> np.ndarray:
-    """Rollout of (n_layer, H, T, T) minus that of uniform heads, (T, T); NaN where a token cannot look."""
-    n_layer, _, n_tokens, _ = weights.shape
-    difference = attention_rollout(weights) - attention_rollout(uniform_attention(n_layer, n_tokens))
-    return np.where(np.tri(n_tokens, dtype=bool), difference, np.nan)
-
-
 def plot_rollout(capture: AttentionCapture) -> Figure:
     """Attention rollout minus that of uniform heads: blue where more, red where less of an input arrives."""
-    labels = _short_labels(capture.labels, _MAX_LABELS)
-    difference = rollout_difference(capture.weights)[: len(labels), : len(labels)]
+    labels, (n_layer, _, n_tokens, _) = _short_labels(capture.labels), capture.weights.shape
+    difference = attention_rollout(capture.weights) - attention_rollout(uniform_attention(n_layer, n_tokens))
+    difference[~np.tri(n_tokens, dtype=bool)] = np.nan  # a token cannot look there
+    difference = difference[: len(labels), : len(labels)]
     # noise stays pale; the first column, which often towers over the others, may be beyond the scale
     limit = max(float(np.nanmax(np.abs(difference[1:, 1:]), initial=0)), 0.05)
     side = max(3.2, 0.16 * len(labels))
-    figure = new_figure(side + 2.0, side + 1.2, _sentence_title(capture, _MAX_LABELS))
-    axes = figure.subplots()
+    figure, axes = new_figure(side + 2.0, side + 1.2, _sentence_title(capture))
     _draw_map(axes, difference, labels, cmap="RdBu", vmin=-limit, vmax=limit)
     axes.set(xlabel="token that it comes from", ylabel="position that it reaches")
     _color_bar([axes], "rollout minus that of uniform heads")
@@ -4097,15 +4080,15 @@ def plot_rollout(capture: AttentionCapture) -> Figure:
 # -- The model
 
 
-def plot_loss_curve(rows: Sequence[dict] | pd.DataFrame, uniform_loss: float = math.log(50257)) -> Figure:
+def plot_loss_curve(rows: Sequence[dict] | pd.DataFrame) -> Figure:
     """Training and validation loss by step; `rows` have step, train_loss, val_loss (missing: not measured).
 
     The dotted line is the loss of a model that guesses every token alike, ln of the vocabulary.
     """
     import pandas as pd
 
-    figure = new_figure(7, 4)
-    axes, table = figure.subplots(), pd.DataFrame(rows)
+    table, uniform_loss = pd.DataFrame(rows), math.log(Tokenizer.end_of_text + 1)
+    figure, axes = new_figure(7, 4)
     for key, name, style in (
         ("train_loss", "training", {"color": GREY, "linewidth": 1.2}),
         ("val_loss", "held-out text", {"color": MODEL_COLORS["trained"], "marker": "o", "markersize": 3.5}),
@@ -4115,7 +4098,7 @@ def plot_loss_curve(rows: Sequence[dict] | pd.DataFrame, uniform_loss: float = m
     label = f"guessing all tokens alike ({uniform_loss:.2f})"
     axes.axhline(uniform_loss, color=MODEL_COLORS["uniform"], linestyle=":", linewidth=1.5, label=label)
     tidy_axes(axes, xlabel="step", ylabel="loss (nats per token)", xlim=(0, None))
-    axes.legend(frameon=False, fontsize=8)
+    axes.legend(**_LEGEND)
     return figure
 
 
@@ -4125,24 +4108,24 @@ def plot_head_emergence(history: Sequence[dict] | pd.DataFrame, thresholds: Scor
     import seaborn
 
     best, thresholds = best_heads(pd.DataFrame(history))[list(_EMERGING)], thresholds or ScoreThresholds()
-    figure = new_figure(8, 4.5)
-    axes = figure.subplots()
+    figure, axes = new_figure(8, 4.5)
     names = {kind: f"{kind}: {_SCORES[kind][0]}" for kind in _EMERGING}
     colors = [CLASS_COLORS[_SCORES[kind][1]] for kind in _EMERGING]
     seaborn.lineplot(best[best.index > 0].rename(columns=names), palette=colors, markers=True, linewidth=1.8, ax=axes)
     for tau in sorted({thresholds.tau[kind] for kind in _EMERGING}):
         axes.axhline(tau, color=GREY, linestyle="--", linewidth=1, label=f"threshold ({tau:.2f})")
     if 0 in best.index:
-        style, untrained = {"color": MODEL_COLORS["untrained"], "linestyle": ":"}, best.loc[0].max()
-        axes.axhline(untrained, label=f"highest before training ({untrained:.2f})", **style)
+        label = f"highest before training ({best.loc[0].max():.2f})"
+        axes.axhline(best.loc[0].max(), color=MODEL_COLORS["untrained"], linestyle=":", label=label)
     tidy_axes(axes, "Highest score of a head (0: chance, 1: ideal)", xscale="log", ylim=(-0.05, 1), ylabel="score")
     axes.set_xlabel("tokens of training" if best.index.name == "tokens" else "step")
-    axes.legend(frameon=False, fontsize=8, loc="upper left", handlelength=4)
+    axes.legend(loc="upper left", handlelength=4, **_LEGEND)
     return figure
 
 
-def _draw_class_bars(axes: Axes, table: pd.DataFrame) -> None:
+def _class_bars(table: pd.DataFrame, width: float, height: float) -> tuple[Figure, Axes]:
     """A bar of 100 % for each row of `table`, whose columns are classes and whose values are shares of the heads."""
+    figure, axes = new_figure(width, height)
     table, start = table.reindex(columns=HEAD_CLASSES).fillna(0), np.zeros(len(table))
     for name, shares in table.items():
         style = {"color": CLASS_COLORS[name], "edgecolor": "white", "height": 0.72}
@@ -4154,15 +4137,14 @@ def _draw_class_bars(axes: Axes, table: pd.DataFrame) -> None:
     axes.set_yticks(range(len(table)), [_literal(str(name)) for name in table.index])
     tidy_axes(axes, xlim=(0, 1), ylim=(len(table) - 0.5, -0.5), xlabel="share of the heads")
     axes.xaxis.set_major_formatter("{x:.0%}")
-    axes.legend(frameon=False, fontsize=8, ncols=3, loc="lower left", bbox_to_anchor=(0, 1))
+    axes.legend(ncols=3, loc="lower left", bbox_to_anchor=(0, 1), **_LEGEND)
+    return figure, axes
 
 
 def plot_class_baselines(study: Study) -> Figure:
     """Classes of the heads on held-out text: this model, shuffled tokens, untrained models, a uniform head."""
     table = on_windows(study.shares).pivot(index="model", columns="class").reindex(list(MODEL_NAMES))
-    figure = new_figure(8, 3.2)
-    axes = figure.subplots()
-    _draw_class_bars(axes, table["share"].rename(index=MODEL_NAMES))
+    figure, axes = _class_bars(table["share"].rename(index=MODEL_NAMES), 8, 3.2)
     low, high = table["low", "Specialised"], table["high", "Specialised"]
     axes.hlines(np.arange(len(table)) + 0.42, low, high, "black", linewidth=2)
     return figure
@@ -4175,9 +4157,8 @@ def plot_categories(study: Study) -> Figure:
     held_out = on_windows(study.shares).query("model == 'trained'").assign(category="Held-out text")
     table = pd.concat([held_out, study.categories])
     names = table["category"].unique()
-    figure = new_figure(8.5, 1.2 + 0.36 * len(names))
-    _draw_class_bars(figure.subplots(), table.pivot(index="category", columns="class", values="share").loc[names])
-    return figure
+    table = table.pivot(index="category", columns="class", values="share").loc[names]
+    return _class_bars(table, 8.5, 1.2 + 0.36 * len(names))[0]
 
 
 def plot_class_grid(study: Study) -> Figure:
@@ -4188,12 +4169,12 @@ def plot_class_grid(study: Study) -> Figure:
     words = words.where(~kinds["class"].isin(["Mixed", "Resting"]), kinds["class"].str.lower()).unstack()
     codes = kinds["class"].map(HEAD_CLASSES.index).unstack()
     widths = 3.2, max(2.5, 0.78 * codes.shape[1])
-    figure = new_figure(sum(widths) + 0.8, max(3.6, 1 + 0.46 * len(codes)))
-    pie, grid = figure.subplots(1, 2, width_ratios=widths)
+    size = sum(widths) + 0.8, max(3.6, 1 + 0.46 * len(codes))
+    figure, (pie, grid) = new_figure(*size, ncols=2, width_ratios=widths)
     colors = [CLASS_COLORS[name] for name in counts.index]
     legend = [f"{CLASS_LABELS[name]}: {count} ({count / len(kinds):.0%})" for name, count in counts.items()]
     wedges = pie.pie(counts, colors=colors, startangle=90, counterclock=False, wedgeprops={"edgecolor": "white"})[0]
-    pie.legend(wedges, legend, loc="upper center", bbox_to_anchor=(0.5, 0.02), frameon=False, fontsize=8)
+    pie.legend(wedges, legend, loc="upper center", bbox_to_anchor=(0.5, 0.02), **_LEGEND)
     tidy_axes(pie, f"All {len(kinds)} heads")
     options = {"cmap": list(CLASS_COLORS.values()), "vmin": -0.5, "vmax": len(HEAD_CLASSES) - 0.5, "linewidths": 1}
     draw_heatmap(grid, codes, "Each head", annot=words, annot_kws={"fontsize": 7, "color": "white"}, **options)
@@ -4216,14 +4197,14 @@ def plot_score_maps(study: Study) -> Figure:
     limits = study.thresholds.tau | {"broad": study.thresholds.broad}
     grids = {kind: on_windows(study.scores).pivot(index="layer", columns="head", values=kind) for kind in _SCORES}
     n_layer, n_head = grids["self"].shape
-    figure = new_figure(1.2 + 3 * max(2.5, 0.42 * n_head), 3 * max(1.4, 0.75 + 0.28 * n_layer))
-    panels = list(figure.subplots(3, 3).flat)
+    size = 1.2 + 3 * max(2.5, 0.42 * n_head), 3 * max(1.4, 0.75 + 0.28 * n_layer)
+    figure, panels = new_figure(*size, nrows=3, ncols=3)
     kinds = sorted(grids, key=lambda kind: not (grids[kind] >= limits[kind]).any(axis=None))
-    for axes, kind in zip(panels, kinds, strict=True):
+    for axes, kind in zip(panels.flat, kinds, strict=True):
         title = f"{kind.capitalize()}: {_SCORES[kind][0]}"
         draw_heatmap(axes, grids[kind], title, annot=grids[kind].map(number), vmin=0, vmax=1, cmap="mako_r")
         _outline(axes, grids[kind] >= limits[kind])
-    _color_bar(panels, "score (0: chance, 1: ideal)")
+    _color_bar(panels.flat, "score (0: chance, 1: ideal)")
     return figure
 
 
@@ -4232,8 +4213,7 @@ def plot_ablation(study: Study) -> Figure:
     table = study.ablation.pivot(index="layer", columns="head")
     grid = 1000 * table["loss_increase"]
     limit = max(float(grid.abs().max(axis=None)), 1.0)
-    figure = new_figure(max(5, 1.8 + 0.62 * grid.shape[1]), max(2.2, 1 + 0.4 * len(grid)))
-    axes = figure.subplots()
+    figure, axes = new_figure(max(5, 1.8 + 0.62 * grid.shape[1]), max(2.2, 1 + 0.4 * len(grid)))
     words = grid.map(lambda value: number(value, 1 if abs(value) < 10 else 0))
     draw_heatmap(axes, grid, annot=words, cmap="RdBu_r", vmin=-limit, vmax=limit)
     _outline(axes, table["matters"])
@@ -4250,16 +4230,14 @@ def plot_similarity(study: Study, without_sink: bool = False) -> Figure:
     if without_sink:
         distances, floor = study.distances_without_sink, study.noise_floor_without_sink
     side = min(8, 3.5 + 0.09 * len(distances))
-    figure = new_figure(side, side + 1)
-    top, bottom = figure.subplots(2, 1, height_ratios=(1, 4.5))
+    figure, (top, bottom) = new_figure(side, side + 1, nrows=2, height_ratios=(1, 4.5))
     tree = linkage(squareform(distances, checks=False), "average")  # seaborn.clustermap would need pyplot
     order = dendrogram(tree, ax=top, no_labels=True, color_threshold=0, above_threshold_color="#222222")["leaves"]
     style = {"color": MODEL_COLORS["shuffled"], "linestyle": "--", "linewidth": 1.5}
     top.axhline(floor, label=f"a head and itself on other text: {number(floor)}", **style)
-    top.legend(frameon=False, fontsize=8, loc="lower left", bbox_to_anchor=(0, 1))
-    tidy_axes(
-        top, ylabel="distance", xlim=(0, 10 * len(order)), ylim=(0.9 * tree[0, 2], 1.05 * max(tree[:, 2].max(), floor))
-    )
+    top.legend(loc="lower left", bbox_to_anchor=(0, 1), **_LEGEND)
+    heights = 0.9 * tree[0, 2], 1.05 * max(tree[:, 2].max(), floor)
+    tidy_axes(top, ylabel="distance", xlim=(0, 10 * len(order)), ylim=heights)
     scale = {"vmax": min(1, max(distances.max(), 2 * floor, 1e-6)), "cmap": "viridis_r", "square": False}
     _draw_map(bottom, distances[np.ix_(order, order)], [head_name(*kinds.index[index]) for index in order], **scale)
     bottom.set(xlabel="", ylabel="")
@@ -4276,8 +4254,7 @@ def plot_entropy_distance(study: Study) -> Figure:
     heads = on_windows(study.scores).sort_values("class", key=lambda names: names.map(HEAD_CLASSES.index))
     beside = heads["layer"] + 0.5 * (heads["head"] / max(heads["head"].max(), 1) - 0.5)
     base = on_windows(study.baselines).query("statistic == 'mean'").set_index(["model", "score"])
-    figure = new_figure(9, 4)
-    panels = figure.subplots(1, 2)
+    figure, panels = new_figure(9, 4, ncols=2)
     colors = {CLASS_LABELS[name]: color for name, color in CLASS_COLORS.items()}
     for axes, score, *words in (
         (panels[0], "entropy", "How widely heads look", "entropy (nats)"),
@@ -4286,13 +4263,12 @@ def plot_entropy_distance(study: Study) -> Figure:
         hues = heads["class"].map(CLASS_LABELS)
         seaborn.scatterplot(heads, x=beside, y=score, hue=hues, palette=colors, ax=axes)
         for model, line in (("untrained", "--"), ("uniform", ":")):
-            row, style = base.loc[(model, score)], {"color": MODEL_COLORS[model], "linestyle": line}
-            axes.axhline(row["mean"], label=MODEL_NAMES[model], **style)
-            axes.axhspan(row["low"], row["high"], color=style["color"], alpha=0.2, linewidth=0)
+            row, color = base.loc[(model, score)], MODEL_COLORS[model]
+            axes.axhline(row["mean"], label=MODEL_NAMES[model], color=color, linestyle=line)
+            axes.axhspan(row["low"], row["high"], color=color, alpha=0.2, linewidth=0)
         tidy_axes(axes, words[0], xlabel="layer", ylabel=words[1], ylim=(0, None), xticks=heads["layer"].unique())
         axes.get_legend().remove()
-    handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, frameon=False, fontsize=8, ncols=4, loc="outside lower center")
+    figure.legend(*panels[0].get_legend_handles_labels(), ncols=4, loc="outside lower center", **_LEGEND)
     return figure
 
 
@@ -4300,8 +4276,7 @@ def plot_language(study: Study) -> Figure:
     """Minimal pairs: accuracy, attention to the target, cost of removing the chosen heads, each beside its baseline."""
     table, y, dots = study.language, np.arange(len(study.language)), {"marker": "o", "linestyle": "none"}
     own, untrained = MODEL_COLORS["trained"], {"color": MODEL_COLORS["untrained"], "mfc": "none"} | dots
-    figure = new_figure(10.5, 1.5 + 0.36 * len(table))
-    prefers, looks, needs = figure.subplots(1, 3, sharey=True)
+    figure, (prefers, looks, needs) = new_figure(10.5, 1.5 + 0.36 * len(table), ncols=3, sharey=True)
     low, high = table["random_margin_low"], table["random_margin_high"]
     needs.hlines(y, low, high, GREY, linewidth=5, label="95% of random sets of as many heads")
     for axes, value, name, none in (
@@ -4322,7 +4297,7 @@ def plot_language(study: Study) -> Figure:
         needs.text(1.01, place, words, transform=needs.get_yaxis_transform(), va="center", fontsize=7.5)
     prefers.set_yticks(y, map(_literal, table["phenomenon"]))
     handles = [*prefers.get_legend_handles_labels()[0], needs.collections[0]]
-    figure.legend(handles=handles, frameon=False, fontsize=8, loc="outside lower center", ncols=3)
+    figure.legend(handles=handles, ncols=3, loc="outside lower center", **_LEGEND)
     return figure
 
 
@@ -4335,21 +4310,9 @@ class Picture:
 
     path: Path
     group: str  # "Model" or the sentences' category
-    title: str
-    alt: str  # what a reader who cannot see it needs to know
-    caption: str
-
-
-@dataclass(frozen=True)
-class StudyFigure:
-    """A line of the tables of pictures. Functions get the Study or, for sentences, (captures, chosen heads, Study)."""
-
-    name: str  # of the file
     title: str  # the question
-    caption: str | Callable[..., str]  # how to read it
-    alt: Callable[..., str]
-    draw: Callable[..., Figure]
-    needs: Callable[..., bool] = lambda *subject: True
+    alt: str  # what a reader who cannot see it needs to know
+    caption: str  # how to read it
 
 
 def _in_words(values: pd.Series, digits: int = 2) -> str:
@@ -4360,10 +4323,11 @@ def _bars_in_words(bars: pd.DataFrame, by: str) -> str:
     """The shares of the classes in percent, bar by bar."""
     bars = bars[bars["class"].isin(HEAD_CLASSES) & (bars["share"] > 0)].replace({by: MODEL_NAMES})
     each = bars.set_index(bars["class"].map(CLASS_LABELS)).groupby(by, sort=False)["share"]
-    return "; ".join(f"{name}: {_in_words(100 * shares, 0)}" for name, shares in each)
+    words = "; ".join(f"{name}: {_in_words(100 * shares, 0)}" for name, shares in each)
+    return f"Bars, percent of the heads. {words}."
 
 
-def _looks_in_words(capture: AttentionCapture, heads: Sequence[tuple[int, int]]) -> str:
+def _looks_in_words(capture: AttentionCapture, heads: Heads) -> str:
     """The strongest look of each head at a token that is neither the first nor the looking one."""
     names, looks = number_repeats(capture.labels), []
     for head in heads:
@@ -4375,158 +4339,101 @@ def _looks_in_words(capture: AttentionCapture, heads: Sequence[tuple[int, int]])
     return f"“{capture.text}” Strongest looks beyond the first token: {'; '.join(looks)}."
 
 
-_SIMILARITY = (
-    "How different two heads are on the same text: mean square root of the Jensen-Shannon divergence of their rows. "
-    "Heads that meet below the dashed line differ less than a head does from itself when the text changes."
-)
-MODEL_FIGURES = (
-    StudyFigure(
-        "loss_curve",
-        "Does it learn?",
-        "How wrong the guesses of the next token were; lower is better.",
-        lambda study: f"Line chart of the loss over {study.metrics['step'].max():,} steps of training.",
-        lambda study: plot_loss_curve(study.metrics),
-        needs=lambda study: len(study.metrics) > 0,
-    ),
-    StudyFigure(
-        "head_emergence",
-        "When do heads of each kind appear?",
-        lambda study: describe_emergence(study.history, study.thresholds),
-        lambda study: f"Line chart. {describe_emergence(study.history, study.thresholds)}",
-        lambda study: plot_head_emergence(study.history, study.thresholds),
-        needs=lambda study: len(study.history) > 0,
-    ),
-    StudyFigure(
-        "class_grid",
-        "What kind of head is each one?",
-        "The original study's pie, and the heads that it counts: a row a layer, a column a head, in the colour of the "
-        "class, with the score that stands for it. Mixed: no score reaches its threshold.",
-        lambda study: (
-            f"Pie and grid of heads, such as {'; '.join(head_kinds(study.scores).groupby('kind')['words'].max())}."
-        ),
-        plot_class_grid,
-    ),
-    StudyFigure(
-        "class_baselines",
-        "Is that more than chance?",
-        "Classes of the heads on held-out text. Black line below a bar: where the first three classes, the specialised "
-        "heads, may end (95% interval over texts; for untrained models the range over seeds).",
-        lambda study: f"Bars, percent of the heads. {_bars_in_words(on_windows(study.shares), 'model')}.",
-        plot_class_baselines,
-    ),
-    StudyFigure(
-        "categories",
-        "Does the kind of sentence change what heads do?",
-        "Classes of the same heads, measured on each category's sentences. Few short sentences tell classes apart less "
-        "well than held-out text.",
-        lambda study: f"Bars, percent of the heads. {_bars_in_words(study.categories, 'category')}.",
-        plot_categories,
-        needs=lambda study: len(study.categories) > 0,
-    ),
-    StudyFigure(
-        "score_maps",
-        "How strongly does each head do each thing?",
-        "A row a layer, a column a head. 0 is what a uniform head reaches, 1 the ideal head of that kind. Outlined: "
-        "beyond the threshold.",
-        lambda study: f"Nine maps. Highest scores: {_in_words(on_windows(study.scores)[list(_SCORES)].max())}.",
-        plot_score_maps,
-    ),
-    StudyFigure(
-        "ablation",
-        "What is each head worth?",
-        "A row a layer, a column a head. Red: a higher loss without the head; blue: lower. Outlined: beyond noise.",
-        lambda study: f"Map of the loss without each head; {study.ablation['matters'].sum()} heads are beyond noise.",
-        plot_ablation,
-    ),
-    StudyFigure(
-        "similarity",
-        "Which heads look alike?",
-        _SIMILARITY,
-        lambda study: f"Heatmap and dendrogram; the dashed line is at a distance of {number(study.noise_floor)}.",
-        plot_similarity,
-        needs=lambda study: len(study.distances) > 1,
-    ),
-    StudyFigure(
-        "similarity_without_sink",
-        "Which heads look alike when the first token is left out?",
-        _SIMILARITY,
-        lambda study: f"The same without the first token; the line is at {number(study.noise_floor_without_sink)}.",
-        lambda study: plot_similarity(study, without_sink=True),
-        needs=lambda study: len(study.distances) > 1 and on_windows(study.scores)["sink_flag"].any(),
-    ),
-    StudyFigure(
-        "entropy_distance",
-        "How widely and how far back do heads look?",
-        "A dot is a head in the colour of its class. Dashed: untrained models, with their range where it can be seen.",
-        lambda study: f"Dots. Mean entropy: {_in_words(on_windows(study.scores).groupby('layer')['entropy'].mean())}.",
-        plot_entropy_distance,
-    ),
-    StudyFigure(
-        "language",
-        "Does it follow rules of language, and through which heads?",
-        "Black: this model, with 95% intervals; hollow: the highest of the untrained models; grey: what random sets of "
-        "as many heads cost, drawn where the first two panels hold; p: the rank among them.",
-        lambda study: f"Three panels. Accuracy: {_in_words(study.language.set_index('phenomenon')['accuracy'])}.",
-        plot_language,
-        needs=lambda study: len(study.language) > 0,
-    ),
-)
-_READING = "Each row is the token doing the looking; grey: later tokens, which it cannot see."
-SENTENCE_FIGURES = (
-    StudyFigure(
-        "category_grid",
-        "Do the chosen heads do the same on every sentence?",
-        f"A row a sentence, a column a head. {_READING} Columns of a map are the same tokens from left to right.",
-        lambda captures, heads, study: f"Maps of {len(heads)} heads on: {' '.join(each.text for each in captures)}",
-        lambda captures, heads, study: plot_category(captures, heads, study.scores),
-    ),
-    StudyFigure(
-        "every_head",
-        "What does every head do on the first sentence?",
-        f"A row of tiles a layer, a column a head. {_READING}",
-        lambda captures, heads, study: f"Maps of all heads on “{captures[0].text}”",
-        lambda captures, heads, study: plot_all_heads(captures[0]),
-    ),
-    StudyFigure(
-        "chosen_heads",
-        "What do the chosen heads do on the first sentence?",
-        _READING,
-        lambda captures, heads, study: f"Maps of chosen heads. {_looks_in_words(captures[0], heads)}",
-        lambda captures, heads, study: plot_chosen_heads(captures[0], heads, study.scores),
-    ),
-    StudyFigure(
-        "flow",
-        "Who looks at whom in the first sentence?",
-        "An arrow points at the token looked at; wider is more, a ring is a look at itself. Up to three arcs per "
-        "token, each at least 5 percentage points above uniform.",
-        lambda captures, heads, study: f"Arrows between tokens. {_looks_in_words(captures[0], heads)}",
-        lambda captures, heads, study: plot_attention_flow(captures[0], heads, study.scores),
-    ),
-    StudyFigure(
-        "rollout",
-        "What reaches each position of the first sentence?",
-        "Attention followed through all layers (rollout), minus what uniform heads would give. Blue: more; red: less.",
-        lambda captures, heads, study: f"Map of the rollout of “{captures[0].text}” minus that of uniform heads.",
-        lambda captures, heads, study: plot_rollout(captures[0]),
-    ),
-)
+# of a picture: name of its file, title, caption, alt, what draws it
+Plan = tuple[str, str, str, str, Callable[[], "Figure"]]
+
+
+def model_pictures(study: Study) -> Iterator[Plan]:
+    """How the model learned and what its heads are, as far as the study has data."""
+    heads, n_heads, layout = on_windows(study.scores), len(study.distances), "A row a layer, a column a head."
+    if len(study.metrics):
+        caption = "How wrong the guesses of the next token were; lower is better."
+        alt = f"Line chart of the loss over {study.metrics['step'].max():,} steps of training."
+        yield "loss_curve", "Does it learn?", caption, alt, lambda: plot_loss_curve(study.metrics)
+    if len(study.history):
+        title, caption = "When do heads of each kind appear?", describe_emergence(study.history, study.thresholds)
+        draw = functools.partial(plot_head_emergence, study.history, study.thresholds)
+        yield "head_emergence", title, caption, f"Line chart. {caption}", draw
+    title, examples = "What kind of head is each one?", head_kinds(study.scores).groupby("kind")["words"].max()
+    caption = "The original study's pie, and the heads that it counts: a row a layer, a column a head, in the colour "
+    caption += "of the class, with the score that stands for it. Mixed: no score reaches its threshold."
+    alt = f"Pie and grid of heads, such as {'; '.join(examples)}."
+    yield "class_grid", title, caption, alt, lambda: plot_class_grid(study)
+    caption = "Classes of the heads on held-out text. Black line below a bar: where the first three classes, the "
+    caption += "specialised heads, may end (95% interval over texts; for untrained models the range over seeds)."
+    alt = _bars_in_words(on_windows(study.shares), "model")
+    yield "class_baselines", "Is that more than chance?", caption, alt, lambda: plot_class_baselines(study)
+    if len(study.categories):
+        title, alt = "Does the kind of sentence change what heads do?", _bars_in_words(study.categories, "category")
+        caption = "Classes of the same heads, measured on each category's sentences. Few short sentences tell classes "
+        caption += "apart less well than held-out text."
+        yield "categories", title, caption, alt, lambda: plot_categories(study)
+    title, alt = "How strongly does each head do each thing?", _in_words(heads[list(_SCORES)].max())
+    caption = f"{layout} 0 is what a uniform head reaches, 1 the ideal head of that kind. Outlined: beyond the "
+    caption += "threshold."
+    yield "score_maps", title, caption, f"Nine maps. Highest scores: {alt}.", lambda: plot_score_maps(study)
+    caption = f"{layout} Red: a higher loss without the head; blue: lower. Outlined: beyond noise."
+    alt = f"Map of the loss without each head; {study.ablation['matters'].sum()} heads are beyond noise."
+    yield "ablation", "What is each head worth?", caption, alt, lambda: plot_ablation(study)
+    caption = "How different two heads are on the same text: mean square root of the Jensen-Shannon divergence of "
+    caption += "their rows. Heads that meet below the dashed line differ less than a head does from itself when the "
+    caption += "text changes."
+    if n_heads > 1:
+        alt = f"Heatmap and dendrogram; the dashed line is at a distance of {number(study.noise_floor)}."
+        yield "similarity", "Which heads look alike?", caption, alt, lambda: plot_similarity(study)
+    if n_heads > 1 and heads["sink_flag"].any():
+        title = "Which heads look alike when the first token is left out?"
+        alt = f"The same without the first token; the line is at {number(study.noise_floor_without_sink)}."
+        yield "similarity_without_sink", title, caption, alt, lambda: plot_similarity(study, without_sink=True)
+    title, alt = "How widely and how far back do heads look?", _in_words(heads.groupby("layer")["entropy"].mean())
+    caption = "A dot is a head in the colour of its class. Dashed: untrained models, with their range where it can be "
+    caption += "seen."
+    yield "entropy_distance", title, caption, f"Dots. Mean entropy: {alt}.", lambda: plot_entropy_distance(study)
+    if len(study.language):
+        title = "Does it follow rules of language, and through which heads?"
+        caption = "Black: this model, with 95% intervals; hollow: the highest of the untrained models; grey: what "
+        caption += "random sets of as many heads cost, drawn where the first two panels hold; p: the rank among them."
+        alt = f"Three panels. Accuracy: {_in_words(study.language.set_index('phenomenon')['accuracy'])}."
+        yield "language", title, caption, alt, lambda: plot_language(study)
+
+
+def sentence_pictures(captures: Sequence[AttentionCapture], heads: Heads, scores: pd.DataFrame) -> Iterator[Plan]:
+    """The sentences of a category: one sheet shows all of them, the other pictures the first one."""
+    first, reading = captures[0], "Each row is the token doing the looking; grey: later tokens, which it cannot see."
+    looks = _looks_in_words(first, heads)
+    title = "Do the chosen heads do the same on every sentence?"
+    caption = f"A row a sentence, a column a head. {reading} Columns of a map are the same tokens from left to right."
+    alt = f"Maps of {len(heads)} heads on: {' '.join(each.text for each in captures)}"
+    yield "category_grid", title, caption, alt, lambda: plot_category(captures, heads, scores)
+    title, alt = "What does every head do on the first sentence?", f"Maps of all heads on “{first.text}”"
+    yield "every_head", title, f"A row of tiles a layer, a column a head. {reading}", alt, lambda: plot_all_heads(first)
+    title, alt = "What do the chosen heads do on the first sentence?", f"Maps of chosen heads. {looks}"
+    yield "chosen_heads", title, reading, alt, lambda: plot_chosen_heads(first, heads, scores)
+    title, alt = "Who looks at whom in the first sentence?", f"Arrows between tokens. {looks}"
+    caption = "An arrow points at the token looked at; wider is more, a ring is a look at itself. Up to three arcs "
+    caption += "per token, each at least 5 percentage points above uniform."
+    yield "flow", title, caption, alt, lambda: plot_attention_flow(first, heads, scores)
+    title = "What reaches each position of the first sentence?"
+    caption = "Attention followed through all layers (rollout), minus what uniform heads would give. Blue: more; red: "
+    caption += "less."
+    alt = f"Map of the rollout of “{first.text}” minus that of uniform heads."
+    yield "rollout", title, caption, alt, lambda: plot_rollout(first)
 
 
 def draw_study(study: Study, captures: Mapping[str, Sequence[AttentionCapture]], folder: str | Path) -> list[Picture]:
     """Draws every picture of the study into `folder`, with a progress bar; pictures of the model first.
 
-    `captures` maps each category to its sentences: one sheet shows all of them, the other pictures the first one.
+    `captures` maps each category to its sentences.
     """
     folder, heads = Path(folder), choose_heads(study.scores)
-    plan = [("Model", folder / "model", figure, (study,)) for figure in MODEL_FIGURES if figure.needs(study)]
-    for index, (name, members) in enumerate(captures.items(), start=1):
-        place = folder / f"{index:02d}_{re.sub(r'[^a-z0-9]+', '_', name.lower()).strip('_')}"
-        plan += [(name, place, figure, (members, heads, study)) for figure in SENTENCE_FIGURES]
+    plans = [("Model", folder / "model", *plan) for plan in model_pictures(study)]
+    for index, (category, members) in enumerate(captures.items(), start=1):
+        place = folder / f"{index:02d}_{re.sub(r'[^a-z0-9]+', '_', category.lower()).strip('_')}"
+        plans += [(category, place, *plan) for plan in sentence_pictures(members, heads, study.scores)]
     pictures = []
-    for group, place, figure, subject in progress(plan, desc="Drawing", unit="picture"):
-        png, *_ = save_figure(figure.draw(*subject), place / figure.name, svg=group == "Model")
-        caption = figure.caption if isinstance(figure.caption, str) else figure.caption(*subject)
-        pictures.append(Picture(png, group, figure.title, figure.alt(*subject), caption))
+    for group, place, name, title, caption, alt, draw in progress(plans, desc="Drawing", unit="picture"):
+        png, *_ = save_figure(draw(), place / name, svg=group == "Model")
+        pictures.append(Picture(png, group, title, alt, caption))
     return pictures
 
 
@@ -4605,19 +4512,14 @@ def study_findings(study: Study, about: Mapping[str, str] | None = None) -> dict
     return json.loads(json.dumps(findings, default=plain))
 
 
-def _with_interval(row: Mapping[str, float], key: str, form: Callable[[float], str]) -> str:
+def _interval(row: Mapping[str, float], key: str = "share", form: Callable[[float], str] = "{:.1%}".format) -> str:
     value, low, high = (form(row[name]) for name in (key, "low", "high"))
     return value if low == high else f"{value} ({low} to {high})"
 
 
-def _percent(row: Mapping[str, float]) -> str:
-    return _with_interval(row, "share", "{:.1%}".format)
-
-
-def _shares_of(study: Study, name: str) -> dict[str, pd.Series]:
+def _shares_of(study: Study, name: str) -> dict[str, dict]:
     """Rows of study.shares for one class by model, on held-out text."""
-    rows = on_windows(study.shares).query("`class` == @name")
-    return {row["model"]: row for _, row in rows.iterrows()}
+    return on_windows(study.shares).query("`class` == @name").set_index("model").to_dict("index")
 
 
 def _is_found(study: Study, name: str) -> bool:
@@ -4634,12 +4536,13 @@ def _class_statements(study: Study) -> Iterator[tuple[str, ...]]:
     special, broad = _shares_of(study, "Specialised"), _shares_of(study, "Global/Broad")
     more = special["trained"]["share"] > special["untrained"]["high"]
     verdict = "supported" if _is_found(study, "Specialised") else "undecided" if more else "not supported"
-    evidence = f"{_percent(special['trained'])} of the heads are, {_percent(special['untrained'])} in untrained models."
+    own, untrained = _interval(special["trained"]), _interval(special["untrained"])
+    evidence = f"{own} of the heads are, {untrained} in untrained models."
     yield "Classes", "Some heads are specialised, more than in untrained models", verdict, evidence
     found = {name: _shares_of(study, name) for name in SPECIALISED_CLASSES if _is_found(study, name)}
     if found:
         changes = [
-            f"{CLASS_LABELS[name]}: {_percent(rows['trained'])}, on shuffled tokens {_percent(rows['shuffled'])}"
+            f"{CLASS_LABELS[name]}: {_interval(rows['trained'])}, on shuffled tokens {_interval(rows['shuffled'])}"
             for name, rows in found.items()
             if _apart(rows["trained"], rows["shuffled"])
         ]
@@ -4652,7 +4555,7 @@ def _class_statements(study: Study) -> Iterator[tuple[str, ...]]:
         "Classes",
         f"{_ORIGINAL_BROAD:.1%} of the heads attend broadly and the rest are specialised (the original study)",
         "not supported" if not agrees else "supported" if _apart(own, untrained) else "undecided",
-        f"{_percent(own)} attend broadly here, in untrained models {_percent(untrained)}: a model has broad heads "
+        f"{_interval(own)} attend broadly here, in untrained models {_interval(untrained)}: a model has broad heads "
         "before it learns anything. The original's averages over short sentences mostly reflect their length.",
     )
 
@@ -4660,10 +4563,10 @@ def _class_statements(study: Study) -> Iterator[tuple[str, ...]]:
 def _score_statements(study: Study) -> Iterator[tuple[str, ...]]:
     highest, heads = on_windows(study.baselines).query("statistic == 'max'"), on_windows(study.scores)
     for score, action in HEAD_ACTIONS.items():
-        rows = {row["model"]: row for _, row in highest[highest["score"] == score].iterrows()}
+        rows = highest[highest["score"] == score].set_index("model").to_dict("index")
         own, limit, tau = rows["trained"], rows["untrained"]["high"], study.thresholds.tau[score]
         best = heads.loc[heads[score].idxmax()]
-        name, value = head_name(best["layer"], best["head"]), _with_interval(own, "mean", number)
+        name, value = head_name(best["layer"], best["head"]), _interval(own, "mean", number)
         if own["mean"] < tau:
             verdict, evidence = "not supported", f"No head does this (highest score {number(own['mean'])})."
         elif own["low"] >= tau and own["low"] > limit:
@@ -4720,21 +4623,19 @@ def _listed(items: Sequence[str]) -> str:
 
 def _headline(study: Study, statements: Sequence[dict]) -> list[str]:
     """The lead of the report in words: what the heads do, beside baselines, what removing them costs, and language."""
-    heads, rows = on_windows(study.scores), _shares_of(study, "Specialised")
-    n, counts = len(heads), heads["class"].value_counts()
-    kinds = [f"{counts[name]} {_CLASS_ACTIONS[name]}" for name in SPECIALISED_CLASSES if name in counts]
-    kinds = [words.replace("1 look", "1 looks") if words.startswith("1 ") else words for words in kinds]
-    if "Token-Specific" in counts:
-        each = head_kinds(study.scores).query("`class` == 'Token-Specific'")["kind"]
-        what = HEAD_ACTIONS[each.mode()[0]].removeprefix("looks at ")
-        kinds[-1] = kinds[-1].replace(
-            "certain tokens", what if each.nunique() == 1 else f"certain tokens, mostly at {what}"
-        )
-    n_special = sum(counts.get(name, 0) for name in SPECIALISED_CLASSES)
-    n_untrained, n_shuffled = round(n * rows["untrained"]["high"]), round(n * rows["shuffled"]["share"])
-    lines = [f"{n_special} of the {n} heads specialise on held-out text{': ' * bool(kinds)}{_listed(kinds)}."]
+    kinds, shares, actions, lines = head_kinds(study.scores), _shares_of(study, "Specialised"), dict(_CLASS_ACTIONS), []
+    n, counts = len(kinds), kinds["class"].value_counts().reindex(HEAD_CLASSES, fill_value=0)
+    targets = kinds["kind"][kinds["class"] == "Token-Specific"]
+    if len(targets):
+        mostly = "" if targets.nunique() == 1 else "certain tokens, mostly at "
+        actions["Token-Specific"] = HEAD_ACTIONS[targets.mode()[0]].replace("looks at ", f"look at {mostly}")
+    special = [f"{counts[name]} {actions[name]}" for name in SPECIALISED_CLASSES if counts[name]]
+    special = [re.sub("^1 look", "1 looks", words) for words in special]
+    n_special = counts[list(SPECIALISED_CLASSES)].sum()
+    n_untrained, n_shuffled = round(n * shares["untrained"]["high"]), round(n * shares["shuffled"]["share"])
     if all(row["verdict"] != "supported" for row in statements):
-        lines.insert(0, f"This study finds nothing: none of the {len(statements)} claims tested is supported.")
+        lines.append(f"This study finds nothing: none of the {len(statements)} claims tested is supported.")
+    lines.append(f"{n_special} of the {n} heads specialise on held-out text{': ' * bool(special)}{_listed(special)}.")
     lines.append(
         f"In untrained models of the same shape {f'up to {n_untrained}' if n_untrained else 'none'} do. On text whose "
         f"words are shuffled, {n_shuffled} still do"
@@ -4749,15 +4650,14 @@ def _headline(study: Study, statements: Sequence[dict]) -> list[str]:
         )
     if len(study.language):
         claims = study.language["phenomenon"].map("“{}”".format)
-        groups = claims.groupby(study.language["verdict"]).agg(list)
-        found = [(name, groups[name]) for name in VERDICTS if name in groups]
-        parts = [f"{len(g)} {'is' if len(g) == 1 else 'are'} {name} ({_listed(g)})" for name, g in found]
+        groups = claims.groupby(study.language["verdict"]).agg(list).reindex(VERDICTS).dropna()
+        parts = [f"{len(g)} {'is' if len(g) == 1 else 'are'} {name} ({_listed(g)})" for name, g in groups.items()]
         lines.append(f"Of {len(study.language)} claims about language, {_listed(parts)}.")
     lines.append(
         "The original study, the notebook that this project began with, sorted heads by plain averages of their "
         f"attention over short sentences and found {_ORIGINAL_BROAD:.1%} of them to attend broadly. By scores that are "
-        f"corrected for chance, {counts.get('Global/Broad', 0)} of {n} spread their attention almost evenly; "
-        f"{counts.get('Mixed', 0)} are mixed: no score reaches its threshold."
+        f"corrected for chance, {counts['Global/Broad']} of {n} spread their attention almost evenly; "
+        f"{counts['Mixed']} are mixed: no score reaches its threshold."
     )
     return lines
 
@@ -4809,85 +4709,47 @@ _SETTINGS = {  # how a setting of the study is called in the report; others by t
 }
 
 
-def _settings_table(findings: dict) -> str:
+def _tables(findings: dict) -> dict[str, str]:
+    """The tables of the report: settings, scores, ablation and language, in HTML."""
     limits = {name: value for name, value in findings["thresholds"].items() if name != "tau"}
     limits |= {f"threshold of {name}": value for name, value in findings["thresholds"]["tau"].items()}
     limits |= findings["settings"]
-    rows = [{"name": _SETTINGS.get(name, name.replace("_", " ")), "value": str(v)} for name, v in limits.items()]
-    return _table(rows, {"name": "what", "value": "value"})
-
-
-def _score_table(findings: dict) -> str:
-    rows = [row for row in findings["head_scores"] if row["source"] == "windows"]
-    rows.sort(key=lambda row: (HEAD_CLASSES.index(row["class"]), -max(row[name] or 0 for name in KAPPAS)))
-    return _table(rows, {"head": "head", "class": "class", **{name: name.replace("_", " ") for name in HEAD_SCORES}})
-
-
-def _ablation_table(findings: dict) -> str:
-    columns = {"head": "head", "loss_increase": "nats per token", "standard_error": "standard error"}
-    return _table(findings["ablation"], columns | {"matters": "beyond noise"}, "loss_increase", 3)
-
-
-def _language_table(findings: dict) -> str:
-    def show(row: dict) -> dict:
+    limits = [{"name": _SETTINGS.get(name, name.replace("_", " ")), "value": str(v)} for name, v in limits.items()]
+    heads = [row for row in findings["head_scores"] if row["source"] == "windows"]
+    heads.sort(key=lambda row: (HEAD_CLASSES.index(row["class"]), -max(row[name] or 0 for name in KAPPAS)))
+    claims = []
+    for row in findings["language"]:
         prefers = f"{row['accuracy']:.0%} (untrained {row['untrained_accuracy']:.0%})"
         looks = f"{number(100 * row['attention_difference'], 1)} points (p = {row['p_value']:.2g})"
         needs = f"{number(row['margin_drop'])} nats"
         if row["n_random_sets"]:
             needs += f" (random {number(row['random_margin_drop'])}, p = {row['needs_p_value']:.2g})"
-        return row | {"prefers": prefers, "looks": looks, "needs": needs}
-
-    columns = {"phenomenon": "claim", "verdict": "verdict", "prefers": "prefers the right word", "heads": "heads"}
-    columns |= {"looks": "look at the target", "needs": "margin lost without them", "n_items": "items"}
-    return _table(list(map(show, findings["language"])), columns)
-
-
-@dataclass(frozen=True)
-class _Section:
-    """A section of the report; its text is _REPORT_TEXTS[anchor]."""
-
-    anchor: str
-    title: str
-    topic: str = ""  # of the statements it shows
-    pictures: tuple[str, ...] = ()  # how the names of its pictures begin
-    table: tuple[str, Callable[[dict], str]] | None = None  # its title, what makes it of the findings
-
-
-_SECTIONS = (
-    _Section("run", "What was run", "", ("loss",), ("Thresholds and settings", _settings_table)),
-    _Section("read", "How to read an attention map"),
-    _Section("classes", "Classes of heads", "Classes", ("class_", "categor")),
-    _Section("scores", "What single heads do", "Heads", ("score", "head_"), ("Scores of every head", _score_table)),
-    _Section("ablation", "Which heads matter", "Ablation", ("ablation",), ("Loss without each head", _ablation_table)),
-    _Section("language", "Language", "Language", ("language",), ("The claims in numbers", _language_table)),
-    _Section("spread", "Spread and reach", "", ("entropy",)),
-    _Section("similarity", "Which heads look alike", "", ("similarity",)),
-    _Section("sentences", "The sentences"),
-    _Section("next", "What to try next"),
-    _Section("terms", "Terms"),
-)
+        claims.append(row | {"prefers": prefers, "looks": looks, "needs": needs})
+    scores = {"head": "head", "class": "class"} | {name: name.replace("_", " ") for name in HEAD_SCORES}
+    losses = {"head": "head", "loss_increase": "nats per token", "standard_error": "standard error"}
+    language = {"phenomenon": "claim", "verdict": "verdict", "prefers": "prefers the right word", "heads": "heads"}
+    language |= {"looks": "look at the target", "needs": "margin lost without them", "n_items": "items"}
+    return {
+        "settings": _table(limits, {"name": "what", "value": "value"}),
+        "scores": _table(heads, scores),
+        "ablation": _table(findings["ablation"], losses | {"matters": "beyond noise"}, "loss_increase", 3),
+        "language": _table(claims, language),
+    }
 
 
 def write_report(path: str | Path, findings: dict, pictures: Sequence[Picture]) -> Path:
     """Writes the report as one HTML page. `findings` as of `study_findings`, `pictures` as of `draw_study`."""
     shown = [vars(p) | {"name": p.path.stem, "data": base64.b64encode(p.path.read_bytes()).decode()} for p in pictures]
     of_sentences = [picture for picture in shown if picture["group"] != "Model"]
-    groups = {name: list(members) for name, members in itertools.groupby(of_sentences, key=lambda p: p["group"])}
-    sections = []
-    for section in _SECTIONS:
-        begins = section.pictures or ("?",)
-        content = vars(section) | {
-            "text": _REPORT_TEXTS[section.anchor].replace("CLASS_RULE", CLASS_RULE),
-            "about": findings["about"] if section.anchor == "run" else {},
-            "statements": [row for row in findings["statements"] if row["topic"] == section.topic],
-            "pictures": [p for p in shown if p["group"] == "Model" and p["name"].startswith(begins)],
-            "table": (section.table[0], section.table[1](findings)) if section.table else (),
-            "groups": groups if section.anchor == "sentences" else {},
-        }
-        if section.anchor == "read":
-            content["pictures"] = [p for p in of_sentences if p["name"] == "chosen_heads"][-1:]  # a text with repeats
-        sections.append(content)
-    body = _render(_REPORT_HTML, headline=findings["headline"], sections=sections)
+    body = _render(
+        _REPORT_HTML,
+        findings=findings,
+        of_model={picture["name"]: picture for picture in shown if picture["group"] == "Model"},
+        of_sentences={name: list(group) for name, group in itertools.groupby(of_sentences, key=lambda p: p["group"])},
+        examples=[picture for picture in of_sentences if picture["name"] == "chosen_heads"][-1:],  # a text with repeats
+        tables=_tables(findings),
+        class_rule=CLASS_RULE,
+    )
     return write_text(path, _render(_PAGE_HTML, title="Attention report", style=_PAGE_CSS + _REPORT_CSS, body=body))
 
 
@@ -4914,18 +4776,19 @@ REPEATED_TEXTS = (  # where a head that continues repetitions (induction) has so
     "seven window paper garden orange river music seven window paper garden orange river music",
 )
 
+# sentences by category, or a list of them
+Captures = Mapping[str, Sequence[AttentionCapture]] | Sequence[AttentionCapture]
 
-def explorer_html(
-    captures: Mapping[str, Sequence[AttentionCapture]] | Sequence[AttentionCapture],
-    scores: pd.DataFrame | None = None,
-    address: bool = False,
-) -> str:
+
+def explorer_html(captures: Captures, scores: pd.DataFrame | None = None, address: bool = False) -> str:
     """The interactive explorer as an HTML fragment: show it with IPython.display.HTML, several times if you like.
 
     `captures` maps categories to sentences, or is a list of them. `scores` is a table of `score_heads` with classes; it
     makes the page say what each head does and open on the most telling one. `address` keeps what is shown in the
     page's address, for a page that holds nothing else. Needs a browser of 2023 or newer.
     """
+    from matplotlib import colormaps
+
     if not isinstance(captures, Mapping):
         captures = {"Sentences": captures}
     flat = [(name, capture) for name, members in captures.items() for capture in members]
@@ -4935,11 +4798,14 @@ def explorer_html(
     names = itertools.starmap(head_name, itertools.product(range(n_layer), range(n_head)))
     heads = [{"name": name, "does": "", "scores": "", "kind": "", "strength": 0.0} for name in names]
     if scores is not None:
-        heads = [head | _describe_head(row) for head, row in zip(heads, _by_head(scores), strict=True)]
+        table = on_windows(scores).set_index(["layer", "head"]).drop(columns="class").join(head_kinds(scores))
+        rows = table.sort_index().to_dict("records")
+        heads = [head | _describe_head(row) for head, row in zip(heads, rows, strict=True)]
     order = sorted(range(len(heads)), key=lambda i: (heads[i]["kind"] != "induction", -heads[i]["strength"]))
     repeats = [1 - len(set(capture.token_ids)) / len(capture.token_ids) for _, capture in flat]
     data = {
         "nHead": n_head,
+        "colors": colormaps["viridis"](range(256), bytes=True)[:, :3].tolist(),
         "heads": heads,
         "telling": order[:2],  # the heads that the page opens on, alone or side by side
         "text": int(np.argmax(repeats)) if heads[order[0]]["kind"] in ("induction", "duplicate") else 0,
@@ -4950,12 +4816,6 @@ def explorer_html(
     }
     text = json.dumps(data, ensure_ascii=False).replace("<", "\\u003c")  # no text can end the script element
     return _render(_EXPLORER_HTML, style=_EXPLORER_CSS, data=text, script=_EXPLORER_JS, address=address)
-
-
-def _by_head(scores: pd.DataFrame) -> list[dict]:
-    """Of each head in order, its scores with the columns of `head_kinds`."""
-    table = on_windows(scores).set_index(["layer", "head"]).drop(columns="class")
-    return table.join(head_kinds(scores)).sort_index().to_dict("records")
 
 
 def _describe_head(row: Mapping[str, object]) -> dict[str, object]:
@@ -4977,11 +4837,7 @@ def _pack_maps(weights: Tensor) -> str:
     return base64.b64encode(zlib.compress(data, 9)).decode()
 
 
-def write_explorer(
-    path: str | Path,
-    captures: Mapping[str, Sequence[AttentionCapture]] | Sequence[AttentionCapture],
-    scores: pd.DataFrame | None = None,
-) -> Path:
+def write_explorer(path: str | Path, captures: Captures, scores: pd.DataFrame | None = None) -> Path:
     """Writes the explorer as one HTML page; arguments as in `explorer_html`."""
     has_report = Path(path).with_name("attention_report.html").exists()
     body = _render(_EXPLORER_PAGE_HTML, explorer=explorer_html(captures, scores, address=True), has_report=has_report)
@@ -6330,11 +6186,37 @@ details { margin: .75rem 0; } summary { cursor: pointer; font-weight: 600; }
 dt { font-weight: 600; } dd { margin: 0 0 .5rem 1rem; }
 """
 
-_REPORT_HTML = """{% macro show(picture) %}
+_REPORT_HTML = """{% set titles = {"run": "What was run", "read": "How to read an attention map",
+  "classes": "Classes of heads", "scores": "What single heads do", "ablation": "Which heads matter",
+  "language": "Language", "spread": "Spread and reach", "similarity": "Which heads look alike",
+  "sentences": "The sentences", "next": "What to try next", "terms": "Terms"} %}
+{% macro heading(anchor) %}
+<h2 id="{{ anchor }}">{{ titles[anchor] }}</h2>
+{% endmacro %}
+{% macro show(picture) %}
 <figure>
 <img alt="{{ picture.alt }}" src="data:image/png;base64,{{ picture.data }}" decoding="async">
 <figcaption><strong>{{ picture.title }}</strong><br>{{ picture.caption }}</figcaption>
 </figure>
+{% endmacro %}
+{% macro pictures() %}{# some pictures of the model, by name, as far as they were drawn #}
+{% for name in varargs if name in of_model %}
+{{ show(of_model[name]) }}
+{% endfor %}
+{% endmacro %}
+{% macro statements(topic) %}
+{% for row in findings.statements if row.topic == topic %}
+<div class="statement {{ row.verdict }}">
+<p><strong>{{ row.verdict }}</strong> · {{ row.claim }}</p>
+<p class="evidence">{{ row.evidence }}</p>
+</div>
+{% endfor %}
+{% endmacro %}
+{% macro table(title, rows) %}
+{% if rows %}
+<details><summary>{{ title }}</summary>
+<div class="scroll" tabindex="0">{{ rows|safe }}</div></details>
+{% endif %}
 {% endmacro %}
 <main>
 <h1>Where the heads of a small language model look</h1>
@@ -6342,91 +6224,98 @@ _REPORT_HTML = """{% macro show(picture) %}
 every token, a head decides how much to look at each earlier token. This report asks what the heads of one model do,
 and how much of that an untrained model would show as well.</p>
 <div class="lead">
-{% for line in headline %}
+{% for line in findings.headline %}
 <p>{{ line }}</p>
 {% endfor %}
 </div>
 <nav aria-label="Contents">
 <p>See for yourself in the <a href="attention_explorer.html">attention explorer</a>, or read on:</p>
 <ul>
-{% for section in sections %}
-<li><a href="#{{ section.anchor }}">{{ section.title }}</a></li>
+{% for anchor, title in titles.items() %}
+<li><a href="#{{ anchor }}">{{ title }}</a></li>
 {% endfor %}
 </ul>
 </nav>
-{% for section in sections %}
-<h2 id="{{ section.anchor }}">{{ section.title }}</h2>
-{{ section.text|safe }}
-{% for name, value in section.about.items() %}
+{{ heading("run") }}
+{% for name, value in findings.about.items() %}
 <p><strong>{{ name }}:</strong> {{ value }}</p>
 {% endfor %}
-{% for row in section.statements %}
-<div class="statement {{ row.verdict }}">
-<p><strong>{{ row.verdict }}</strong> · {{ row.claim }}</p>
-<p class="evidence">{{ row.evidence }}</p>
-</div>
-{% endfor %}
-{% for picture in section.pictures %}
+{{ pictures("loss_curve") }}
+{{ table("Thresholds and settings", tables.settings) }}
+{{ heading("read") }}
+<p>Each row is the token doing the looking; the colours of the row say how its attention is shared among the tokens up
+to itself, and sum to 100%. Yellow is much, dark is little. Grey are later tokens, which the model cannot see. A bright
+diagonal is a head that looks at the token itself; one step lower, at the previous token; a bright first column is a
+head that parks its attention on the first token. <code>·</code> marks a leading space and <code>the²</code> is the
+second <code>the</code>. Layers and heads are counted from 0: L2H1 is head 1 of layer 2.</p>
+<p>Short maps mislead: in the first rows there is little to choose from, so every head seems to look at itself and at
+the first token. All scores are therefore corrected for chance: 0 is what a head gets that looks everywhere alike, at
+any length of text, and 1 is the ideal head. They are measured on long windows of held-out text.</p>
+{% for picture in examples %}
 {{ show(picture) }}
 {% endfor %}
-{% if section.table and section.table[1] %}
-<details><summary>{{ section.table[0] }}</summary>
-<div class="scroll" tabindex="0">{{ section.table[1]|safe }}</div></details>
-{% endif %}
-{% for name, members in section.groups.items() %}
+{{ heading("classes") }}
+<p>{{ class_rule }} Thresholds are so high that untrained heads rarely reach them. Percentages are shares of all heads,
+with 95% bootstrap intervals over texts and, for untrained models, the range over seeds.</p>
+{{ statements("Classes") }}
+{{ pictures("class_grid", "class_baselines", "categories") }}
+{{ heading("scores") }}
+<p>Each kind of looking has a score; a head does it if its score reaches the threshold and lies beyond those of
+untrained models. Intervals are 95% bootstrap intervals over texts.</p>
+{{ statements("Heads") }}
+{{ pictures("head_emergence", "score_maps") }}
+{{ table("Scores of every head", tables.scores) }}
+{{ heading("ablation") }}
+<p>A pattern is no proof of use. Here each head's output is replaced by its mean, and the loss on held-out text is
+measured again; then the same for all heads of a class at once, since single heads can be spared when others do the
+same, beside random sets of as many heads.</p>
+{{ statements("Ablation") }}
+{{ pictures("ablation") }}
+{{ table("Loss without each head", tables.ablation) }}
+{{ heading("language") }}
+<p>Each claim is tested with pairs of sentences, one good and one wrong or at least unusual, that differ in little else.
+Three things must hold: the model finds the good one more likely; heads look at the word that decides, chosen on one
+half of the pairs and tested on the other; and without these heads the preference shrinks more than without random
+heads. All p-values are adjusted for the number of claims (Holm).</p>
+{{ statements("Language") }}
+{{ pictures("language") }}
+{{ table("The claims in numbers", tables.language) }}
+{{ heading("spread") }}
+<p>Entropy says over how many tokens a head spreads its attention, mean distance how far back it looks.</p>
+{{ pictures("entropy_distance") }}
+{{ heading("similarity") }}
+<p>Heads that share a branch low in the tree look at the same places of the same text. The dashed line is a yardstick,
+not a limit of error: how far one head is from itself when the text changes.</p>
+{{ pictures("similarity", "similarity_without_sink") }}
+{{ heading("sentences") }}
+<p>For each kind of sentence: chosen heads on all of its sentences; then, for the first one, every head, the chosen
+heads, the flow between tokens, and rollout, which follows attention through all layers. The
+<a href="attention_explorer.html">explorer</a> has every sentence and every head.</p>
+{% for name, members in of_sentences.items() %}
 <details><summary>{{ name }} ({{ members|length }} pictures)</summary>
 {% for picture in members %}
 {{ show(picture) }}
 {% endfor %}
 </details>
 {% endfor %}
-{% endfor %}
-</main>"""
-
-_REPORT_TEXTS = {  # of the sections of the report, by anchor
-    "run": "",
-    "read": """<p>Each row is the token doing the looking; the colours of the row say how its attention is shared among
-the tokens up to itself, and sum to 100%. Yellow is much, dark is little. Grey are later tokens, which the model cannot
-see. A bright diagonal is a head that looks at the token itself; one step lower, at the previous token; a bright first
-column is a head that parks its attention on the first token. <code>·</code> marks a leading space and
-<code>the²</code> is the second <code>the</code>. Layers and heads are counted from 0: L2H1 is head 1 of layer 2.</p>
-<p>Short maps mislead: in the first rows there is little to choose from, so every head seems to look at itself and at
-the first token. All scores are therefore corrected for chance: 0 is what a head gets that looks everywhere alike, at
-any length of text, and 1 is the ideal head. They are measured on long windows of held-out text.</p>""",
-    "classes": """<p>CLASS_RULE Thresholds are so high that untrained heads rarely reach them. Percentages are shares of
-all heads, with 95% bootstrap intervals over texts and, for untrained models, the range over seeds.</p>""",
-    "scores": """<p>Each kind of looking has a score; a head does it if its score reaches the threshold and lies beyond
-those of untrained models. Intervals are 95% bootstrap intervals over texts.</p>""",
-    "ablation": """<p>A pattern is no proof of use. Here each head's output is replaced by its mean, and the loss on
-held-out text is measured again; then the same for all heads of a class at once, since single heads can be spared when
-others do the same, beside random sets of as many heads.</p>""",
-    "language": """<p>Each claim is tested with pairs of sentences, one good and one wrong or at least unusual, that
-differ in little else. Three things must hold: the model finds the good one more likely; heads look at the word that
-decides, chosen on one half of the pairs and tested on the other; and without these heads the preference shrinks more
-than without random heads. All p-values are adjusted for the number of claims (Holm).</p>""",
-    "spread": """<p>Entropy says over how many tokens a head spreads its attention, mean distance how far back it
-looks.</p>""",
-    "similarity": """<p>Heads that share a branch low in the tree look at the same places of the same text. The dashed
-line is a yardstick, not a limit of error: how far one head is from itself when the text changes.</p>""",
-    "sentences": """<p>For each kind of sentence: chosen heads on all of its sentences; then, for the first one, every
-head, the chosen heads, the flow between tokens, and rollout, which follows attention through all layers. The
-<a href="attention_explorer.html">explorer</a> has every sentence and every head.</p>""",
-    "next": """<ul>
+{{ heading("next") }}
+<ul>
 <li>Point at tokens and compare heads in the <a href="attention_explorer.html">explorer</a>.</li>
 <li>Try a sentence of your own: <code>python pico_helpers.py explore "My sentence."</code></li>
 <li>Train a model of your own with <code>python pico_helpers.py train</code>, then study it with
 <code>python pico_helpers.py analyze</code>.</li>
 <li>Read every number of this page in <a href="findings.json">findings.json</a>, each head's scores in
 <a href="head_scores.csv">head_scores.csv</a>.</li>
-</ul>""",
-    "terms": """<p><strong>Token</strong>: a piece of text, often a word with its leading space.
+</ul>
+{{ heading("terms") }}
+<p><strong>Token</strong>: a piece of text, often a word with its leading space.
 <strong>Attention sink</strong>: a head that puts its attention on the first token when it has nothing to do (Xiao et
 al. 2023; Gu et al. 2024). <strong>Induction</strong>: looking at what followed an earlier copy of the current token,
 which continues repeated text (Olsson et al. 2022); measured on repeated random tokens. <strong>Score</strong>:
 attention on a set of tokens beyond what a uniform head puts there, divided by the most that is possible beyond it
 (after Cohen's kappa). <strong>Rollout</strong>: attention multiplied through the layers (Abnar &amp; Zuidema 2020),
-here minus that of uniform heads. <strong>Nat</strong>: the unit of loss; 0.69 nats are one bit.</p>""",
-}
+here minus that of uniform heads. <strong>Nat</strong>: the unit of loss; 0.69 nats are one bit.</p>
+</main>"""
 
 _EXPLORER_PAGE_HTML = """<main>
 {% if has_report %}
@@ -6469,35 +6358,33 @@ token, <kbd>Esc</kbd> lets go. <kbd>←</kbd> <kbd>→</kbd> other token, <kbd>�
 _EXPLORER_CSS = """
 .pico-explorer { --pico-back: #ffffff; --pico-text: #1c1c1c; --pico-soft: #5c5c5c; --pico-none: #dcdcdc;
   --pico-mark: #d3330a; background: var(--pico-back); color: var(--pico-text); font: 15px/1.5 system-ui, sans-serif; }
-@media (prefers-color-scheme: dark) {
-  .pico-explorer { --pico-back: #16181b; --pico-text: #e6e6e3; --pico-soft: #a5a8ab; --pico-none: #34383d;
-    --pico-mark: #ff7a4d; }
-}
+@media (prefers-color-scheme: dark) { .pico-explorer { --pico-back: #16181b; --pico-text: #e6e6e3; --pico-soft: #a5a8ab;
+  --pico-none: #34383d; --pico-mark: #ff7a4d; } }
 .pico-explorer .pico-controls { display: flex; flex-wrap: wrap; gap: .25rem 1.25rem; align-items: center; }
-.pico-explorer select { max-width: min(30rem, 70vw); font: inherit; color: inherit; background: var(--pico-back);
-  border: 1px solid var(--pico-soft); border-radius: 4px; padding: .1rem .3rem; }
-.pico-explorer button { font: inherit; color: inherit; background: none; border: 2px solid transparent; cursor: pointer;
-  border-radius: 4px; }
+.pico-explorer :is(select, button) { font: inherit; color: inherit; border-radius: 4px; }
+.pico-explorer select { max-width: min(30rem, 70vw); background: var(--pico-back); border: 1px solid var(--pico-soft);
+  padding: .1rem .3rem; }
+.pico-explorer button { background: none; border: 2px solid transparent; cursor: pointer; }
 .pico-explorer :focus-visible { outline: 2px solid var(--pico-text); outline-offset: 1px; }
 .pico-explorer .pico-tokens { display: flex; flex-wrap: wrap; gap: 3px; margin: .75rem 0 .25rem; }
 .pico-explorer .pico-tokens button { padding: 0 .3rem; background: var(--pico-none); }
-.pico-explorer .pico-tokens button[aria-current] { border-color: var(--pico-mark); }
 .pico-explorer .pico-tokens button[aria-pressed=true] { box-shadow: 0 0 0 2px var(--pico-mark); }
+.pico-explorer :is(.pico-tokens [aria-current], .pico-thumbs [aria-pressed=true]) { border-color: var(--pico-mark); }
 .pico-explorer .pico-status { min-height: 3em; margin: .25rem 0; max-width: none; white-space: pre-line; }
 .pico-explorer .pico-panels { display: flex; flex-wrap: wrap; gap: 1rem 1.5rem; }
 .pico-explorer .pico-panels > * { flex: 1 1 320px; max-width: 500px; min-width: 0; margin: 0; }
-.pico-explorer figcaption { min-height: 4.5em; color: inherit; } .pico-explorer figcaption small { display: block;
-  color: var(--pico-soft); }
+.pico-explorer figcaption { min-height: 4.5em; color: inherit; }
+.pico-explorer figcaption small { display: block; color: var(--pico-soft); }
 .pico-explorer .pico-panel[data-active] strong { border-bottom: 3px solid var(--pico-mark); }
 .pico-explorer .pico-panel canvas { display: block; margin-top: .4rem; max-width: 100%; cursor: crosshair; }
 .pico-explorer .pico-scale { display: flex; gap: .5rem; align-items: center; font-size: .85em; min-height: 2em; }
 .pico-explorer .pico-scale i { width: 7em; height: .9em; }
-.pico-explorer .pico-scale .pico-none { width: .9em; background: var(--pico-none); margin-left: 1em; }
+.pico-explorer .pico-scale .pico-none { width: .9em; margin-left: 1em; }
 .pico-explorer .pico-thumbs { display: grid; gap: 2px; font-size: .8em; color: var(--pico-soft); align-items: center; }
 .pico-explorer .pico-thumbs span { text-align: center; }
 .pico-explorer .pico-thumbs button { padding: 0; line-height: 0; }
-.pico-explorer .pico-thumbs button[aria-pressed=true] { border-color: var(--pico-mark); }
 .pico-explorer .pico-thumbs canvas { width: 100%; aspect-ratio: 1; image-rendering: pixelated; }
+.pico-explorer :is(.pico-none, .pico-thumbs canvas) { background: var(--pico-none); }
 .pico-explorer .pico-help { color: var(--pico-soft); font-size: .9em; max-width: 46rem; }
 .pico-explorer .pico-tip { position: fixed; pointer-events: none; background: var(--pico-text); color: var(--pico-back);
   padding: .1rem .5rem; border-radius: 4px; font-size: .9em; }
@@ -6507,14 +6394,6 @@ _EXPLORER_JS = r"""
 (() => {
   "use strict";
   const FLAGS = ["pinned", "lines", "drop"]; // kept in the address
-  const STOPS = ["440154", "472c7a", "3b518b", "2c718e", "21908d", "27ad81", "5cc863", "aadc32", "fde725"]; // viridis
-  const rgb = (hex) => [0, 2, 4].map((i) => parseInt(hex.slice(i, i + 2), 16));
-  const COLORS = Array.from({ length: 256 }, (_, value) => {
-    const place = (value / 255) * (STOPS.length - 1);
-    const below = Math.min(Math.floor(place), STOPS.length - 2);
-    const [a, b] = [rgb(STOPS[below]), rgb(STOPS[below + 1])];
-    return a.map((channel, i) => Math.round(channel + (b[i] - channel) * (place - below)));
-  });
   const clamp = (value, low, high) => Math.max(low, Math.min(high, value));
   const share = (value) => `${Math.round((100 * value) / 255)}%`;
   const make = (tag, properties) => Object.assign(document.createElement(tag), properties);
@@ -6530,13 +6409,14 @@ _EXPLORER_JS = r"""
     const find = (name) => root.querySelector(".pico-" + name);
     const style = (name) => getComputedStyle(root).getPropertyValue(name).trim();
     const data = JSON.parse(find("data").textContent);
-    const nHeads = data.heads.length;
     const panels = [...root.querySelectorAll(".pico-panel")];
+    const [thumbs, tip] = [find("thumbs"), find("tip")];
     // heads: of the two panels, the second null without comparison; pinned: a token that pointing does not change
     const state = { text: 0, heads: [0, null], active: 0, token: 0, pinned: false, lines: false, drop: false };
     let maps = null; // of the current text: lower triangles of all heads, one byte a weight
     let thumbsShow = ""; // what the small maps were drawn for
     let isPlanned = false;
+    let wanted = 0; // the text picked last
 
     const labels = () => data.texts[state.text].labels;
     const current = () => state.heads[state.active];
@@ -6559,15 +6439,15 @@ _EXPLORER_JS = r"""
       return `${word(labels()[row])} looks at ${word(labels()[key])}: ${share(weight(index, row, key))}`;
     }
 
-    // a map as an image of one pixel a weight; grey where no token can look
+    // a map as an image of one pixel a weight; clear where no token can look
     function paint(canvas, index) {
       const n = (canvas.width = canvas.height = labels().length);
       const context = canvas.getContext("2d");
       const image = context.createImageData(n, n);
-      const none = rgb(style("--pico-none").slice(1));
-      for (let row = 0, at = 0; row < n; row++) {
-        for (let key = 0; key < n; key++, at += 4) {
-          image.data.set(key > row ? none : COLORS[Math.round(weight(index, row, key))], at);
+      for (let row = 0; row < n; row++) {
+        for (let key = 0; key <= row; key++) {
+          const at = 4 * (row * n + key);
+          image.data.set(data.colors[Math.round(weight(index, row, key))], at);
           image.data[at + 3] = 255;
         }
       }
@@ -6575,33 +6455,34 @@ _EXPLORER_JS = r"""
       return canvas;
     }
 
-    // sizes a panel's canvas for the screen; its context's unit is the CSS pixel, its text as wide as the labels allow
-    function prepare(panel, fontSize, heightOf) {
+    // a panel's canvas, sharp on every screen: its unit is the CSS pixel, its margin as wide as the labels
+    function prepare(panel, width, height, fontSize) {
       const canvas = panel.querySelector("canvas");
-      const width = Math.min(500, panel.clientWidth);
       const context = canvas.getContext("2d");
-      const font = `${fontSize(width)}px system-ui, sans-serif`;
-      context.font = font;
-      const names = labels().map((name) => (name.length > 14 ? name.slice(0, 13) + "…" : name));
-      const margin = Math.ceil(Math.max(...names.map((name) => context.measureText(name).width))) + 10;
-      const height = heightOf(width, margin);
       const scale = window.devicePixelRatio || 1;
       canvas.width = Math.round(width * scale);
       canvas.height = Math.round(height * scale);
       canvas.style.width = `${width}px`;
       context.setTransform(scale, 0, 0, scale, 0, 0);
-      Object.assign(context, { font, textBaseline: "middle", textAlign: "right", lineWidth: 2 });
+      Object.assign(context, { textBaseline: "middle", textAlign: "right", lineWidth: 2 });
       context.imageSmoothingEnabled = false;
-      return { context, names, width, height, margin };
+      context.font = `${fontSize}px system-ui, sans-serif`;
+      const names = labels().map((name) => (name.length > 14 ? name.slice(0, 13) + "…" : name));
+      const margin = Math.ceil(Math.max(...names.map((name) => context.measureText(name).width))) + 10;
+      return { context, names, margin };
     }
 
     const inkOf = (isCurrent) => style(isCurrent ? "--pico-mark" : "--pico-text");
 
+    // draws a head as a matrix, no higher than the window; returns what tells the cell at a place
     function drawMatrix(panel, index) {
       const n = labels().length;
-      const { context, names, width, margin } = prepare(panel, (w) => clamp((w / n) * 0.65, 7, 12), (w) => w);
-      const [side, cell] = [width - margin, (width - margin) / n];
-      context.drawImage(paint(document.createElement("canvas"), index), margin, 0, side, side);
+      const size = Math.min(500, panel.clientWidth, Math.max(260, window.innerHeight - 40));
+      const { context, names, margin } = prepare(panel, size, size, clamp((size / n) * 0.65, 7, 12));
+      const [side, cell] = [size - margin, (size - margin) / n];
+      context.fillStyle = style("--pico-none");
+      context.fillRect(margin, 0, side, side);
+      context.drawImage(paint(make("canvas"), index), margin, 0, side, side);
       names.forEach((name, i) => {
         if (cell < 7 && i !== state.token) return; // long texts: only the current token has room for its name
         context.fillStyle = inkOf(i === state.token);
@@ -6620,10 +6501,11 @@ _EXPLORER_JS = r"""
       };
     }
 
+    // the same as lines from the tokens that look, at the left, to those looked at
     function drawLines(panel, index) {
-      const n = labels().length;
+      const [n, width] = [labels().length, Math.min(500, panel.clientWidth)];
       const line = n > 40 ? 13 : 20;
-      const { context, names, width, margin } = prepare(panel, () => line * 0.62, () => n * line);
+      const { context, names, margin } = prepare(panel, width, n * line, line * 0.62);
       const middle = (i) => (i + 0.5) * line;
       context.strokeStyle = context.fillStyle = style("--pico-mark");
       for (let row = 0; row < n; row++) {
@@ -6641,11 +6523,11 @@ _EXPLORER_JS = r"""
       context.globalAlpha = 1;
       names.forEach((name, i) => {
         context.fillStyle = inkOf(i === state.token);
+        context.textAlign = "right";
         context.fillText(name, margin - 5, middle(i));
         context.fillStyle = inkOf(false);
         context.textAlign = "left";
         context.fillText(name, width - margin + 5, middle(i));
-        context.textAlign = "right";
       });
       return (x, y) => {
         const at = clamp(Math.floor(y / line), 0, n - 1);
@@ -6654,11 +6536,23 @@ _EXPLORER_JS = r"""
       };
     }
 
+    function drawPanel(panel, i) {
+      const index = state.heads[i];
+      panel.hidden = index === null;
+      if (panel.hidden) return;
+      const { name, does, scores } = data.heads[index];
+      const [title, small] = [make("strong", { textContent: name }), make("small", { textContent: scores })];
+      panel.querySelector("figcaption").replaceChildren(title, ` ${does}`, small);
+      panel.querySelector("canvas").setAttribute("aria-label", `Attention of head ${name}`);
+      panel.toggleAttribute("data-active", i === state.active && state.heads[1] !== null);
+      panel.hit = (state.lines ? drawLines : drawMatrix)(panel, index);
+    }
+
     function drawTokens() {
       [...find("tokens").children].forEach((button, key) => {
         const isSeen = key <= state.token;
         const value = isSeen ? Math.round(weight(current(), state.token, key)) : 0;
-        button.style.background = isSeen ? `rgb(${COLORS[value]})` : "";
+        button.style.background = isSeen ? `rgb(${data.colors[value]})` : "";
         button.style.color = isSeen ? (value > 140 ? "#000000" : "#ffffff") : "";
         button.title = isSeen ? describe(current(), state.token, key) : "comes later";
         button.tabIndex = key === state.token ? 0 : -1;
@@ -6668,8 +6562,8 @@ _EXPLORER_JS = r"""
     }
 
     function drawThumbs() {
-      const shows = [state.text, state.drop, style("--pico-none")].join();
-      find("thumbs").querySelectorAll("button").forEach((button, index) => {
+      const shows = [state.text, state.drop].join();
+      thumbs.querySelectorAll("button").forEach((button, index) => {
         if (shows !== thumbsShow) paint(button.firstChild, index);
         button.setAttribute("aria-pressed", state.heads.includes(index));
         button.tabIndex = index === current() ? 0 : -1;
@@ -6689,21 +6583,10 @@ _EXPLORER_JS = r"""
     function draw() {
       isPlanned = false;
       if (!maps) return;
-      find("lines").checked = state.lines;
-      find("drop").checked = state.drop;
+      for (const flag of ["lines", "drop"]) find(flag).checked = state[flag];
       find("compare").checked = state.heads[1] !== null;
       find("text").value = state.text;
-      panels.forEach((panel, i) => {
-        const index = state.heads[i];
-        panel.hidden = index === null;
-        if (panel.hidden) return;
-        const { name, does, scores } = data.heads[index];
-        const [title, small] = [make("strong", { textContent: name }), make("small", { textContent: scores })];
-        panel.querySelector("figcaption").replaceChildren(title, ` ${does}`, small);
-        panel.querySelector("canvas").setAttribute("aria-label", `Attention of head ${name}`);
-        panel.toggleAttribute("data-active", i === state.active && state.heads[1] !== null);
-        panel.hit = (state.lines ? drawLines : drawMatrix)(panel, index);
-      });
+      panels.forEach(drawPanel);
       drawTokens();
       drawThumbs();
       drawStatus();
@@ -6719,27 +6602,27 @@ _EXPLORER_JS = r"""
     const point = (token) => state.pinned || update({ token });
     const pin = (token) => update({ token, pinned: !(state.pinned && token === state.token) });
     function pickHead(index, panel = state.active) {
-      const heads = [...state.heads];
-      heads[panel] = index;
-      update({ heads, active: panel });
+      update({ heads: state.heads.map((head, i) => (i === panel ? index : head)), active: panel });
     }
 
     // another text, opened at the token in its middle third that looks most sharply, unless `change` names one
     async function pickText(text, change = {}) {
-      maps = await unpack(data.texts[text].maps);
+      wanted = text;
+      const unpacked = await unpack(data.texts[text].maps);
+      if (text !== wanted) return; // another one was picked meanwhile
+      maps = unpacked;
       update({ text, pinned: false, ...change });
       const n = labels().length;
-      const sharpest = Array.from({ length: Math.ceil(n / 3) }, (_, i) => i + Math.floor(n / 3))
-        .map((row) => [looks(current(), row)[0][0], row])
-        .reduce((best, other) => (other[0] > best[0] ? other : best))[1];
+      const sharpness = (row) => looks(current(), row)[0][0];
+      const middle = [...labels().keys()].slice(Math.floor(n / 3), Math.floor(n / 3) + Math.ceil(n / 3));
+      const sharpest = middle.reduce((best, row) => (sharpness(row) > sharpness(best) ? row : best));
       update({ token: clamp(change.token ?? sharpest, 0, n - 1) });
-      find("tokens").replaceChildren(
-        ...labels().map((name, token) => {
-          const button = make("button", { type: "button", textContent: name, onclick: () => pin(token) });
-          button.addEventListener("pointerenter", (event) => event.pointerType === "touch" || point(token));
-          return button;
-        })
-      );
+      const buttons = labels().map((name, token) => {
+        const button = make("button", { type: "button", textContent: name, onclick: () => pin(token) });
+        button.addEventListener("pointerenter", (event) => event.pointerType === "touch" || point(token));
+        return button;
+      });
+      find("tokens").replaceChildren(...buttons);
     }
 
     // -- The state in the page's address: #text=3&head=L2H1&with=L3H6&token=5&pinned=1&lines=1&drop=1
@@ -6772,22 +6655,23 @@ _EXPLORER_JS = r"""
       if (!group) find("text").append((group = make("optgroup", { label: category })));
       group.append(new Option(text, i));
     });
+    thumbs.style.gridTemplateColumns = `auto repeat(${data.nHead}, minmax(0, 64px))`;
     const headings = ["", ...Array.from({ length: data.nHead }, (_, head) => `H${head}`)];
-    find("thumbs").style.gridTemplateColumns = `auto repeat(${data.nHead}, minmax(0, 64px))`;
-    find("thumbs").append(...headings.map((textContent) => make("span", { textContent })));
+    thumbs.append(...headings.map((textContent) => make("span", { textContent })));
     data.heads.forEach(({ name, does }, index) => {
-      if (index % data.nHead === 0) find("thumbs").append(make("span", { textContent: `L${index / data.nHead}` }));
+      if (index % data.nHead === 0) thumbs.append(make("span", { textContent: `L${index / data.nHead}` }));
       const onclick = (event) => pickHead(index, event.shiftKey ? 1 : state.active);
-      find("thumbs").append(make("button", { type: "button", title: `${name} ${does}`, onclick }));
-      find("thumbs").lastChild.append(make("canvas"));
+      thumbs.append(make("button", { type: "button", title: `${name} ${does}`, onclick }));
+      thumbs.lastChild.append(make("canvas"));
     });
-    find("bar").style.background = `linear-gradient(to right, ${STOPS.map((stop) => "#" + stop)})`;
+    find("bar").style.background = `linear-gradient(to right, ${data.colors.map((color) => `rgb(${color})`)})`;
     find("text").addEventListener("change", (event) => pickText(Number(event.target.value)));
-    find("lines").addEventListener("change", (event) => update({ lines: event.target.checked }));
-    find("drop").addEventListener("change", (event) => update({ drop: event.target.checked }));
+    for (const flag of ["lines", "drop"]) {
+      find(flag).addEventListener("change", (event) => update({ [flag]: event.target.checked }));
+    }
     find("compare").addEventListener("change", (event) => {
-      const [first, other] = [state.heads[0], data.telling.find((index) => index !== state.heads[0]) ?? 0];
-      update({ heads: [first, event.target.checked ? other : null], active: 0 });
+      const other = data.telling.find((index) => index !== state.heads[0]) ?? 0;
+      update({ heads: [state.heads[0], event.target.checked ? other : null], active: 0 });
     });
     panels.forEach((panel, i) => {
       const canvas = panel.querySelector("canvas");
@@ -6797,22 +6681,20 @@ _EXPLORER_JS = r"""
       };
       canvas.addEventListener("pointermove", (event) => {
         const place = at(event);
-        find("tip").hidden = !place || place.key < 0;
-        if (!place) return;
-        if (event.pointerType !== "touch") point(place.row);
-        if (place.key < 0) return;
-        find("tip").textContent = describe(state.heads[i], place.row, place.key);
-        find("tip").style.left = `${clamp(event.clientX + 14, 0, window.innerWidth - find("tip").offsetWidth - 4)}px`;
-        find("tip").style.top = `${event.clientY + 18}px`;
+        tip.hidden = !place || place.key < 0;
+        if (place && event.pointerType !== "touch") point(place.row);
+        if (tip.hidden) return;
+        tip.textContent = describe(state.heads[i], place.row, place.key);
+        tip.style.left = `${clamp(event.clientX + 14, 0, window.innerWidth - tip.offsetWidth - 4)}px`;
+        tip.style.top = `${event.clientY + 18}px`;
       });
-      canvas.addEventListener("pointerleave", () => (find("tip").hidden = true));
+      canvas.addEventListener("pointerleave", () => (tip.hidden = true));
       canvas.addEventListener("click", (event) => at(event) && pin(at(event).row));
       panel.addEventListener("pointerdown", () => update({ active: i }));
     });
     root.addEventListener("keydown", (event) => {
-      const isThumb = find("thumbs").contains(event.target);
       if (event.target.matches("select, input") || event.altKey || event.ctrlKey || event.metaKey) return;
-      const last = labels().length - 1;
+      const [isThumb, last, nHeads] = [thumbs.contains(event.target), labels().length - 1, data.heads.length];
       const tokens = { ArrowLeft: state.token - 1, ArrowRight: state.token + 1, Home: 0, End: last };
       const steps = isThumb
         ? { ArrowLeft: -1, ArrowRight: 1, ArrowUp: -data.nHead, ArrowDown: data.nHead }
@@ -6821,11 +6703,12 @@ _EXPLORER_JS = r"""
       else if (event.key in tokens) update({ token: clamp(tokens[event.key], 0, last) });
       else return;
       event.preventDefault();
-      if (isThumb) find("thumbs").querySelectorAll("button")[current()].focus();
+      if (isThumb) thumbs.querySelectorAll("button")[current()].focus();
       else if (find("tokens").contains(event.target)) find("tokens").children[state.token].focus();
     });
     document.addEventListener("keydown", (event) => event.key === "Escape" && update({ pinned: false }));
     matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => update({}));
+    window.addEventListener("resize", () => update({}));
     new ResizeObserver(() => update({})).observe(find("panels"));
     if ("address" in root.dataset) window.addEventListener("hashchange", restore);
     restore();

@@ -54,7 +54,7 @@ def test_rollout_multiplies_layers_in_order():
 
 def test_heatmap_shows_the_weights_and_nothing_where_a_token_cannot_look():
     capture = make_capture(SENTENCE)
-    figure = pico.plot_attention_heatmap(capture, 1, 0)
+    figure = pico.plot_chosen_heads(capture, [(1, 0)])
     (values,) = maps_of(figure)
     lower = np.tri(len(capture.labels), dtype=bool)
     np.testing.assert_allclose(values[lower], capture.weights[1, 0].numpy()[lower])
@@ -103,14 +103,14 @@ def test_chosen_heads_are_the_strongest_of_each_kind():
     assert len(set(pico.choose_heads(study.scores, 9))) == 9
     assert len(pico.choose_heads(make_study(1, 2).scores)) == 2  # a model with fewer heads
     with pytest.raises(pico.PicoError, match="There is no L7H0; layers are 0-2, heads 0-2"):
-        pico.plot_attention_heatmap(make_capture(SENTENCE, 3, 3), 7, 0)
+        pico.plot_chosen_heads(make_capture(SENTENCE, 3, 3), [(7, 0)])
 
 
 def test_long_sentences_are_cut_and_the_picture_says_so():
     capture = make_capture(" ".join(["word another"] * 35))
     n = len(capture.labels)
     assert n > 60
-    heatmap = pico.plot_attention_heatmap(capture, 0, 0)
+    heatmap = pico.plot_chosen_heads(capture, [(0, 0)])
     assert maps_of(heatmap)[0].shape == (40, 40)
     assert f"First 40 of {n} tokens" in words_of(heatmap) and f"First 40 of {n}" in words_of(pico.plot_rollout(capture))
     assert f"First 20 of {n} tokens" in words_of(pico.plot_attention_flow(capture, [(0, 0)]))
@@ -157,9 +157,9 @@ def test_pictures_are_drawn_in_a_thread_and_leave_nothing_to_pyplot(tmp_path):
     study, found = make_study(3, 2), []
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        figures = [f for f in pico.MODEL_FIGURES if f.name in ("similarity", "score_maps", "entropy_distance")]
+        plots = (pico.plot_similarity, pico.plot_score_maps, pico.plot_entropy_distance)
         work = threading.Thread(
-            target=lambda: found.extend(pico.save_figure(f.draw(study), tmp_path / f.name) for f in figures)
+            target=lambda: found.extend(pico.save_figure(plot(study), tmp_path / plot.__name__) for plot in plots)
         )
         work.start()
         work.join()
@@ -329,18 +329,22 @@ def test_language_picture_shows_what_each_number_must_exceed():
 # --- the whole study --------------------------------------------------------------------------------------------------
 
 
+def names_of(study):
+    return [name for name, *_ in pico.model_pictures(study)]
+
+
 def test_every_picture_has_a_file_and_words(tmp_path):
     captures = {"Simple": [make_capture("The cat sat."), make_capture("A dog ran.")]}
     captures["Quotes & <tags>"] = [make_capture("He <b>said</b> & left.")]
     study = make_study(2, 2)
     pictures = pico.draw_study(study, captures, tmp_path)
-    names = [figure.name for figure in pico.MODEL_FIGURES]
+    names = names_of(study)
     assert [picture.path.stem for picture in pictures if picture.group == "Model"] == names
     files = {path.relative_to(tmp_path) for path in tmp_path.rglob("*.*")}
     assert files == {picture.path.relative_to(tmp_path) for picture in pictures} | {
         picture.path.with_suffix(".svg").relative_to(tmp_path) for picture in pictures if picture.group == "Model"
     }
-    assert len(pictures) == len(names) + 2 * len(pico.SENTENCE_FIGURES)
+    assert len(names) == 11 and len(pictures) == len(names) + 2 * 5
     assert all(len(picture.alt) > 20 and picture.caption and picture.title.endswith("?") for picture in pictures)
     assert len({picture.alt for picture in pictures}) == len(pictures)
     assert ElementTree.parse(pictures[0].path.with_suffix(".svg")).getroot().tag.endswith("svg")
@@ -352,7 +356,7 @@ def test_pictures_without_their_data_are_left_out(tmp_path):
     study, none = make_study(2, 2), pd.DataFrame()
     bare = dataclasses.replace(study, metrics=none, history=none, language=none, categories=none)
     bare = dataclasses.replace(bare, scores=study.scores.assign(sink_flag=False))
-    left_out = {figure.name for figure in pico.MODEL_FIGURES if not figure.needs(bare)}
+    left_out = set(names_of(study)) - set(names_of(bare))
     assert left_out == {"loss_curve", "head_emergence", "categories", "language", "similarity_without_sink"}
     (tmp_path / "file").write_text("")
     with pytest.raises(pico.PicoError, match="Cannot write"):

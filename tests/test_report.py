@@ -166,8 +166,10 @@ class Page(html.parser.HTMLParser):
 def make_pictures(folder):
     """A picture of each name that a study draws."""
     pictures = []
-    names = [f"model/{figure.name}" for figure in pico.MODEL_FIGURES]
-    names += [f"01_simple/{figure.name}" for figure in pico.SENTENCE_FIGURES]
+    study = make_study(2, 2)
+    names = [f"model/{name}" for name, *_ in pico.model_pictures(study)]
+    of_sentences = pico.sentence_pictures([make_capture("The cat sat.")], [(0, 0)], study.scores)
+    names += [f"01_simple/{name}" for name, *_ in of_sentences]
     for path in (folder / f"{name}.png" for name in names):
         path.parent.mkdir(parents=True, exist_ok=True)
         Figure(figsize=(4, 2)).savefig(path)
@@ -311,8 +313,8 @@ def set_scheme(browser, dark):
     browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": scheme})
 
 
-def open_page(browser, address, width=1200, dark=False):
-    screen = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 500}
+def open_page(browser, address, width=1200, dark=False, height=900):
+    screen = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 500}
     set_scheme(browser, dark)
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", screen)
     browser.get("about:blank")  # else a new hash alone does not load the page again
@@ -440,6 +442,13 @@ def test_every_sentence_opens_on_a_phone_in_light_and_dark(browser, explorer):
         assert browser.execute_script(wide)
         seen.add(pixels(browser))
     assert len(seen) == 5
+    assert errors(browser) == []
+
+
+def test_a_matrix_fits_a_small_window(browser, explorer):
+    open_page(browser, explorer, height=400)
+    settle(browser)
+    assert 300 < all_of(browser, ".pico-panel canvas")[0].size["height"] <= 400
     assert errors(browser) == []
 
 
