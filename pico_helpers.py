@@ -3953,6 +3953,11 @@ def _name_heads(panels: Iterable[Axes], heads: Heads, scores: pd.DataFrame | Non
         axes.set_title(head_name(*head) + words, loc="left", fontsize=9)
 
 
+def plot_attention_heatmap(capture: AttentionCapture, layer: int, head: int) -> Figure:
+    """The map of one head: each row is the token doing the looking, its colours say where it looks."""
+    return plot_chosen_heads(capture, [(layer, head)])
+
+
 def plot_chosen_heads(capture: AttentionCapture, heads: Heads, scores: pd.DataFrame | None = None) -> Figure:
     """The maps of some (layer, head); `scores`, as in Study, add what each head is."""
     labels, n_columns = _short_labels(capture.labels), min(2, len(heads))
