@@ -43,7 +43,6 @@ import itertools
 import json
 import math
 import os
-import pickle
 import platform
 import re
 import shlex
@@ -91,6 +90,18 @@ class PicoError(Exception):
     """One line that says what was wrong and what to do. The command line and the notebook print it without a trace."""
 
 
+def check_choice(kind: str, value: object, choices: Iterable[str]) -> None:
+    if value not in choices:
+        raise PicoError(f"Unknown {kind} {value!r}; choose one of: {', '.join(choices)}.")
+
+
+def _require(config: object, names: str, is_good: Callable[..., object], must: str) -> None:
+    """Raises PicoError for a field of that name whose value is not good."""
+    for name in names.split():
+        if not is_good(value := getattr(config, name)):
+            raise PicoError(f"{name} must {must}, not {value!r}.")
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """Shape of the decoder. The defaults are Pico-LLM: 11.94M parameters, 34.46M with the tied embedding."""
@@ -107,23 +118,13 @@ class ModelConfig:
     qk_norm: bool = False  # an ablation: queries and keys of each head are normalised before RoPE
 
     def __post_init__(self) -> None:
-        others = ("rope_theta", "dropout", "qk_norm")
-        sizes = {name: value for name, value in vars(self).items() if name not in others}
-        for name, value in sizes.items():
-            if type(value) is not int or not 1 <= value <= 2**16:  # token files hold 16 bits
-                raise PicoError(f"{name} must be a whole number from 1 to 65,536, not {value!r}.")
-        if not 0 <= self.dropout < 1:
-            raise PicoError(f"dropout must lie in [0, 1), not {self.dropout}.")
-        if not 0 < self.rope_theta < math.inf:
-            raise PicoError(f"rope_theta must be a positive number, not {self.rope_theta}.")
-        if self.d_model % self.n_head or (self.d_model // self.n_head) % 2:
-            raise PicoError(
-                f"d_model {self.d_model} does not split into {self.n_head} heads of even size; choose a multiple."
-            )
-        if self.context_length > self.max_positions:
-            raise PicoError(
-                f"context_length {self.context_length} exceeds max_positions {self.max_positions}; raise the latter."
-            )
+        sizes, limit = "vocab_size d_model n_layer n_head d_ff context_length max_positions", 2**16  # of token files
+        _require(self, sizes, lambda n: type(n) is int and 1 <= n <= limit, f"be a whole number from 1 to {limit:,}")
+        _require(self, "dropout", lambda p: 0 <= p < 1, "lie in [0, 1)")
+        _require(self, "rope_theta", lambda base: 0 < base < math.inf, "be a positive number")
+        twice, longest = 2 * self.n_head, self.max_positions
+        _require(self, "d_model", lambda n: n % twice == 0, f"be a multiple of {twice} (n_head heads of even size)")
+        _require(self, "context_length", lambda n: n <= longest, f"be at most max_positions ({longest})")
 
     @property
     def head_dim(self) -> int:
@@ -133,6 +134,9 @@ class ModelConfig:
     def padded_vocab_size(self) -> int:
         """Rows of the embedding: a multiple of 64 for the tensor cores; the rows past vocab_size stay zero."""
         return math.ceil(self.vocab_size / 64) * 64
+
+
+TEXT_STYLES = {"natural": "its Moses style undone", "stored": "in Moses style"}  # see `natural_text`
 
 
 @dataclass(frozen=True)
@@ -166,43 +170,22 @@ class TrainConfig:
     checkpoint_seconds: float = 60.0  # time between checkpoints
 
     def __post_init__(self) -> None:
-        if not re.fullmatch(r"[\w.-]+", self.name) or self.name.endswith((".partial", ".finished")):
-            raise PicoError(f"The name {self.name!r} would not do in a file name; use letters, digits, '-' and '_'.")
+        is_name = re.compile(r"[\w.-]+(?<!\.partial)(?<!\.finished)").fullmatch
+        _require(self, "name", is_name, "be letters, digits, '-' and '_', as it names files")
         counts = "max_sequences max_steps batch_size micro_batch_size loss_chunk log_interval eval_interval"
-        for name in counts.split():
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise PicoError(f"{name} must be at least 1, not {value}.")
-        for name in ("epochs", "learning_rate", "matrix_learning_rate", "grad_clip"):
-            if not 0 < (value := getattr(self, name)) < math.inf:
-                raise PicoError(f"{name} must be a positive number, not {value}.")
-        for name in ("warmup_steps", "weight_decay", "matrix_weight_decay", "checkpoint_seconds"):
-            if not 0 <= (value := getattr(self, name)) < math.inf:
-                raise PicoError(f"{name} must not be negative, nor infinite: {value}.")
-        if not 0 <= self.seed < 2**32:
-            raise PicoError(f"seed must be a whole number from 0 to {2**32 - 1:,}, not {self.seed}.")
-        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
-            raise PicoError(f"betas must be two numbers from 0 to below 1, not {self.betas}.")
-        if self.batch_size % (self.micro_batch_size or self.batch_size):
-            raise PicoError(
-                f"batch_size {self.batch_size} is not a multiple of micro_batch_size {self.micro_batch_size}."
-            )
-        for name, choices in _TRAIN_CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise PicoError(f"Unknown {name} {getattr(self, name)!r}; choose one of: {', '.join(choices)}.")
-
-
-TEXT_STYLES = ("natural", "stored")
-_TRAIN_CHOICES = {
-    "precision": ("auto", "fp32", "fp16", "bf16"),
-    "optimizer": ("adamw", "muon"),
-    "text_style": TEXT_STYLES,
-}
-
-
-def without_retired(settings: Mapping[str, object]) -> dict[str, object]:
-    """Saved settings without the options of older runs that are gone; none of them says how a model is used."""
-    retired = {"init", "average", "average_steps", "future_loss", "weight_decay_schedule"}
-    return {name: value for name, value in settings.items() if name not in retired}
+        _require(self, counts, lambda n: n is None or n >= 1, "be at least 1")
+        positive = "epochs learning_rate matrix_learning_rate grad_clip"
+        _require(self, positive, lambda x: 0 < x < math.inf, "be a positive number")
+        not_negative = "warmup_steps weight_decay matrix_weight_decay checkpoint_seconds"
+        _require(self, not_negative, lambda x: 0 <= x < math.inf, "be 0 or a positive number")
+        _require(self, "seed", lambda n: 0 <= n < 2**32, f"be a whole number from 0 to {2**32 - 1:,}")
+        is_pair = "be two numbers from 0 to below 1"
+        _require(self, "betas", lambda pair: len(pair) == 2 and all(0 <= beta < 1 for beta in pair), is_pair)
+        part = self.micro_batch_size or self.batch_size
+        _require(self, "batch_size", lambda n: n % part == 0, f"be a multiple of micro_batch_size ({part})")
+        check_choice("precision", self.precision, ("auto", "fp32", "fp16", "bf16"))
+        check_choice("optimizer", self.optimizer, ("adamw", "muon"))
+        check_choice("text_style", self.text_style, TEXT_STYLES)
 
 
 @dataclass(frozen=True)
@@ -221,6 +204,7 @@ class Preset:
         return Preset(model, dataclasses.replace(self.train, **rest), self.about)
 
 
+_SMALL = {"max_sequences": None, "batch_size": 8}
 PRESETS: dict[str, Preset] = {
     "wikitext103": Preset(
         ModelConfig(),
@@ -228,12 +212,10 @@ PRESETS: dict[str, Preset] = {
         "the original study: 12M parameters, 45,363 sequences of 384 tokens, 10 epochs",
     ),
     "quick": Preset(
-        ModelConfig(d_model=128, n_layer=4, n_head=4, d_ff=256, context_length=128, max_positions=512, dropout=0.0),
+        ModelConfig(d_model=128, n_layer=4, n_head=4, d_ff=256, context_length=128, dropout=0.0),
         TrainConfig(
             name="quick",
-            max_sequences=None,
             max_steps=500,
-            batch_size=8,
             optimizer="muon",  # rates and batch size are the best of results/benchmarks/recipes.csv
             learning_rate=2.4e-2,
             matrix_learning_rate=0.04,
@@ -242,20 +224,14 @@ PRESETS: dict[str, Preset] = {
             log_interval=10,
             eval_interval=100,
             checkpoint_seconds=20.0,
+            **_SMALL,
         ),
         "a small model that learns visibly in about 3 minutes on two CPU cores",
     ),
     "tiny": Preset(
-        ModelConfig(d_model=32, n_layer=2, n_head=2, d_ff=64, context_length=64, max_positions=512, dropout=0.0),
+        ModelConfig(d_model=32, n_layer=2, n_head=2, d_ff=64, context_length=64, dropout=0.0),
         TrainConfig(
-            name="tiny",
-            max_sequences=None,
-            max_steps=20,
-            batch_size=8,
-            learning_rate=1e-2,
-            warmup_steps=5,
-            log_interval=5,
-            eval_interval=10,
+            name="tiny", max_steps=20, learning_rate=1e-2, warmup_steps=5, log_interval=5, eval_interval=10, **_SMALL
         ),
         "a check in seconds that everything works; it learns next to nothing",
     ),
@@ -270,8 +246,7 @@ def default_preset() -> str:
 def get_preset(name: str | None = None) -> Preset:
     """The preset of that name, or the default for this machine. Raises PicoError for an unknown name."""
     name = name or default_preset()
-    if name not in PRESETS:
-        raise PicoError(f"Unknown preset {name!r}; choose one of: {', '.join(PRESETS)}.")
+    check_choice("preset", name, PRESETS)
     return PRESETS[name]
 
 
@@ -866,9 +841,6 @@ def natural_text(text: str) -> str:
     return text
 
 
-_STYLES = {"natural": "its Moses style undone", "stored": "in Moses style"}
-
-
 def is_moses_style(text: str) -> bool:
     """Whether most commas have a space before them, as nobody writes."""
     return 2 * text.count(" , ") > text.count(",")
@@ -959,7 +931,8 @@ def _wikitext_corpus(fraction: float, text_style: str) -> Corpus:
     return Corpus(
         name="wikitext103",
         key=f"Salesforce/wikitext wikitext-103-raw-v1 {split_names['train']}" + " natural" * (text_style == "natural"),
-        about=f"WikiText-103 ({split_names['train']} of its rows), from the Hugging Face hub, {_STYLES[text_style]}",
+        about=f"WikiText-103 ({split_names['train']} of its rows), from the Hugging Face hub, "
+        + TEXT_STYLES[text_style],
         reason="it is the corpus of the original study",
         documents=documents,
     )
@@ -1048,7 +1021,7 @@ def _parquet_corpus(folder: Path, fraction: float, text_style: str) -> Corpus:
     state = [[path.relative_to(folder).as_posix(), _fingerprint(path)] for path in training + validation]
     notes = [f"validation: {'its validation files' if validation else 'every 50th document'}"]
     notes += [f"{len(files['test'])} test files not read"] if files["test"] else []
-    notes += [_STYLES[style]] if style in _STYLES else []
+    notes += [TEXT_STYLES[style]] if style in TEXT_STYLES else []
     title = folder.resolve().name
     return Corpus(
         name=re.sub(r"\W+", "-", title).strip("-") or "folder",
@@ -1092,8 +1065,7 @@ def choose_corpus(
     Moses style is made natural (see `natural_text`) unless `text_style` is "stored".
     Raises PicoError for a folder without usable files and for `wikitext103` without the hub.
     """
-    if text_style not in TEXT_STYLES:
-        raise PicoError(f"Unknown text_style {text_style!r}; choose one of: {', '.join(TEXT_STYLES)}.")
+    check_choice("text_style", text_style, TEXT_STYLES)
     if fraction is not None and not 0 < fraction <= 1:
         raise PicoError(f"The corpus fraction must lie in (0, 1], not {fraction}.")
     if name == "offline":
@@ -1313,7 +1285,7 @@ def held_out_sequences(file: TokenFile, n: int, length: int, seed: int = 0) -> T
 # hostile file cannot run code. A run in progress also keeps its optimizer there; a finished one drops it.
 # ======================================================================================================================
 
-_CHECKPOINT_VERSION = 1
+_CHECKPOINT_FORMAT = {"format": "pico-llm", "version": 1, "tokenizer": Tokenizer.name}
 
 
 @dataclass
@@ -1333,12 +1305,11 @@ class Checkpoint:
 
 def save_checkpoint(path: str | Path, checkpoint: Checkpoint) -> Path:
     """Writes the file atomically. Raises PicoError when it cannot be written; an older file then stays as it was."""
-    content = {item.name: getattr(checkpoint, item.name) for item in dataclasses.fields(checkpoint)}
-    content["model_config"] = dataclasses.asdict(checkpoint.model_config)
-    content["train_config"] = dataclasses.asdict(checkpoint.train_config)
+    configs = {name: asdict(getattr(checkpoint, name)) for name in ("model_config", "train_config")}
+    content = _CHECKPOINT_FORMAT | vars(checkpoint) | configs
     with atomic_write(path) as temporary, open(temporary, "wb") as file:
         try:
-            torch.save({"format": "pico-llm", "version": _CHECKPOINT_VERSION, **content}, file)
+            torch.save(content, file)
         except RuntimeError as error:  # torch wraps the OSError of a full disk
             raise OSError(str(error).splitlines()[0]) from error
     return Path(path)
@@ -1350,37 +1321,26 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
     if not path.is_file():
         raise PicoError(f"There is no checkpoint {path}; train a model first or name another file.")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
+        content = {"environment": {}} | torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # foreign bytes, and code among the weights, make the reader fail in all kinds of ways
         raise PicoError(
-            f"{path} is not a Pico-LLM checkpoint: it holds more than weights, so it was not opened."
+            f"{path} is not a Pico-LLM checkpoint: it is cut short, no model, or holds more than weights. Use another."
         ) from error
-    except Exception as error:  # foreign bytes make the reader fail in all kinds of ways
-        raise PicoError(f"{path} cannot be read; it is cut short or not a checkpoint. Use another copy.") from error
-    if not isinstance(content, dict) or content.get("format") != "pico-llm":
-        raise PicoError(f"{path} is a PyTorch file, but not a Pico-LLM checkpoint; choose a file made by `train`.")
-    if content.get("version") != _CHECKPOINT_VERSION:
-        raise PicoError(f"{path} has format version {content.get('version')}; this code reads {_CHECKPOINT_VERSION}.")
+    if (found := {key: content.get(key) for key in _CHECKPOINT_FORMAT}) != _CHECKPOINT_FORMAT:
+        raise PicoError(f"{path} is not a Pico-LLM checkpoint of this code: it has {found}, not {_CHECKPOINT_FORMAT}.")
+    older = {"model_config": {}, "train_config": {"text_style": "stored"}}  # before there was a choice
+    retired = {"init", "average", "average_steps", "future_loss", "weight_decay_schedule"}  # gone; no model needs them
     try:
-        content = {"environment": {}} | content
         fields = {item.name: content[item.name] for item in dataclasses.fields(Checkpoint)}
-        fields["model_config"] = ModelConfig(**without_retired(fields["model_config"]))
-        older = {"text_style": "stored"}  # before there was a choice
-        fields["train_config"] = TrainConfig(**older | without_retired(fields["train_config"]))
+        for name, kind in {"model_config": ModelConfig, "train_config": TrainConfig}.items():
+            settings = {key: value for key, value in fields[name].items() if key not in retired}
+            fields[name] = kind(**older[name] | settings)
+        is_finite = all(weight.isfinite().all() for weight in fields["weights"].values())
     except (KeyError, TypeError, AttributeError) as error:
-        raise PicoError(f"{path} lacks a field or has an unknown one ({error}); it was made by other code.") from error
+        raise PicoError(f"{path} lacks a field or has a wrong one ({error}); it was made by other code.") from error
     except PicoError as error:
         raise PicoError(f"{path} has impossible settings: {error}") from error
-    for name, kind in {"weights": dict, "metrics": list, "step": int, "corpus": str}.items():
-        if not isinstance(fields[name], kind):
-            raise PicoError(f"{path} holds no {name}; it was made by other code.")
-    if fields["tokenizer"] != Tokenizer.name:
-        raise PicoError(
-            f"{path} was trained with tokenizer {fields['tokenizer']}; this code has {Tokenizer.name} only."
-        )
-    if not all(isinstance(w, Tensor) for w in fields["weights"].values()):
-        raise PicoError(f"{path} holds weights that are no tensors; it was made by other code.")
-    if not all(w.isfinite().all() for w in fields["weights"].values()):
+    if not is_finite:
         raise PicoError(f"{path} holds weights that are not numbers (NaN); the training that made it went wrong.")
     return Checkpoint(**fields)
 
@@ -1392,17 +1352,15 @@ def model_from_checkpoint(checkpoint: Checkpoint) -> PicoLLM:
         "token_embedding.weight": (config.padded_vocab_size, config.d_model),
         f"blocks.{config.n_layer - 1}.mlp.down_proj.weight": (config.d_model, config.d_ff),
     }
-    for name, shape in expected.items():  # before a model of that size is built
-        if name not in weights or tuple(weights[name].shape) != shape:
-            found = tuple(weights[name].shape) if name in weights else "none"
-            raise PicoError(f"The checkpoint does not fit its configuration: {name} should be {shape}, found {found}.")
+    found = {name: tuple(weights[name].shape) for name in expected if name in weights}
+    if found != expected:  # before a model of that size is built
+        raise PicoError(f"The checkpoint does not fit its configuration: it holds {found}, not {expected}.")
     model = PicoLLM(config)
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:
-        raise PicoError(
-            f"The checkpoint does not fit its configuration: {str(error).splitlines()[1].strip()}"
-        ) from error
+        problem = str(error).splitlines()[1].strip()
+        raise PicoError(f"The checkpoint does not fit its configuration: {problem}") from error
     return model.eval()
 
 
@@ -1433,12 +1391,15 @@ def newest_checkpoint(results: str | Path = "results") -> Path:
 
     Raises PicoError when there is none.
     """
-    own = sorted(Path(results).glob("pico_llm_*.pt"), key=lambda path: path.stat().st_mtime)
-    finished = [path for path in own if not path.name.endswith(".partial.pt")]
+
+    def rank(path: Path) -> tuple[bool, float]:
+        return not path.name.endswith(".partial.pt"), path.stat().st_mtime
+
     shipped = shipped_checkpoint()
-    for paths in (finished, own, [shipped] if shipped.is_file() else []):
-        if paths:
-            return paths[-1]
+    if own := list(Path(results).glob("pico_llm_*.pt")):
+        return max(own, key=rank)
+    if shipped.is_file():
+        return shipped
     raise PicoError(
         f"There is no model in {results}, and the trained one of the project is not at {shipped}: train one first "
         "(menu choice 1 or 3; `train` on the command line), or put pico_llm.pt there."
