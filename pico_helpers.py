@@ -276,9 +276,8 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        raise PicoError(
-            f"Cannot write {path}: {error.strerror or error}. Choose another folder, or free some space."
-        ) from error
+        reason = error.strerror or error
+        raise PicoError(f"Cannot write {path}: {reason}. Choose another folder, or free some space.") from error
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
@@ -336,6 +335,9 @@ def progress(iterable: Iterable | None = None, **options) -> tqdm:
 # A pre-LayerNorm decoder. One forward pass serves training, capture and cached generation; B sequences, T tokens,
 # D = d_model, H heads of size d = D / H, V = vocab_size.
 # ======================================================================================================================
+
+
+OnAttention = Callable[[int, Tensor], None]  # receives a layer and its attention pattern (B, H, T, T) in float32
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -397,12 +399,7 @@ class CausalSelfAttention(nn.Module):
         self.out_proj = nn.Linear(config.d_model, config.d_model, bias=False)  # its input is the heads side by side
 
     def forward(
-        self,
-        x: Tensor,
-        cos: Tensor,
-        sin: Tensor,
-        cache: KVCache | None = None,
-        on_attention: Callable[[int, Tensor], None] | None = None,
+        self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None = None, on_attention: OnAttention | None = None
     ) -> Tensor:
         B, T, D = x.shape
         q, k, v = self.qkv_proj(x).view(B, T, 3, self.n_head, D // self.n_head).permute(2, 0, 3, 1, 4)  # (B, H, T, d)
@@ -415,10 +412,9 @@ class CausalSelfAttention(nn.Module):
         mask = None  # every query sees the keys up to its own position
         if on_attention is not None or (past and T > 1):
             mask = torch.ones(T, past + T, dtype=torch.bool, device=x.device).tril(past)
-        on_cpu = x.device.type == "cpu"
-        if on_cpu:
-            v = v * self.dropout(v.new_ones(*v.shape[:3], 1)) if self.training and self.dropout.p else v
-        dropout = self.dropout.p if self.training and not on_cpu else 0.0
+        dropout = self.dropout.p if self.training else 0.0
+        if dropout and x.device.type == "cpu":
+            v, dropout = v * self.dropout(v.new_ones(*v.shape[:3], 1)), 0.0
         if on_attention is None:
             y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=mask is None and past == 0)
         else:
@@ -537,7 +533,7 @@ def _token_losses(
 
 
 class _CrossEntropy(torch.autograd.Function):
-    """Mean cross-entropy of hidden @ weight.T over the rows whose target is not `ignore_index`, in float32.
+    """Mean cross-entropy of hidden @ weight.T over the rows whose target is not -100, in float32.
 
     The logits of a whole batch would be the largest tensor of a training step by far (64 x 384 x 50,257 in float32 is
     4.9 GB); here only a part of them exists at a time.
@@ -545,16 +541,9 @@ class _CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx,
-        hidden: Tensor,
-        weight: Tensor,
-        targets: Tensor,
-        ignore_index: int,
-        vocab_size: int,
-        chunk: int | None,
-        needs_grad: bool,
+        ctx, hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, chunk: int | None, needs_grad: bool
     ) -> Tensor:
-        counts = targets != ignore_index  # (N,)
+        counts = targets != -100  # (N,)
         losses, *grads = _token_losses(hidden, weight, targets.where(counts, 0), counts, vocab_size, chunk, needs_grad)
         n_counted = counts.sum()
         ctx.save_for_backward(*grads, n_counted)
@@ -566,7 +555,7 @@ class _CrossEntropy(torch.autograd.Function):
         *grads, n_counted = ctx.saved_tensors
         scale = grad / n_counted.clamp(min=1)  # only here, so that fp16 gradients do not underflow
         hidden_grad, weight_grad = ((g.float() * scale).to(dtype) for g, dtype in zip(grads, ctx.dtypes, strict=True))
-        return hidden_grad, weight_grad, *[None] * 5
+        return hidden_grad, weight_grad, *[None] * 4
 
 
 class PicoLLM(nn.Module):
@@ -600,42 +589,33 @@ class PicoLLM(nn.Module):
                     parameter.normal_(0.0, std, generator=generator)
             self.token_embedding.weight[config.vocab_size :] = 0.0
 
-    def forward(
-        self,
-        idx: Tensor,
-        targets: Tensor | None = None,
-        *,
-        ignore_index: int = -100,
-        cache: KVCache | None = None,
-        on_attention: Callable[[int, Tensor], None] | None = None,
-    ) -> Tensor:
+    def forward(self, idx: Tensor, targets: Tensor | None = None, **options) -> Tensor:
         """Logits (B, T, V) of token ids (B, T); with `targets` (B, T) the mean loss, a scalar in nats per token.
 
-        Targets equal to `ignore_index` do not count, as in F.cross_entropy. `cache` holds earlier positions and is
-        extended. `on_attention(layer, weights)` receives each layer's attention pattern (B, H, T, T) in float32.
-        Raises PicoError beyond `max_positions`.
+        Targets of -100 do not count, as in F.cross_entropy. Options and errors as in `hidden_states`.
         """
-        x = self.hidden_states(idx, cache=cache, on_attention=on_attention)
+        x = self.hidden_states(idx, **options)
         weight, vocab_size = self.token_embedding.weight, self.config.vocab_size
         if targets is None:
             return F.linear(x, weight)[..., :vocab_size]
         needs_grad = torch.is_grad_enabled()  # inside the function it never is
-        return _CrossEntropy.apply(
-            x.flatten(0, 1), weight, targets.flatten(), ignore_index, vocab_size, self.loss_chunk, needs_grad
-        )
+        return _CrossEntropy.apply(x.flatten(0, 1), weight, targets.flatten(), vocab_size, self.loss_chunk, needs_grad)
 
     @torch.no_grad()
     def token_losses(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """Loss of each target (...) in nats, float32, after the hidden states (..., D); without gradients."""
         weight, flat, vocab_size = self.token_embedding.weight, targets.flatten(), self.config.vocab_size
-        counts = torch.ones_like(flat, dtype=torch.bool)
-        losses = _token_losses(hidden.flatten(0, -2), weight, flat, counts, vocab_size, self.loss_chunk, False)[0]
+        losses = _token_losses(hidden.flatten(0, -2), weight, flat, flat >= 0, vocab_size, self.loss_chunk, False)[0]
         return losses.view_as(targets)
 
     def hidden_states(
-        self, idx: Tensor, *, cache: KVCache | None = None, on_attention: Callable[[int, Tensor], None] | None = None
+        self, idx: Tensor, *, cache: KVCache | None = None, on_attention: OnAttention | None = None
     ) -> Tensor:
-        """What the output projection reads: (B, T, D) after the final norm. Arguments as in `forward`."""
+        """What the output projection reads: (B, T, D) after the final norm.
+
+        `cache` holds earlier positions and is extended; `on_attention` receives each layer's attention pattern. Raises
+        PicoError beyond `max_positions`.
+        """
         past = cache.length if cache is not None else 0
         stop = past + idx.shape[1]
         if stop > self.config.max_positions:
@@ -1033,9 +1013,7 @@ def choose_corpus(
         raise PicoError(f"WikiText-103 cannot be loaded: {problem}. Use corpus 'offline' or a folder of parquet files.")
     if (folder := Path(name).expanduser()).is_dir():
         return _parquet_corpus(folder, fraction or 1.0, text_style)
-    raise PicoError(
-        f"Unknown corpus {name!r}; choose auto, wikitext103, offline or an existing folder of parquet files."
-    )
+    raise PicoError(f"Unknown corpus {name!r}; choose auto, wikitext103, offline or a folder of parquet files.")
 
 
 @dataclass(frozen=True)
@@ -1065,19 +1043,14 @@ def _token_folder(corpus: Corpus, split: str, data_folder: str | Path) -> Path:
     return Path(data_folder) / f"{corpus.name}-{split}-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
 
 
-def open_tokens(folder: str | Path, verify: bool = False) -> TokenFile:
-    """Opens a folder written by `prepare_tokens`. Raises PicoError when a file is missing or has another length.
-
-    With `verify` what the files hold is also compared with the checksums of what was written.
-    """
+def open_tokens(folder: str | Path) -> TokenFile:
+    """Opens a folder written by `prepare_tokens`. Raises PicoError when a file is missing or holds something else."""
     folder = Path(folder)
     try:
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
         tokens = np.memmap(folder / "tokens.bin", dtype=np.uint16, mode="r")
         starts = np.fromfile(folder / "starts.bin", dtype=np.int64)
-        if [len(tokens), len(starts)] != meta["lengths"]:
-            raise ValueError(f"{len(tokens):,} tokens where {meta['lengths'][0]:,} were written")
-        if verify and [zlib.crc32(tokens), zlib.crc32(starts)] != meta["checksums"]:
+        if [zlib.crc32(tokens), zlib.crc32(starts)] != meta["checksums"]:
             raise ValueError("their checksums differ")
         return TokenFile(folder, meta["corpus"], meta["about"], meta["n_words"], tokens, starts)
     except (OSError, ValueError, TypeError, KeyError) as error:  # broken JSON is a ValueError
@@ -1088,12 +1061,12 @@ def prepare_tokens(corpus: Corpus, split: str, data_folder: str | Path = "data")
     """Tokenises a split once, in batches, and opens the result; later calls find the files and check them.
 
     The folder appears under its final name only when it is complete and on the disk. Damaged files are made anew.
-    Memory does not grow with the corpus.
+    Of all the corpus memory holds only where its documents begin.
     """
     folder = _token_folder(corpus, split, data_folder)
     if folder.is_dir():
         try:
-            return open_tokens(folder, verify=True)
+            return open_tokens(folder)
         except PicoError as error:
             print(f"{str(error).removesuffix('; remove the folder.')}; the corpus is tokenised anew.")
             shutil.rmtree(folder, ignore_errors=True)
@@ -1128,9 +1101,7 @@ def _write_tokens(corpus: Corpus, split: str, folder: Path) -> None:
     with atomic_write(folder / "starts.bin") as temporary:
         all_starts.tofile(temporary)
     meta = {"corpus": corpus.name, "about": corpus.about, "n_words": n_words, "key": corpus.key}
-    meta["lengths"] = [int(all_starts[-1]), len(all_starts)]  # of tokens.bin and starts.bin
-    meta["checksums"] = [checksum, zlib.crc32(all_starts)]
-    write_text(folder / "meta.json", json.dumps(meta))
+    write_text(folder / "meta.json", json.dumps(meta | {"checksums": [checksum, zlib.crc32(all_starts)]}))
 
 
 def _batches(corpus: Corpus, split: str, max_characters: int = 2_000_000) -> Iterator[list[Document]]:
@@ -1256,9 +1227,7 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
     try:
         content = {"environment": {}} | torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # foreign bytes, and code among the weights, make the reader fail in all kinds of ways
-        raise PicoError(
-            f"{path} is not a Pico-LLM checkpoint: it is cut short, no model, or holds more than weights. Use another."
-        ) from error
+        raise PicoError(f"{path} is not a Pico-LLM checkpoint, or is cut short, or holds more than weights.") from error
     if (found := {key: content.get(key) for key in _CHECKPOINT_FORMAT}) != _CHECKPOINT_FORMAT:
         raise PicoError(f"{path} is not a Pico-LLM checkpoint of this code: it has {found}, not {_CHECKPOINT_FORMAT}.")
     retired = {"init", "average", "average_steps", "future_loss", "weight_decay_schedule"}  # gone; no model needs them
@@ -1309,11 +1278,6 @@ def load_model(path: str | Path, device: torch.device | str | None = None) -> Pi
     return model_from_checkpoint(load_checkpoint(path)).to(device or default_device())
 
 
-def checkpoint_path(results: str | Path, name: str) -> Path:
-    """Where the run of that name keeps its model."""
-    return Path(results) / f"pico_llm_{name}.pt"
-
-
 def shipped_checkpoint() -> Path:
     """Where the trained model that comes with the project lies, if it came along."""
     return Path(__file__).resolve().parent / "results" / "pretrained" / "pico_llm.pt"
@@ -1324,13 +1288,9 @@ def newest_checkpoint(results: str | Path = "results") -> Path:
 
     Raises PicoError when there is none.
     """
-
-    def rank(path: Path) -> tuple[bool, float]:
-        return not path.name.endswith(".partial.pt"), path.stat().st_mtime
-
     shipped = shipped_checkpoint()
     if own := list(Path(results).glob("pico_llm_*.pt")):
-        return max(own, key=rank)
+        return max(own, key=lambda path: (not path.name.endswith(".partial.pt"), path.stat().st_mtime))
     if shipped.is_file():
         return shipped
     raise PicoError(
@@ -1960,7 +1920,8 @@ class RunFiles(NamedTuple):
 
 def run_files(results: str | Path, name: str) -> RunFiles:
     """The files of the run of that name; while it is unfinished, of the name with `.partial` behind it."""
-    return RunFiles(checkpoint_path(results, name), *(Path(results) / f"{name}_{x}.csv" for x in ("metrics", "heads")))
+    files = (f"pico_llm_{name}.pt", f"{name}_metrics.csv", f"{name}_heads.csv")
+    return RunFiles(*(Path(results) / file for file in files))
 
 
 def unused_files(results: str | Path, name: str) -> RunFiles:

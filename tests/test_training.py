@@ -74,7 +74,7 @@ def test_ctrl_c_saves_and_the_resumed_run_ends_bit_for_bit_equal(finished, data_
     resumed = pico.train(config, train, tmp_path, data_folder)
     assert resumed.finished
     assert weights_equal(resumed.model.state_dict(), expected.model.state_dict())
-    assert not pico.checkpoint_path(tmp_path, "tiny.partial").exists()
+    assert not pico.run_files(tmp_path, "tiny.partial").model.exists()
     assert [row["val_loss"] for row in resumed.metrics if row["val_loss"]] == [
         row["val_loss"] for row in expected.metrics if row["val_loss"]
     ]
@@ -85,7 +85,7 @@ def test_ctrl_c_in_the_last_step_saves_the_finished_model_and_stops(finished, da
     interrupt(12)
     with pytest.raises(KeyboardInterrupt):
         pico.train(config, train, tmp_path, data_folder)
-    saved = pico.load_checkpoint(pico.checkpoint_path(tmp_path, "tiny"))
+    saved = pico.load_checkpoint(pico.run_files(tmp_path, "tiny").model)
     assert weights_equal(saved.weights, expected.model.state_dict())
 
 
@@ -118,7 +118,7 @@ def test_kill_9_at_any_point_loses_nothing(finished, data_folder, tmp_path):
                     time.sleep(delay)
                     process.kill()
     assert seen.count("finished") == 1 and sum(line.startswith("Resuming") for line in seen) == 2
-    weights = pico.load_checkpoint(pico.checkpoint_path(tmp_path, "tiny")).weights
+    weights = pico.load_checkpoint(pico.run_files(tmp_path, "tiny").model).weights
     assert weights_equal(weights, expected.model.state_dict())
 
 
@@ -240,7 +240,7 @@ def test_a_resumed_run_goes_on_with_its_clock_and_its_snapshots(finished, data_f
 
     monkeypatch.setattr(pico, "train_step", step)
     assert not pico.train(config, train, tmp_path, data_folder, on_snapshot=snapshot).finished
-    state = pico.load_checkpoint(pico.checkpoint_path(tmp_path, "tiny.partial")).training_state
+    state = pico.load_checkpoint(pico.run_files(tmp_path, "tiny.partial").model).training_state
     assert state["seconds"] == 14.0, "7 steps, though the last line of metrics was after 6"
     now[0] += 1e6
     resumed = pico.train(config, train, tmp_path, data_folder, on_snapshot=snapshot)
