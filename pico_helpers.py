@@ -317,8 +317,7 @@ def is_unattended() -> bool:
     if "ipykernel" in sys.modules:
         from IPython import get_ipython
 
-        shell = get_ipython()
-        return not getattr(getattr(shell, "kernel", None), "_allow_stdin", True)
+        return not getattr(getattr(get_ipython(), "kernel", None), "_allow_stdin", True)
     return sys.stdin is None or sys.stdin.closed
 
 
@@ -350,9 +349,9 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class Dropout(nn.Dropout):
-    """Dropout whose random numbers are cheap on a CPU: a byte for each element, so that p is a number of 256ths.
+    """nn.Dropout, but on a CPU its random numbers are cheap: a byte for each element, so that p is a number of 256ths.
 
-    On other devices, and in evaluation, it is nn.Dropout. What is kept is scaled so that the mean stays exactly.
+    What is kept is scaled so that the mean stays exactly.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -384,9 +383,8 @@ class KVCache:
 class CausalSelfAttention(nn.Module):
     """Multi-head attention over earlier positions, with rotary positions on queries and keys.
 
-    In training, dropout removes attention weights. On a GPU each weight is drawn by itself, as PyTorch does. On a CPU,
-    whose fused kernel knows no dropout, a head drops whole positions: all queries of a sequence share what is dropped,
-    and to each of them it is the same dropout as before.
+    Dropout removes attention weights. On a GPU each is drawn by itself, as PyTorch does. On a CPU, whose fused kernel
+    knows no dropout, a head drops whole positions: all queries of a sequence share what is dropped.
     """
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
@@ -668,10 +666,9 @@ def package_folder(package: str) -> Path | None:
 
 
 class Tokenizer:
-    """GPT-2 byte pairs through tiktoken, with end-of-text (50256) as the only special token.
+    """GPT-2 byte pairs through tiktoken, the ids of `tiktoken.get_encoding("gpt2")`, but without a network.
 
-    Needs no network: the vocabulary files come from an installed package and are checked by their SHA-256, so the
-    ids are those of `tiktoken.get_encoding("gpt2")`.
+    The vocabulary files come from an installed package. End-of-text is the only special token.
     """
 
     name = "gpt2"
@@ -700,10 +697,7 @@ class Tokenizer:
         return self.encoding.decode([int(i) for i in ids])
 
     def offsets(self, ids: Sequence[int]) -> list[tuple[int, int]]:
-        """Character range [start, end) of each token in the decoded text.
-
-        A character whose bytes are split over several tokens belongs to all of them.
-        """
+        """Character range [start, end) of each token in the decoded text; tokens that share a character all have it."""
         ranges, n_begun = [], 0
         for piece in self.encoding.decode_tokens_bytes([int(i) for i in ids]):
             begins = [byte & 0xC0 != 0x80 for byte in piece]  # the other bytes of UTF-8 continue a character
@@ -712,11 +706,7 @@ class Tokenizer:
         return ranges
 
     def labels(self, ids: Sequence[int]) -> list[str]:
-        """A readable label for each token: `·` marks a leading space, `⏎` a line break.
-
-        A token that holds only part of a character shows that character and which part (`日2/3`), so that labels of
-        any language stay readable.
-        """
+        """A readable label for each token: `·` is a space, `⏎` a line break, `日2/3` the second of 3 parts of 日."""
         text, offsets, labels = self.decode(ids), self.offsets(ids), []
         for index, (start, end) in enumerate(offsets):
             marked = text[start:end].translate({ord(" "): "·", ord("\n"): "⏎", ord("\t"): "⇥"})
@@ -887,17 +877,13 @@ def _wikitext_corpus(fraction: float, text_style: str) -> Corpus:
 def _fingerprint(path: Path, n: int = 2**16) -> str:
     """Hash of a file's size, beginning and end; the end of a parquet file describes all of it."""
     with open(path, "rb") as file:
-        start = file.read(n)
-        size = file.seek(0, os.SEEK_END)
+        start, size = file.read(n), file.seek(0, os.SEEK_END)
         file.seek(max(0, size - n))
         return hashlib.sha256(start + file.read() + str(size).encode()).hexdigest()
 
 
 def split_of(path: Path) -> str:
-    """test, validation or train: the first of them that a folder or the file names, as in `wikitext/val/0000.parquet`.
-
-    Give the path relative to the corpus's folder, whose own name says nothing.
-    """
+    """test, validation or train: the first that a part of the path (relative to the corpus's folder) names."""
     held_out = {"test": "test(s|ing)?", "validation": "valid[a-z]*|val|dev|development|eval|evaluation"}
     name = path.as_posix().lower().replace("_", "-")
     found = (split for split, words in held_out.items() if re.search(f"(?<![a-z])({words})(?![a-z])", name))
@@ -1024,7 +1010,6 @@ class TokenFile:
     """
 
     folder: Path
-    corpus: str
     about: str
     n_words: int
     tokens: np.ndarray
@@ -1032,10 +1017,6 @@ class TokenFile:
 
     def __reduce__(self) -> tuple:  # another process opens the file instead of receiving its contents
         return open_tokens, (self.folder,)
-
-    @property
-    def n_documents(self) -> int:
-        return len(self.starts) - 1
 
 
 def _token_folder(corpus: Corpus, split: str, data_folder: str | Path) -> Path:
@@ -1052,7 +1033,7 @@ def open_tokens(folder: str | Path) -> TokenFile:
         starts = np.fromfile(folder / "starts.bin", dtype=np.int64)
         if [zlib.crc32(tokens), zlib.crc32(starts)] != meta["checksums"]:
             raise ValueError("their checksums differ")
-        return TokenFile(folder, meta["corpus"], meta["about"], meta["n_words"], tokens, starts)
+        return TokenFile(folder, meta["about"], meta["n_words"], tokens, starts)
     except (OSError, ValueError, TypeError, KeyError) as error:  # broken JSON is a ValueError
         raise PicoError(f"The token files in {folder} are damaged ({error}); remove the folder.") from error
 
@@ -1100,7 +1081,7 @@ def _write_tokens(corpus: Corpus, split: str, folder: Path) -> None:
         raise PicoError(f"The {split} split of {corpus.about} holds no text; choose another corpus.")
     with atomic_write(folder / "starts.bin") as temporary:
         all_starts.tofile(temporary)
-    meta = {"corpus": corpus.name, "about": corpus.about, "n_words": n_words, "key": corpus.key}
+    meta = {"about": corpus.about, "n_words": n_words, "key": corpus.key}
     write_text(folder / "meta.json", json.dumps(meta | {"checksums": [checksum, zlib.crc32(all_starts)]}))
 
 
@@ -1284,10 +1265,7 @@ def shipped_checkpoint() -> Path:
 
 
 def newest_checkpoint(results: str | Path = "results") -> Path:
-    """The newest finished model in `results`, else the newest unfinished one, else the shipped one.
-
-    Raises PicoError when there is none.
-    """
+    """The newest finished model in `results`, else the newest unfinished one, else the shipped one, else PicoError."""
     shipped = shipped_checkpoint()
     if own := list(Path(results).glob("pico_llm_*.pt")):
         return max(own, key=lambda path: (not path.name.endswith(".partial.pt"), path.stat().st_mtime))
@@ -2081,7 +2059,7 @@ def train(
         run = _begin(model_config, config, about, device, steps, found)
         if rank == 0:
             print(
-                f"Read {len(training.tokens):,} tokens in {training.n_documents:,} documents; using "
+                f"Read {len(training.tokens):,} tokens in {len(training.starts) - 1:,} documents; using "
                 f"{stream.n_sequences:,} sequences of {model_config.context_length}. Held out: "
                 f"{len(validation.tokens):,} tokens.\n{_describe(run, steps)}"
             )

@@ -39,6 +39,13 @@ def test_damaged_vocabulary_files_are_refused(monkeypatch, tmp_path):
         pico.Tokenizer()
 
 
+def test_what_tiktoken_keeps_of_the_vocabulary_is_checked(monkeypatch, tmp_path):
+    path = pico.package_folder(pico.GPT2_PACKAGE) / "data" / "vocab.bpe"
+    (tmp_path / hashlib.sha1(str(path).encode()).hexdigest()).write_text("another vocabulary")
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
+    assert pico.Tokenizer().encode("Hello") == pico.get_tokenizer().encode("Hello")
+
+
 def test_end_of_text_inside_a_text_is_ordinary_characters():
     tokenizer = pico.get_tokenizer()
     ids = tokenizer.encode("a<|endoftext|>b")
@@ -168,7 +175,7 @@ def test_wikitext_rows_come_from_the_hub_in_the_original_split(monkeypatch, tmp_
         ("Salesforce/wikitext", "wikitext-103-raw-v1", "train[:20%]"),
         ("Salesforce/wikitext", "wikitext-103-raw-v1", "validation"),
     ]
-    assert file.n_documents == 2 and corpus.about.startswith("WikiText-103 (train[:20%]")
+    assert len(file.starts) == 3 and corpus.about.startswith("WikiText-103 (train[:20%]")
     # once tokenised, it needs no hub
     monkeypatch.setattr(pico, "hub_problem", lambda: "the hub is down")
     assert pico.choose_corpus("auto", data_folder=tmp_path).key == corpus.key
@@ -348,7 +355,7 @@ def test_token_file_holds_each_document_and_end_of_text(corpus_folder, data_fold
     corpus = pico.choose_corpus(str(corpus_folder))
     file = pico.prepare_tokens(corpus, "validation", data_folder)
     documents = list(corpus.documents("validation"))
-    assert file.n_documents == len(documents) == 5
+    assert len(file.starts) - 1 == len(documents) == 5
     assert file.tokens.dtype == np.uint16 and file.starts[-1] == len(file.tokens)
     for document, start, end in zip(documents, file.starts, file.starts[1:], strict=False):
         assert file.tokens[end - 1] == pico.Tokenizer.end_of_text
@@ -444,7 +451,7 @@ def make_file(n_documents: int = 50, seed: int = 0) -> pico.TokenFile:
     """Documents of 3-40 tokens; the token values are unique."""
     lengths = np.random.default_rng(seed).integers(3, 40, n_documents)
     starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-    return pico.TokenFile(None, "made up", "made up", 1, np.arange(starts[-1], dtype=np.uint16), starts)
+    return pico.TokenFile(None, "made up", 1, np.arange(starts[-1], dtype=np.uint16), starts)
 
 
 def test_an_epoch_shows_every_token_once_and_documents_stay_whole():

@@ -312,7 +312,7 @@ def test_resident_batches_hold_the_highest_tokens(tmp_path):
 
     tokens = np.arange(50257 - 200, 50257, dtype=np.uint16)
     starts = np.array([0, 70, 71, 200])
-    file = pico.TokenFile(tmp_path, "made up", "made up", 1, tokens, starts)
+    file = pico.TokenFile(tmp_path, "made up", 1, tokens, starts)
     stream = pico.SequenceStream(file, 16, None, seed=0)
     batches = list(pico.make_loader("resident", stream, 4, range(9), CPU))
     assert torch.cat(batches).min() > 32767
