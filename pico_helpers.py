@@ -992,11 +992,9 @@ def choose_corpus(
         corpus = _wikitext_corpus(share, text_style)
         is_here = all(_token_folder(corpus, split, data_folder).is_dir() for split in ("train", "validation"))
         problem = None if is_here else hub_problem()
-        if problem is None:
-            return corpus
-        if name == "auto":
-            return _offline_corpus(problem)
-        raise PicoError(f"WikiText-103 cannot be loaded: {problem}. Use corpus 'offline' or a folder of parquet files.")
+        if problem and name == "wikitext103":
+            raise PicoError(f"No WikiText-103: {problem}. Use corpus 'offline' or a folder of parquet files.")
+        return _offline_corpus(problem) if problem else corpus
     if (folder := Path(name).expanduser()).is_dir():
         return _parquet_corpus(folder, fraction or 1.0, text_style)
     raise PicoError(f"Unknown corpus {name!r}; choose auto, wikitext103, offline or a folder of parquet files.")
