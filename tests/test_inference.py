@@ -42,7 +42,7 @@ def model() -> PicoLLM:
 def file(tmp_path_factory) -> TokenFile:
     tokens = np.random.default_rng(0).integers(1, 500, 20_000).astype(np.uint16)
     starts = np.arange(0, 20_001, 100)
-    return TokenFile(tmp_path_factory.mktemp("tokens"), "test", "random tokens", 1, tokens, starts)
+    return TokenFile(tmp_path_factory.mktemp("tokens"), "random tokens", 1, tokens, starts)
 
 
 @pytest.fixture(scope="module")

@@ -210,10 +210,10 @@ def test_an_exploding_run_stops_and_keeps_the_last_good_checkpoint(
     )
     with pytest.raises(PicoError, match=r"has exploded: 10 steps in a row were skipped.*lower the learning rate"):
         pico.train(tiny_config, config, tmp_path, data_folder)
-    kept = pico.load_checkpoint(pico.checkpoint_path(tmp_path, "tiny.partial"))
+    kept = pico.load_checkpoint(pico.run_files(tmp_path, "tiny.partial").model)
     file = pico.prepare_tokens(pico.choose_corpus(config.corpus), "validation", data_folder)
     assert pico.evaluate(pico.model_from_checkpoint(kept), file).loss < 14
-    assert not pico.checkpoint_path(tmp_path, "tiny").exists()
+    assert not pico.run_files(tmp_path, "tiny").model.exists()
 
 
 def test_a_lost_run_stands_still_until_it_is_noticed():
@@ -315,7 +315,7 @@ def test_resident_batches_hold_the_highest_tokens(tmp_path):
 
     tokens = np.arange(50257 - 200, 50257, dtype=np.uint16)
     starts = np.array([0, 70, 71, 200])
-    file = pico.TokenFile(tmp_path, "made up", "made up", 1, tokens, starts)
+    file = pico.TokenFile(tmp_path, "made up", 1, tokens, starts)
     stream = pico.SequenceStream(file, 16, None, seed=0)
     batches = list(pico.make_loader("resident", stream, 4, range(9), CPU))
     assert torch.cat(batches).min() > 32767
@@ -608,7 +608,7 @@ def test_two_processes_have_the_losses_of_one(tiny_config, tiny_train, tmp_path,
         assert float(row["train_loss"]) == pytest.approx(other["train_loss"], abs=1e-5)
         if other["val_loss"]:
             assert float(row["val_loss"]) == pytest.approx(other["val_loss"], abs=1e-5)
-    saved = pico.load_checkpoint(pico.checkpoint_path(tmp_path / "results", "tiny"))
+    saved = pico.load_checkpoint(pico.run_files(tmp_path / "results", "tiny").model)
     assert saved.train_config == config and saved.training_state is None
 
 
@@ -649,7 +649,7 @@ def test_an_interrupt_stops_both_processes_at_the_same_step(tiny_config, tiny_tr
         os.killpg(process.pid, signal.SIGINT)  # as a terminal does
         output = process.communicate(timeout=60)[0]
     assert "run it again to go on from there" in output, output
-    kept = pico.load_checkpoint(pico.checkpoint_path(tmp_path / "results", "tiny.partial"))
+    kept = pico.load_checkpoint(pico.run_files(tmp_path / "results", "tiny.partial").model)
     assert kept.step % config.log_interval == 0 and 0 < kept.step < 12
 
 
@@ -669,7 +669,7 @@ def test_a_signal_to_the_whole_group_stops_a_run_with_worker_processes(
         output = process.communicate(timeout=60)[0]
     assert process.returncode == 0 and "Traceback" not in output, output
     assert "run it again to go on from there" in output
-    assert 2 <= pico.load_checkpoint(pico.checkpoint_path(tmp_path / "results", "tiny.partial")).step < 12
+    assert 2 <= pico.load_checkpoint(pico.run_files(tmp_path / "results", "tiny.partial").model).step < 12
 
 
 def test_a_batch_must_split_evenly(tiny_config, tiny_train, data_folder, tmp_path, monkeypatch):

@@ -75,7 +75,7 @@ def test_ctrl_c_saves_and_the_resumed_run_ends_bit_for_bit_equal(finished, data_
     resumed = pico.train(config, train, tmp_path, data_folder)
     assert resumed.finished
     assert weights_equal(resumed.model.state_dict(), expected.model.state_dict())
-    assert not pico.checkpoint_path(tmp_path, "tiny.partial").exists()
+    assert not pico.run_files(tmp_path, "tiny.partial").model.exists()
     assert [row["val_loss"] for row in resumed.metrics if row["val_loss"]] == [
         row["val_loss"] for row in expected.metrics if row["val_loss"]
     ]
@@ -86,7 +86,7 @@ def test_ctrl_c_in_the_last_step_saves_the_finished_model_and_stops(finished, da
     interrupt(12)
     with pytest.raises(KeyboardInterrupt):
         pico.train(config, train, tmp_path, data_folder)
-    saved = pico.load_checkpoint(pico.checkpoint_path(tmp_path, "tiny"))
+    saved = pico.load_checkpoint(pico.run_files(tmp_path, "tiny").model)
     assert weights_equal(saved.weights, expected.model.state_dict())
 
 
@@ -119,7 +119,7 @@ def test_kill_9_at_any_point_loses_nothing(finished, data_folder, tmp_path):
                     time.sleep(delay)
                     process.kill()
     assert seen.count("finished") == 1 and sum(line.startswith("Resuming") for line in seen) == 2
-    weights = pico.load_checkpoint(pico.checkpoint_path(tmp_path, "tiny")).weights
+    weights = pico.load_checkpoint(pico.run_files(tmp_path, "tiny").model).weights
     assert weights_equal(weights, expected.model.state_dict())
 
 
@@ -234,7 +234,7 @@ def test_a_resumed_run_goes_on_with_its_clock_and_its_snapshots(finished, data_f
 
     monkeypatch.setattr(pico, "train_step", step)
     assert not pico.train(config, train, tmp_path, data_folder, on_snapshot=snapshot).finished
-    state = pico.load_checkpoint(pico.checkpoint_path(tmp_path, "tiny.partial")).training_state
+    state = pico.load_checkpoint(pico.run_files(tmp_path, "tiny.partial").model).training_state
     assert state["seconds"] == 14.0, "7 steps, though the last line of metrics was after 6"
     now[0] += 1e6
     resumed = pico.train(config, train, tmp_path, data_folder, on_snapshot=snapshot)
@@ -310,7 +310,7 @@ def test_missing_truncated_and_foreign_files(finished, tmp_path):
     path = tmp_path / "model.pt"
     for content in (b"", b"not a model", b"step,loss\n1,2\n", good[: len(good) // 2], good[:-100]):
         path.write_bytes(content)
-        with pytest.raises(PicoError, match=r"cannot be read|is not a Pico-LLM checkpoint"):
+        with pytest.raises(PicoError, match="is not a Pico-LLM checkpoint"):
             pico.load_model(path)
     torch.save({"weights": torch.zeros(3)}, path)
     with pytest.raises(PicoError, match="not a Pico-LLM checkpoint"):
@@ -324,7 +324,7 @@ def test_code_in_a_file_does_not_run(tmp_path, how):
         torch.save({"format": "pico-llm", "version": 1, "weights": Hostile(target)}, path)
     else:
         path.write_bytes(pickle.dumps(Hostile(target)))
-    with pytest.raises(PicoError, match=r"holds more than weights|cannot be read"):
+    with pytest.raises(PicoError, match="holds more than weights"):
         pico.load_model(path)
     assert not target.exists()
 
@@ -340,16 +340,16 @@ def test_checkpoints_that_do_not_fit(finished, tmp_path):
     as_dict = dataclasses.asdict(config)
     path = tmp_path / "model.pt"
     for changes, message in (
-        ({"model_config": as_dict | {"d_model": 64}}, "does not fit its configuration: token_embedding"),
+        ({"model_config": as_dict | {"d_model": 64}}, r"it holds .*\(50304, 32\).*, not .*\(50304, 64\)"),
         ({"model_config": as_dict | {"d_model": 2**16, "n_layer": 2**16}}, "does not fit its configuration"),
         ({"model_config": as_dict | {"n_layer": 1}}, "does not fit its configuration: Unexpected key"),
         ({"model_config": as_dict | {"n_expert": 8}}, "unexpected keyword argument 'n_expert'"),
         ({"model_config": as_dict | {"n_head": 0}}, "impossible settings: n_head must be a whole number"),
         ({"model_config": as_dict | {"dropout": 5.0}}, "impossible settings: dropout must lie in"),
         ({"train_config": dataclasses.asdict(finished[1]) | {"batch_size": 0}}, "batch_size must be at least 1"),
-        ({"weights": None}, "holds no weights"),
+        ({"weights": None}, "has a wrong one"),
         ({"weights": {"final_norm.weight": torch.tensor([math.nan])}}, "not numbers"),
-        ({"version": 99}, "has format version 99; this code reads 1"),
+        ({"version": 99}, "it has .*'version': 99"),
     ):
         edited(result.checkpoint, path, **changes)
         with pytest.raises(PicoError, match=message):
@@ -478,7 +478,7 @@ def test_models_that_a_run_cannot_go_on_from(finished, data_folder, tmp_path, in
     for path, shape, message in (
         (tmp_path / "none.pt", {}, "There is no checkpoint"),
         (tmp_path, {}, "There is no checkpoint"),
-        (tmp_path / "notes.pt", {}, "cannot be read|not a Pico-LLM checkpoint"),
+        (tmp_path / "notes.pt", {}, "is not a Pico-LLM checkpoint"),
         (unfinished, {}, "is an unfinished run; finish it"),
         (first.checkpoint, {"d_ff": 64}, r"has another shape \(d_ff 32, not 64\); train a model of the same shape"),
     ):
