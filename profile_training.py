@@ -383,8 +383,8 @@ def draw_chart(rows: list[dict]) -> Figure:
     frame, first = pd.DataFrame(rows), rows[0]
     sizes = "/".join(str(size) for size in sorted(set(frame["batch_size"])))
     title = f"{first['device']}: {sizes} x {first['context_length']} tokens a step"
-    figure = pico.new_figure(7, 0.7 + 0.5 * len(rows), title)
-    axes, speeds = figure.add_subplot(), frame["tokens_per_second"]
+    figure, axes = pico.new_figure(7, 0.7 + 0.5 * len(rows), title)
+    speeds = frame["tokens_per_second"]
     spread = [speeds - frame["slowest"], frame["fastest"] - speeds]
     bars = axes.barh(frame["name"], speeds, xerr=spread, color="#0072B2", ecolor="#333333", capsize=3)
     key = "ratio_to_plain_loop" if frame["ratio_to_plain_loop"].any() else "ratio_to_naive"
@@ -403,8 +403,7 @@ def draw_timeline(traces: dict[str, Trace], about: str, n_steps: int = 2) -> Fig
     """n steps of each trace on one time scale: a row for the host's ranges, one for the time in which a GPU works."""
     has_gpu, labels = any(trace.busy for trace in traces.values()), []
     title = f"{n_steps} training steps, {about}{'' if has_gpu else '; no GPU'}"
-    figure = pico.new_figure(10, 1.2 + (0.8 if has_gpu else 0.45) * len(traces), title)
-    axes = figure.add_subplot()
+    figure, axes = pico.new_figure(10, 1.2 + (0.8 if has_gpu else 0.45) * len(traces), title)
     for name, trace in traces.items():
         piece = trace.steps(n_steps)
         for begin, end, kind in piece.ranges:
