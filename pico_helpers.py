@@ -2771,6 +2771,12 @@ def head_sums(
     `counts` are those of the training tokens; without them the counts within a source decide what is rare.
     """
     attend = _attend_uniformly if model is None else functools.partial(stream_attention, model)
+    vocab_size = Tokenizer.end_of_text + 1 if model is None else model.config.vocab_size
+    n_known, largest = min(vocab_size, len(counts) if counts is not None else vocab_size), 0
+    for ids in itertools.chain(*sources.values()):
+        largest = max(largest, int(ids.max()))
+    if largest >= n_known:
+        raise PicoError(f"Token {largest} is not in the vocabulary of {vocab_size} or has no entry in token_counts.")
 
     def sums(sequences: list[Tensor]) -> np.ndarray:
         own = torch.bincount(torch.cat(sequences)) if counts is None else torch.tensor(counts, dtype=torch.int64)
@@ -2917,6 +2923,8 @@ def head_ablation_map(model: PicoLLM, idx: Tensor, means: Tensor, n_last: int | 
     """
     import pandas as pd
 
+    if len(idx) < 2:
+        raise PicoError("An ablation map needs two windows or more, for its standard error.")
     heads = list(itertools.product(range(model.config.n_layer), range(model.config.n_head)))
     losses = _ablated_losses(model, idx, [(), *((head,) for head in heads)], means, n_last)
     increase = losses[1:] - losses[0]
@@ -3475,6 +3483,8 @@ def study_language(
     """
     import pandas as pd
 
+    if n_items < 8:
+        raise PicoError(f"{n_items} items are too few for a half that chooses heads and one that tests them; use 40.")
     groups = [make_pairs(name, n_items, seed) for name in PHENOMENA]
     models = itertools.chain([model], untrained)
     own, *others = [[_examine_pairs(each, pairs, n_heads) for pairs in groups] for each in models]
@@ -3871,9 +3881,10 @@ def attention_graph(weights: np.ndarray, labels: Sequence[str], max_edges: int =
 
 
 def plot_attention_flow(capture: AttentionCapture, heads: Heads, scores: pd.DataFrame | None = None) -> Figure:
-    """Arrows from each token to the earlier ones that a head looks at, a panel a head, in the colour of its class.
+    """Arrows from each token to the earlier ones that a head looks at, a panel a head.
 
-    The width of an arrow is its weight, a ring is a look at the token itself; see `attention_graph`.
+    The width of an arrow is its weight, a ring is a look at the token itself; see `attention_graph`. With `scores` a
+    head has the colour of its class.
     """
     import networkx
 
@@ -5587,10 +5598,11 @@ def capture_sentences(model: PicoLLM, sentences: Mapping[str, Sequence[str]]) ->
     for category, texts in sentences.items():
         for text in [texts] if isinstance(texts, str) else texts:
             try:
-                captures.setdefault(category, []).append(capture_attention(model, text))
+                capture = capture_attention(model, text)
+                captures.setdefault(category, []).append(capture)
             except PicoError as error:
                 print(f"Left out of {category!r}: {error}")
-    if not any(captures.values()):
+    if not captures:
         raise PicoError("None of the sentences can be studied; give at least one of a few words.")
     return captures
 
@@ -6405,7 +6417,7 @@ _EXPLORER_JS = r"""
         button.style.color = isSeen ? (value > 140 ? "#000000" : "#ffffff") : "";
         button.title = isSeen ? describe(current(), state.token, key) : "comes later";
         button.tabIndex = key === state.token ? 0 : -1;
-        button.toggleAttribute("aria-current", key === state.token);
+        button.ariaCurrent = key === state.token ? "true" : null;
         button.setAttribute("aria-pressed", state.pinned && key === state.token);
       });
     }

@@ -54,7 +54,7 @@ def test_rollout_multiplies_layers_in_order():
 
 def test_heatmap_shows_the_weights_and_nothing_where_a_token_cannot_look():
     capture = make_capture(SENTENCE)
-    figure = pico.plot_chosen_heads(capture, [(1, 0)])
+    figure = pico.plot_attention_heatmap(capture, 1, 0)
     (values,) = maps_of(figure)
     lower = np.tri(len(capture.labels), dtype=bool)
     np.testing.assert_allclose(values[lower], capture.weights[1, 0].numpy()[lower])

@@ -294,6 +294,8 @@ def test_scoring_leaves_the_model_as_it_was():
         ({"texts": "One sentence, not a list."}, "a list of them"),
         ({"idx": torch.arange(8)}, "shape"),
         ({"idx": torch.rand(2, 8)}, "whole numbers"),
+        ({"idx": torch.full((2, 8), 50300)}, "Token 50300 is not in the vocabulary"),
+        ({"idx": torch.full((2, 8), 20), "token_counts": np.ones(10)}, "Token 20 is not .* no entry in token_counts"),
     ],
 )
 def test_bad_input_is_refused(arguments, message):
@@ -518,6 +520,12 @@ def test_mean_head_outputs():
     assert means.shape == (2, 2, 16)
     assert torch.allclose(means[1].flatten(), outputs[0].mean((0, 1)), atol=1e-5)
     assert model.training
+
+
+def test_one_window_has_no_standard_error():
+    model, idx = ph.PicoLLM(CONFIG), random_windows(1, 16)
+    with pytest.raises(ph.PicoError, match="two windows"):
+        ph.head_ablation_map(model, idx, ph.mean_head_outputs(model, idx))
 
 
 def test_a_head_that_does_not_exist_is_not_ablated_silently():

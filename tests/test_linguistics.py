@@ -57,7 +57,9 @@ def naive_log_prob(model, ids):
     return sum(logits[i].log_softmax(-1)[token].item() for i, token in enumerate(ids))
 
 
-def test_margins_are_differences_of_sentence_log_probabilities_one_by_one():
+@pytest.mark.parametrize("max_tokens", [2**13, 1])
+def test_margins_are_differences_of_sentence_log_probabilities_one_by_one(max_tokens, monkeypatch):
+    monkeypatch.setattr(pico, "_MAX_TOKENS", max_tokens)
     model = tiny_model()
     pairs = [("The cat sat.", "The cat sat on."), ("A", "B"), ("One two three four five", "Two"), ("Same", "Same")]
     result = pico.minimal_pair_accuracy(model, pairs)
