@@ -1061,13 +1061,17 @@ def prepare_tokens(corpus: Corpus, split: str, data_folder: str | Path = "data")
             return open_tokens(folder)
         except PicoError as error:
             print(f"{str(error).removesuffix('; remove the folder.')}; the corpus is tokenised anew.")
-            shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)  # not above: the error keeps its file open
     check_writable(data_folder)
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as temporary:
+    options = {"prefix": f".{folder.name}-", "dir": folder.parent, "ignore_cleanup_errors": True}
+    with tempfile.TemporaryDirectory(**options) as temporary:
         made = Path(temporary) / folder.name
         _write_tokens(corpus, split, made)
-        with contextlib.suppress(OSError):  # another process was faster
+        try:
             os.replace(made, folder)
+        except OSError as error:
+            if not folder.is_dir():  # else another process was faster
+                raise PicoError(f"Cannot store tokens in {folder.parent}: {error.strerror or error}.") from error
     return open_tokens(folder)
 
 
@@ -1218,10 +1222,17 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
         raise PicoError(f"There is no checkpoint {path}; train a model first or name another file.")
     try:
         content = {"environment": {}} | torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise PicoError(f"Cannot read {path}: {error.strerror or error}.") from error
     except Exception as error:  # foreign bytes, and code among the weights, make the reader fail in all kinds of ways
-        raise PicoError(f"{path} is not a Pico-LLM checkpoint, or is cut short, or holds more than weights.") from error
+        raise PicoError(
+            f"{path} is not a Pico-LLM checkpoint, or is cut short, or holds more than weights; use another copy."
+        ) from error
     if (found := {key: content.get(key) for key in _CHECKPOINT_FORMAT}) != _CHECKPOINT_FORMAT:
-        raise PicoError(f"{path} is not a Pico-LLM checkpoint of this code: it has {found}, not {_CHECKPOINT_FORMAT}.")
+        raise PicoError(
+            f"{path} is not a Pico-LLM checkpoint of this code: it has {found}, not {_CHECKPOINT_FORMAT}. "
+            "Choose a file that `train` made."
+        )
     retired = {"init", "average", "average_steps", "future_loss", "weight_decay_schedule"}  # gone; no model needs them
     before = {"text_style": "stored"}  # there was a choice
     try:
@@ -1230,6 +1241,8 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
             settings = {key: value for key, value in fields[name].items() if key not in retired}
             fields[name] = kind(**older | settings)
         is_finite = all(weight.isfinite().all() for weight in fields["weights"].values())
+        if not (isinstance(fields["step"], int) and isinstance(fields["metrics"], list)):
+            raise TypeError("step or metrics")
     except (KeyError, TypeError, AttributeError) as error:
         raise PicoError(f"{path} lacks a field or has a wrong one ({error}); it was made by other code.") from error
     except PicoError as error:
@@ -1377,6 +1390,17 @@ def repeatable(device: torch.device) -> Iterator[None]:
     finally:
         torch.use_deterministic_algorithms(before)
         torch.utils.deterministic.fill_uninitialized_memory = filled
+
+
+@contextlib.contextmanager
+def exact_dropout(p: float) -> Iterator[None]:
+    """Inside, a GPU's attention drops the share p: cuDNN's kernels know 16ths only, and PyTorch 2.11 does not look."""
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(before and 16 * p % 1 == 0)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
 
 
 def make_forward(model: PicoLLM, device: torch.device, compiled: bool) -> nn.Module:
@@ -1892,8 +1916,6 @@ class TrainingRun:
         on_gpu = self.device.type == "cuda"
         self.model = PicoLLM(self.model_config, self.config.seed).to(self.device).train()
         self.model.loss_chunk = self.config.loss_chunk
-        if on_gpu:  # cuDNN's attention knows dropout in 16ths only, and PyTorch 2.11 does not look
-            torch.backends.cuda.enable_cudnn_sdp((16 * self.model_config.dropout).is_integer())
         self.forward = make_forward(self.model, self.device, self.compiled)
         self.optimizer = make_optimizer(self.model, self.config, self.dtype, self.compiled and on_gpu)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
@@ -1908,7 +1930,7 @@ class TrainingRun:
     def take_step(self, batch: Tensor) -> Tensor:
         """One step (see `train_step`). When the compiler fails, one line says so and the run goes on without it."""
         rest = self.optimizer, self.scaler, batch, self.config, self.step, self.dtype, self.guard
-        with repeatable(self.device):
+        with repeatable(self.device), exact_dropout(self.model_config.dropout):
             try:
                 loss = train_step(self.forward, *rest)
             except Exception as error:

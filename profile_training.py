@@ -279,7 +279,7 @@ class BestPlainLoop(PlainLoop):
 def matrix_rate(device: torch.device, dtype: torch.dtype, n: int, seconds: float = 1.0) -> float:
     """FLOP/s of the product of two n x n matrices of random numbers (zeros are faster), median over some seconds.
 
-    Float32 is multiplied as the plain loop does it: on a GPU with TF32.
+    Float32 is multiplied as the plain loop does it: on a GPU with TF32, which our own loop in fp32 does without.
     """
     generator = torch.Generator(device).manual_seed(0)
     a, b = (torch.randn(n, n, device=device, generator=generator).to(dtype) for _ in range(2))
@@ -475,11 +475,16 @@ def compare_recipes(loss: Callable[[int, dict], float], preset: Preset, seeds: I
 # -- Command line
 
 
-def count(text: str) -> int:
-    """A type of numbers from 1 on, for argparse."""
-    if (value := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, not {value}")
+def whole(text: str, least: int = 0) -> int:
+    """A type of numbers from 0 on, for argparse."""
+    if (value := int(text)) < least:
+        raise argparse.ArgumentTypeError(f"must be at least {least}, not {value}")
     return value
+
+
+def count(text: str) -> int:
+    """A type of numbers from 1 on."""
+    return whole(text, 1)
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -493,11 +498,11 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--torch-profiler", action="store_true", help="write a Chrome trace of each contestant, draw them")
     add("--measure-peak", action=argparse.BooleanOptionalAction, default=True, help="rate of large matrix products")
     add("--recipes", action="store_true", help="compare optimizers instead; --steps is a run's length")
-    add("--seeds", type=int, default=3, help="of the best runs with --recipes (%(default)s)")
+    add("--seeds", type=whole, default=3, help="of the best runs with --recipes (%(default)s)")
     add("--context-length", type=count, help="tokens per sequence, default: the preset's")
     add("--dropout", type=float, help="default: the preset's")
     add("--steps", type=count, help=f"of a window, default {50 if has_gpu else 4}")
-    add("--warmup", type=int, default=10 if has_gpu else 1, help="steps before a window (%(default)s)")
+    add("--warmup", type=whole, default=10 if has_gpu else 1, help="steps before a window (%(default)s)")
     add("--repeats", type=count, help="windows of each contestant, default 5, with a single one 1")
     add("--batch-sizes", type=count, nargs="+", help="sequences per step, default: the preset's")
     add("--micro-batch-size", type=count, help="sequences per forward pass, default: all of them")

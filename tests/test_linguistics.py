@@ -457,3 +457,8 @@ def test_study_is_reproducible_and_leaves_the_model_as_it_was(windows, untrained
     assert run[0].equals(run[1])
     assert model.training and all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_a_study_of_too_few_items_is_refused(windows, untrained):
+    with pytest.raises(pico.PicoError, match="7 items are too few"):
+        pico.study_language(tiny_model(), windows, untrained, n_items=7)

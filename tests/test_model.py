@@ -268,6 +268,7 @@ BAD_CHECKPOINTS = {
     "impossible settings: n_head must be": lambda content: content["model_config"].update(n_head=0),
     "impossible settings: Unknown optimizer 'sgd'": lambda content: content["train_config"].update(optimizer="sgd"),
     "lacks a field .*'corpus'": lambda content: content.pop("corpus"),
+    r"wrong one \(step or metrics": lambda content: content.update(metrics=None),
     r"wrong one \('list'": lambda content: content.update(weights=[torch.zeros(3)]),
     r"wrong one \('float'": lambda content: content["weights"].update(extra=1.5),
     "it has .*'tokenizer': 'bytes'}, not .*'gpt2'": lambda content: content.update(tokenizer="bytes"),

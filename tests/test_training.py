@@ -567,3 +567,11 @@ def test_compiled_gradients_add_in_a_fixed_order():
     with pico.repeatable(device):
         assert "atomic_add" not in code()
     assert not torch.are_deterministic_algorithms_enabled()
+
+
+@pytest.mark.parametrize(("p", "is_allowed"), [(0, True), (0.0, True), (0.125, True), (0.1, False)])
+def test_cudnn_attention_gets_only_the_dropout_that_it_knows(p, is_allowed):
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    with pico.exact_dropout(p):
+        assert torch.backends.cuda.cudnn_sdp_enabled() == (before and is_allowed)
+    assert torch.backends.cuda.cudnn_sdp_enabled() == before
