@@ -1010,7 +1010,9 @@ def choose_corpus(
         return _offline_corpus(problem) if problem else corpus
     if (folder := Path(name).expanduser()).is_dir():
         return _parquet_corpus(folder, fraction or 1.0, text_style)
-    raise PicoError(f"Unknown corpus {name!r}; choose auto, wikitext103, offline or a folder of parquet files.")
+    raise PicoError(
+        f"Unknown corpus {name!r}; choose auto, wikitext103, offline or an existing folder of parquet files."
+    )
 
 
 @dataclass(frozen=True)
@@ -4998,29 +5000,36 @@ class Engine:
 
 
 def compile_tensorrt(
-    model: PicoLLM, max_batch: int = 32, max_length: int | None = None, *, fixed: bool = False, **options
+    model: PicoLLM,
+    precision: str = "fp16",
+    max_batch: int = 32,
+    max_length: int | None = None,
+    *,
+    fixed: bool = False,
+    **options,
 ) -> Engine:
-    """Builds an FP16 TensorRT engine, tuned for 2 texts of the longest length, or for one `fixed` shape, the maxima.
+    """Builds a TensorRT engine, tuned for 2 texts of the longest length, or for one `fixed` shape, the maxima.
 
-    The network is strongly typed: it is a half copy of the model, and its products stay in FP16. A program exported
+    The network is strongly typed: FP16 is a half copy of the model, and its products stay in FP16. A program exported
     on the GPU gets TensorRT's own attention layer; when that fails, one exported on the CPU without it is tried.
     `options` go to `torch_tensorrt.dynamo.compile`; `use_fp32_acc=True` casts every product to FP32, should the
     accuracy gate refuse. Raises PicoError without a GPU or TensorRT, and when the build fails.
     """
+    check_choice("precision", precision, ("fp16", "fp32"))
     trt, max_length, reasons = import_tensorrt(), max_length or model.config.context_length, []
     example = 2, min(max_length, model.config.max_positions - 1)  # the whole RoPE cache would make it a constant
     shapes = {"shape": (max_batch, max_length)}
     if not fixed:  # the releases read the optimum from the example; the least and the largest, too, from the export
         shapes = {"min_shape": (1, 1), "opt_shape": (min(2, max_batch), example[1]), "max_shape": shapes["shape"]}
-    half = copy.deepcopy(model).half().requires_grad_(False)
-    half.config = dataclasses.replace(model.config, vocab_size=model.config.padded_vocab_size)  # `Engine` cuts
+    copied = copy.deepcopy(model).to(torch.float16 if precision == "fp16" else torch.float32).requires_grad_(False)
+    copied.config = dataclasses.replace(model.config, vocab_size=model.config.padded_vocab_size)  # `Engine` cuts
     for device in ("cuda", "cpu"):
         settings = {"use_explicit_typing": True, "decompose_attention": device == "cpu", "disable_tf32": True}
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 module = trt.dynamo.compile(  # a release ignores options that it does not know
-                    export_program(half.to(device), max_batch, max_length, fixed=fixed, example=example),
+                    export_program(copied.to(device), max_batch, max_length, fixed=fixed, example=example),
                     arg_inputs=[trt.Input(dtype=torch.int64, **shapes)],
                     **settings | {"require_full_compilation": True} | options,
                 )
@@ -5031,7 +5040,7 @@ def compile_tensorrt(
         if parts and not any("_run_on_gpu" in name for name in parts):
             return Engine(module, max_batch, max_length, model.config.vocab_size)
         reasons.append(f"TensorRT did not take the whole model, parts: {parts}")
-    raise PicoError(f"The TensorRT engine cannot be built ({'; '.join(reasons)}).")
+    raise PicoError(f"The TensorRT {precision.upper()} engine cannot be built ({'; '.join(reasons)}).")
 
 
 def save_engine(engine: Engine | torch.export.ExportedProgram, path: str | Path) -> Path:
@@ -5073,9 +5082,12 @@ def load_engine(path: str | Path) -> Engine:
             return Engine(torch.export.load(path).module(), **meta["engine"])
         for key in ("gpu_architecture", "tensorrt"):
             if meta["environment"][key] != here[key]:
-                raise PicoError(f"It was built for {key} {meta['environment'][key]}, here is {here[key]}.")
+                there = meta["environment"][key]
+                raise PicoError(f"{path} was built for {key} {there}, here is {here[key]}; build it again.")
         import_tensorrt()  # registers the operators that the file calls
         return Engine(torch.jit.load(path), **meta["engine"])
+    except PicoError:
+        raise
     except Exception as error:  # of files, JSON, zip, pickle, TensorRT
         raise PicoError(f"{path} cannot be loaded; build it again and save it. {first_line(error)}") from error
 
@@ -5155,7 +5167,7 @@ def make_variants(model: PicoLLM, max_batch: int, length: int) -> list[Variant]:
     def tuned() -> CudaGraph:
         return CudaGraph(compiled(copied(half), "max-autotune-no-cudagraphs"))
 
-    half, graphs, build = torch.float16, Engine.cuda_graphs, functools.partial(compile_tensorrt, model)
+    half, graphs, build = torch.float16, Engine.cuda_graphs, functools.partial(compile_tensorrt, model, "fp16")
     baseline = Variant(BASELINE, "fp32", lambda: model)
     bf16 = Variant("PyTorch BF16", "bf16", lambda: copied(torch.bfloat16))
     engine = Variant(f"{TENSORRT} FP16", "fp16", lambda: build(max_batch, length), graphs)

@@ -1,6 +1,6 @@
 """Everything that wants to be measured on a GPU, the most wanted first, so that the GPU never waits.
 
-    python tests/gpu_programme.py --corpus my_parquet --out results/benchmarks/gpu
+    python tests/gpu_programme.py --corpus my_parquet
     python tests/gpu_programme.py --dry-run          # the same on a CPU with tiny settings
     python tests/gpu_programme.py --full --only full headline  # in parts, into the same folder
 
@@ -93,8 +93,9 @@ def steps(options: argparse.Namespace) -> list[tuple[str, list[str]]]:
     optimize = [*pico, "optimize", "--checkpoint", study, *where, "--results", "{out}"]
     optimize += ["--no-install"] if options.no_install or tiny else []
     few = ["--seconds", "0.01", "--variants", "PyTorch FP32"] if tiny else []
-    pytorch, engines = few or ["--variants", "PyTorch", "torch.compile"], few or ["--variants", "TensorRT"]
-    others = few or ["--variants", "PyTorch FP", "CUDA graph"]  # what does not compile long
+    pytorch = few or ["--variants", "PyTorch", "torch.compile"]
+    engines = few or ["--variants", "TensorRT", "FP16, CUDA graph"]  # and the rows that they must beat
+    others = few or ["--variants", "PyTorch", "CUDA graph"]  # what does not compile long
     only_list = ["--collect-only"] if tiny else []
     brief = [] if tiny else ["--steps", "20", "--warmup", "5", "--repeats", "3"]
     batches = ["2", "4"] if tiny else ["32", "64", "128", "256"]
@@ -110,6 +111,7 @@ def steps(options: argparse.Namespace) -> list[tuple[str, list[str]]]:
         # in a process of its own: an error of CUDA in an engine would spoil the rows that follow it
         ("tensorrt", [*optimize, "--batch-sizes", "1", "--lengths", lengths[-1], *engines]),
         ("shapes", [*optimize, "--batch-sizes", *sizes, "--lengths", *lengths, *others]),
+        ("engine_shapes", [*optimize, "--batch-sizes", *sizes, "--lengths", *lengths, *engines]),
         ("study", [*pico, "analyze", "--checkpoint", study, *where, "--results", "{out}"]),
     ]
     if options.full:  # as long as it takes
@@ -135,7 +137,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--corpus", default="auto", help="as for training (%(default)s)")
     parser.add_argument("--checkpoint", help="for inference and study, default: the model that comes with the project")
     parser.add_argument("--data", default="data", help="folder for token files (%(default)s)")
-    parser.add_argument("--out", default=os.environ.get("OUT") or "results/benchmarks/gpu", help="(%(default)s)")
+    parser.add_argument("--out", default="results/gpu", help="(%(default)s)")
     parser.add_argument("--limit", type=float, default=570, help="seconds for a step (%(default)s)")
     parser.add_argument("--only", nargs="+", metavar="WORD", help="steps whose names hold one of the words")
     parser.add_argument("--full", action="store_true", help="also the run of the whole budget")
@@ -146,19 +148,23 @@ def main(arguments: list[str] | None = None) -> int:
     out.mkdir(parents=True, exist_ok=True)
     if options.only and (out / "summary.csv").exists():  # of the parts before
         rows = list(csv.DictReader((out / "summary.csv").read_text(encoding="utf-8").splitlines()))
-    before = len(rows)
-    for number, (name, command) in enumerate(steps(options), 1):
+    found, failed = steps(options), 0
+    if options.only and not any(word in name for word in options.only for name, _ in found):
+        parser.error(f"no step is called so; choose from: {', '.join(name for name, _ in found)}")
+    for number, (name, command) in enumerate(found, 1):
         if options.only and not any(word in name for word in options.only):
             continue
         started = time.perf_counter()
         status = run_step(command, out / f"{number}_{name}", options.limit)
+        rows = [row for row in rows if row["step"] != name]  # its files are replaced, too
         rows.append({"step": name, "status": status, "seconds": round(time.perf_counter() - started, 1)})
         print(f"{number} {name}: {status}, {rows[-1]['seconds']} s", flush=True)
         with open(out / "summary.csv", "w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, list(rows[0]))
             writer.writeheader()
             writer.writerows(rows)
-    return sum(row["status"] != "ok" for row in rows[before:])
+        failed += status != "ok"
+    return failed
 
 
 if __name__ == "__main__":

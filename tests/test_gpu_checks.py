@@ -117,6 +117,17 @@ def test_the_programme_for_a_gpu_goes_on_after_a_failure(tmp_path, monkeypatch):
     assert (tmp_path / "3_works.log").read_text() == "done\n"
 
 
+def test_the_programme_runs_in_parts_into_one_folder(tmp_path, monkeypatch):
+    found = [(name, [sys.executable, "-c", "pass"]) for name in ("one", "two")]
+    monkeypatch.setattr(gpu_programme, "steps", lambda options: found)
+    for name in ("two", "one", "two"):
+        assert gpu_programme.main(["--out", str(tmp_path), "--only", name]) == 0
+    assert pd.read_csv(tmp_path / "summary.csv").step.tolist() == ["one", "two"]
+    assert (tmp_path / "2_two.log").exists() and (tmp_path / "1_one.log").exists()
+    with pytest.raises(SystemExit):
+        gpu_programme.main(["--out", str(tmp_path), "--only", "tow"])
+
+
 # ---- pip ----
 
 PAIRS = [("2.11.0+cu128", "12.8"), ("2.11.0+cu130", "13.0"), ("2.13.0+cu130", "13.0")]  # Colab's first

@@ -203,7 +203,7 @@ def test_an_engine_of_another_machine_is_refused_before_it_is_read(tmp_path, mon
     monkeypatch.setattr(pico, "engine_environment", lambda: here)
     (tmp_path / "engine.ts").write_bytes(b"1234")
     (tmp_path / "engine.json").write_text(json.dumps({"environment": {**here, key: "other"}, "engine": {}}))
-    with pytest.raises(PicoError, match=f"build it again and save it. It was built for {key} other, here is "):
+    with pytest.raises(PicoError, match=f"was built for {key} other, here is .*; build it again"):
         load_engine(tmp_path / "engine.ts")
 
 
@@ -310,7 +310,10 @@ def test_compile_asks_for_a_whole_typed_engine_with_attention_as_a_layer(stand_i
     idx = tokens[:1, :-1]
     assert engine.module(idx).shape[-1] == model.config.padded_vocab_size == 512, "nothing is cut inside"
     assert engine(idx).shape[-1] == 500 and engine(idx)._base is not None, "a view"
-    fixed = pico.compile_tensorrt(model, max_batch=1, max_length=32, fixed=True, use_fp32_acc=True)
+    fixed = pico.compile_tensorrt(model, "fp32", max_batch=1, max_length=32, fixed=True, use_fp32_acc=True)
+    assert {t.dtype for t in calls[1]["program"].state_dict.values()} == {torch.float32}
+    with pytest.raises(PicoError, match="Unknown precision 'int8'; choose one of: fp16, fp32"):
+        pico.compile_tensorrt(model, "int8")
     assert calls[1]["shapes"] == {"dtype": torch.int64, "shape": (1, 32)} and calls[1]["use_fp32_acc"]
     assert check_accuracy(model, fixed, tokens).max_difference < 0.2
 

@@ -13,7 +13,6 @@ import pytest
 from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parent.parent
-start_new_kernel = pytest.importorskip("jupyter_client.manager").start_new_kernel
 
 
 def test_notebook_runs_end_to_end(tmp_path):
@@ -46,6 +45,7 @@ def live(monkeypatch):
     monkeypatch.delenv("CI", raising=False)
     monkeypatch.delenv("PICO_MENU", raising=False)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    start_new_kernel = pytest.importorskip("jupyter_client.manager").start_new_kernel
     manager, client = start_new_kernel(cwd=str(ROOT))
 
     def run(code: str, *answers: str) -> list[tuple[str, dict]]:
