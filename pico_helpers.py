@@ -161,7 +161,7 @@ class TrainConfig:
     matrix_weight_decay: float = 0.1  # of Muon
     betas: tuple[float, float] = (0.9, 0.95)  # of AdamW
     grad_clip: float = 1.0  # largest norm of a gradient
-    seed: int = 0  # of weights, order of the data and dropout
+    seed: int = 0  # of weights, order of the data and dropout; for init_from another than its model had
     precision: str = "auto"  # auto | fp32 | fp16 | bf16
     compile: bool | None = None  # torch.compile; None: on a GPU, and on a CPU when the run is long enough
     loss_chunk: int | None = None  # rows (or words) of logits held at a time; None: by device
@@ -1976,6 +1976,8 @@ class TrainingRun:
         ours, theirs = (asdict(dataclasses.replace(c, **free)) for c in (self.model_config, found.model_config))
         if other := [f"{name} {value}, not {ours[name]}" for name, value in theirs.items() if value != ours[name]]:
             raise PicoError(f"{path} has another shape ({'; '.join(other)}); train a model of the same shape.")
+        if (found.corpus, found.train_config.seed) == (self.corpus, self.config.seed) and ranks()[0] == 0:
+            print(f"{path} has read these texts in this order; give the run another seed to read others first.")
         self.model.load_state_dict(model_from_checkpoint(found).state_dict())
         self.tokens_before = tokens_at(found, found.step)
         self.started_from = f"{Path(path).name} ({self.tokens_before:,} tokens, the last of them of {found.corpus})"

@@ -457,6 +457,7 @@ def test_a_run_goes_on_from_a_model_and_resumes_without_its_file(finished, data_
         changed, short, tmp_path / "whole", data_folder, on_snapshot=lambda m, _: start.append(weights(m))
     )
     assert weights_equal(start[0], first.model.state_dict()), "step 0 has the weights of the file"
+    assert "another seed" not in capsys.readouterr().out
     interrupt(1)
     stopped = pico.train(changed, short, tmp_path / "parts", data_folder)
     source.unlink()
@@ -468,6 +469,13 @@ def test_a_run_goes_on_from_a_model_and_resumes_without_its_file(finished, data_
     began = pico.load_checkpoint(resumed.checkpoint).environment["started_from"]
     assert began == pico.load_checkpoint(whole.checkpoint).environment["started_from"]
     assert began.startswith(f"base.pt ({seen:,} tokens") and "Going on from base.pt" in capsys.readouterr().out
+
+
+def test_a_run_that_would_read_the_same_again_says_so(finished, data_folder, tmp_path, capsys):
+    config, train, first = finished
+    again = dataclasses.replace(train, name="again", init_from=str(first.checkpoint), max_steps=1)
+    pico.train(config, again, tmp_path, data_folder)
+    assert "has read these texts in this order; give the run another seed" in capsys.readouterr().out
 
 
 def test_models_that_a_run_cannot_go_on_from(finished, data_folder, tmp_path, interrupt):
