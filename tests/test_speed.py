@@ -457,7 +457,8 @@ def test_a_compiler_that_fails_half_way_costs_a_line(
 def test_a_compiled_run_resumes_bit_for_bit(tiny_config, tiny_train, data_folder, tmp_path, monkeypatch, interrupt):
     config = dataclasses.replace(tiny_train, compile=True, max_steps=4)
     monkeypatch.setattr(pico, "compiler_problem", lambda kind: None)
-    monkeypatch.setattr(pico, "compile_function", functools.partial(torch.compile, backend="aot_eager"))
+    monkeypatch.setattr(pico, "compile_function", functools.partial(torch.compile, backend="aot_eager", dynamic=False))
+    torch.compiler.reset()
     whole = pico.train(tiny_config, config, tmp_path / "whole", data_folder)
     assert pico.load_checkpoint(whole.checkpoint).environment["compiled"] == "yes"
     interrupt(2)
