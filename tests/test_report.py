@@ -412,6 +412,26 @@ def test_keys_move_over_tokens_and_heads(browser, explorer):
     assert errors(browser) == []
 
 
+def test_of_two_texts_picked_quickly_the_last_is_shown(browser, explorer):
+    open_page(browser, f"{explorer}#text=1")
+    browser.execute_script("""
+        const [read, waits] = [Response.prototype.arrayBuffer, [300, 0]]; // the first text takes longer to unpack
+        Response.prototype.arrayBuffer = function () {
+            return new Promise((done) => setTimeout(done, waits.shift() ?? 0)).then(() => read.call(this));
+        };
+        const pick = document.querySelector(".pico-text");
+        for (const value of [0, 2]) {
+            pick.value = value;
+            pick.dispatchEvent(new Event("change"));
+        }
+        setTimeout(() => (document.title = "both are here"), 600);
+    """)
+    wait_for(browser, "return document.title === 'both are here'")
+    settle(browser)
+    assert browser.execute_script("return document.querySelector('.pico-text').value") == "2"
+    assert errors(browser) == []
+
+
 def test_two_heads_lines_and_the_address(browser, explorer):
     open_page(browser, explorer)
     assert "(L1H0)" in status(browser)  # the head with the highest score
