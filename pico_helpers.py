@@ -2346,7 +2346,7 @@ ALL_TEST_CATEGORIES: dict[str, list[str]] = {
 _MAX_TOKENS = 2**13
 
 
-def stream_attention(model: PicoLLM, idx: Tensor, reduce: Callable[[int, Tensor], None]) -> None:
+def stream_attention(model: PicoLLM, idx: Tensor, reduce: OnAttention) -> None:
     """Runs token ids (B, T) and hands each layer's pattern to `reduce(layer, weights)`, weights (B, H, T, T) float32.
 
     Only one layer's pattern is alive at a time; the output projection, two thirds of the work, is left out.
@@ -2424,12 +2424,14 @@ def ablated_hidden_states(
     head tells about the text and leaves its constant part, which the later layers rely on (Wang et al. 2022). With
     n_last, only that many last positions are returned. The sets run side by side, and those that agree up to a layer
     are one until there: the layers below the lowest ablated head, and an empty set, cost next to nothing. Raises
-    PicoError for a head that does not exist.
+    PicoError for a head that does not exist and for means of another model.
     """
     n_layer, n_head = model.config.n_layer, model.config.n_head
     for layer, head in itertools.chain(*sets):
         if not (0 <= layer < n_layer and 0 <= head < n_head):
             raise PicoError(f"There is no head {head_name(layer, head)} in {n_layer} layers of {n_head}.")
+    if tuple(means.shape) != (n_layer, n_head, model.config.head_dim):
+        raise PicoError("The means are not of this model; make them with mean_head_outputs(model, idx).")
     means = means.to(model.token_embedding.weight)
     cos, sin = model.rope_cos[: idx.shape[1]], model.rope_sin[: idx.shape[1]]
     for batch in idx.to(means.device).split(max(1, _MAX_TOKENS // (len(sets) * idx.shape[1]))):
@@ -2551,7 +2553,7 @@ _MAX_PREDICTIONS = 50_000  # of an ablation map in a study: their logits are mos
 _MAX_MAP = 384**2  # weights per head in one forward pass: one window of 384 tokens, nine of 128
 
 # runs token ids (B, T) and hands each layer's pattern to a function, as stream_attention does
-Attend = Callable[[Tensor, Callable[[int, Tensor], None]], None]
+Attend = Callable[[Tensor, OnAttention], None]
 
 
 @dataclass(frozen=True)
@@ -2784,7 +2786,7 @@ def uniform_attention(n_layer: int, n_tokens: int) -> np.ndarray:
     return np.broadcast_to(lower / lower.sum(axis=1, keepdims=True), (n_layer, 1, n_tokens, n_tokens))
 
 
-def _attend_uniformly(idx: Tensor, reduce: Callable[[int, Tensor], None]) -> None:
+def _attend_uniformly(idx: Tensor, reduce: OnAttention) -> None:
     """One layer with one head that looks at all keys alike."""
     reduce(0, torch.tensor(uniform_attention(1, idx.shape[1]), dtype=torch.float32).expand(len(idx), -1, -1, -1))
 
@@ -2798,9 +2800,8 @@ def head_sums(
     """
     attend = _attend_uniformly if model is None else functools.partial(stream_attention, model)
     vocab_size = Tokenizer.end_of_text + 1 if model is None else model.config.vocab_size
-    n_known, largest = min(vocab_size, len(counts) if counts is not None else vocab_size), 0
-    for ids in itertools.chain(*sources.values()):
-        largest = max(largest, int(ids.max()))
+    n_known = vocab_size if counts is None else min(vocab_size, len(counts))
+    largest = max(int(ids.max()) for ids in itertools.chain(*sources.values()))
     if largest >= n_known:
         raise PicoError(f"Token {largest} is not in the vocabulary of {vocab_size} or has no entry in token_counts.")
 
@@ -3013,6 +3014,12 @@ def _js_distance(p: Tensor, q: Tensor, p_entropy: Tensor, q_entropy: Tensor) -> 
     return divergence.clamp(0, 1).sqrt().mean(-1)
 
 
+def check_windows(windows: Tensor) -> None:
+    """Raises PicoError for fewer windows (n_windows, T) than heads can be compared on."""
+    if len(windows) < 2 or windows.shape[1] < 3:
+        raise PicoError("Comparing heads needs at least two windows of three tokens or more; use a larger corpus.")
+
+
 def head_similarity(model: PicoLLM, windows: Tensor, drop_sink: bool = False) -> tuple[np.ndarray, float]:
     """Distances between all heads, (n_heads, n_heads) with head (l, h) at l * n_head + h, and their noise floor.
 
@@ -3020,8 +3027,9 @@ def head_similarity(model: PicoLLM, windows: Tensor, drop_sink: bool = False) ->
     same window (n_windows, T), averaged over rows, then over windows: 0 for equal maps, 1 for disjoint ones (Clark et
     al. 2019 sum the divergence itself). `drop_sink` compares the maps without their first column. The noise floor is
     the distance of a head to itself between two windows, averaged over pairs of windows and heads: two heads that are
-    closer differ less from each other than one does from itself when the text changes. Needs two windows of 3 tokens.
+    closer differ less from each other than one does from itself when the text changes. Errors as `check_windows`.
     """
+    check_windows(windows)
 
     def read(ids: Tensor) -> tuple[Tensor, Tensor]:
         layers: list[Tensor] = []
@@ -3309,8 +3317,9 @@ class MinimalPair:
 def make_pairs(phenomenon: str, n_items: int = 40, seed: int = 0) -> list[MinimalPair]:
     """Pairs of one of PHENOMENA, item after item of 2 or 4 pairs, each drawn from its templates without repetition.
 
-    Raises PicoError when the templates hold fewer items.
+    Raises PicoError for an unknown name and when the templates hold fewer items.
     """
+    check_choice("phenomenon", phenomenon, PHENOMENA)
     random, seen, pairs, item = Random(f"{phenomenon} {seed}"), set(), [], 0
     for _ in range(20 * n_items):
         if item == n_items:
@@ -3623,8 +3632,7 @@ def study_model(
     """
     import pandas as pd
 
-    if len(windows) < 2 or windows.shape[1] < 3:
-        raise PicoError("The study needs two windows of held-out text, three tokens or more each; use a larger corpus.")
+    check_windows(windows)  # now, not after minutes
     ablated, compared = windows[: max(2, 2048 // windows.shape[1])], windows[:8]
     n_ablations = len(ablated) * model.config.n_layer * model.config.n_head
     n_last = min(windows.shape[1] - 1, max(1, _MAX_PREDICTIONS // n_ablations))
@@ -5212,8 +5220,7 @@ def time_calls(run: Callable, batches: Sequence[Tensor], seconds: float) -> list
     def call(idx: Tensor) -> float:
         begin = time.perf_counter()
         run(idx)
-        if idx.is_cuda:
-            torch.cuda.synchronize()
+        wait_for(idx.device)
         return (time.perf_counter() - begin) * 1e3
 
     for idx in batches:

@@ -148,12 +148,12 @@ def main(arguments: list[str] | None = None) -> int:
     out.mkdir(parents=True, exist_ok=True)
     if options.only and (out / "summary.csv").exists():  # of the parts before
         rows = list(csv.DictReader((out / "summary.csv").read_text(encoding="utf-8").splitlines()))
-    found, failed = steps(options), 0
-    if options.only and not any(word in name for word in options.only for name, _ in found):
-        parser.error(f"no step is called so; choose from: {', '.join(name for name, _ in found)}")
-    for number, (name, command) in enumerate(found, 1):
-        if options.only and not any(word in name for word in options.only):
-            continue
+    found, failed = list(enumerate(steps(options), 1)), 0
+    words = options.only or [""]
+    chosen = [step for step in found if any(word in step[1][0] for word in words)]
+    if not chosen:
+        parser.error(f"no step is called so; choose from: {', '.join(name for _, (name, _) in found)}")
+    for number, (name, command) in chosen:
         started = time.perf_counter()
         status = run_step(command, out / f"{number}_{name}", options.limit)
         rows = [row for row in rows if row["step"] != name]  # its files are replaced, too

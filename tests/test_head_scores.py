@@ -522,15 +522,17 @@ def test_mean_head_outputs():
     assert model.training
 
 
-def test_one_window_has_no_standard_error():
-    model, idx = ph.PicoLLM(CONFIG), random_windows(1, 16)
-    with pytest.raises(ph.PicoError, match="two windows"):
-        ph.head_ablation_map(model, idx, ph.mean_head_outputs(model, idx))
-
-
-def test_a_head_that_does_not_exist_is_not_ablated_silently():
-    with pytest.raises(ph.PicoError, match="no head L5H0 in 2 layers of 2"):
-        list(ph.ablated_hidden_states(ph.PicoLLM(CONFIG), random_windows(2, 16), [((5, 0),)], torch.zeros(2, 2, 8)))
+@pytest.mark.parametrize(
+    "ablate, message",
+    [
+        (lambda model: ph.head_ablation_map(model, random_windows(1, 16), torch.zeros(2, 2, 16)), "two windows"),
+        (lambda model: ph.head_ablation_map(model, random_windows(2, 16), torch.zeros(2, 2, 8)), "not of this model"),
+        (lambda model: list(ph.ablated_hidden_states(model, random_windows(2, 16), [((5, 0),)], None)), "head L5H0"),
+    ],
+)
+def test_bad_ablations_are_refused(ablate, message):
+    with pytest.raises(ph.PicoError, match=message):
+        ablate(ph.PicoLLM(CONFIG))
 
 
 # ---- random sets ---------------------------------------------------------------------------------
@@ -700,9 +702,10 @@ def test_the_smallest_model_passes_through_the_whole_study():
 
 
 @pytest.mark.parametrize("windows", [random_windows(1, 9), random_windows(5, 2)])
-def test_study_needs_two_windows_of_three_tokens(windows):
-    with pytest.raises(ph.PicoError, match="two windows of held-out text, three tokens"):
-        ph.study_model(strong_model(), {"One": SENTENCES}, windows)
+def test_similarity_and_study_need_two_windows_of_three_tokens(windows):
+    for compare in (ph.head_similarity, lambda model, idx: ph.study_model(model, {"One": SENTENCES}, idx)):
+        with pytest.raises(ph.PicoError, match="two windows of three"):
+            compare(strong_model(), windows)
 
 
 def test_study_bounds_the_predictions_of_its_ablations(monkeypatch):

@@ -199,7 +199,9 @@ def test_importance_of_is_there():
     assert any("importance" in pair.good and pair.good.endswith(" of") for pair in pico.make_pairs("importance of"))
 
 
-def test_exhausted_templates_are_an_error(monkeypatch):
+def test_unknown_phenomenon_and_exhausted_templates_are_errors(monkeypatch):
+    with pytest.raises(pico.PicoError, match="Unknown phenomenon 'tense'"):
+        pico.make_pairs("tense")
     one = pico.Phenomenon("claim", "about", lambda random, flip: [("The [cat] (dog) now", "a", "b")])
     monkeypatch.setitem(pico.PHENOMENA, "one", one)
     with pytest.raises(pico.PicoError, match="fewer than 2"):
