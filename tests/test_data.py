@@ -93,6 +93,7 @@ def test_rows_are_grouped_to_articles_and_words_counted_the_wikitext_way():
 def test_without_titles_each_row_is_a_document(end):
     rows = [f"one text{end}", None, "", f"another\nof two lines{end}", f"a third{end}"]
     assert [d.text for d in pico.group_rows(rows)] == [row for row in rows if row]
+    assert [d.n_words for d in pico.group_rows(rows)] == [2 + 1, 4 + 2, 2 + 1], "words, and an <eos> for each line"
 
 
 def test_a_row_of_several_lines_is_a_document_among_articles():
@@ -120,6 +121,9 @@ def test_offline_corpus_says_what_it_is_and_holds_out_two_percent(monkeypatch):
     validation = [d.text for d in corpus.documents("validation")]
     assert len(validation) / (len(training) + len(validation)) == pytest.approx(0.02, abs=0.001)
     assert not set(training) & set(validation)
+    tenth = pico.choose_corpus("offline", 0.1)
+    assert tenth.key != corpus.key and "of 1,000 English" in tenth.about
+    assert [d.text for d in tenth.documents("train")] == training[:980]
 
 
 def test_wikitext_is_refused_without_a_hub(monkeypatch, tmp_path):
@@ -211,7 +215,7 @@ def test_bad_folders_say_what_is_wrong(tmp_path, message):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["nowhere"], "Unknown corpus 'nowhere'"),
+        (["nowhere"], "No corpus or folder 'nowhere'"),
         (["offline", 1.5], "fraction must lie in"),
         (["offline", float("nan")], "fraction must lie in"),
         (["wikitext103", 0.125], "read in whole percent, not 12"),

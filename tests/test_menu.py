@@ -131,8 +131,8 @@ def test_a_newcomer_studies_the_shipped_model_into_a_folder_of_their_own(
     checkpoint, files = pico.main_menu("tiny", results=published.parent, data_folder=data_folder)  # as the notebook
     output = capsys.readouterr().out
     assert checkpoint == published / "pico_llm.pt"
-    assert f"Analyzing {checkpoint}, the model that comes with the project, trained for 20" in output
-    assert f"The model's own corpus is out of reach. Unknown corpus '{corpus_folder.name}'" in output
+    assert f"Analyzing {checkpoint}, the model that comes with the project, trained on " in output
+    assert f"is out of reach, so other text stands in. No corpus or folder '{corpus_folder.name}'" in output
     assert files and all(path.is_file() and published not in path.parents for path in files)
     assert {path.name for path in files} >= {"head_emergence.png", "loss_curve.png"}, "what the notebook shows"
     assert {path: path.stat().st_mtime_ns for path in published.rglob("*")} == before
@@ -157,7 +157,7 @@ def test_what_was_written_is_five_lines(tmp_path, capsys):
 
 def test_bad_sentences_are_left_out_and_named(tiny_model, capsys):
     captures = pico.capture_sentences(
-        tiny_model, {"Mine": ["A good one.", "", "word " * 100], "One": "Not a list.", "Bad": [""]}
+        tiny_model, {"Mine": ["A good one.", "", "word " * 100], "One": "Not a list.", "Bad": ["Two words"]}
     )
     assert {name: [capture.text for capture in members] for name, members in captures.items()} == {
         "Mine": ["A good one."], "One": ["Not a list."]
@@ -171,11 +171,15 @@ def test_a_model_whose_corpus_is_gone_is_studied_on_another(monkeypatch, tmp_pat
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     config = pico.TrainConfig(corpus="/gone/corpus")
     checkpoint = dataclasses.replace(pico.load_checkpoint(trained.checkpoint), train_config=config)
-    about, training, _ = pico.open_corpus(checkpoint, data_folder=tmp_path)
-    assert about.endswith("not WikiText-103, which is not what the model was trained on") and len(training.tokens) > 1e6
-    assert "Unknown corpus '/gone/corpus'" in capsys.readouterr().out
+    about, training, validation = pico.open_corpus(checkpoint, data_folder=tmp_path)
+    few = dataclasses.replace(validation, tokens=validation.tokens[:40])  # a small corpus holds little text out
+    assert pico.study_windows(few, checkpoint.model_config).shape == (1, 32)
+    assert pico.study_windows(few, pico.ModelConfig()).shape == (1, 39)
+    assert about.endswith("not WikiText-103; the model was trained on another corpus, which may share articles with it")
+    assert len(training.tokens) > 1e6
+    assert "No corpus or folder '/gone/corpus'" in capsys.readouterr().out
     assert f"folder {corpus_folder.name} (" in pico.open_corpus(checkpoint, str(corpus_folder), tmp_path)[0]
-    with pytest.raises(PicoError, match="Unknown corpus 'nowhere'"):
+    with pytest.raises(PicoError, match="No corpus or folder 'nowhere'"):
         pico.open_corpus(checkpoint, "nowhere", tmp_path)
 
 
@@ -326,6 +330,8 @@ def test_the_command_on_the_card_gives_the_same_settings(published, monkeypatch)
     odd = dataclasses.replace(pico.PRESETS["tiny"].train, betas=(0.8, 0.9), compile=False, corpus="my texts")
     command = pico.train_command(pico.PRESETS["tiny"].model, odd)
     assert command.endswith("--preset tiny --corpus 'my texts' --betas 0.8 0.9 --no-compile")
+    tuned = dataclasses.replace(pico.PRESETS["tiny"].train, init_from="a.pt")  # whose dropout would hold otherwise
+    assert "--dropout 0.0" in pico.train_command(pico.PRESETS["tiny"].model, tuned)
     renamed = dataclasses.replace(pico.PRESETS["quick"].train, name="mine")  # reads all sequences: no option says that
     assert pico.train_command(pico.PRESETS["quick"].model, renamed).endswith("--preset quick --name mine")
 
@@ -341,6 +347,8 @@ def test_what_cannot_be_published_leaves_the_folder_as_it_was(trained, tmp_path,
         with pytest.raises(PicoError, match=problem):
             pico.publish(path, out, data_folder)
         assert not out.exists()
+    with pytest.raises(PicoError, match="holds training runs"):
+        pico.publish(trained.checkpoint, trained.checkpoint.parent, data_folder)
     out.mkdir()
     for name, problem in (("README.md", "is not a model card"), ("pico_llm.pt", "is not a Pico-LLM checkpoint")):
         (out / name).write_text("# My thesis\n")
@@ -382,7 +390,7 @@ def test_command_line_trains_explores_and_generates(tmp_path, corpus_folder, cap
         ([], "The following arguments are required: COMMAND"),
         (["train", "--preset", "huge"], "Unknown preset 'huge'; choose one of: wikitext103, quick"),
         (["train", "--precision", "fp8"], "Unknown precision"),
-        (["train", "--corpus", "nowhere"], "Unknown corpus 'nowhere'"),
+        (["train", "--corpus", "nowhere"], "No corpus or folder 'nowhere'"),
         (["train", "--seed", "one"], "Argument --seed: invalid int value: 'one'; see"),
         (["train", "--max", "5"], "Ambiguous option: --max could match --max-"),
         (["train", "--betas", "0.9"], "Argument --betas: expected 2 arguments"),

@@ -92,7 +92,7 @@ def test_a_person_at_the_notebook_is_asked_and_sees_the_loss_fall(live, tmp_path
 
 
 def cells() -> list[dict]:
-    return [cell for cell in json.loads((ROOT / "pico_llm.ipynb").read_text())["cells"] if cell["cell_type"] == "code"]
+    return [cell for cell in json.loads((ROOT / "pico_llm.ipynb").read_bytes())["cells"] if cell["cell_type"] == "code"]
 
 
 def test_the_first_cell_fetches_the_project_or_says_how_to_get_it(tmp_path, monkeypatch):

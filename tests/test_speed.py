@@ -649,7 +649,7 @@ def test_an_interrupt_stops_both_processes_at_the_same_step(tiny_config, tiny_tr
         time.sleep(1.0)
         os.killpg(process.pid, signal.SIGINT)  # as a terminal does
         output = process.communicate(timeout=60)[0]
-    assert "run it again to go on from there" in output, output
+    assert "the same command goes on from its last checkpoint" in output, output
     kept = pico.load_checkpoint(pico.run_files(tmp_path / "results", "tiny.partial").model)
     assert kept.step % config.log_interval == 0 and 0 < kept.step < 12
 
@@ -669,7 +669,7 @@ def test_a_signal_to_the_whole_group_stops_a_run_with_worker_processes(
         os.killpg(process.pid, number)
         output = process.communicate(timeout=60)[0]
     assert process.returncode == 0 and "Traceback" not in output, output
-    assert "run it again to go on from there" in output
+    assert "the same command goes on from its last checkpoint" in output
     assert 2 <= pico.load_checkpoint(pico.run_files(tmp_path / "results", "tiny.partial").model).step < 12
 
 
@@ -887,7 +887,7 @@ def test_all_contestants_learn_the_same(tiny_config, tiny_train, stream):
 
 def test_bad_options_end_with_one_line(tiny_preset, capsys):
     assert profile.main([*tiny_preset, "--corpus", "nowhere"]) == 1
-    assert capsys.readouterr().err.strip().splitlines()[-1].startswith("Error: Unknown corpus 'nowhere'")
+    assert capsys.readouterr().err.strip().splitlines()[-1].startswith("Error: No corpus or folder 'nowhere'")
 
 
 @pytest.mark.parametrize("option", ["--steps", "--batch-sizes", "--loss-chunk"])
@@ -922,3 +922,7 @@ def test_interrupted_recipes_keep_what_had_ended(tiny_preset, tmp_path, monkeypa
     monkeypatch.setattr(profile, "compare_recipes", lambda loss, *_: f"again {loss(0, json.loads(row['settings']))}")
     assert profile.main([*tiny_preset, "--recipes", "--seeds", "0"]) == 0
     assert f"again {row['val_loss']}" in capsys.readouterr().out and len(steps) == 3, "not run a second time"
+    assert profile.main([*tiny_preset, "--recipes", "--seeds", "0", "--corpus", "nowhere"]) == 1
+    assert len(read_rows(tmp_path / "recipes.csv")) == 1, "an error is no result"
+    assert profile.main([*tiny_preset, "--recipes", "--seeds", "0", "--dropout", "0.5"]) == 0
+    assert len(read_rows(tmp_path / "recipes.csv")) == 2 and len(steps) > 3, "other settings are another run"
