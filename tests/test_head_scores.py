@@ -592,6 +592,8 @@ def test_the_interval_of_the_strongest_head_covers_what_it_truly_scores(strength
     assert np.mean(covered) >= 0.95
     assert np.mean(values) > strength - 0.01 and (strength or min(values) > 0)
     assert not strength or row["low"] > 0.35  # it is no empty claim
+    one_text = ph.score_summary(noise_sums(strength, 0, 1), n_bootstrap=50).set_index(["score", "statistic"])
+    assert one_text.loc[("previous", "max"), "low"] == pytest.approx(one_text.loc[("previous", "max"), "mean"])
 
 
 # ---- similarity ----------------------------------------------------------------------------------
