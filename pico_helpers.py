@@ -963,7 +963,7 @@ def _parquet_corpus(folder: Path, fraction: float, text_style: str) -> Corpus:
         name=re.sub(r"\W+", "-", title).strip("-") or "folder",
         key=json.dumps([fraction, state] + ["natural"] * is_natural),
         about=f"the parquet folder {title} ({fraction:.0%} of its training rows; {'; '.join(notes)})",
-        reason="it was asked for",
+        reason="the settings ask for it",
         documents=documents,
     )
 
@@ -1003,7 +1003,7 @@ def choose_corpus(
     if fraction is not None and not 0 < fraction <= 1:
         raise PicoError(f"The corpus fraction must lie in (0, 1], not {fraction}.")
     if name == "offline":
-        return _offline_corpus("it was asked for", fraction or 1.0)
+        return _offline_corpus("the settings ask for it", fraction or 1.0)
     if name in ("auto", "wikitext103"):
         share = fraction or 0.2
         if not math.isclose(100 * share, round(100 * share)):

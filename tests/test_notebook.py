@@ -19,7 +19,7 @@ def test_notebook_runs_end_to_end(tmp_path):
     """In a folder of its own, so that its results are known to come from this run."""
     for name in ("pico_llm.ipynb", "pico_helpers.py", "profile_training.py", "requirements.txt"):
         shutil.copy(ROOT / name, tmp_path)
-    environment = os.environ | {"PICO_MENU": "3", "PICO_PRESET": "tiny", "HF_HUB_OFFLINE": "1"}
+    environment = os.environ | {"PICO_PRESET": "tiny", "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-m", "jupyter", "execute", "pico_llm.ipynb", "--output", "executed.ipynb"]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -34,7 +34,7 @@ def test_notebook_runs_end_to_end(tmp_path):
     assert not [output for output in outputs if output["output_type"] == "error"]
     assert sum("image/png" in output.get("data", {}) for output in outputs) >= 8
     text = "".join("".join(output.get("text", "")) for output in outputs)
-    assert "not WikiText-103, because HF_HUB_OFFLINE is set" in text
+    assert "not WikiText-103, because the settings ask for it" in text
     assert "11,942,784" in json.dumps(outputs), "the size of the full model"
     assert "TensorRT needs an NVIDIA GPU" in text or "Torch-TensorRT" in text
 
