@@ -4001,6 +4001,7 @@ def plot_loss_curve(rows: Sequence[dict] | pd.DataFrame) -> Figure:
     The dotted line is the loss of a model that guesses every token alike, ln of the vocabulary.
     """
     import pandas as pd
+    from matplotlib.ticker import EngFormatter
 
     table, uniform_loss = pd.DataFrame(rows), math.log(Tokenizer.end_of_text + 1)
     place = "tokens_total" if "tokens_total" in table else "step"
@@ -4014,6 +4015,7 @@ def plot_loss_curve(rows: Sequence[dict] | pd.DataFrame) -> Figure:
     label = f"guessing all tokens alike ({uniform_loss:.2f})"
     axes.axhline(uniform_loss, color=MODEL_COLORS["uniform"], linestyle=":", linewidth=1.5, label=label)
     tidy_axes(axes, xlabel="step" if place == "step" else "tokens of training", ylabel="loss (nats per token)")
+    axes.xaxis.set_major_formatter(EngFormatter())
     axes.legend(**_LEGEND)
     return figure
 

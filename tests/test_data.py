@@ -123,7 +123,8 @@ def test_offline_corpus_says_what_it_is_and_holds_out_two_percent(monkeypatch):
     assert not set(training) & set(validation)
     tenth = pico.choose_corpus("offline", 0.1)
     assert tenth.key != corpus.key and "of 1,000 English" in tenth.about
-    assert [d.text for d in tenth.documents("train")] == training[:980]
+    tenth = [d.text for d in tenth.documents("train")]
+    assert 950 < len(tenth) < 1000 and tenth == training[: len(tenth)]
 
 
 def test_wikitext_is_refused_without_a_hub(monkeypatch, tmp_path):
