@@ -3727,7 +3727,7 @@ def new_figure(width: float, height: float, title: str = "", **subplots) -> tupl
     """A white figure in inches and its axes, which `subplots` tells Figure.subplots; a bold title is wrapped to fit."""
     from matplotlib.figure import Figure
 
-    warnings.filterwarnings("ignore", r"Glyph \d+ .* missing from font")  # a box stands for what the font lacks
+    warnings.filterwarnings("ignore", r"Glyph \d+ .* missing from")  # a box stands for what the font lacks
     lines = textwrap.wrap(_literal(title), int(9.5 * width), max_lines=4, placeholder=" …")
     figure = Figure(figsize=(width, height + 0.2 * len(lines)), facecolor="white", layout="constrained")
     figure.get_layout_engine().set(w_pad=0.07, h_pad=0.07)
