@@ -1249,13 +1249,21 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
         is_finite = all(weight.isfinite().all() for weight in fields["weights"].values())
         if not (isinstance(fields["step"], int) and isinstance(fields["metrics"], list)):
             raise TypeError("step or metrics")
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise PicoError(f"{path} lacks a field or has a wrong one ({error}); it was made by other code.") from error
     except PicoError as error:
         raise PicoError(f"{path} has impossible settings: {error}") from error
     if not is_finite:
         raise PicoError(f"{path} holds weights that are not numbers (NaN); the training that made it went wrong.")
     return Checkpoint(**fields)
+
+
+def finished_checkpoint(path: str | Path) -> Checkpoint:
+    """As `load_checkpoint`. Raises PicoError for an unfinished run too."""
+    found = load_checkpoint(path)
+    if found.training_state:
+        raise PicoError(f"{path} is an unfinished run; finish it by its training command, or name a finished model.")
+    return found
 
 
 def model_from_checkpoint(checkpoint: Checkpoint) -> PicoLLM:
@@ -1896,14 +1904,6 @@ class TrainResult:
     finished: bool
 
 
-def _finished_checkpoint(path: str | Path) -> Checkpoint:
-    """What a new run can start from, else PicoError."""
-    found = load_checkpoint(path)
-    if found.training_state:
-        raise PicoError(f"{path} is an unfinished run; finish it, or name a finished model for init_from.")
-    return found
-
-
 def snapshot_steps(total_steps: int, n: int = 12) -> list[int]:
     """0, then about n steps that grow geometrically from total_steps / 500 to total_steps."""
     first = max(1.0, total_steps / 500)
@@ -1981,7 +1981,7 @@ class TrainingRun:
 
     def start_from(self, path: str | Path) -> None:
         """Takes the weights of a finished checkpoint. Raises PicoError for any other file and for another shape."""
-        found = _finished_checkpoint(path)
+        found = finished_checkpoint(path)
         free = {"context_length": 1, "max_positions": 1, "dropout": 0.0}  # no weights depend on these
         ours, theirs = (asdict(dataclasses.replace(c, **free)) for c in (self.model_config, found.model_config))
         if other := [f"{name} {value}, not {ours[name]}" for name, value in theirs.items() if value != ours[name]]:
@@ -2079,7 +2079,7 @@ def _unfinished(files: RunFiles, model_config: ModelConfig, config: TrainConfig,
     except PicoError as error:
         problem = str(error)
     if config.init_from:
-        _finished_checkpoint(config.init_from)  # an error in it comes before anything is moved
+        finished_checkpoint(config.init_from)  # an error in it comes before anything is moved
     kept = unused_files(files.model.parent, f"{config.name}.unfinished-{{}}.partial")
     files.move(kept)
     print(f"The unfinished run {files.model} is not resumed, {problem}; it was moved to {kept.model.name}.")
@@ -5782,9 +5782,7 @@ def publish(
     README.md is something else.
     """
     path, folder = Path(checkpoint or newest_checkpoint()), Path(folder)
-    saved = load_checkpoint(path)
-    if saved.training_state:
-        raise PicoError(f"{path} is an unfinished run; run the training command again to finish it first.")
+    saved = finished_checkpoint(path)
     text, history = open_corpus(saved, corpus, data_folder), head_history(path, saved)
     weights = {name: value.half() for name, value in saved.weights.items()}
     if not all(value.isfinite().all() for value in weights.values()):

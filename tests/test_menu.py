@@ -131,7 +131,7 @@ def test_a_newcomer_studies_the_shipped_model_into_a_folder_of_their_own(
     checkpoint, files = pico.main_menu("tiny", results=published.parent, data_folder=data_folder)  # as the notebook
     output = capsys.readouterr().out
     assert checkpoint == published / "pico_llm.pt"
-    assert f"Analyzing {checkpoint}, the model that comes with the project, trained on " in output
+    assert f"Analyzing {checkpoint}, the model that comes with the project, trained on {20 * 4 * 32:,} tokens" in output
     assert f"is out of reach, so other text stands in. No corpus or folder '{corpus_folder.name}'" in output
     assert files and all(path.is_file() and published not in path.parents for path in files)
     assert {path.name for path in files} >= {"head_emergence.png", "loss_curve.png"}, "what the notebook shows"
@@ -162,7 +162,8 @@ def test_bad_sentences_are_left_out_and_named(tiny_model, capsys):
     assert {name: [capture.text for capture in members] for name, members in captures.items()} == {
         "Mine": ["A good one."], "One": ["Not a list."]
     }  # fmt: skip
-    assert capsys.readouterr().out.count("Left out of 'Mine'") == 2
+    output = capsys.readouterr().out
+    assert output.count("Left out of 'Mine'") == 2 and "'Two words' has fewer than three tokens" in output
     with pytest.raises(PicoError, match="None of the sentences"):
         pico.capture_sentences(tiny_model, {"Mine": ["", None]})
 

@@ -382,6 +382,7 @@ def test_checkpoints_that_do_not_fit(finished, tmp_path):
         ({"model_config": as_dict | {"n_head": 0}}, "impossible settings: n_head must be a whole number"),
         ({"model_config": as_dict | {"dropout": 5.0}}, "impossible settings: dropout must lie in"),
         ({"train_config": dataclasses.asdict(finished[1]) | {"batch_size": 0}}, "batch_size must be a whole number"),
+        ({"train_config": dataclasses.asdict(finished[1]) | {"betas": ["a", "b"]}}, "has a wrong one"),
         ({"weights": None}, "has a wrong one"),
         ({"weights": {"final_norm.weight": torch.tensor([math.nan])}}, "not numbers"),
         ({"version": 99}, "it has .*'version': 99"),
