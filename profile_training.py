@@ -190,13 +190,14 @@ class Contestant:
 
     def measure(self, warmup: int, steps: int) -> None:
         """Times a window of steps. The warm-up before it also uses up the batches that workers made meanwhile."""
-        for _ in range(warmup):
-            self.step()
-        pico.wait_for(self.device)
-        started = time.perf_counter()
-        waited = sum(self.step() for _ in range(steps))
-        pico.wait_for(self.device)
-        seconds = time.perf_counter() - started
+        with contextlib.nullcontext() if isinstance(self, PlainLoop) else pico.kept_memory(self.device):
+            for _ in range(warmup):
+                self.step()
+            pico.wait_for(self.device)
+            started = time.perf_counter()
+            waited = sum(self.step() for _ in range(steps))
+            pico.wait_for(self.device)
+            seconds = time.perf_counter() - started
         tokens = steps * self.config.batch_size * self.run.model.config.context_length
         self.windows.append((tokens / seconds, 1e3 * waited / steps))
 
@@ -232,6 +233,8 @@ class PlainLoop(Contestant):
     def __init__(self, kind: str, loader: str, preset: Preset, *more) -> None:
         plain = {"precision": "auto"} if self.is_best else {"precision": "fp32", "compile": False}
         super().__init__(kind, loader, preset.with_changes(plain | {"optimizer": "adamw"}), *more)
+        for block in self.run.model.blocks:
+            block.attention.backward_by_products = False
         self.run.optimizer = torch.optim.AdamW(self.run.model.parameters(), lr=self.config.learning_rate)
         self.loss = pico.compile_function(self.plain_loss) if self.run.compiled else self.plain_loss
 
@@ -510,7 +513,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--repeats", type=count, help="windows of each contestant, default 5, with a single one 1")
     add("--batch-sizes", type=count, nargs="+", help="sequences per step, default: the preset's")
     add("--micro-batch-size", type=count, help="sequences per forward pass, default: all of them")
-    add("--loss-chunk", type=count, help="rows or words of logits held at a time, default: by device")
+    add("--loss-chunk", type=count, help="rows (on a CPU: words) of logits at a time, default: by device")
     add("--workers", type=count, default=2, help="processes of the loader `workers` (%(default)s)")
     add("--precision", choices=("auto", "fp32", "fp16", "bf16"), default="auto")
     add("--compile", action=argparse.BooleanOptionalAction, help="default: where a compiler works")

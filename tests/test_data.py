@@ -468,7 +468,7 @@ def test_an_epoch_shows_every_token_once_and_documents_stay_whole():
     assert len(np.unique(inputs)) == len(inputs) == used - 1
     assert set(inputs) <= set(range(used))
     # the sequences, put back in stream order, are the documents one after the other
-    order = np.argsort(stream.epoch(0).first)
+    order = np.argsort(stream.epoch(0)[0])
     packed = np.concatenate([sequences[i][:-1] for i in order])
     jumps = np.flatnonzero(np.diff(packed.astype(int)) != 1)
     ends = {int(e) - 1 for e in file.starts[1:]} | {used - 1}

@@ -101,9 +101,8 @@ def test_capturing_pass_gives_the_logits_of_the_normal_pass():
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("ignored", [None, -100, -1, 5])
 def test_loss_equals_cross_entropy_of_the_logits_with_its_gradients(tiny_model, precision, ignored, by, monkeypatch):
-    loss_function = {"rows": pico.loss_by_rows, "words": pico.loss_by_words}[by]
-    for name in ("loss_by_rows", "loss_by_words"):  # whichever this machine would choose
-        monkeypatch.setattr(pico, name, loss_function)
+    if by == "rows":  # as on a GPU
+        monkeypatch.setattr(pico, "loss_by_words", lambda *arguments: pico.loss_by_rows(*arguments[:-1]))
     tiny_model.loss_chunk = {"rows": 7, "words": 4000}[by]  # divides neither the rows nor the vocabulary
     idx, targets = random_ids(3, 10), random_ids(3, 10, seed=1)
     options = {} if ignored is None else {"ignore_index": ignored}
@@ -126,6 +125,46 @@ def test_loss_equals_cross_entropy_of_the_logits_with_its_gradients(tiny_model, 
         assert error < (1e-5 if precision == "fp32" else 2e-2), name
     padding = tiny_model.token_embedding.weight.grad[50257:]
     assert len(padding) == 47 and torch.count_nonzero(padding) == 0
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("scale", [1, 10, 300])
+def test_loss_by_words_takes_many_rows_and_large_logits(scale, compiled):
+    """4,500 rows are two parts. At 300 logits exceed the first block's by 1,000s, at 10 by so much that sums do."""
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(4500, 8, generator=generator, requires_grad=True)
+    weight = torch.randn(120, 8, generator=generator) * torch.linspace(0.1, 1, 120)[:, None]
+    weight[100:] = 0
+    weight = (scale * weight).requires_grad_()
+    targets = torch.randint(100, (4500,), generator=generator)
+    counts = targets != 3
+    F.cross_entropy((hidden @ weight.T)[:, :100], targets, reduction="none")[counts].sum().backward()
+    with torch.no_grad():
+        losses, *gradients = pico.loss_by_words(hidden, weight, targets, counts, 100, 30, True, compiled)
+        alone, *empty = pico.loss_by_words(hidden, weight, targets, counts, 100, 30, False, compiled)
+        expected = F.cross_entropy((hidden @ weight.T)[:, :100], targets, reduction="none")
+    torch.testing.assert_close(losses, expected, atol=1e-3, rtol=1e-5)
+    assert torch.equal(losses, alone) and all(gradient.numel() == 0 for gradient in empty)
+    for gradient, leaf in zip(gradients, (hidden, weight), strict=True):
+        torch.testing.assert_close(gradient, leaf.grad, atol=1e-3 * scale, rtol=1e-4)
+
+
+def test_attentions_backward_by_products_is_pytorchs(tiny_config):
+    torch.compiler.reset()
+    gradients = []
+    x = torch.randn(2, 24, 32, generator=torch.Generator().manual_seed(0))
+    for by_products in (False, True):
+        model = pico.PicoLLM(dataclasses.replace(tiny_config, dropout=0.0)).train()
+        attention = model.blocks[0].attention
+        torch.nn.init.normal_(attention.qkv_proj.weight, std=0.3, generator=torch.Generator().manual_seed(1))
+        attention.backward_by_products = by_products
+        with torch.autocast("cpu", torch.bfloat16):
+            y = torch.compile(attention, backend="aot_eager")(x, model.rope_cos[:24], model.rope_sin[:24])
+        (y.float() ** 2).sum().backward()
+        gradients.append(attention.qkv_proj.weight.grad)
+    (usual, ours), norm = gradients, gradients[0].norm()
+    assert norm > 0 and not torch.equal(usual, ours), "one of them went the other way"
+    assert (usual - ours).norm() < 0.02 * norm
 
 
 def test_a_loss_without_any_target_is_nan_and_moves_nothing(tiny_model):

@@ -5,7 +5,9 @@ import dataclasses
 import functools
 import json
 import os
+import platform
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -159,8 +161,8 @@ def test_a_run_begun_in_bf16_goes_on_in_fp16(tiny_config):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_training_step_is_one_graph_for_all_models_of_a_shape(tiny_config, dtype, monkeypatch):
-    """What `torch.compile` gets: no break, the loss in chunks of which the last is shorter, and eager's gradients."""
-    monkeypatch.setattr(pico, "HAS_AMX", True)  # so that the loss goes the same way with and without the compiler
+    """What `torch.compile` gets: no break, and eager's gradients but for the last digit of the loss's exponentials."""
+    monkeypatch.setattr(pico.CausalSelfAttention, "backward_by_products", False)  # eager does without
     torch.compiler.reset()  # what other tests compiled would decide which sizes are dynamic
     counter = CompileCounterWithBackend("aot_eager")
     config = dataclasses.replace(tiny_config, dropout=0.0)
@@ -175,8 +177,23 @@ def test_a_training_step_is_one_graph_for_all_models_of_a_shape(tiny_config, dty
             loss.backward()
             gradients.append([p.grad for p in model.parameters()])
             model.zero_grad(set_to_none=True)
-        assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+        tolerance = 1e-5 if dtype == torch.float32 else 2e-3
+        assert all((a - b).norm() <= tolerance * a.norm() for a, b in zip(*gradients, strict=True))
     assert counter.frame_count == 1, "the profiler's contestants share what is compiled"
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="for glibc's allocator")
+def test_memory_freed_in_a_step_is_kept_for_the_next():
+    def faults() -> int:
+        """Pages that the system had to give for 64 MB."""
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        torch.ones(2**24)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    assert min(faults() for _ in range(3)) > 30  # of 2 MB at most
+    with pico.kept_memory(CPU):
+        assert min([faults() for _ in range(12)][9:]) < 10  # after the first ones have found their places
+    assert min(faults() for _ in range(3)) > 30, "as before"
 
 
 def test_a_few_nan_steps_are_counted_and_the_run_goes_on(tiny_config, tiny_train, data_folder, tmp_path, monkeypatch):
