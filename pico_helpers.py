@@ -3100,6 +3100,12 @@ def _js_distance(p: Tensor, q: Tensor, p_entropy: Tensor, q_entropy: Tensor) -> 
     return divergence.clamp(0, 1).sqrt().mean(-1)
 
 
+def check_windows(windows: Tensor) -> None:
+    """Raises PicoError for fewer windows (n_windows, T) than heads can be compared on."""
+    if len(windows) < 2 or windows.shape[1] < 3:
+        raise PicoError("Comparing heads needs at least two windows of three tokens or more; use a larger corpus.")
+
+
 def head_similarity(model: PicoLLM, windows: Tensor, drop_sink: bool = False) -> tuple[np.ndarray, float]:
     """Distances between all heads, (n_heads, n_heads) with head (l, h) at l * n_head + h, and their noise floor.
 
@@ -3107,8 +3113,9 @@ def head_similarity(model: PicoLLM, windows: Tensor, drop_sink: bool = False) ->
     same window (n_windows, T), averaged over rows, then over windows: 0 for equal maps, 1 for disjoint ones (Clark et
     al. 2019 sum the divergence itself). `drop_sink` compares the maps without their first column. The noise floor is
     the distance of a head to itself between two windows, averaged over pairs of windows and heads: two heads that are
-    closer differ less from each other than one does from itself when the text changes.
+    closer differ less from each other than one does from itself when the text changes. Errors as `check_windows`.
     """
+    check_windows(windows)
 
     def read(ids: Tensor) -> tuple[Tensor, Tensor]:
         layers: list[Tensor] = []
