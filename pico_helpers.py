@@ -3038,6 +3038,8 @@ def head_ablation_map(model: PicoLLM, idx: Tensor, means: Tensor, n_last: int | 
     and matters, see `heads_that_matter`. `means` as in `ablated_hidden_states`. With n_last the loss is that of each
     window's last n_last predictions.
     """
+    if len(idx) < 2:
+        raise PicoError("An ablation map needs two windows or more, for its standard error.")
     heads = list(itertools.product(range(model.config.n_layer), range(model.config.n_head)))
     losses = _ablated_losses(model, idx, [(), *((head,) for head in heads)], means, n_last)
     increase = losses[1:] - losses[0]
@@ -3704,8 +3706,7 @@ def study_model(
     heads on both sources, serves both. `history` and `metrics` are rows of the training run, kept with the study.
     Ablations read about 2,000 tokens and predict the last ones of each window. Raises PicoError for too little text.
     """
-    if len(windows) < 2 or windows.shape[1] < 3:
-        raise PicoError("Comparing heads needs at least two windows of three tokens or more; use a larger corpus.")
+    check_windows(windows)  # now, not after minutes
     ablated, compared = windows[: max(2, 2048 // windows.shape[1])], windows[:8]
     n_ablations = len(ablated) * model.config.n_layer * model.config.n_head
     n_last = min(windows.shape[1] - 1, max(1, _MAX_PREDICTIONS // n_ablations))
