@@ -193,7 +193,7 @@ def test_memory_freed_in_a_step_is_kept_for_the_next():
     assert min(faults() for _ in range(3)) > 30  # of 2 MB at most
     with pico.kept_memory(CPU):
         assert min([faults() for _ in range(12)][9:]) < 10  # after the first ones have found their places
-    assert min(faults() for _ in range(3)) > 30, "as before"
+    assert faults() > 30, "it was given back"
 
 
 def test_a_few_nan_steps_are_counted_and_the_run_goes_on(tiny_config, tiny_train, data_folder, tmp_path, monkeypatch):
