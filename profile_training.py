@@ -150,6 +150,8 @@ def step_shares(events: Iterable) -> dict[str, float]:
 class Contestant:
     """One way to train with its own model, optimizer and loader."""
 
+    memory = staticmethod(pico.kept_memory)  # as in `train`
+
     def __init__(
         self, kind: str, loader: str, preset: Preset, stream: pico.SequenceStream, device: torch.device, workers: int
     ) -> None:
@@ -190,7 +192,7 @@ class Contestant:
 
     def measure(self, warmup: int, steps: int) -> None:
         """Times a window of steps. The warm-up before it also uses up the batches that workers made meanwhile."""
-        with contextlib.nullcontext() if isinstance(self, PlainLoop) else pico.kept_memory(self.device):
+        with self.memory(self.device):
             for _ in range(warmup):
                 self.step()
             pico.wait_for(self.device)
@@ -229,6 +231,7 @@ class PlainLoop(Contestant):
     """
 
     is_best = False
+    memory = staticmethod(contextlib.nullcontext)  # as it comes
 
     def __init__(self, kind: str, loader: str, preset: Preset, *more) -> None:
         plain = {"precision": "auto"} if self.is_best else {"precision": "fp32", "compile": False}
