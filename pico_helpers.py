@@ -2884,25 +2884,23 @@ def _attend_uniformly(idx: Tensor, reduce: OnAttention) -> None:
 
 
 def head_sums(
-    model: PicoLLM | None, sources: dict[str, list[Tensor]], repeats: list[Tensor], counts: np.ndarray | None
-) -> dict[str, HeadSums]:
-    """The sums of a model's scores on each source of token sequences; None is a model of one uniform head.
+    model: PicoLLM | None, sequences: list[Tensor], repeats: list[Tensor], counts: np.ndarray | None
+) -> HeadSums:
+    """The sums of a model's scores on token sequences; None is a model of one uniform head.
 
-    `counts` are those of the training tokens; without them the counts within a source decide what is rare.
+    `counts` are those of the training tokens; without them the counts within the sequences decide what is rare.
     """
     attend = _attend_uniformly if model is None else functools.partial(stream_attention, model)
     vocab_size = Tokenizer.end_of_text + 1 if model is None else model.config.vocab_size
     n_known = vocab_size if counts is None else min(vocab_size, len(counts))
-    largest = max(int(ids.max()) for ids in itertools.chain(*sources.values()))
-    if largest >= n_known:
+    if (largest := max(int(ids.max()) for ids in sequences)) >= n_known:
         raise PicoError(f"Token {largest} is not in the vocabulary of {vocab_size} or has no entry in token_counts.")
 
-    def sums(sequences: list[Tensor]) -> np.ndarray:
-        own = torch.bincount(torch.cat(sequences)) if counts is None else torch.tensor(counts, dtype=torch.int64)
-        return text_sums(attend, sequences, own)
+    def sums(members: list[Tensor]) -> np.ndarray:
+        own = torch.bincount(torch.cat(members)) if counts is None else torch.tensor(counts, dtype=torch.int64)
+        return text_sums(attend, members, own)
 
-    of_repeats = sums(repeats)
-    return {source: HeadSums(sums(sequences), of_repeats) for source, sequences in sources.items()}
+    return HeadSums(sums(sequences), sums(repeats))
 
 
 def _induction_sequences(config: ModelConfig, counts: np.ndarray | None, seed: int = 0) -> list[Tensor]:
@@ -2934,12 +2932,7 @@ def score_heads(
     Raises PicoError for empty or too long texts.
     """
     repeats = _induction_sequences(model.config, token_counts)
-    return head_sums(model, {"": _as_sequences(texts, idx)}, repeats, token_counts)[""].table(thresholds)
-
-
-def on_windows(table: pd.DataFrame) -> pd.DataFrame:
-    """The rows that were measured on held-out text, of a table that may have other sources too."""
-    return table[table["source"] == "windows"] if "source" in table else table
+    return head_sums(model, _as_sequences(texts, idx), repeats, token_counts).table(thresholds)
 
 
 def best_heads(history: pd.DataFrame) -> pd.DataFrame:
@@ -2999,24 +2992,23 @@ def class_shares(sums: Sums, thresholds: ScoreThresholds, n_bootstrap: int = 100
     return pd.DataFrame(_estimates(sums, shares, n_bootstrap, seed), columns=["class", "share", "low", "high"])
 
 
-def score_summary(sums: Sums, n_bootstrap: int = 1000, seed: int = 0) -> pd.DataFrame:
-    """Mean and largest of each score over the heads, columns score, statistic ("mean" | "max"), mean, low, high.
+def highest_scores(sums: Sums, n_bootstrap: int = 1000, seed: int = 0) -> pd.DataFrame:
+    """The highest of each score over the heads, columns score, highest, low, high.
 
-    Low and high as in `class_shares`, but for the largest: the largest of many noisy numbers is too large, in each
-    resample once more. So its interval is that of the head that is strongest in a resample, scored on the texts which
-    the resample leaves out (out-of-bag, Breiman 1996). As these are only a third of the texts, it is rather too wide.
+    For untrained models low and high as in `class_shares`. The largest of many noisy numbers is too large, in each
+    resample once more: so a model's interval is that of the head that is strongest in a resample, scored on the texts
+    which the resample leaves out (out-of-bag, Breiman 1996). As these are only a third of the texts, it is rather too
+    wide.
     """
 
-    def summary(scores: dict[str, np.ndarray], left_out: dict[str, np.ndarray]) -> dict[tuple[str, str], np.ndarray]:
+    def highest(scores: dict[str, np.ndarray], left_out: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         values = {}
         for name in HEAD_SCORES:
             heads, tested = (each[name].reshape(len(each[name]), -1) for each in (scores, left_out))
-            values[name, "mean"] = heads.mean(axis=1)
-            values[name, "max"] = np.take_along_axis(tested, heads.argmax(axis=1)[:, None], axis=1)[:, 0]
+            values[name] = np.take_along_axis(tested, heads.argmax(axis=1)[:, None], axis=1)[:, 0]
         return values
 
-    rows = [(*key, *numbers) for key, *numbers in _estimates(sums, summary, n_bootstrap, seed)]
-    return pd.DataFrame(rows, columns=["score", "statistic", "mean", "low", "high"])
+    return pd.DataFrame(_estimates(sums, highest, n_bootstrap, seed), columns=["score", "highest", "low", "high"])
 
 
 def _ablated_losses(
@@ -3108,14 +3100,14 @@ def check_windows(windows: Tensor) -> None:
         raise PicoError("Comparing heads needs at least two windows of three tokens or more; use a larger corpus.")
 
 
-def head_similarity(model: PicoLLM, windows: Tensor, drop_sink: bool = False) -> tuple[np.ndarray, float]:
+def head_similarity(model: PicoLLM, windows: Tensor) -> tuple[np.ndarray, float]:
     """Distances between all heads, (n_heads, n_heads) with head (l, h) at l * n_head + h, and their noise floor.
 
     The distance of two heads is the square root of the Jensen-Shannon divergence (base 2) of their rows i >= 3 on the
     same window (n_windows, T), averaged over rows, then over windows: 0 for equal maps, 1 for disjoint ones (Clark et
-    al. 2019 sum the divergence itself). `drop_sink` compares the maps without their first column. The noise floor is
-    the distance of a head to itself between two windows, averaged over pairs of windows and heads: two heads that are
-    closer differ less from each other than one does from itself when the text changes. Errors as `check_windows`.
+    al. 2019 sum the divergence itself). The noise floor is the distance of a head to itself between two windows,
+    averaged over pairs of windows and heads: two heads that are closer differ less from each other than one does from
+    itself when the text changes. Errors as `check_windows`.
     """
     check_windows(windows)
 
@@ -3123,8 +3115,6 @@ def head_similarity(model: PicoLLM, windows: Tensor, drop_sink: bool = False) ->
         layers: list[Tensor] = []
         stream_attention(model, ids[None], lambda _, weights: layers.append(weights[0]))
         rows = torch.cat(layers)[:, 2:]  # (n_heads, T - 2, T)
-        if drop_sink:
-            rows = rows[..., 1:] / rows[..., 1:].sum(-1, keepdim=True).clamp(min=1e-30)
         return rows, _entropy_bits(rows)
 
     maps, half = [read(ids) for ids in windows], len(windows) // 2
@@ -3140,24 +3130,21 @@ def head_similarity(model: PicoLLM, windows: Tensor, drop_sink: bool = False) ->
     return (distances + distances.T).numpy(), float(torch.stack(floors).mean())
 
 
-def _baseline_sums(
-    model: PicoLLM, sources: dict[str, list[Tensor]], counts: np.ndarray | None, untrained: Iterable[PicoLLM], seed: int
-) -> dict[tuple[str, str], Sums]:
-    """The sums of the model and each of its baselines, by source and name as in Study.shares."""
+def baseline_sums(
+    model: PicoLLM, sequences: list[Tensor], counts: np.ndarray | None, untrained: Iterable[PicoLLM], seed: int
+) -> dict[str, Sums]:
+    """The sums of the model and each of its baselines on token sequences, by name as in Study.shares."""
     repeats, generator = _induction_sequences(model.config, counts, seed), torch.Generator().manual_seed(seed)
 
-    def shuffle(sequences: list[Tensor]) -> list[Tensor]:
-        return [ids[torch.randperm(len(ids), generator=generator)] for ids in sequences]
+    def shuffle(members: list[Tensor]) -> list[Tensor]:
+        return [ids[torch.randperm(len(ids), generator=generator)] for ids in members]
 
-    shuffled = {source: shuffle(sources[source]) for source in sorted(sources)}  # one generator, one order
-    sums = {
-        "trained": head_sums(model, sources, repeats, counts),
-        "shuffled": head_sums(model, shuffled, shuffle(repeats), counts),
-        "uniform": head_sums(None, sources, repeats, counts),
+    return {
+        "trained": head_sums(model, sequences, repeats, counts),
+        "shuffled": head_sums(model, shuffle(sequences), shuffle(repeats), counts),
+        "uniform": head_sums(None, sequences, repeats, counts),
+        "untrained": [head_sums(other, sequences, repeats, counts) for other in untrained],
     }
-    each = [head_sums(other, sources, repeats, counts) for other in untrained]
-    sums["untrained"] = {source: [of_model[source] for of_model in each] for source in sources}
-    return {(source, name): of for name, by_source in sums.items() for source, of in by_source.items()}
 
 
 # ======================================================================================================================
@@ -3637,16 +3624,14 @@ def study_language(
 class Study:
     """Everything about one model that the figures and the report show, in tables."""
 
-    scores: pd.DataFrame  # source ("windows" | "sentences"), layer, head, HEAD_SCORES, resting, sink_flag, class
-    shares: pd.DataFrame  # source, model ("trained" | "shuffled" | "untrained" | "uniform"), class, share, low, high
-    baselines: pd.DataFrame  # source, model, score, statistic ("mean" | "max" over heads), mean, low, high
+    scores: pd.DataFrame  # layer, head, HEAD_SCORES, resting, sink_flag, class: on held-out text, as all but categories
+    shares: pd.DataFrame  # model ("trained" | "shuffled" | "untrained" | "uniform"), class, share, low, high
+    baselines: pd.DataFrame  # model, score, highest (over heads), low, high
     categories: pd.DataFrame  # category, class, share: the heads' classes on each category's sentences
     ablation: pd.DataFrame  # see `head_ablation_map`
     class_ablation: pd.DataFrame  # see `class_ablation`
     distances: np.ndarray  # (n_heads, n_heads), see `head_similarity`, on windows
-    distances_without_sink: np.ndarray
     noise_floor: float
-    noise_floor_without_sink: float
     language: pd.DataFrame  # a row per phenomenon, see `study_language`; may be empty
     history: pd.DataFrame  # step, tokens and the columns of `score_heads` at each snapshot of the run; may be empty
     metrics: pd.DataFrame  # rows of the training metrics; may be empty
@@ -3655,26 +3640,29 @@ class Study:
 
 
 def _study_scores(
-    sums: dict[tuple[str, str], Sums], sentences: Mapping[str, Sequence[str]], n_bootstrap: int, seed: int
+    on_windows: dict[str, Sums],
+    on_sentences: dict[str, Sums],
+    sentences: Mapping[str, Sequence[str]],
+    n_bootstrap: int,
+    seed: int,
 ) -> dict[str, object]:
     """What a Study holds of the heads' scores, by its field: the model's own, its baselines' and the thresholds."""
-    sources = ("windows", "sentences")
-    thresholds = score_thresholds(*(pd.concat(each.table() for each in sums[name, "untrained"]) for name in sources))
+    untrained = [pd.concat(each.table() for each in sums["untrained"]) for sums in (on_windows, on_sentences)]
+    thresholds = score_thresholds(*untrained)
 
     def for_all(summarise: Callable[[Sums], pd.DataFrame]) -> pd.DataFrame:
-        rows = pd.concat({key: summarise(each) for key, each in sums.items()}, names=["source", "model"])
-        return rows.reset_index(["source", "model"]).reset_index(drop=True)
+        rows = pd.concat({name: summarise(sums) for name, sums in on_windows.items()}, names=["model"])
+        return rows.reset_index("model").reset_index(drop=True)
 
-    tables = {source: sums[source, "trained"].table(thresholds) for source in sources}
-    own, categories = sums["sentences", "trained"], []
+    own, categories = on_sentences["trained"], []
     ends = np.cumsum([len(members) for members in sentences.values()])
     for category, of_texts in zip(sentences, np.split(own.texts, ends[:-1], axis=1), strict=True):
         classes = HeadSums(of_texts, own.repeats).table(thresholds)["class"]  # on this category's sentences alone
         categories += [(category, name, float((classes == name).mean())) for name in HEAD_CLASSES]
     return {
-        "scores": pd.concat(tables, names=["source"]).reset_index("source").reset_index(drop=True),
+        "scores": on_windows["trained"].table(thresholds),
         "shares": for_all(lambda each: class_shares(each, thresholds, n_bootstrap, seed)),
-        "baselines": for_all(lambda each: score_summary(each, n_bootstrap, seed)),
+        "baselines": for_all(lambda each: highest_scores(each, n_bootstrap, seed)),
         "categories": pd.DataFrame(categories, columns=["category", "class", "share"]),
         "thresholds": thresholds,
     }
@@ -3713,18 +3701,18 @@ def study_model(
     seeds = range(1000, 1000 + n_seeds)  # the model's own is hardly among them
     with progress(total=5, desc="Study", unit="step") as bar:
         texts = list(itertools.chain(*sentences.values()))
-        sources = {"windows": _as_sequences(idx=windows), "sentences": _as_sequences(texts)}
-        sums = _baseline_sums(model, sources, token_counts, untrained_models(model, seeds), seed)
-        parts = _study_scores(sums, sentences, n_bootstrap, seed)
+        sums = [
+            baseline_sums(model, sequences, token_counts, untrained_models(model, seeds), seed)
+            for sequences in (_as_sequences(idx=windows), _as_sequences(texts))
+        ]
+        parts = _study_scores(*sums, sentences, n_bootstrap, seed)
         bar.update()
         means = mean_head_outputs(model, windows)
         parts["ablation"] = head_ablation_map(model, ablated, means, n_last)
         bar.update()
-        parts["class_ablation"] = class_ablation(model, ablated, on_windows(parts["scores"]), means, n_last, seed)
+        parts["class_ablation"] = class_ablation(model, ablated, parts["scores"], means, n_last, seed)
         bar.update()
         parts["distances"], parts["noise_floor"] = head_similarity(model, compared)
-        without_sink = head_similarity(model, compared, drop_sink=True)
-        parts["distances_without_sink"], parts["noise_floor_without_sink"] = without_sink
         bar.update()
         parts["language"] = study_language(model, windows, untrained_models(model, seeds), n_items, seed=seed)
         bar.update()
@@ -3866,7 +3854,7 @@ def head_kinds(scores: pd.DataFrame) -> pd.DataFrame:
 
     `scores` as in Study or of `score_heads`. A mixed head has the kind of its largest score.
     """
-    table = on_windows(scores).set_index(["layer", "head"]).sort_index()
+    table = scores.set_index(["layer", "head"]).sort_index()
     of_class = {name: [kind for kind in _SCORES if _SCORES[kind][1] == name] for name in HEAD_CLASSES}
     of_class["Mixed"] = [kind for kind in KAPPAS if kind != "sink"]
     kinds = [max(of_class[row["class"]], key=row.get) for _, row in table.iterrows()]
@@ -4110,7 +4098,7 @@ def _class_bars(table: pd.DataFrame, width: float, height: float) -> tuple[Figur
 
 def plot_class_baselines(study: Study) -> Figure:
     """Classes of the heads on held-out text: this model, shuffled tokens, untrained models, a uniform head."""
-    table = on_windows(study.shares).pivot(index="model", columns="class").reindex(list(MODEL_NAMES))
+    table = study.shares.pivot(index="model", columns="class").reindex(list(MODEL_NAMES))
     figure, axes = _class_bars(table["share"].rename(index=MODEL_NAMES), 8, 3.2)
     low, high = table["low", "Specialised"], table["high", "Specialised"]
     axes.hlines(np.arange(len(table)) + 0.42, low, high, "black", linewidth=2)
@@ -4119,7 +4107,7 @@ def plot_class_baselines(study: Study) -> Figure:
 
 def plot_categories(study: Study) -> Figure:
     """Classes of the heads on each category's sentences, and on held-out text."""
-    held_out = on_windows(study.shares).query("model == 'trained'").assign(category="Held-out text")
+    held_out = study.shares.query("model == 'trained'").assign(category="Held-out text")
     table = pd.concat([held_out, study.categories])
     names = table["category"].unique()
     table = table.pivot(index="category", columns="class", values="share").loc[names]
@@ -4160,7 +4148,7 @@ def _outline(axes: Axes, cells: pd.DataFrame) -> None:
 def plot_score_maps(study: Study) -> Figure:
     """Layer x head maps of every score; cells beyond the threshold are outlined, kinds that were found come first."""
     limits = study.thresholds.tau | {"broad": study.thresholds.broad}
-    grids = {kind: on_windows(study.scores).pivot(index="layer", columns="head", values=kind) for kind in _SCORES}
+    grids = {kind: study.scores.pivot(index="layer", columns="head", values=kind) for kind in _SCORES}
     n_layer, n_head = grids["self"].shape
     size = 1.2 + 3 * max(2.5, 0.42 * n_head), 3 * max(1.4, 0.75 + 0.28 * n_layer)
     figure, panels = new_figure(*size, nrows=3, ncols=3)
@@ -4186,14 +4174,12 @@ def plot_ablation(study: Study) -> Figure:
     return figure
 
 
-def plot_similarity(study: Study, without_sink: bool = False) -> Figure:
+def plot_similarity(study: Study) -> Figure:
     """Distances between all heads, ordered by a dendrogram; dashed: the noise floor of `head_similarity`."""
     from scipy.cluster.hierarchy import dendrogram, linkage
     from scipy.spatial.distance import squareform
 
     distances, floor, kinds = study.distances, study.noise_floor, head_kinds(study.scores)
-    if without_sink:
-        distances, floor = study.distances_without_sink, study.noise_floor_without_sink
     side = min(8, 3.5 + 0.09 * len(distances))
     figure, (top, bottom) = new_figure(side, side + 1, nrows=2, height_ratios=(1, 4.5))
     tree = linkage(squareform(distances, checks=False), "average")  # seaborn.clustermap would need pyplot
@@ -4209,31 +4195,6 @@ def plot_similarity(study: Study, without_sink: bool = False) -> Figure:
     for text, index in zip([*bottom.get_xticklabels(), *bottom.get_yticklabels()], order * 2, strict=True):
         text.set(color=CLASS_COLORS[kinds["class"].iloc[index]], fontsize=max(4.5, min(8, 380 / len(order))))
     _color_bar([bottom, top], "distance (0: the same)")
-    return figure
-
-
-def plot_entropy_distance(study: Study) -> Figure:
-    """Entropy and mean attention distance of every head by layer, with the range of untrained models."""
-    import seaborn
-
-    heads = on_windows(study.scores).sort_values("class", key=lambda names: names.map(HEAD_CLASSES.index))
-    beside = heads["layer"] + 0.5 * (heads["head"] / max(heads["head"].max(), 1) - 0.5)
-    base = on_windows(study.baselines).query("statistic == 'mean'").set_index(["model", "score"])
-    figure, panels = new_figure(9, 4, ncols=2)
-    colors = {CLASS_LABELS[name]: color for name, color in CLASS_COLORS.items()}
-    for axes, score, *words in (
-        (panels[0], "entropy", "How widely heads look", "entropy (nats)"),
-        (panels[1], "mean_distance", "How far back heads look", "mean distance (tokens)"),
-    ):
-        hues = heads["class"].map(CLASS_LABELS)
-        seaborn.scatterplot(heads, x=beside, y=score, hue=hues, palette=colors, ax=axes)
-        for model, line in (("untrained", "--"), ("uniform", ":")):
-            row, color = base.loc[(model, score)], MODEL_COLORS[model]
-            axes.axhline(row["mean"], label=MODEL_NAMES[model], color=color, linestyle=line)
-            axes.axhspan(row["low"], row["high"], color=color, alpha=0.2, linewidth=0)
-        tidy_axes(axes, words[0], xlabel="layer", ylabel=words[1], ylim=(0, None), xticks=heads["layer"].unique())
-        axes.get_legend().remove()
-    figure.legend(*panels[0].get_legend_handles_labels(), ncols=4, loc="outside lower center", **_LEGEND)
     return figure
 
 
@@ -4310,7 +4271,7 @@ Plan = tuple[str, str, str, str, Callable[[], "Figure"]]
 
 def model_pictures(study: Study) -> Iterator[Plan]:
     """How the model learned and what its heads are, as far as the study has data."""
-    heads, n_heads, layout = on_windows(study.scores), len(study.distances), "A row a layer, a column a head."
+    heads, n_heads, layout = study.scores, len(study.distances), "A row a layer, a column a head."
     if len(study.metrics):
         caption = "How wrong the guesses of the next token were; lower is better."
         alt = f"Line chart of the loss over {study.metrics['step'].max():,} steps of training."
@@ -4326,7 +4287,7 @@ def model_pictures(study: Study) -> Iterator[Plan]:
     yield "class_grid", title, caption, alt, lambda: plot_class_grid(study)
     caption = "Classes of the heads on held-out text. Black line below a bar: where the first three classes, the "
     caption += "specialised heads, may end (95% interval over texts; for untrained models the range over seeds)."
-    alt = _bars_in_words(on_windows(study.shares), "model")
+    alt = _bars_in_words(study.shares, "model")
     yield "class_baselines", "Is that more than chance?", caption, alt, lambda: plot_class_baselines(study)
     if len(study.categories):
         title, alt = "Does the kind of sentence change what heads do?", _bars_in_words(study.categories, "category")
@@ -4346,14 +4307,6 @@ def model_pictures(study: Study) -> Iterator[Plan]:
     if n_heads > 1:
         alt = f"Heatmap and dendrogram; the dashed line is at a distance of {number(study.noise_floor)}."
         yield "similarity", "Which heads look alike?", caption, alt, lambda: plot_similarity(study)
-    if n_heads > 1 and heads["sink_flag"].any():
-        title = "Which heads look alike when the first token is left out?"
-        alt = f"The same without the first token; the line is at {number(study.noise_floor_without_sink)}."
-        yield "similarity_without_sink", title, caption, alt, lambda: plot_similarity(study, without_sink=True)
-    title, alt = "How widely and how far back do heads look?", _in_words(heads.groupby("layer")["entropy"].mean())
-    caption = "A dot is a head in the colour of its class. Dashed: untrained models, with their range where it can be "
-    caption += "seen."
-    yield "entropy_distance", title, caption, f"Dots. Mean entropy: {alt}.", lambda: plot_entropy_distance(study)
     if len(study.language):
         title = "Does it follow rules of language, and through which heads?"
         caption = "Black: this model, with 95% intervals; hollow: the highest of the untrained models; grey: what "
@@ -4460,12 +4413,7 @@ def study_findings(study: Study, about: Mapping[str, str] | None = None) -> dict
         "head_scores": study.scores,
         "ablation": study.ablation,
         "class_ablation": study.class_ablation,
-        "similarity": {
-            "noise_floor": study.noise_floor,
-            "noise_floor_without_sink": study.noise_floor_without_sink,
-            "distances": np.round(study.distances, 4),
-            "distances_without_sink": np.round(study.distances_without_sink, 4),
-        },
+        "similarity": {"noise_floor": study.noise_floor, "distances": np.round(study.distances, 4)},
         "language": study.language,
     }
 
@@ -4484,7 +4432,7 @@ def _interval(row: Mapping[str, float], key: str = "share", form: Callable[[floa
 
 def _shares_of(study: Study, name: str) -> dict[str, dict]:
     """Rows of study.shares for one class by model, on held-out text."""
-    return on_windows(study.shares).query("`class` == @name").set_index("model").to_dict("index")
+    return study.shares.query("`class` == @name").set_index("model").to_dict("index")
 
 
 def _is_found(study: Study, name: str) -> bool:
@@ -4527,13 +4475,13 @@ def _class_statements(study: Study) -> Iterator[tuple[str, ...]]:
 
 
 def _score_statements(study: Study) -> Iterator[tuple[str, ...]]:
-    highest, heads = on_windows(study.baselines).query("statistic == 'max'"), on_windows(study.scores)
+    highest, heads = study.baselines, study.scores
     for score, action in HEAD_ACTIONS.items():
         rows = highest[highest["score"] == score].set_index("model").to_dict("index")
         own, limit, tau = rows["trained"], rows["untrained"]["high"], study.thresholds.tau[score]
         best = heads.loc[heads[score].idxmax()]
-        name, value = head_name(best["layer"], best["head"]), _interval(own, "mean", number)
-        if max(own["mean"], own["high"]) < tau:
+        name, value = head_name(best["layer"], best["head"]), _interval(own, "highest", number)
+        if max(own["highest"], own["high"]) < tau:
             verdict, evidence = "not supported", f"No head does this (highest score {value})."
         elif own["low"] >= tau and own["low"] > limit:
             verdict, evidence = "supported", f"{name} scores {value}; no untrained head exceeds {number(limit)}."
@@ -4679,8 +4627,10 @@ def _tables(findings: dict) -> dict[str, str]:
     limits |= {f"threshold of {name}": value for name, value in findings["thresholds"]["tau"].items()}
     limits |= findings["settings"]
     limits = [{"name": _SETTINGS.get(name, name.replace("_", " ")), "value": str(v)} for name, v in limits.items()]
-    heads = [row for row in findings["head_scores"] if row["source"] == "windows"]
-    heads.sort(key=lambda row: (HEAD_CLASSES.index(row["class"]), -max(row[name] or 0 for name in KAPPAS)))
+    heads = sorted(
+        findings["head_scores"],
+        key=lambda row: (HEAD_CLASSES.index(row["class"]), -max(row[name] or 0 for name in KAPPAS)),
+    )
     claims = []
     for row in findings["language"]:
         prefers = f"{row['accuracy']:.0%} (untrained {row['untrained_accuracy']:.0%})"
@@ -4762,7 +4712,7 @@ def explorer_html(captures: Captures, scores: pd.DataFrame | None = None, addres
     names = itertools.starmap(head_name, itertools.product(range(n_layer), range(n_head)))
     heads = [{"name": name, "does": "", "scores": "", "kind": "", "strength": 0.0} for name in names]
     if scores is not None:
-        table = on_windows(scores).set_index(["layer", "head"]).drop(columns="class").join(head_kinds(scores))
+        table = scores.set_index(["layer", "head"]).drop(columns="class").join(head_kinds(scores))
         rows = table.sort_index().to_dict("records")
         heads = [head | _describe_head(row) for head, row in zip(heads, rows, strict=True)]
     order = sorted(range(len(heads)), key=lambda i: (heads[i]["kind"] != "induction", -heads[i]["strength"]))
@@ -5785,7 +5735,7 @@ def run_analysis(
     print(*findings["headline"], sep="\n")
     return [
         write_report(results / "attention_report.html", findings, pictures),
-        write_explorer(results / "attention_explorer.html", captures, on_windows(study.scores)),
+        write_explorer(results / "attention_explorer.html", captures, study.scores),
         write_findings(results / "findings.json", findings),
         write_csv(results / "head_scores.csv", study.scores.to_dict("records")),
         *(picture.path for picture in pictures),
@@ -6160,7 +6110,7 @@ dt { font-weight: 600; } dd { margin: 0 0 .5rem 1rem; }
 
 _REPORT_HTML = """{% set titles = {"run": "What was run", "read": "How to read an attention map",
   "classes": "Classes of heads", "scores": "What single heads do", "ablation": "Which heads matter",
-  "language": "Language", "spread": "Spread and reach", "similarity": "Which heads look alike",
+  "language": "Language", "similarity": "Which heads look alike",
   "sentences": "The sentences", "next": "What to try next", "terms": "Terms"} %}
 {% macro heading(anchor) %}
 <h2 id="{{ anchor }}">{{ titles[anchor] }}</h2>
@@ -6252,13 +6202,10 @@ heads. p-values are adjusted for the number of tests (Holm).</p>
 {{ statements("Language") }}
 {{ pictures("language") }}
 {{ table("The claims in numbers", tables.language) }}
-{{ heading("spread") }}
-<p>Entropy says over how many tokens a head spreads its attention, mean distance how far back it looks.</p>
-{{ pictures("entropy_distance") }}
 {{ heading("similarity") }}
 <p>Heads that share a branch low in the tree look at the same places of the same text. The dashed line is a yardstick,
 not a limit of error: how far one head is from itself when the text changes.</p>
-{{ pictures("similarity", "similarity_without_sink") }}
+{{ pictures("similarity") }}
 {{ heading("sentences") }}
 <p>For each kind of sentence: chosen heads on all of its sentences; then, for the first one, every head, the chosen
 heads, the flow between tokens, and rollout, which follows attention through all layers. The

@@ -31,52 +31,44 @@ def make_study(n_layer: int = 2, n_head: int = 2, trained: bool = True, seed: in
     """A Study. With `trained`, half of the heads have a kind; without, nothing stands out."""
     rng = np.random.default_rng(seed)
     rows = []
-    for source in ("sentences", "windows"):
-        for layer in range(n_layer):
-            for head in range(n_head):
-                values = {name: rng.normal(0, 0.02) for name in KAPPAS} | {"broad": rng.uniform(0.95, 1.0)}
-                name = "Global/Broad"
-                if trained and head % 2 == 0:
-                    kind = ("previous", "local", "induction")[layer % 3]
-                    name = ("Diagonal/Self", "Local Context", "Token-Specific")[layer % 3]
-                    values |= {kind: rng.uniform(0.5, 0.9), "broad": rng.uniform(0.2, 0.6)}
-                elif trained and head == 1:
-                    values |= {"sink": 0.8, "broad": 0.7}
-                    name = "Mixed"
-                rows.append(
-                    {"layer": layer, "head": head, "source": source, **values}
-                    | {"mean_distance": rng.uniform(1, 20), "entropy": rng.uniform(1, 4)}
-                    | {"resting": False, "sink_flag": values["sink"] > 0.3, "class": name}
-                )
+    for layer, head in np.ndindex(n_layer, n_head):
+        values = {name: rng.normal(0, 0.02) for name in KAPPAS} | {"broad": rng.uniform(0.95, 1.0)}
+        name = "Global/Broad"
+        if trained and head % 2 == 0:
+            kind = ("previous", "local", "induction")[layer % 3]
+            name = ("Diagonal/Self", "Local Context", "Token-Specific")[layer % 3]
+            values |= {kind: rng.uniform(0.5, 0.9), "broad": rng.uniform(0.2, 0.6)}
+        elif trained and head == 1:
+            values |= {"sink": 0.8, "broad": 0.7}
+            name = "Mixed"
+        rows.append(
+            {"layer": layer, "head": head, **values}
+            | {"mean_distance": rng.uniform(1, 20), "entropy": rng.uniform(1, 4)}
+            | {"resting": False, "sink_flag": values["sink"] > 0.3, "class": name}
+        )
     scores = pd.DataFrame(rows)
     shares, baselines = [], []
-    for source in ("sentences", "windows"):
-        own = scores[scores["source"] == source]
-        for model in pico.MODEL_NAMES:
-            for name in (*CLASSES, "Specialised"):
-                share = float((own["class"].isin(CLASSES[:3] if name == "Specialised" else [name])).mean())
-                if model in ("untrained", "uniform"):
-                    share = float(name == "Global/Broad")
-                reach = 0.0 if model == "uniform" else 0.03
-                low, high = max(0.0, share - reach), min(1.0, share + reach)
-                shares.append(
-                    {"source": source, "model": model, "class": name, "share": share, "low": low, "high": high}
-                )
-            for score in (*KAPPAS, "mean_distance", "entropy"):
-                for statistic in ("mean", "max"):
-                    value = float(own[score].agg(statistic))
-                    if model in ("untrained", "uniform"):
-                        value = {"broad": 0.98, "mean_distance": 30.0, "entropy": 4.1}.get(score, 0.01)
-                    baselines.append(
-                        {"source": source, "model": model, "score": score, "statistic": statistic}
-                        | {"mean": value, "low": value - 0.02, "high": value + 0.02}
-                    )
-    ablation = scores[scores["source"] == "windows"][["layer", "head"]].copy()
+    for model in pico.MODEL_NAMES:
+        for name in (*CLASSES, "Specialised"):
+            share = float((scores["class"].isin(CLASSES[:3] if name == "Specialised" else [name])).mean())
+            if model in ("untrained", "uniform"):
+                share = float(name == "Global/Broad")
+            reach = 0.0 if model == "uniform" else 0.03
+            low, high = max(0.0, share - reach), min(1.0, share + reach)
+            shares.append({"model": model, "class": name, "share": share, "low": low, "high": high})
+        for score in (*KAPPAS, "mean_distance", "entropy"):
+            value = float(scores[score].max())
+            if model in ("untrained", "uniform"):
+                value = {"broad": 0.98, "mean_distance": 30.0, "entropy": 4.1}.get(score, 0.01)
+            baselines.append(
+                {"model": model, "score": score, "highest": value, "low": value - 0.02, "high": value + 0.02}
+            )
+    ablation = scores[["layer", "head"]].copy()
     ablation["loss_increase"] = rng.normal(0.02 if trained else 0.0, 0.01 if trained else 1e-5, len(ablation))
     ablation["loss"] = 4.0 + ablation["loss_increase"]
     ablation["standard_error"] = 0.001 if trained else 1e-4
     ablation["matters"] = ablation["loss_increase"] > 5 * ablation["standard_error"]
-    kinds = scores[scores["source"] == "windows"]["class"].value_counts()
+    kinds = scores["class"].value_counts()
     by_class = pd.DataFrame({"class": CLASSES[:3], "n_heads": [int(kinds.get(name, 0)) for name in CLASSES[:3]]})
     by_class = by_class[by_class["n_heads"] > 0].assign(loss_increase=0.3, low=0.2, high=0.4, n_random_sets=9)
     by_class = by_class.assign(compared_loss_increase=0.25, random_loss_increase=0.01, p_value=0.01)
@@ -93,12 +85,10 @@ def make_study(n_layer: int = 2, n_head: int = 2, trained: bool = True, seed: in
         ablation=ablation.reset_index(drop=True),
         class_ablation=by_class.reset_index(drop=True),
         distances=distances,
-        distances_without_sink=distances**2,
         language=make_language(trained),
         history=make_history(scores),
         metrics=pd.DataFrame(METRICS),
         noise_floor=0.05,
-        noise_floor_without_sink=0.04,
         settings={"n_windows": 200, "ablation_windows": 8},
     )
 
@@ -112,8 +102,7 @@ METRICS = [
 
 def make_history(scores: pd.DataFrame) -> pd.DataFrame:
     """The heads on held-out text at five snapshots of a run, growing to what they are in the end."""
-    own = scores[scores["source"] == "windows"].drop(columns="source")
-    grown = [own.assign(step=step) for step in (0, 150, 300, 450, 600)]
+    grown = [scores.assign(step=step) for step in (0, 150, 300, 450, 600)]
     for table in grown[:3]:
         table[list(pico.KAPPAS)] *= table["step"].iloc[0] / 600
     return pd.concat(grown, ignore_index=True)

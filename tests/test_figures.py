@@ -83,7 +83,7 @@ def test_a_sheet_has_a_row_for_each_sentence_and_a_column_for_each_head():
 def test_heads_are_shown_with_their_own_class_and_score():
     study, capture = make_study(3, 3), make_capture(SENTENCE, 3, 3)
     heads = pico.choose_heads(study.scores)
-    scores = study.scores.query("source == 'windows'").set_index(["layer", "head"])
+    scores = study.scores.set_index(["layer", "head"])
     for plot in (pico.plot_chosen_heads, pico.plot_attention_flow):
         words = words_of(plot(capture, heads, study.scores))
         for layer, head in heads:
@@ -97,7 +97,7 @@ def test_heads_are_shown_with_their_own_class_and_score():
 
 def test_chosen_heads_are_the_strongest_of_each_kind():
     study = make_study(3, 3)
-    windows = study.scores.query("source == 'windows'").set_index(["layer", "head"])
+    windows = study.scores.set_index(["layer", "head"])
     heads = pico.choose_heads(study.scores, 3)
     assert {windows[kind].idxmax() for kind in ("previous", "local", "induction")} == set(heads)
     assert len(set(pico.choose_heads(study.scores, 9))) == 9
@@ -157,13 +157,13 @@ def test_pictures_are_drawn_in_a_thread_and_leave_nothing_to_pyplot(tmp_path):
     study, found = make_study(3, 2), []
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        plots = (pico.plot_similarity, pico.plot_score_maps, pico.plot_entropy_distance)
+        plots = (pico.plot_similarity, pico.plot_score_maps)
         work = threading.Thread(
             target=lambda: found.extend(pico.save_figure(plot(study), tmp_path / plot.__name__) for plot in plots)
         )
         work.start()
         work.join()
-    assert len(found) == 3 and not pyplot.get_fignums()
+    assert len(found) == 2 and not pyplot.get_fignums()
 
 
 # --- colours ----------------------------------------------------------------------------------------------------------
@@ -244,7 +244,7 @@ def test_emergence_shows_the_best_heads_by_tokens_and_a_legend_of_every_line():
 
 def test_pie_and_grid_show_each_head_in_its_class():
     study = make_study(4, 4)
-    classes = study.scores.query("source == 'windows'").pivot(index="layer", columns="head", values="class")
+    classes = study.scores.pivot(index="layer", columns="head", values="class")
     figure = pico.plot_class_grid(study)
     shares = [abs(wedge.theta2 - wedge.theta1) / 360 for wedge in figure.axes[0].patches]
     assert sorted(shares) == pytest.approx(sorted(classes.stack().value_counts(normalize=True)))
@@ -256,11 +256,11 @@ def test_pie_and_grid_show_each_head_in_its_class():
 @pytest.mark.parametrize("plot", ["baselines", "categories"])
 def test_bars_of_classes_add_up_and_show_the_shares(plot):
     study = make_study(4, 4)
-    held_out = study.shares.query("source == 'windows' and model == 'trained'").set_index("class")["share"]
+    held_out = study.shares.query("model == 'trained'").set_index("class")["share"]
     if plot == "baselines":
         (axes,) = pico.plot_class_baselines(study).axes
         assert labels_of(axes.yaxis) == list(pico.MODEL_NAMES.values())
-        rows = study.shares.query("source == 'windows' and `class` == 'Specialised'").set_index("model")
+        rows = study.shares.query("`class` == 'Specialised'").set_index("model")
         ends = [segment[:, 0] for segment in axes.collections[0].get_segments()]
         np.testing.assert_allclose(ends, rows.loc[list(pico.MODEL_NAMES), ["low", "high"]])
     else:
@@ -273,7 +273,7 @@ def test_bars_of_classes_add_up_and_show_the_shares(plot):
 
 def test_score_maps_outline_what_is_beyond_the_threshold_and_begin_with_it():
     study = make_study(3, 2)
-    scores = study.scores.query("source == 'windows'")
+    scores = study.scores
     panels = [axes for axes in pico.plot_score_maps(study).axes if axes.get_label() != "<colorbar>"]
     outlined = {}
     for axes in panels:
@@ -344,7 +344,7 @@ def test_every_picture_has_a_file_and_words(tmp_path):
     assert files == {picture.path.relative_to(tmp_path) for picture in pictures} | {
         picture.path.with_suffix(".svg").relative_to(tmp_path) for picture in pictures if picture.group == "Model"
     }
-    assert len(names) == 11 and len(pictures) == len(names) + 2 * 5
+    assert len(names) == 9 and len(pictures) == len(names) + 2 * 5
     assert all(len(picture.alt) > 20 and picture.caption and picture.title.endswith("?") for picture in pictures)
     assert len({picture.alt for picture in pictures}) == len(pictures)
     assert ElementTree.parse(pictures[0].path.with_suffix(".svg")).getroot().tag.endswith("svg")
@@ -357,7 +357,7 @@ def test_pictures_without_their_data_are_left_out(tmp_path):
     bare = dataclasses.replace(study, metrics=none, history=none, language=none, categories=none)
     bare = dataclasses.replace(bare, scores=study.scores.assign(sink_flag=False))
     left_out = set(names_of(study)) - set(names_of(bare))
-    assert left_out == {"loss_curve", "head_emergence", "categories", "language", "similarity_without_sink"}
+    assert left_out == {"loss_curve", "head_emergence", "categories", "language"}
     (tmp_path / "file").write_text("")
     with pytest.raises(pico.PicoError, match="Cannot write"):
         pico.save_figure(pico.plot_loss_curve([]), tmp_path / "file" / "loss")

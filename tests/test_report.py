@@ -437,7 +437,7 @@ def test_of_two_texts_picked_quickly_the_last_is_shown(browser, explorer):
 
 def test_two_heads_lines_and_the_address(browser, explorer):
     open_page(browser, explorer)
-    assert "(L1H0)" in status(browser)  # the head with the highest score
+    assert "(L0H0)" in status(browser)  # the head with the highest score
     matrix = pixels(browser)
     for name in ("compare", "lines"):
         all_of(browser, f".pico-{name}")[0].click()
