@@ -3154,8 +3154,7 @@ def baseline_sums(
 # ======================================================================================================================
 
 
-@dataclass(frozen=True)
-class PairResult:
+class PairResult(NamedTuple):
     """What `minimal_pair_accuracy` found."""
 
     accuracy: float  # share of pairs whose good sentence is the more probable one; a tie counts one half
@@ -3193,239 +3192,155 @@ def minimal_pair_accuracy(model: PicoLLM, pairs: Sequence[tuple[str, str]], seed
     return PairResult(*bootstrap_interval(correct(good - bad), seed), good - bad)
 
 
-# The templates. Each returns the pairs of one item: (sentence up to the decision, right word, wrong word). [target] is
-# the word that decides, (distractor) stands where the target stands in the partner. Over an item each critical word is
-# as often right as wrong, so a model that ignores the context scores exactly one half. Every word is one GPT-2 token.
-
-_PERSON = """boy girl king queen doctor teacher student soldier farmer writer actor artist singer lawyer officer worker
-    player driver leader minister author guard priest judge pilot sailor"""
-MEN = """John David James Robert Peter Paul George Henry Thomas William Richard Edward Charles Michael Frank Joseph
-    Daniel Martin Jack"""
-WOMEN = "Mary Anna Elizabeth Sarah Jane Anne Maria Alice Susan Laura Emily Rachel Lisa Kate"
-_CITY = "London Paris Boston Chicago Toronto Moscow Seattle Dallas Houston Atlanta Philadelphia Miami Detroit"
-_SAY = "said claimed thought believed reported stated argued announced insisted"
-_PLACE = """river bridge church house lake station school castle forest market hospital garden village camp harbor tower
-    gate road beach mountain palace museum temple hotel"""
-_THING = """dog house book ship horse bird tree stone car bridge boat road tower table map letter tool machine painting
-    picture coin gun ring wall door plant animal"""
-_ADJECTIVE = """small large old new great simple famous common strange heavy red white young important rare strong
-    beautiful early useful empty ordinary expensive"""
-_OFTEN = "often always sometimes usually still"
-_VERB = "see help meet visit follow call like support attack fear trust praise join hear know"
-PAST_FORMS = """work:worked live:lived play:played sing:sang stop:stopped wait:waited stay:stayed rest:rested
-    build:built help:helped walk:walked hunt:hunted study:studied travel:traveled train:trained look:looked"""
-_NOUN_PREPOSITION = """interest:in belief:in faith:in confidence:in reliance:on emphasis:on focus:on dependence:on
-    resistance:to opposition:to access:to need:for demand:for desire:for support:for respect:for"""
-
-_Frame = tuple[str, str, str]
-
-
-def _pick(random: Random, words: str) -> str:
-    return random.choice(words.split())
+_LISTS = """John David James Robert Peter Paul George Henry Thomas William Richard Edward Charles Michael Frank Joseph
+    Daniel Martin Jack | Mary Anna Elizabeth Sarah Jane Anne Maria Alice Susan Laura Emily Rachel Lisa Kate
+    | boy girl king queen doctor teacher student soldier farmer writer actor artist singer lawyer officer worker player
+    driver leader minister author guard priest judge pilot sailor | writer lawyer doctor teacher
+    | London Paris Boston Chicago Toronto Moscow Seattle Dallas Houston Atlanta Philadelphia Miami Detroit
+    | river bridge church house lake station school castle forest market hospital garden village camp harbor tower gate
+    road beach mountain palace museum temple hotel
+    | dog house book ship horse bird tree stone car bridge boat road tower table map letter tool machine painting
+    picture coin gun ring wall door plant animal
+    | small large old new great simple famous common strange heavy red white young important rare strong beautiful early
+    useful empty ordinary expensive | these those two three several many | near behind beside
+    | often always sometimes usually still | really truly clearly actually certainly | now today here there
+    | see help meet visit follow call like support attack fear trust praise join hear know
+    | saw found wanted bought described remembered liked | met knew loved visited saw followed left
+    | said claimed thought believed reported stated argued announced insisted | Where Why When
+    | blamed hurt killed saved helped defended described praised protected trusted | found seen heard sent brought lost
+    | work:worked live:lived play:played sing:sang stop:stopped wait:waited stay:stayed rest:rested build:built
+    help:helped walk:walked hunt:hunted study:studied travel:traveled train:trained look:looked
+    | any:some anything:something anyone:someone | knowledge fear awareness lack love | importance {knowledge}
+    | interest:in belief:in faith:in confidence:in reliance:on emphasis:on focus:on dependence:on resistance:to
+    opposition:to access:to need:for demand:for desire:for support:for respect:for"""
+# what a {word} of a sentence is drawn from, by its first word; each is one GPT-2 token, a colon joins two drawn as one
+WORDS = {words.split()[0]: words.split() for words in _LISTS.split("|")}
+WORDS["Anna"] = WORDS["John"] + WORDS["Mary"]
 
 
-def _determiner_noun(random: Random, flip: bool) -> list[_Frame]:
-    name, adjective = _pick(random, f"{MEN} {WOMEN}"), _pick(random, _ADJECTIVE)
-    verb = _pick(random, "saw found wanted bought described remembered liked")
-    adverb = _pick(random, "really truly clearly actually certainly")
-    noun, many = _pick(random, _THING), _pick(random, "these those two three several many")
+class Phenomenon(NamedTuple):
+    """A claim of the original study and the sentences that test it: the pairs of an item, a line each.
 
-    def phrase(determiner: str, before: bool) -> str:
-        follower = adjective if before else adverb
-        if determiner == "a" and follower[0] in "aeiou" and not follower.startswith("use"):
-            determiner = "an"
-        words = f"({adverb}) [{determiner}]" if before else f"[{determiner}] ({adverb})"
-        return f"What {name} {verb} was {words} {adjective}"
-
-    return [(phrase("a", flip), noun, noun + "s"), (phrase(many, not flip), noun + "s", noun)]
-
-
-def _subject_verb(random: Random, flip: bool) -> list[_Frame]:
-    first, second = random.sample(_PERSON.split(), 2)
-    near, adverb, many = _pick(random, "near behind beside"), _pick(random, _OFTEN), _pick(random, _VERB)
-    one = f"{many}s"
-    first, second, right, wrong = (first, f"{second}s", one, many) if flip else (f"{first}s", second, many, one)
-    return [
-        (f"The [{first}] {near} the ({second}) {adverb}", right, wrong),
-        (f"The ({first}) that the [{second}] {adverb}", wrong, right),
-    ]
-
-
-def _pronoun(random: Random, flip: bool) -> list[_Frame]:
-    city, verb, job = _pick(random, _CITY), _pick(random, _SAY), _pick(random, "writer lawyer doctor teacher")
-    people = (_pick(random, MEN), "he"), (_pick(random, WOMEN), "she")
-    (first, right), (second, wrong) = reversed(people) if flip else people
-    return [
-        (f"[{first}] from ({city}) {verb} that", right, wrong),
-        (f"({city}) {job} [{second}] {verb} that", wrong, right),
-    ]
-
-
-def _reflexive(random: Random, flip: bool) -> list[_Frame]:
-    met, say = _pick(random, "met knew loved visited saw followed left"), _pick(random, _SAY)
-    verb = _pick(random, "blamed hurt killed saved helped defended described praised protected trusted")
-    people = (_pick(random, MEN), "himself"), (_pick(random, WOMEN), "herself")
-    (first, right), (second, wrong) = reversed(people) if flip else people
-    return [
-        (f"[{first}] who {met} ({second}) {verb}", right, wrong),
-        (f"({first}) {say} that [{second}] {verb}", wrong, right),
-    ]
-
-
-def _negation(random: Random, flip: bool) -> list[_Frame]:
-    first, second = random.sample(_PERSON.split(), 2)
-    say, verb = _pick(random, _SAY), _pick(random, "found seen heard sent brought lost")
-    negative, positive = random.choice(["any some", "anything something", "anyone someone"]).split()
-    also, really = ("also", "really") if flip else ("really", "also")
-
-    def sentence(upper: str, lower: str) -> str:
-        return f"The {first}s had {upper} {say} that the {second}s had {lower} {verb}"
-
-    return [
-        (sentence("[not]", f"({also})"), negative, positive),
-        (sentence(f"({also})", "[not]"), negative, positive),
-        (sentence(also, really), positive, negative),
-        (sentence(really, also), positive, negative),
-    ]
-
-
-def _question(random: Random, flip: bool) -> list[_Frame]:
-    person, place, near = _pick(random, _PERSON), _pick(random, _PLACE), _pick(random, "near behind beside")
-    often, (base, past) = _pick(random, _OFTEN), _pick(random, PAST_FORMS).split(":")
-    wh, there = _pick(random, "Where Why When"), "There" if flip else "Here"
-    return [
-        (f"{wh} [did] the {person} ({near}) the {place} {often}", base, past),
-        (f"{wh} ({near}) the {place} [did] the {person} {often}", base, past),
-        (f"{there} the {person} {near} the {place} {often}", past, base),
-        (f"{there} {near} the {place} the {person} {often}", past, base),
-    ]
-
-
-def _collocation(random: Random, flip: bool) -> list[_Frame]:
-    of_noun = random.choice(["importance", _pick(random, "knowledge fear awareness lack love")])
-    nouns = (of_noun, "of"), _pick(random, _NOUN_PREPOSITION).split(":")
-    people, now = _pick(random, _PERSON) + "s", _pick(random, "now today here there")
-    (first, right), (second, wrong) = reversed(nouns) if flip else nouns
-    return [
-        (f"The [{first}] among the ({people}) {now}", right, wrong),
-        (f"The ({people}) and the [{second}] {now}", wrong, right),
-    ]
-
-
-@dataclass(frozen=True)
-class Phenomenon:
-    """A claim of the original study and the templates that test it."""
+    A line ends with the right word / the wrong one. [target] is the word that decides, (distractor) stands where the
+    target stands in the partner, a control has neither. <one|other> is one in even items, other in odd ones. Over an
+    item a critical word is as often right as wrong: a model that ignores the context scores exactly one half.
+    """
 
     claim: str  # in words; "the head" is whatever head the test finds
     about: str  # what the test can show, and where its distractor says little
-    frames: Callable[[Random, bool], list[_Frame]]
+    drawn: str  # lists of WORDS in the order of drawing; a comma joins two different words of one list
+    sentences: str
 
 
 PHENOMENA: dict[str, Phenomenon] = {
     "determiner-noun": Phenomenon(
         "Determiners and nouns are linked: a noun agrees with its determiner in number, across an adjective.",
-        "'What Anna saw was a really old car / *cars' and 'What Anna saw was really several old cars / *car'. A causal "
-        "model cannot look from a determiner to the noun after it, only back. The distractor is an adverb in the place "
-        "of the determiner: the test tells a determiner from an adverb, not from every function word. Determiners here "
-        "are articles, demonstratives, number words and quantifiers.",
-        _determiner_noun,
+        "'What Anna saw was a really old car / *cars'. A causal model can only look back from the noun. The distractor "
+        "is an adverb: the test tells a determiner from an adverb, not from every function word.",
+        "Anna small saw really dog these",
+        """What {Anna} {saw} was <[a] ({really})|({really}) [a]> {small} {dog} / {dog}s
+        What {Anna} {saw} was <({really}) [{these}]|[{these}] ({really})> {small} {dog}s / {dog}""",
     ),
     "subject-verb": Phenomenon(
         "Verbs look at their subjects: a verb agrees with its subject, not with another noun before it.",
-        "'The boys near the girl often know / *knows' and 'The boys that the girl often knows / *know'. The distractor "
-        "is a competing noun of the other number, so this is the strictest of the tests.",
-        _subject_verb,
+        "'The boys near the girl often see / *sees': a noun of the other number competes, so this is a strict test.",
+        "boy,girl near often see",
+        """The [{boy}<s|>] {near} the ({girl}<|s>) {often} {see}<|s> / {see}<s|>
+        The ({boy}<s|>) that the [{girl}<|s>] {often} {see}<s|> / {see}<|s>""",
     ),
     "coreference": Phenomenon(
         "Pronouns look at the people they stand for: 'John said that he'.",
-        "'John from London said that he / *she' and 'London writer Mary said that she / *he'. The distractor is a "
-        "city, which no pronoun could mean: the test shows a link to the name, not a choice between two people.",
-        _pronoun,
+        "'John from London said that he / *she': with a city as distractor, it shows no choice between two people.",
+        "London said writer John Mary",
+        """[{<John|Mary>}] from ({London}) {said} that <he|she> / <she|he>
+        ({London}) {writer} [{<Mary|John>}] {said} that <she|he> / <he|she>""",
     ),
     "reflexive": Phenomenon(
         "Reflexive pronouns look at their own subject, not at another person in the sentence.",
-        "'John who met Mary blamed himself / *herself' and 'John said that Mary blamed herself / *himself'. Both "
-        "people compete, and only the structure says which one is meant.",
-        _reflexive,
+        "'John who met Mary blamed himself / *herself': both people compete, only the structure says who is meant.",
+        "met said blamed John Mary",
+        """[{<John|Mary>}] who {met} ({<Mary|John>}) {blamed} <himself / herself|herself / himself>
+        ({<John|Mary>}) {said} that [{<Mary|John>}] {blamed} <herself / himself|himself / herself>""",
     ),
     "negation": Phenomenon(
         "Negation has its effect on what follows: 'not' licenses 'any' later on.",
-        "'The boys had not said that the girls had also found any / *some' and 'The boys had also said that the girls "
-        "had not found any / *some', against 'The boys had also said that the girls had really found some / *any'. The "
-        "distractor is an adverb in the place of 'not'; it has no bearing on 'any', so the attention only shows that "
-        "'not' stands out. A model that only sees a 'not' beside the verb is right in 75% of the pairs. 'Some' after "
-        "'not' is unusual rather than wrong.",
-        _negation,
+        "'The boys had not said that the girls had also found any / *some'. The distractor, an adverb, has no bearing "
+        "on 'any', and seeing a 'not' beside the verb is enough for 75%. 'Some' is unusual rather than wrong.",
+        "boy,girl said found any:some",
+        """The {boy}s had [not] {said} that the {girl}s had (<really|also>) {found} {any} / {some}
+        The {boy}s had (<really|also>) {said} that the {girl}s had [not] {found} {any} / {some}
+        The {boy}s had <really|also> {said} that the {girl}s had <also|really> {found} {some} / {any}
+        The {boy}s had <also|really> {said} that the {girl}s had <really|also> {found} {some} / {any}""",
     ),
     "question": Phenomenon(
         "Questions keep track of their auxiliary: after 'did' the verb is bare.",
-        "'Where did the farmer near the river often work / *worked' and 'Where near the river did the farmer often "
-        "work / *worked', against 'There the farmer near the river often worked / *work'. The distractor is a "
-        "preposition in the place of 'did', which has no bearing on the verb. The first word alone tells questions "
-        "from statements.",
-        _question,
+        "'Where did the boy near the river often work / *worked', 'Where near the river did the boy often work'. The "
+        "distractor, a preposition, has no bearing on the verb. The first word alone tells questions from statements.",
+        "boy river near often work:worked Where",
+        """{Where} [did] the {boy} ({near}) the {river} {often} {work} / {worked}
+        {Where} ({near}) the {river} [did] the {boy} {often} {work} / {worked}
+        <Here|There> the {boy} {near} the {river} {often} {worked} / {work}
+        <Here|There> {near} the {river} the {boy} {often} {worked} / {work}""",
     ),
     "importance of": Phenomenon(
         "Fixed phrases hold together: 'importance of', 'interest in'.",
-        "'The importance among the students today of / *in' and 'The students and the interest today in / *of'. An "
-        "adverb keeps noun and preposition apart. Both prepositions could begin an adjunct, so the wrong one is less "
-        "expected rather than wrong.",
-        _collocation,
+        "'The importance among the boys now of / *in': either may begin an adjunct, the wrong one is only less likely.",
+        "knowledge importance interest:in boy now",
+        """The [{<importance|interest>}] among the ({boy}s) {now} <of / {in}|{in} / of>
+        The ({boy}s) and the [{<interest|importance>}] {now} <{in} / of|of / {in}>""",
     ),
 }
 
 
-@dataclass(frozen=True)
-class MinimalPair:
-    """Two beginnings of a sentence that differ in their last word only, so that one forward pass scores both.
-
-    Their difference in log-probability is the decision at that word (the one-prefix method of Warstadt et al. 2020).
-    Positions count the tokens of `good` from 0, without end-of-text.
-    """
+class MinimalPair(NamedTuple):
+    """Two sentences that differ in their last word: one forward pass scores both (one-prefix, Warstadt et al. 2020)."""
 
     phenomenon: str
     item: int  # the pairs of an item are role-swapped partners and controls of each other
     good: str
     bad: str
-    target: int | None  # the token that decides which word is right; None in a control, where nothing stands out
-    distractor: int | None  # stands where the target stands in the partner
+    target: int | None  # the token of `good`, from 0, that decides which word is right; None in a control
+    distractor: int | None  # the token where the target stands in the partner
+
+
+def _draw_sentences(phenomenon: Phenomenon, random: Random, is_odd: bool) -> list[str]:
+    """The sentences of one item, filled with words; the marks of target and distractor are still in them."""
+    words: dict[str, str] = {}
+    for names in phenomenon.drawn.split():
+        options = [word.format_map(words) for word in WORDS[names.split(",")[0]]]
+        drawn = random.sample(options, names.count(",") + 1)
+        words |= zip(re.split("[,:]", names), re.split("[,:]", ",".join(drawn)), strict=True)
+    text = re.sub(r"<(.*?)\|(.*?)>", r"\2" if is_odd else r"\1", phenomenon.sentences).format_map(words)
+    return re.sub(r"\[a\](?= \(?[aeio])", "[an]", text).splitlines()  # an old dog, a useful dog
 
 
 def make_pairs(phenomenon: str, n_items: int = 40, seed: int = 0) -> list[MinimalPair]:
-    """Pairs of one of PHENOMENA, item after item of 2 or 4 pairs, each drawn from its templates without repetition.
-
-    Raises PicoError for an unknown name and when the templates hold fewer items.
-    """
+    """Pairs of one of PHENOMENA, 2 or 4 of each item; PicoError if its templates hold fewer different items."""
     check_choice("phenomenon", phenomenon, PHENOMENA)
-    random, seen, pairs, item = Random(f"{phenomenon} {seed}"), set(), [], 0
-    for _ in range(20 * n_items):
-        if item == n_items:
-            break
-        frames = PHENOMENA[phenomenon].frames(random, bool(item % 2))
-        if not seen.isdisjoint(frames):
-            continue
-        seen.update(frames)
-        for sentence, right, wrong in frames:
-            places = {word[0]: place for place, word in enumerate(sentence.split())}  # of [target] and (distractor)
-            text = re.sub(r"[\[\]()]", "", sentence)
-            pairs.append(
-                MinimalPair(phenomenon, item, f"{text} {right}", f"{text} {wrong}", places.get("["), places.get("("))
-            )
-        item += 1
-    if item < n_items:
-        raise PicoError(f"The templates of {phenomenon!r} give fewer than {n_items} different items; ask for fewer.")
+    random, seen, pairs = Random(f"{phenomenon} {seed}"), set(), []
+    for item in range(n_items):
+        drawn = (_draw_sentences(PHENOMENA[phenomenon], random, item % 2 == 1) for _ in range(1000))
+        sentences = next(filter(seen.isdisjoint, drawn), None)
+        if sentences is None:
+            raise PicoError(f"The templates of {phenomenon!r} give fewer than {n_items} different items; use fewer.")
+        seen.update(sentences)
+        for sentence in sentences:
+            *words, right, _, wrong = sentence.split()
+            places = {word[0]: place for place, word in enumerate(words)}  # of [target] and (distractor)
+            start = re.sub(r"[\[\]()]", "", " ".join(words))
+            good, bad = f"{start} {right}", f"{start} {wrong}"
+            pairs.append(MinimalPair(phenomenon, item, good, bad, places.get("["), places.get("(")))
     return pairs
 
 
 def _by_length(pairs: Sequence[MinimalPair]) -> Iterator[tuple[list[int], Tensor, Tensor]]:
     """Of pairs of each length the places in the list, tokens up to the decision (B, T), right and wrong word (B, 2)."""
-    encode, groups = get_tokenizer().encode, {}
-    for place, pair in enumerate(pairs):
-        ids = [Tokenizer.end_of_text, *encode(pair.good)]
-        groups.setdefault(len(ids), []).append((place, ids[:-1], [ids[-1], encode(pair.bad)[-1]]))
-    for group in groups.values():
-        places, ids, words = zip(*group, strict=True)
-        yield list(places), torch.tensor(ids), torch.tensor(words)
+    encode = get_tokenizer().encode
+    rows = [[Tokenizer.end_of_text, *encode(pair.good), encode(pair.bad)[-1]] for pair in pairs]
+    for length in dict.fromkeys(map(len, rows)):
+        places = [place for place, row in enumerate(rows) if len(row) == length]
+        ids = torch.tensor([rows[place] for place in places])
+        yield places, ids[:, :-2], ids[:, -2:]
 
 
 def _margins(model: PicoLLM, hidden: Tensor, words: Tensor) -> Tensor:
@@ -3435,25 +3350,18 @@ def _margins(model: PicoLLM, hidden: Tensor, words: Tensor) -> Tensor:
 
 
 def measure_pairs(model: PicoLLM, pairs: Sequence[MinimalPair]) -> tuple[Tensor, Tensor]:
-    """Margins (pairs,) in nats and target-minus-distractor attention (pairs, n_layer, H) at the decision; CPU, float32.
-
-    Controls have no target: their attention is NaN.
-    """
+    """Margins (pairs,) in nats and attention to target minus distractor (pairs, n_layer, H), NaN in controls; CPU."""
     margins = torch.empty(len(pairs))
     differences = torch.full((len(pairs), model.config.n_layer, model.config.n_head), math.nan)
-    places = torch.tensor([[pair.target or 0, pair.distractor or 0] for pair in pairs]) + 1  # after end-of-text
-    device = model.token_embedding.weight.device
     with evaluating(model):
         for rows, idx, words in _by_length(pairs):
-            columns = places[rows].to(device)[:, None].expand(-1, model.config.n_head, -1)  # (B, H, 2)
-
-            def keep(layer: int, weights: Tensor, rows: list[int] = rows, columns: Tensor = columns) -> None:
-                target, distractor = weights[:, :, -1].gather(-1, columns).unbind(-1)  # (B, H)
-                differences[rows, layer] = (target - distractor).cpu()
-
-            hidden = model.hidden_states(idx.to(device), on_attention=keep)[:, -1]
-            margins[rows] = _margins(model, hidden, words)
-    differences[[index for index, pair in enumerate(pairs) if pair.target is None]] = math.nan
+            maps: dict[int, Tensor] = {}  # layer -> (B, H, T, T)
+            hidden = model.hidden_states(idx.to(model.token_embedding.weight.device), on_attention=maps.__setitem__)
+            margins[rows] = _margins(model, hidden[:, -1], words)
+            looks = torch.stack([weights[:, :, -1] for weights in maps.values()], dim=1).cpu()  # (B, n_layer, H, T)
+            for pair, row, look in zip([pairs[row] for row in rows], rows, looks, strict=True):
+                if pair.target is not None:
+                    differences[row] = look[..., pair.target + 1] - look[..., pair.distractor + 1]  # after end-of-text
     return margins, differences
 
 
@@ -3466,19 +3374,16 @@ def ablated_margins(model: PicoLLM, pairs: Sequence[MinimalPair], sets: Sequence
     return margins.view(len(sets), len({pair.item for pair in pairs}), -1).mean(-1).double().numpy()
 
 
-def halves(n_items: int) -> tuple[list[int], list[int]]:
-    """Items that choose the heads, items that test them; both hold as many of either variant."""
-    return [i for i in range(n_items) if i % 4 < 2], [i for i in range(n_items) if i % 4 >= 2]
+def is_test_item(item: int | Tensor) -> bool | Tensor:
+    """Whether an item tests heads or, as the other half, chooses them; both halves hold as many of either variant."""
+    return item % 4 >= 2
 
 
 def choose_and_test(differences: Tensor, n_heads: int) -> tuple[Heads, np.ndarray]:
-    """The n_heads (layer, head) of the largest mean difference on one half of the items, and what they do on the other.
-
-    differences: (items, n_layer, H). The second result is the heads' mean difference on each item of the other half.
-    """
-    chooses, tests = halves(len(differences))
+    """Of differences (items, n_layer, H) the n_heads largest on one half of the items, their mean on each other one."""
+    tests = is_test_item(torch.arange(len(differences)))
     n_heads = min(n_heads, max(1, differences[0].numel() // 2))  # there must be other sets to compare with
-    best = differences[chooses].mean(dim=0).flatten().topk(n_heads).indices
+    best = differences[~tests].mean(dim=0).flatten().topk(n_heads).indices
     values = differences[tests].flatten(1)[:, best].mean(dim=1)
     return tuple(sorted(divmod(index, differences.shape[2]) for index in best.tolist())), values.double().numpy()
 
@@ -3495,79 +3400,57 @@ NULL_ATTENTION = 0.02  # difference of attention weights
 NULL_MARGIN = 0.01  # nats
 
 
-def _prefers(e: NamedTuple) -> bool:
-    return e.accuracy_low > max(0.5, e.untrained_accuracy_highest) and e.accuracy_high >= NULL_ACCURACY
+def _prefers(e: NamedTuple | pd.DataFrame) -> bool | pd.Series:
+    return (e.accuracy_low > np.maximum(0.5, e.untrained_accuracy_highest)) & (e.accuracy_high >= NULL_ACCURACY)
 
 
-def _looks(e: NamedTuple) -> bool:
-    return e.p_value < SIGNIFICANCE and e.attention_low > max(NULL_ATTENTION, e.untrained_attention_highest)
+def _looks(e: NamedTuple | pd.DataFrame) -> bool | pd.Series:
+    return (e.p_value < SIGNIFICANCE) & (e.attention_low > np.maximum(NULL_ATTENTION, e.untrained_attention_highest))
 
 
 def verdict(e: NamedTuple) -> tuple[str, str]:
     """("supported" | "not supported" | "undecided", the reason as one sentence) of a row of `study_language`.
 
-    A claim rests on three links, and each must hold for "supported": the accuracy's interval lies above 0.5 and every
-    untrained model, and reaches NULL_ACCURACY; the attention difference has p < SIGNIFICANCE and its interval lies
-    above NULL_ATTENTION and every untrained model; ablating the heads costs more of the margin than ablating random
-    sets of as many heads, by NULL_MARGIN and with p < SIGNIFICANCE. "Not supported" needs a link that fails and whose
-    interval lies wholly below its NULL_ threshold. All else is "undecided".
+    "Supported" needs three links: the accuracy's interval lies above 0.5 and every untrained model, and reaches
+    NULL_ACCURACY; the attention difference has p < SIGNIFICANCE and its interval lies above NULL_ATTENTION and every
+    untrained model; ablating the heads costs more of the margin than ablating random sets of as many, by NULL_MARGIN
+    and with p < SIGNIFICANCE. "Not supported" needs a link that fails with its interval below its NULL_ threshold.
     """
     attention = (e.attention_difference, e.attention_low, e.attention_high, e.untrained_attention_highest)
-    difference, low, high, untrained = (number(100 * value, 1) for value in attention)
-    prefers = (
-        f"the model prefers the right word in {e.accuracy:.0%} of the pairs ({e.accuracy_low:.0%} to "
-        f"{e.accuracy_high:.0%}; untrained models {e.untrained_accuracy:.0%}, at most "
-        f"{e.untrained_accuracy_highest:.0%})"
-    )
-    looks = (
-        f"{e.heads} give the word that decides {difference} percentage points more attention than the distractor "
-        f"({low} to {high}, p = {e.p_value:.2g}; untrained models at most {untrained})"
-    )
-    drop, low, high = map(number, (e.margin_drop, e.margin_low, e.margin_high))
-    needs = f"without them the right word loses {drop} nats of its lead ({low} to {high}), " + (
-        f"without as many random heads {number(e.random_margin_drop)} on average (p = {e.needs_p_value:.2g} by rank "
-        f"among {e.n_random_sets} sets)"
-        if e.n_random_sets
-        else "but the model has too few other sets of as many heads to compare with"
-    )
-    needed = e.needs_p_value < SIGNIFICANCE and e.margin_drop - e.random_margin_drop > NULL_MARGIN
-    links = [  # (what was found, whether it holds, its upper end, what refutes it if that is lower, the same in words)
-        (prefers, _prefers(e), e.accuracy_high, NULL_ACCURACY, f"{NULL_ACCURACY:.0%}"),
-        (looks, _looks(e), e.attention_high, NULL_ATTENTION, f"{100 * NULL_ATTENTION:.0f} points"),
-    ]
+    more, low, high, untrained = (number(100 * value, 1) for value in attention)
+    prefers = f"the model prefers the right word in {e.accuracy:.0%} of the pairs ({e.accuracy_low:.0%} to "
+    prefers += f"{e.accuracy_high:.0%}; untrained models at most {e.untrained_accuracy_highest:.0%})"
+    looks = f"{e.heads} give the word that decides {more} points more attention than the distractor ({low} to {high}, "
+    looks += f"p = {e.p_value:.2g}; untrained models at most {untrained})"
+    drop, low, high, at_random = map(number, (e.margin_drop, e.margin_low, e.margin_high, e.random_margin_drop))
+    needs = f"without them the right word loses {drop} nats of its lead ({low} to {high}), "
+    needs += f"without as many random heads {at_random} (p = {e.needs_p_value:.2g} by rank among {e.n_random_sets})"
+    if not e.n_random_sets:
+        needs = "there are too few other sets of as many heads to compare what ablating them costs"
+    links = [(prefers, _prefers(e), e.accuracy_high < NULL_ACCURACY)]  # (found, whether it holds, is refuted if not)
+    links += [(looks, _looks(e), e.attention_high < NULL_ATTENTION)]
     if _prefers(e) and _looks(e):
-        links.append((needs, needed, e.margin_high, NULL_MARGIN, f"{NULL_MARGIN} nats"))
-    missing = [link for link in links if not link[1]]
-    against = [f"{found}, wholly below {words}" for found, _, high, limit, words in missing if high < limit]
+        needed = e.needs_p_value < SIGNIFICANCE and e.margin_drop - e.random_margin_drop > NULL_MARGIN
+        links += [(needs, needed, e.margin_high < NULL_MARGIN)]
+    missing = [found for found, holds, _ in links if not holds]
+    against = [found for found, holds, is_refuted in links if is_refuted and not holds]
     if against:
-        return "not supported", f"The evidence is against it: {'; '.join(against)}."
+        return "not supported", f"The evidence is against it, wholly below what would count: {'; '.join(against)}."
     if missing:
-        return "undecided", f"The evidence does not suffice: {'; '.join(found for found, *_ in missing)}."
+        return "undecided", f"The evidence does not suffice: {'; '.join(missing)}."
     return "supported", f"All three links hold: {'; '.join(found for found, *_ in links)}."
 
 
-def _rank_heads(
-    model: PicoLLM, table: pd.DataFrame, pairs: list[list[MinimalPair]], heads: list[Heads], means: Tensor, seed: int
-) -> pd.DataFrame:
-    """Columns n_random_sets to needs_p_value of `study_language`, for a table of those before them.
-
-    As many sets are drawn as it takes for the Holm-adjusted rank to be able to fall to half of SIGNIFICANCE.
-    """
-    asked = [_prefers(e) and _looks(e) for e in table.itertuples()]
-    n_sets, rows = max(99, math.ceil(2 / SIGNIFICANCE * sum(asked)) - 1), []
-    for is_asked, group, chosen in zip(asked, pairs, heads, strict=True):
-        sets = random_head_sets(chosen, model.config.n_layer, model.config.n_head, n_sets, seed) if is_asked else []
-        if 1 / (1 + len(sets)) >= SIGNIFICANCE:
-            rows.append((0, *[math.nan] * 4))
-            continue
-        margins = ablated_margins(model, group, [(), chosen, *sets], means).mean(axis=1)
-        drop, *others = margins[0] - margins[1:]
-        rows.append((len(sets), np.mean(others), *np.quantile(others, [0.025, 0.975]), rank_p(drop, others)))
-    columns = ["n_random_sets", "random_margin_drop", "random_margin_low", "random_margin_high", "needs_p_value"]
-    ranks = pd.DataFrame(rows, columns=columns)
-    ranked = ranks["n_random_sets"] > 0
-    ranks.loc[ranked, "needs_p_value"] = holm(ranks.loc[ranked, "needs_p_value"])
-    return ranks
+def _costs(model: PicoLLM, pairs: list[MinimalPair], heads: Heads, n_sets: int, means: Tensor, seed: int) -> tuple:
+    """Columns margin_drop to needs_p_value of `study_language` for one phenomenon's test pairs, before Holm."""
+    sets = random_head_sets(heads, model.config.n_layer, model.config.n_head, n_sets, seed)
+    sets = sets if 1 / (1 + len(sets)) < SIGNIFICANCE else []
+    margins = ablated_margins(model, pairs, [(), heads, *sets], means)
+    own = bootstrap_interval(margins[0] - margins[1], seed)
+    if not sets:
+        return *own, 0, *[math.nan] * 4
+    drop, *others = margins[0].mean() - margins[1:].mean(axis=1)
+    return *own, len(sets), np.mean(others), *np.quantile(others, [0.025, 0.975]), rank_p(drop, others)
 
 
 def study_language(
@@ -3575,21 +3458,13 @@ def study_language(
 ) -> pd.DataFrame:
     """Tests every phenomenon, a row each. Attention is a difference of weights, margins and losses are in nats.
 
-    `windows` (N, T) are tokens of held-out text: all of them give the mean output that ablated heads are set to, 128
-    positions of each of the first four the loss. The heads are chosen on one half of the items; what they look at and
-    are needed for is measured on the other. A low and a high are the 95 % bootstrap interval over items, and p-values
-    are Holm-adjusted; both speak of new items of the same templates, not of other constructions. Columns:
-
-    - phenomenon, claim, n_items and n_pairs, their (good, bad) pairs: role swaps and controls
-    - accuracy with low and high: one half for a model that ignores the context; untrained_accuracy, the mean of the
-      `untrained` models, untrained_accuracy_highest
-    - n_heads, heads; attention_difference with low and high: attention to the target minus attention to the distractor,
-      mean of the heads; untrained_attention_highest by the same procedure; p_value of a sign-flip test
-    - of mean-ablating the heads: loss_increase per token of held-out text; margin_drop with low and high: what the
-      right word loses of its log-probability margin
-    - n_random_sets of as many heads, 0 where accuracy or attention fails or too few exist for a test;
-      random_margin_drop, their mean, low and high where 95 % of them lie; needs_p_value, rank of the heads among them
-    - verdict, reason: see `verdict`
+    Held-out `windows` (N, T) give the mean output that ablated heads are set to, 128 positions of the first four the
+    loss. Heads are chosen on one half of the items; what they look at and are needed for is measured on the other.
+    Lows and highs are 95 % bootstrap intervals over items and p-values are Holm-adjusted: both speak of new items of
+    the same templates. attention_difference is target minus distractor, mean of the heads, p_value that of a sign-flip
+    test; margin_drop is what the right word loses of its lead without the heads; random_margin_drop is the mean of
+    n_random_sets of as many heads, low and high where 95 % of them lie, and needs_p_value the rank among them. There
+    are none where accuracy or attention fails or too few exist. verdict and reason: see `verdict`.
     """
     if n_items < 20:
         raise PicoError(f"{n_items} items are too few for a half that chooses heads and one that tests them; use 40.")
@@ -3597,25 +3472,27 @@ def study_language(
     models = itertools.chain([model], untrained)
     own, *others = [[_examine_pairs(each, pairs, n_heads) for pairs in groups] for each in models]
     choices, heads, attention = map(list, zip(*own, strict=True))
-    accuracies = [[items.mean() for items, _, _ in other] for other in others]
+    baseline = np.array([[(items.mean(), looks.mean()) for items, _, looks in other] for other in others])
     means, estimate = mean_head_outputs(model, windows), functools.partial(bootstrap_interval, seed=seed)
     losses = _ablated_losses(model, windows[:4, :129], [(), *heads], means).mean(axis=1)
-    tested = [[pair for pair in pairs if pair.item in halves(n_items)[1]] for pairs in groups]
-    margins = [ablated_margins(model, pairs, [(), each], means) for pairs, each in zip(tested, heads, strict=True)]
-
-    table = pd.DataFrame({"phenomenon": list(PHENOMENA), "claim": [each.claim for each in PHENOMENA.values()]})
-    table["n_items"], table["n_pairs"] = n_items, list(map(len, groups))
+    claims = [(name, each.claim, n_items) for name, each in PHENOMENA.items()]
+    table = pd.DataFrame(claims, columns=["phenomenon", "claim", "n_items"])
     table[["accuracy", "accuracy_low", "accuracy_high"]] = list(map(estimate, choices))
-    table["untrained_accuracy"] = np.mean(accuracies, axis=0)
-    table["untrained_accuracy_highest"] = np.max(accuracies, axis=0)
-    table["n_heads"] = list(map(len, heads))
+    table["untrained_accuracy"], table["untrained_accuracy_highest"] = baseline[..., 0].mean(0), baseline[..., 0].max(0)
     table["heads"] = [", ".join(itertools.starmap(head_name, each)) for each in heads]
     table[["attention_difference", "attention_low", "attention_high"]] = list(map(estimate, attention))
-    table["untrained_attention_highest"] = np.max([[each.mean() for _, _, each in other] for other in others], axis=0)
+    table["untrained_attention_highest"] = baseline[..., 1].max(0)
     table["p_value"] = holm([sign_flip_p(each, seed) for each in attention])
     table["loss_increase"] = losses[1:] - losses[0]
-    table[["margin_drop", "margin_low", "margin_high"]] = [estimate(intact - ablated) for intact, ablated in margins]
-    table = table.join(_rank_heads(model, table, tested, heads, means, seed))
+    asked = _prefers(table) & _looks(table)
+    n_sets = asked * max(99, math.ceil(2 / SIGNIFICANCE * asked.sum()) - 1)  # p can fall to SIGNIFICANCE / 2 after Holm
+    tested = [[pair for pair in pairs if is_test_item(pair.item)] for pairs in groups]
+    costs = [_costs(model, *each, means, seed) for each in zip(tested, heads, n_sets, strict=True)]
+    columns = ["margin_drop", "margin_low", "margin_high", "n_random_sets", "random_margin_drop"]
+    columns += ["random_margin_low", "random_margin_high", "needs_p_value"]
+    table = table.join(pd.DataFrame(costs, columns=columns))
+    ranked = table["n_random_sets"] > 0
+    table.loc[ranked, "needs_p_value"] = holm(table.loc[ranked, "needs_p_value"])
     verdicts, reasons = zip(*map(verdict, table.itertuples()), strict=True)
     return table.assign(verdict=verdicts, reason=reasons)
 
@@ -3640,29 +3517,23 @@ class Study:
 
 
 def _study_scores(
-    on_windows: dict[str, Sums],
-    on_sentences: dict[str, Sums],
-    sentences: Mapping[str, Sequence[str]],
-    n_bootstrap: int,
-    seed: int,
+    on_windows: dict[str, Sums], on_sentences: dict[str, Sums], sentences: Mapping, n_bootstrap: int, seed: int
 ) -> dict[str, object]:
     """What a Study holds of the heads' scores, by its field: the model's own, its baselines' and the thresholds."""
     untrained = [pd.concat(each.table() for each in sums["untrained"]) for sums in (on_windows, on_sentences)]
-    thresholds = score_thresholds(*untrained)
-
-    def for_all(summarise: Callable[[Sums], pd.DataFrame]) -> pd.DataFrame:
-        rows = pd.concat({name: summarise(sums) for name, sums in on_windows.items()}, names=["model"])
-        return rows.reset_index("model").reset_index(drop=True)
-
-    own, categories = on_sentences["trained"], []
+    thresholds, own, categories = score_thresholds(*untrained), on_sentences["trained"], []
     ends = np.cumsum([len(members) for members in sentences.values()])
     for category, of_texts in zip(sentences, np.split(own.texts, ends[:-1], axis=1), strict=True):
         classes = HeadSums(of_texts, own.repeats).table(thresholds)["class"]  # on this category's sentences alone
         categories += [(category, name, float((classes == name).mean())) for name in HEAD_CLASSES]
+
+    def of_models(tables: Iterable[pd.DataFrame]) -> pd.DataFrame:
+        return pd.concat(dict(zip(on_windows, tables, strict=True)), names=["model"]).droplevel(1).reset_index()
+
     return {
         "scores": on_windows["trained"].table(thresholds),
-        "shares": for_all(lambda each: class_shares(each, thresholds, n_bootstrap, seed)),
-        "baselines": for_all(lambda each: highest_scores(each, n_bootstrap, seed)),
+        "shares": of_models(class_shares(sums, thresholds, n_bootstrap, seed) for sums in on_windows.values()),
+        "baselines": of_models(highest_scores(sums, n_bootstrap, seed) for sums in on_windows.values()),
         "categories": pd.DataFrame(categories, columns=["category", "class", "share"]),
         "thresholds": thresholds,
     }
@@ -3686,47 +3557,39 @@ def study_model(
     n_items: int = 40,
     seed: int = 0,
 ) -> Study:
-    """The whole study of a model.
+    """The whole study of a model on `sentences` (category -> texts) and held-out token `windows` (n_windows, T).
 
-    On `sentences` (category -> texts) and held-out token `windows` (n_windows, T), which should have 64 tokens or more:
-    short sentences alone cannot separate the classes. The baselines are n_seeds untrained models of the same
-    configuration, the model itself on shuffled tokens, and one uniform head; one set of thresholds, from the untrained
-    heads on both sources, serves both. `history` and `metrics` are rows of the training run, kept with the study.
+    Windows should have 64 tokens or more: short sentences alone cannot separate the classes. The baselines are n_seeds
+    untrained models of the same configuration, the model itself on shuffled tokens, and one uniform head; the untrained
+    heads on both sources set the thresholds. `history` and `metrics` are rows of the training run, kept with the study.
     Ablations read about 2,000 tokens and predict the last ones of each window. Raises PicoError for too little text.
     """
     check_windows(windows)  # now, not after minutes
-    ablated, compared = windows[: max(2, 2048 // windows.shape[1])], windows[:8]
-    n_ablations = len(ablated) * model.config.n_layer * model.config.n_head
-    n_last = min(windows.shape[1] - 1, max(1, _MAX_PREDICTIONS // n_ablations))
+    ablated = windows[: max(2, 2048 // windows.shape[1])]
     seeds = range(1000, 1000 + n_seeds)  # the model's own is hardly among them
     with progress(total=5, desc="Study", unit="step") as bar:
         texts = list(itertools.chain(*sentences.values()))
-        sums = [
-            baseline_sums(model, sequences, token_counts, untrained_models(model, seeds), seed)
-            for sequences in (_as_sequences(idx=windows), _as_sequences(texts))
-        ]
+        sources = _as_sequences(idx=windows), _as_sequences(texts)
+        sums = [baseline_sums(model, ids, token_counts, untrained_models(model, seeds), seed) for ids in sources]
         parts = _study_scores(*sums, sentences, n_bootstrap, seed)
         bar.update()
-        means = mean_head_outputs(model, windows)
+        means, n_ablations = mean_head_outputs(model, windows), len(ablated) * len(parts["scores"])
+        n_last = min(windows.shape[1] - 1, max(1, _MAX_PREDICTIONS // n_ablations))
         parts["ablation"] = head_ablation_map(model, ablated, means, n_last)
         bar.update()
         parts["class_ablation"] = class_ablation(model, ablated, parts["scores"], means, n_last, seed)
         bar.update()
-        parts["distances"], parts["noise_floor"] = head_similarity(model, compared)
+        parts["distances"], parts["noise_floor"] = head_similarity(model, windows[:8])
         bar.update()
         parts["language"] = study_language(model, windows, untrained_models(model, seeds), n_items, seed=seed)
         bar.update()
     settings = {
-        "n_texts": sum(map(len, sentences.values())),
+        "n_texts": len(texts),
         "n_windows": len(windows),
         "window_length": windows.shape[1],
         "ablation_windows": len(ablated),
-        "ablation_mode": "mean",
         "ablation_predictions": len(ablated) * n_last,
-        "similarity_windows": len(compared),
         "untrained_seeds": list(seeds),
-        "n_bootstrap": n_bootstrap,
-        "seed": seed,
         "rare_by": "training counts" if token_counts is not None else "counts within the texts",
     }
     return Study(**parts, history=pd.DataFrame(history), metrics=pd.DataFrame(metrics), settings=settings)

@@ -34,24 +34,15 @@ def token(word):
     return only
 
 
-# ---- test sentences
-
-
 def test_the_study_has_ten_categories_of_distinct_sentences():
-    assert list(pico.ALL_TEST_CATEGORIES) == [
-        "Simple", "Complex Syntax", "Long-Range Dependencies", "Coreference", "Negation",
-        "Questions", "Technical", "Ambiguous", "Comparative", "Temporal",
-    ]  # fmt: skip
     sentences = [sentence for group in pico.ALL_TEST_CATEGORIES.values() for sentence in group]
-    assert len(set(sentences)) == len(sentences)
+    assert len(pico.ALL_TEST_CATEGORIES) == 10 and len(set(sentences)) == len(sentences)
     assert all(5 <= len(group) <= 6 for group in pico.ALL_TEST_CATEGORIES.values())
     assert all(len(TOKENIZER.encode(sentence)) <= 40 for sentence in sentences)  # fits a heatmap whole
 
 
-# ---- scoring
-
-
-def naive_log_prob(model, ids):
+def naive_log_prob(model, text):
+    ids = TOKENIZER.encode(text)
     with pico.evaluating(model):
         logits = model(torch.tensor([[50256, *ids[:-1]]]))[0]
     return sum(logits[i].log_softmax(-1)[token].item() for i, token in enumerate(ids))
@@ -62,43 +53,32 @@ def test_margins_are_differences_of_sentence_log_probabilities_one_by_one(max_to
     monkeypatch.setattr(pico, "_MAX_TOKENS", max_tokens)
     model = tiny_model()
     pairs = [("The cat sat.", "The cat sat on."), ("A", "B"), ("One two three four five", "Two"), ("Same", "Same")]
+    pairs += [(" a" * 64, " a")]  # the longest that fits
     result = pico.minimal_pair_accuracy(model, pairs)
-    expected = [
-        naive_log_prob(model, TOKENIZER.encode(good)) - naive_log_prob(model, TOKENIZER.encode(bad))
-        for good, bad in pairs
-    ]
+    expected = [naive_log_prob(model, good) - naive_log_prob(model, bad) for good, bad in pairs]
     assert result.margins.tolist() == pytest.approx(expected, abs=1e-3) and result.margins[3] == 0
     assert model.training  # the mode is restored
 
 
-def test_the_longest_sentence_that_fits_is_scored():
-    assert pico.minimal_pair_accuracy(tiny_model(), [(" a" * 64, " a")]).margins.isfinite().all()
-
-
-def unigram_model(liked, strength=3.0):
+def unigram_model(liked):
     """A model that ignores its input: every logit is the same at every position, one word's is higher."""
     model = tiny_model()
     with torch.no_grad():
         model.final_norm.weight.zero_()
-        model.final_norm.bias.zero_()
-        model.final_norm.bias[0] = 1.0
+        model.final_norm.bias.copy_(torch.eye(32)[0])
         model.token_embedding.weight[:, 0] = 0.0
-        model.token_embedding.weight[token(liked), 0] = strength
+        model.token_embedding.weight[token(liked), 0] = 3.0
     return model
 
 
 def test_accuracy_of_a_rigged_scorer_counts_ties_one_half():
     model = unigram_model(" cat")
-    right = ("The cat sat", "The dog sat")
-    wrong = ("A bird sat near", "A cat sat near")
+    right, wrong = ("The cat sat", "The dog sat"), ("A bird sat near", "A cat sat near")
     tie = ("Nothing differs here", "Nothing differs here")
-    assert pico.minimal_pair_accuracy(model, [right]).accuracy == 1.0
-    assert pico.minimal_pair_accuracy(model, [wrong]).accuracy == 0.0
-    assert pico.minimal_pair_accuracy(model, [tie]).accuracy == 0.5
+    assert [pico.minimal_pair_accuracy(model, [pair]).accuracy for pair in (right, wrong, tie)] == [1.0, 0.0, 0.5]
     result = pico.minimal_pair_accuracy(model, [right, right, tie, wrong, tie, right])
-    assert result.accuracy == pytest.approx(4 / 6)
+    assert result.accuracy == pytest.approx(4 / 6) and result.margins.shape == (6,)
     assert 0 <= result.low <= result.accuracy <= result.high <= 1
-    assert result.margins.shape == (6,)
     assert result.margins[0].item() == pytest.approx(3.0, abs=1e-3)  # the logit's head start
 
 
@@ -119,126 +99,93 @@ def test_unusable_pairs_are_named(pairs, message):
         pico.minimal_pair_accuracy(tiny_model(), pairs)
 
 
-# ---- pairs
-
-
 @pytest.fixture(scope="module", params=list(pico.PHENOMENA))
 def pairs(request):
     return pico.make_pairs(request.param, 60)
-
-
-def by_item(pairs):
-    items = {}
-    for pair in pairs:
-        items.setdefault(pair.item, []).append(pair)
-    return list(items.values())
 
 
 def word_at(pair, position):
     return pair.good.split()[position]
 
 
-def test_every_word_is_one_token_and_only_the_last_differs(pairs):
+def test_pairs_are_reproducible_and_distinct_and_every_word_is_one_token(pairs):
+    name = pairs[0].phenomenon
+    assert pico.make_pairs(name, 60) == pairs and pico.make_pairs(name, 60, seed=1) != pairs
+    assert pico.make_pairs(name, 40) == [pair for pair in pairs if pair.item < 40]
+    assert len({(pair.good, pair.bad) for pair in pairs}) == len(pairs)
+    assert name != "importance of" or any("importance" in pair.good and pair.good.endswith(" of") for pair in pairs)
     for pair in pairs:
         good, bad = TOKENIZER.encode(pair.good), TOKENIZER.encode(pair.bad)
         assert len(good) == len(bad) == len(pair.good.split())
         assert good[:-1] == bad[:-1] and good[-1] != bad[-1]
 
 
-def test_pairs_are_reproducible_and_distinct(pairs):
-    name = pairs[0].phenomenon
-    assert pico.make_pairs(name, 60) == pairs
-    assert pico.make_pairs(name, 40) == [pair for pair in pairs if pair.item < 40]
-    assert pico.make_pairs(name, 60, seed=1) != pairs
-    assert len({(pair.good, pair.bad) for pair in pairs}) == len(pairs)
-    assert [len(group) for group in by_item(pairs)] == [len(pairs) // 60] * 60
-
-
 def test_partners_swap_the_roles_and_the_words(pairs):
-    for group in by_item(pairs):
+    n = len(pairs) // 60
+    assert [pair.item for pair in pairs] == np.repeat(range(60), n).tolist()
+    for group in (pairs[start : start + n] for start in range(0, len(pairs), n)):
         first, second, *controls = group
         assert (first.target, first.distractor) == (second.distractor, second.target)
         assert first.target != first.distractor and max(first.target, first.distractor) < len(first.good.split()) - 2
         assert all(pair.target is None and pair.distractor is None for pair in controls)
-        last = [(pair.good.split()[-1], pair.bad.split()[-1]) for pair in group]
-        assert Counter(good for good, _ in last) == Counter(bad for _, bad in last)
+        assert Counter(word_at(pair, -1) for pair in group) == Counter(pair.bad.split()[-1] for pair in group)
         assert len({word_at(pair, -2) for pair in group}) == 1  # the last word read tells nothing
 
 
 def test_the_target_is_the_word_that_decides(pairs):
-    men, women = pico.MEN.split(), pico.WOMEN.split()
+    words = pico.WORDS
+    people = {name: pronoun for names, pronoun in (("John", "he"), ("Mary", "she")) for name in words[names]}
     for pair in pairs:
         if pair.target is None:
             assert not {"did", "not"} & set(pair.good.split())
             continue
-        target, distractor, right = word_at(pair, pair.target), word_at(pair, pair.distractor), pair.good.split()[-1]
+        target, distractor, right = word_at(pair, pair.target), word_at(pair, pair.distractor), word_at(pair, -1)
         match pair.phenomenon:
             case "determiner-noun":
                 assert (target in ("a", "an")) == (not right.endswith("s"))
-                follower = word_at(pair, pair.target + 1)
-                assert target != "a" or follower[0] not in "aeio"
-                assert target != "an" or follower[0] in "aeio"
+                assert target not in ("a", "an") or (target == "an") == (word_at(pair, pair.target + 1)[0] in "aeio")
             case "subject-verb":
-                assert target.endswith("s") != right.endswith("s")
-                assert target.endswith("s") != distractor.endswith("s")
+                assert target.endswith("s") != right.endswith("s") and target.endswith("s") != distractor.endswith("s")
             case "coreference":
-                assert (target in men, target in women) == (right == "he", right == "she")
-                assert distractor[0].isupper() and distractor not in men + women
+                assert people[target] == right and distractor[0].isupper() and distractor not in people
             case "reflexive":
-                assert (target in men, target in women) == (right == "himself", right == "herself")
-                assert {target in men, distractor in men} == {True, False}
+                assert {"he": "himself", "she": "herself"}[people[target]] == right
+                assert people[target] != people[distractor]
             case "negation":
                 assert target == "not" and right.startswith("any")
             case "question":
-                assert target == "did" and right in [both.split(":")[0] for both in pico.PAST_FORMS.split()]
+                assert target == "did" and right in [both.split(":")[0] for both in words["work:worked"]]
             case "importance of":
-                assert (target in ("importance", "knowledge", "fear", "awareness", "lack", "love")) == (right == "of")
+                assert (target in ["importance", *words["knowledge"]]) == (right == "of")
 
 
-def test_importance_of_is_there():
-    assert any("importance" in pair.good and pair.good.endswith(" of") for pair in pico.make_pairs("importance of"))
-
-
-def test_unknown_phenomenon_and_exhausted_templates_are_errors(monkeypatch):
+def test_unknown_phenomena_exhausted_templates_and_too_few_items_are_errors(monkeypatch, windows, untrained):
     with pytest.raises(pico.PicoError, match="Unknown phenomenon 'tense'"):
         pico.make_pairs("tense")
-    one = pico.Phenomenon("claim", "about", lambda random, flip: [("The [cat] (dog) now", "a", "b")])
-    monkeypatch.setitem(pico.PHENOMENA, "one", one)
+    with pytest.raises(pico.PicoError, match="19 items are too few"):
+        pico.study_language(tiny_model(), windows, untrained, n_items=19)
+    monkeypatch.setitem(pico.PHENOMENA, "one", pico.Phenomenon("claim", "about", "", "The [cat] (dog) now a / b"))
+    assert pico.make_pairs("one", 1) == [("one", 0, "The cat dog now a", "The cat dog now b", 1, 2)]
     with pytest.raises(pico.PicoError, match="fewer than 2"):
         pico.make_pairs("one", 2)
 
 
-# ---- measurement
-
-
-def no_context_model():
-    """Layers add nothing, so that the prediction follows from the last token alone."""
-    model = tiny_model()
+def test_a_model_that_ignores_the_context_scores_one_half_in_every_item(pairs):
+    bigram = tiny_model()
     with torch.no_grad():
-        for block in model.blocks:
+        for block in bigram.blocks:  # layers add nothing, so that the prediction follows from the last token alone
             block.attention.out_proj.weight.zero_()
             block.mlp.down_proj.weight.zero_()
-    return model
+    for model in (unigram_model(" did"), bigram):
+        margins, _ = pico.measure_pairs(model, pairs)
+        assert (pico.correct(margins).reshape(60, -1).mean(axis=1) == 0.5).all()
 
 
-@pytest.mark.parametrize("model", [unigram_model(" did"), no_context_model()], ids=["unigram", "bigram"])
-def test_a_model_that_ignores_the_context_scores_one_half_in_every_item(model, pairs):
-    margins, _ = pico.measure_pairs(model, pairs)
-    correct = pico.correct(margins).reshape(60, -1)
-    assert (correct.mean(axis=1) == 0.5).all()
-
-
-def test_margins_are_differences_of_sentence_log_probabilities(pairs):
-    model = tiny_model(3)
-    margins, _ = pico.measure_pairs(model, pairs)
-    result = pico.minimal_pair_accuracy(model, [(pair.good, pair.bad) for pair in pairs])
-    assert torch.allclose(margins, result.margins, atol=1e-4)
-    assert margins.abs().max() > 0.01
-
-
-def test_attention_is_read_at_the_query_from_target_and_distractor(pairs):
+def test_margins_and_attention_are_those_at_the_decision(pairs):
     model = tiny_model(4)
-    _, differences = pico.measure_pairs(model, pairs)
+    margins, differences = pico.measure_pairs(model, pairs)
+    result = pico.minimal_pair_accuracy(model, [(pair.good, pair.bad) for pair in pairs])
+    assert torch.allclose(margins, result.margins, atol=1e-4) and margins.abs().max() > 0.01
     for index in [0, 1, len(pairs) - 1]:
         pair = pairs[index]
         if pair.target is None:
@@ -251,13 +198,12 @@ def test_attention_is_read_at_the_query_from_target_and_distractor(pairs):
         assert torch.allclose(differences[index], row[..., pair.target + 1] - row[..., pair.distractor + 1], atol=1e-6)
 
 
-def test_ablated_margins_are_those_of_the_ablated_model(pairs, windows):
+def test_ablated_margins_are_those_of_the_ablated_model(pairs):
     """A head that writes nothing but its mean, and the mean of each item over its pairs."""
     model = tiny_model(5)
     with torch.no_grad():
         model.blocks[0].attention.out_proj.weight.mul_(30)
-    means = torch.zeros(2, 2, 16)
-    intact, ablated = pico.ablated_margins(model, pairs[: len(pairs) // 10], [(), ((0, 0),)], means)
+    intact, ablated = pico.ablated_margins(model, pairs[: len(pairs) // 10], [(), ((0, 0),)], torch.zeros(2, 2, 16))
     expected = pico.measure_pairs(model, pairs)[0].view(60, -1).mean(1)[:6]
     assert intact == pytest.approx(expected.tolist(), abs=1e-4)
     with torch.no_grad():
@@ -268,46 +214,37 @@ def test_ablated_margins_are_those_of_the_ablated_model(pairs, windows):
 
 def test_heads_are_tested_on_items_that_did_not_choose_them():
     """Pure noise: the best of 64 heads stands out on the items that chose it and nowhere else."""
-    generator = torch.Generator().manual_seed(0)
-    chosen, tested = [], []
+    generator, chosen, tested = torch.Generator().manual_seed(0), [], []
+    choosing = [i for i in range(40) if not pico.is_test_item(i)]
     for _ in range(100):
         differences = torch.randn(40, 8, 8, generator=generator)
         heads, values = pico.choose_and_test(differences, 3)
-        choosing = [i for i in range(40) if i not in pico.halves(40)[1]]
         chosen.append(np.mean([differences[choosing, layer, head].mean() for layer, head in heads]))
         tested.append(values.mean())
         assert len(heads) == len(set(heads)) == 3 and values.shape == (20,)
-    assert np.mean(chosen) > 0.3
-    assert abs(np.mean(tested)) < 0.06
+    assert np.mean(chosen) > 0.3 and abs(np.mean(tested)) < 0.06
 
 
 def test_choosing_finds_planted_heads_and_both_halves_hold_both_variants():
     differences = torch.randn(41, 4, 5, generator=torch.Generator().manual_seed(1)) * 0.1
-    differences[:, 2, 4] += 1.0
-    differences[:, 0, 3] += 2.0
-    differences[:, 1, 1] -= 3.0  # a head that prefers the distractor is no support
+    for layer, head, effect in (
+        (2, 4, 1.0),
+        (0, 3, 2.0),
+        (1, 1, -3.0),
+    ):  # one that prefers the distractor is no support
+        differences[:, layer, head] += effect
     heads, values = pico.choose_and_test(differences, 2)
-    assert heads == ((0, 3), (2, 4))
-    assert values.mean() == pytest.approx(1.5, abs=0.1)
-    for half in pico.halves(40):
-        assert Counter(item % 2 for item in half) == {0: 10, 1: 10}
-    assert sorted(item for half in pico.halves(41) for item in half) == list(range(41))
+    assert heads == ((0, 3), (2, 4)) and values.mean() == pytest.approx(1.5, abs=0.1)
+    assert list(Counter((pico.is_test_item(item), item % 2) for item in range(40)).values()) == [10] * 4
 
 
-# ---- statistics
-
-
-def test_sign_flip_p_values_are_uniform_without_an_effect():
+def test_sign_flip_finds_an_effect_of_either_sign_and_is_uniform_without_one():
     random = np.random.default_rng(0)
     p = np.array([pico.sign_flip_p(random.normal(size=20), seed, n=500) for seed in range(400)])
     assert np.abs(np.quantile(p, [0.1, 0.25, 0.5, 0.75, 0.9]) - [0.1, 0.25, 0.5, 0.75, 0.9]).max() < 0.08
     assert (p < 0.05).mean() < 0.09
-
-
-def test_sign_flip_finds_an_effect_of_either_sign_and_none_in_zeros():
     values = np.random.default_rng(1).normal(1.0, 1.0, size=20)
-    assert pico.sign_flip_p(values, 0) == pytest.approx(pico.sign_flip_p(-values, 0))
-    assert pico.sign_flip_p(values, 0) < 0.01
+    assert pico.sign_flip_p(values, 0) == pico.sign_flip_p(-values, 0) < 0.01
     assert pico.sign_flip_p(np.zeros(20), 0) == 1.0
     assert pico.sign_flip_p(np.ones(20), 0, n=99) == 0.01  # never zero (Phipson & Smyth 2010)
 
@@ -319,21 +256,14 @@ def test_holm_adjustment_of_a_textbook_example():
 
 def test_bootstrap_interval_covers_the_truth():
     random = np.random.default_rng(2)
-    covered = 0
-    for seed in range(200):
-        _, low, high = pico.bootstrap_interval(random.normal(0.3, 1.0, size=40), seed, n=300)
-        covered += low < 0.3 < high
-    assert 175 <= covered <= 199
+    intervals = [pico.bootstrap_interval(random.normal(0.3, 1.0, size=40), seed, n=300) for seed in range(200)]
+    assert 175 <= sum(low < 0.3 < high for _, low, high in intervals) <= 199
 
-
-# ---- verdict
 
 GOOD = dict(
-    accuracy=0.85, accuracy_low=0.78, accuracy_high=0.91, untrained_accuracy=0.5, untrained_accuracy_highest=0.55,
-    heads="L1H0",
+    accuracy=0.85, accuracy_low=0.78, accuracy_high=0.91, untrained_accuracy_highest=0.55, heads="L1H0",
     attention_difference=0.2, attention_low=0.15, attention_high=0.25, untrained_attention_highest=0.01, p_value=0.001,
-    margin_drop=1.0, margin_low=0.5, margin_high=1.2,
-    n_random_sets=99, random_margin_drop=0.1, needs_p_value=0.01,
+    margin_drop=1.0, margin_low=0.5, margin_high=1.2, n_random_sets=99, random_margin_drop=0.1, needs_p_value=0.01,
 )  # fmt: skip
 
 
@@ -352,7 +282,6 @@ GOOD = dict(
         ({"n_random_sets": 0, "needs_p_value": np.nan}, "undecided", "too few other sets"),
         ({"accuracy_low": 0.45, "accuracy_high": 0.59}, "not supported", "prefers"),
         ({"accuracy_low": 0.53, "accuracy_high": 0.59, "untrained_accuracy_highest": 0.51}, "not supported", "prefers"),
-        ({"accuracy_low": 0.53, "accuracy_high": 0.59, "untrained_accuracy_highest": 0.55}, "not supported", "prefers"),
         ({"attention_low": -0.01, "attention_high": 0.019}, "not supported", "attention"),
         ({"needs_p_value": 0.8, "margin_low": -0.5, "margin_high": -0.1}, "not supported", "without them"),
         ({"p_value": 0.5, "margin_high": -0.1}, "undecided", "attention"),  # it is not asked what no head looks at
@@ -360,13 +289,9 @@ GOOD = dict(
 )
 def test_verdict_needs_every_link_and_names_the_one_that_fails(changes, expected, word):
     decision, reason = pico.verdict(SimpleNamespace(**GOOD | changes))
-    assert decision == expected
-    assert word in reason
+    assert decision == expected and word in reason
     if decision != "supported":
-        assert sum(text in reason for text in ("prefers", "more attention", "without them")) == 1
-
-
-# ---- the study
+        assert sum(text in reason for text in ("prefers", "more attention", "without them", "too few other sets")) == 1
 
 
 def did_model():
@@ -375,92 +300,65 @@ def did_model():
     Dimension 0 is 1 after the norm, dimension 1 marks ` did`; query and key meet in the slowest rotary pair.
     """
     model = tiny_model(0, pico.ModelConfig(d_model=64, n_layer=2, n_head=16, d_ff=32, context_length=32, dropout=0.0))
-    attention, norm, d = model.blocks[0].attention, model.blocks[0].attention_norm, 4
-    verbs = [[token(" " + form) for form in both.split(":")] for both in pico.PAST_FORMS.split()]
+    attention, norm, embedding = model.blocks[0].attention, model.blocks[0].attention_norm, model.token_embedding.weight
+    verbs = [[token(" " + form) for form in both.split(":")] for both in pico.WORDS["work:worked"]]
+    base, past = torch.tensor(verbs).unbind(1)
     with torch.no_grad():
-        embedding = model.token_embedding.weight
         embedding[:, 1] = 0.0
         embedding[token(" did"), 1] = 1.0
         norm.weight[0], norm.bias[0] = 0.0, 1.0
-        qkv = attention.qkv_proj.weight.view(3, 16, d, 64)  # (query | key | value, head, dimension, input)
+        qkv = attention.qkv_proj.weight.view(3, 16, 4, 64)  # (query | key | value, head, dimension, input)
         qkv[:, 0] = 0.0
-        qkv[0, 0, d // 2 - 1, 0] = qkv[1, 0, d // 2 - 1, 1] = 10.0
+        qkv[0, 0, 1, 0] = qkv[1, 0, 1, 1] = 10.0
         qkv[2, 0, 0, 1] = qkv[2, 0, 1, 0] = 1.0  # the value: whether it is ` did`, and the constant
-        base, past = torch.tensor(verbs).unbind(1)
         contrasts = torch.cat([embedding[base] - embedding[past], torch.ones(1, 64)])  # the norm takes the mean away
         wanted = torch.tensor([1.0] * len(verbs) + [0.0])[:, None]
-        direction = torch.linalg.lstsq(contrasts, wanted).solution[:, 0]
-        attention.out_proj.weight[:, 0] = direction
-        attention.out_proj.weight[:, 1] = -3 * direction
+        direction = torch.linalg.lstsq(contrasts, wanted).solution
+        attention.out_proj.weight[:, :2] = direction * torch.tensor([1.0, -3.0])
     return model
 
 
-def study_did(model, windows, **options):
-    untrained = [tiny_model(seed, model.config) for seed in (7, 8)]
-    table = pico.study_language(model, windows, untrained, n_heads=1, **options)
-    return table, table.set_index("phenomenon").loc["question"]
+def study_did(model, windows):
+    table = pico.study_language(model, windows, [tiny_model(seed, model.config) for seed in (7, 8)], n_heads=1)
+    question = table.set_index("phenomenon").loc["question"]
+    assert question.attention_difference > 0.9 and question.p_value < 0.05
+    return table, question
 
 
 def test_study_finds_the_head_of_a_model_built_by_hand(windows):
-    model = did_model()
     windows = windows.clone()
     windows[2:, 10] = token(" did")
-    table, question = study_did(model, windows)
-    assert list(table.phenomenon) == list(pico.PHENOMENA)
-    assert list(table) == list(make_language())
-    assert question.heads == "L0H0"
-    assert question.accuracy == 1.0 and question.untrained_accuracy < 0.7
-    assert question.attention_difference > 0.9 and question.p_value < 0.05
+    table, question = study_did(did_model(), windows)
+    assert list(table.phenomenon) == list(pico.PHENOMENA) and list(table) == list(make_language())
+    assert question.heads == "L0H0" and question.accuracy == 1.0 and question.untrained_accuracy < 0.7
     assert question.n_random_sets == 31 and question.needs_p_value == 1 / 32
-    assert question.margin_drop > 5 * abs(question.random_margin_drop)
+    assert question.margin_drop > 5 * abs(question.random_margin_drop) and abs(question.loss_increase) > 1e-3
     assert question.verdict == "supported", question.reason
-    assert abs(question.loss_increase) > 1e-3
     others = table[table.phenomenon != "question"]
     assert set(others.verdict) <= {"not supported", "undecided"} and (others.n_random_sets == 0).all()
 
 
-def test_a_head_that_looks_but_is_not_used_is_not_enough(windows):
-    """The same head looks at ` did`, but nothing reads it: attention alone must not support a claim."""
-    model = did_model()
+def test_a_head_that_looks_but_is_not_needed_is_not_enough(windows):
+    """Nothing reads what it writes, or its neighbour does the same: ablating that one costs as much."""
+    unread, shared = did_model(), did_model()
     with torch.no_grad():
-        model.blocks[0].attention.out_proj.weight[:, :2] = 0.0
-    _, question = study_did(model, windows)
-    assert question.attention_difference > 0.9 and question.p_value < 0.05
-    assert question.verdict != "supported"
-
-
-def test_a_head_that_matters_no_more_than_its_neighbour_is_not_enough(windows):
-    """Two equal heads share the work: ablating one costs as much as ablating the other, one of the random sets."""
-    model = did_model()
-    with torch.no_grad():
-        qkv = model.blocks[0].attention.qkv_proj.weight.view(3, 16, 4, 64)
-        out = model.blocks[0].attention.out_proj.weight
+        unread.blocks[0].attention.out_proj.weight[:, :2] = 0.0
+        qkv = shared.blocks[0].attention.qkv_proj.weight.view(3, 16, 4, 64)
+        out = shared.blocks[0].attention.out_proj.weight
         out[:, 1] *= 5 / 3  # so that one head alone does not reach the bare verb
-        qkv[:, 1] = qkv[:, 0]
-        out[:, 4:8] = out[:, :4]
-    _, question = study_did(model, windows)
-    assert question.accuracy == 1.0 and question.attention_difference > 0.9 and question.margin_drop > 0.1
+        qkv[:, 1], out[:, 4:8] = qkv[:, 0], out[:, :4]
+    assert study_did(unread, windows)[1].verdict != "supported"
+    _, question = study_did(shared, windows)
+    assert question.accuracy == 1.0 and question.margin_drop > 0.1
     assert question.needs_p_value == 2 / 32 and question.verdict == "undecided" and "without them" in question.reason
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_nothing_is_supported_on_an_untrained_model(seed, windows, untrained):
-    table = pico.study_language(
-        tiny_model(seed), windows=windows, untrained=untrained, n_items=24, n_heads=1, seed=seed
-    )
-    assert set(table.verdict) <= {"not supported", "undecided"}
-    assert table.reason.str.len().min() > 20
-
-
-def test_study_is_reproducible_and_leaves_the_model_as_it_was(windows, untrained):
-    model = tiny_model(11)
+def test_nothing_is_supported_on_an_untrained_model_which_stays_as_it_was(seed, windows, untrained):
+    model = tiny_model(seed)
     before = copy.deepcopy(model.state_dict())
-    run = [pico.study_language(model, windows=windows, untrained=untrained, n_items=20) for _ in range(2)]
-    assert run[0].equals(run[1])
+    table, again = (pico.study_language(model, windows, untrained, 24, n_heads=1, seed=seed) for _ in range(2))
+    assert set(table.verdict) <= {"not supported", "undecided"} and table.reason.str.len().min() > 20
+    assert table.equals(again)
     assert model.training and all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
-
-
-def test_a_study_of_too_few_items_is_refused(windows, untrained):
-    with pytest.raises(pico.PicoError, match="19 items are too few"):
-        pico.study_language(tiny_model(), windows, untrained, n_items=19)
