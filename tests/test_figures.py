@@ -35,6 +35,10 @@ def labels_of(axis):
     return [label.get_text() for label in axis.get_ticklabels()]
 
 
+def frames_of(axes):
+    return {patch.get_xy() for patch in axes.patches}
+
+
 # --- sentences --------------------------------------------------------------------------------------------------------
 
 
@@ -52,101 +56,84 @@ def test_rollout_multiplies_layers_in_order():
     np.testing.assert_allclose(rollout, (two_back + np.eye(4)) / 2 @ (one_back + np.eye(4)) / 2)
 
 
-def test_heatmap_shows_the_weights_and_nothing_where_a_token_cannot_look():
+def test_map_shows_the_weights_and_nothing_where_a_token_cannot_look():
     capture = make_capture(SENTENCE)
-    figure = pico.plot_attention_heatmap(capture, 1, 0)
-    (values,) = maps_of(figure)
-    lower = np.tri(len(capture.labels), dtype=bool)
+    figure = pico.plot_chosen_heads(capture, [(1, 0)])
+    (values,), lower = maps_of(figure), np.tri(len(capture.labels), dtype=bool)
     np.testing.assert_allclose(values[lower], capture.weights[1, 0].numpy()[lower])
     assert np.isnan(values[~lower]).all() and to_rgb(figure.axes[0].get_facecolor()) == to_rgb("#d5d5d5")
     assert {"·dog", "·dog²", "·the³"} <= set(labels_of(figure.axes[0].yaxis))  # each label names one position
     assert "L1H0" in words_of(figure) and "token that looks" in words_of(figure)
 
 
-def test_all_heads_are_tiled_layer_by_layer():
-    capture = make_capture(SENTENCE, n_layer=3, n_head=2)
-    n, (tiles,) = len(capture.labels), maps_of(pico.plot_all_heads(capture))
+def test_all_heads_are_tiled_and_a_sheet_has_a_row_for_each_sentence_and_a_column_for_each_head():
+    captures, heads = [make_capture(text, n_layer=3, n_head=2) for text in (SENTENCE, "Short one.")], [(0, 0), (2, 1)]
+    n, (tiles,) = len(captures[0].labels), maps_of(pico.plot_all_heads(captures[0]))
     assert tiles.shape == (3 * n, 2 * n)
-    lower = np.tri(n, dtype=bool)
-    np.testing.assert_allclose(tiles[2 * n :, n:][lower], capture.weights[2, 1].numpy()[lower])
-
-
-def test_a_sheet_has_a_row_for_each_sentence_and_a_column_for_each_head():
-    captures = [make_capture(text) for text in (SENTENCE, "Short one.")]
-    heads = [(0, 0), (1, 1)]
-    figure = pico.plot_category(captures, heads)
+    np.testing.assert_allclose(np.nan_to_num(tiles[2 * n :, n:]), captures[0].weights[2, 1].numpy(), atol=1e-7)
     wanted = [capture.weights[head].numpy() for capture in captures for head in heads]
-    for values, weights in zip(maps_of(figure), wanted, strict=True):
+    for values, weights in zip(maps_of(pico.plot_category(captures, heads)), wanted, strict=True):
         np.testing.assert_allclose(np.nan_to_num(values), weights, atol=1e-7)
 
 
-def test_heads_are_shown_with_their_own_class_and_score():
+def test_chosen_heads_are_the_strongest_of_each_kind_and_shown_with_their_own_class_and_score():
     study, capture = make_study(3, 3), make_capture(SENTENCE, 3, 3)
-    heads = pico.choose_heads(study.scores)
-    scores = study.scores.set_index(["layer", "head"])
+    scores, heads = study.scores.set_index(["layer", "head"]), pico.choose_heads(study.scores)
+    assert {scores[kind].idxmax() for kind in ("previous", "local", "induction")} == set(heads[:3])
+    assert len(set(pico.choose_heads(study.scores, 9))) == 9
+    assert len(pico.choose_heads(make_study(1, 2).scores)) == 2  # a model with fewer heads
     for plot in (pico.plot_chosen_heads, pico.plot_attention_flow):
         words = words_of(plot(capture, heads, study.scores))
         for layer, head in heads:
             row, kinds = scores.loc[(layer, head)], ("previous", "local", "induction")
             kind = kinds[layer] if row["class"] != "Global/Broad" else "broad"
             if row["class"] != "Mixed":
-                label = pico.CLASS_LABELS[row["class"]]
-                assert f"L{layer}H{head} {label} {kind} {row[kind]:.2f}" in words
-        assert "highest" not in words
-
-
-def test_chosen_heads_are_the_strongest_of_each_kind():
-    study = make_study(3, 3)
-    windows = study.scores.set_index(["layer", "head"])
-    heads = pico.choose_heads(study.scores, 3)
-    assert {windows[kind].idxmax() for kind in ("previous", "local", "induction")} == set(heads)
-    assert len(set(pico.choose_heads(study.scores, 9))) == 9
-    assert len(pico.choose_heads(make_study(1, 2).scores)) == 2  # a model with fewer heads
-    with pytest.raises(pico.PicoError, match="There is no L7H0; layers are 0-2, heads 0-2"):
-        pico.plot_chosen_heads(make_capture(SENTENCE, 3, 3), [(7, 0)])
+                assert f"L{layer}H{head} {pico.CLASS_LABELS[row['class']]} {kind} {row[kind]:.2f}" in words
+        with pytest.raises(pico.PicoError, match="There is no L7H0; layers are 0-2, heads 0-2"):
+            plot(capture, [(7, 0)])
 
 
 def test_long_sentences_are_cut_and_the_picture_says_so():
     capture = make_capture(" ".join(["word another"] * 35))
-    n = len(capture.labels)
-    assert n > 60
-    heatmap = pico.plot_chosen_heads(capture, [(0, 0)])
-    assert maps_of(heatmap)[0].shape == (40, 40)
+    n, heatmap = len(capture.labels), pico.plot_chosen_heads(capture, [(0, 0)])
+    assert n > 60 and maps_of(heatmap)[0].shape == (40, 40)
     assert f"First 40 of {n} tokens" in words_of(heatmap) and f"First 40 of {n}" in words_of(pico.plot_rollout(capture))
-    assert f"First 20 of {n} tokens" in words_of(pico.plot_attention_flow(capture, [(0, 0)]))
-    assert len(pico.attention_graph(capture.weights[0, 0], capture.labels)) == 20
+    flow = pico.plot_attention_flow(capture, [(0, 0)])
+    assert f"First 20 of {n} tokens" in words_of(flow) and len(labels_of(flow.axes[0].yaxis)) == 20
 
 
 def test_attention_graph_keeps_the_strongest_looks():
     weights = np.array([[1, 0, 0, 0], [0.9, 0.1, 0, 0], [0.45, 0.15, 0.4, 0], [0.3, 0.32, 0.0, 0.38]])
-    graph = pico.attention_graph(weights, ["a", "b", "a", "c"], max_edges=2)
+    graph = pico.attention_graph(weights, ["a", "b", "a²", "c"], max_edges=2)
     edges = {(i, j): w for i, j, w in graph.edges(data="weight")}
     assert edges == {(1, 0): 0.9, (2, 0): 0.45, (2, 2): 0.4, (3, 3): 0.38, (3, 1): 0.32}  # (3, 0) would be a third
     assert pico.attention_graph(pico.uniform_attention(1, 9)[0, 0], list("abcdefghi")).number_of_edges() == 0
     assert list(dict(graph.nodes(data="label")).values()) == ["a", "b", "a²", "c"]
 
 
-def test_flow_draws_an_arrow_for_each_look_at_another_token():
+def test_flow_draws_an_arrow_for_each_look_at_another_token_and_a_ring_for_each_at_itself():
     capture = make_capture(SENTENCE)
-    graph = pico.attention_graph(capture.weights[0, 1], capture.labels)
-    (axes,) = pico.plot_attention_flow(capture, [(0, 1)]).axes
-    arrows = [patch for patch in axes.patches if isinstance(patch, matplotlib.patches.FancyArrowPatch)]
-    assert len(arrows) == sum(i != j for i, j in graph.edges) > 5
+    for head in ((0, 0), (0, 1)):
+        graph = pico.attention_graph(capture.weights[head], capture.labels)
+        (axes,) = pico.plot_attention_flow(capture, [head]).axes
+        arrows = [patch for patch in axes.patches if isinstance(patch, matplotlib.patches.FancyArrowPatch)]
+        assert len(arrows) == sum(i != j for i, j in graph.edges)
+        rings = [graph.has_edge(i, i) for i in graph]
+        np.testing.assert_array_equal(axes.collections[-1].get_sizes() > 0, rings)
+        assert sum(rings) > 5 if head == (0, 0) else len(arrows) > 5
 
 
 @pytest.mark.parametrize(
     "text", ["日本語のテキスト", "I ❤️ 🎉🎉 parties", "cost $x$ and $\\frac{1}{0$", "\x00\x1b bell", "שלום مرحبا", "a"]
 )
 def test_any_text_is_drawn_without_a_warning(text, tmp_path):
-    capture = make_capture(text)
+    capture, heads = make_capture(text), [(0, 0), (1, 1)]
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # missing glyphs, formulas that do not parse
-        for plot in (pico.plot_all_heads, pico.plot_rollout):
-            pico.save_figure(plot(capture), tmp_path / plot.__name__, svg=False)
-        for plot in (pico.plot_chosen_heads, pico.plot_attention_flow):
-            figure = plot(capture, [(0, 0), (1, 1)])
-            pico.save_figure(figure, tmp_path / plot.__name__, svg=False)
-        pico.save_figure(pico.plot_category([capture], [(0, 0)]), tmp_path / "category", svg=False)
+        drawn = [pico.plot_all_heads(capture), pico.plot_rollout(capture), pico.plot_category([capture], heads)]
+        drawn += [plot(capture, heads) for plot in (pico.plot_chosen_heads, pico.plot_attention_flow)]
+        for figure in drawn:
+            pico.save_figure(figure, tmp_path / "figure", svg=False)
     title = figure.get_suptitle().replace(r"\$", "$").replace("\n", " ")
     assert "$" not in text or text in title  # the dollar is shown, not read as a formula
 
@@ -155,15 +142,17 @@ def test_pictures_are_drawn_in_a_thread_and_leave_nothing_to_pyplot(tmp_path):
     from matplotlib import pyplot
 
     study, found = make_study(3, 2), []
+
+    def draw():
+        for figure in (pico.plot_similarity(study.distances, 0.05, study.scores), pico.plot_ablation(study.ablation)):
+            found.extend(pico.save_figure(figure, tmp_path / str(len(found))))
+
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        plots = (pico.plot_similarity, pico.plot_score_maps)
-        work = threading.Thread(
-            target=lambda: found.extend(pico.save_figure(plot(study), tmp_path / plot.__name__) for plot in plots)
-        )
+        work = threading.Thread(target=draw)
         work.start()
         work.join()
-    assert len(found) == 2 and not pyplot.get_fignums()
+    assert len(found) == 4 and not pyplot.get_fignums()
 
 
 # --- colours ----------------------------------------------------------------------------------------------------------
@@ -223,29 +212,28 @@ def history_of(**best: list[float]) -> list[dict]:
     ]
 
 
-def test_emergence_shows_the_best_heads_by_tokens_and_a_legend_of_every_line():
+def test_emergence_shows_the_best_heads_by_tokens_what_it_means_and_a_legend_of_every_line():
     history = history_of(previous=[0.02, 0.1, 0.5, 0.9], induction=[0.01, 0.0, 0.1, 0.2])
-    by_tokens = [row | {"tokens": 64 * row["step"]} for row in history]
-    (axes,) = pico.plot_head_emergence(by_tokens).axes
+    figure = pico.plot_head_emergence([row | {"tokens": 64 * row["step"]} for row in history])
+    (axes,) = figure.axes
     drawn = [line.get_xydata().astype(float) for line in axes.lines if len(line.get_xdata()) == 3]
     np.testing.assert_allclose(drawn[0], [[640, 0.1], [6400, 0.5], [64000, 0.9]])
     assert axes.get_xscale() == "log" and "tokens" in axes.get_xlabel()
     legend = [text.get_text() for text in axes.get_legend().get_texts()]
     assert len(legend) == len(drawn) + 2
     assert {"previous: one token back", "threshold (0.30)", "highest before training (0.02)"} <= set(legend)
-    (axes,) = pico.plot_head_emergence(history).axes
-    assert axes.get_xlabel() == "step"
-    words = pico.describe_emergence(pd.DataFrame(by_tokens), pico.ScoreThresholds())
+    words = figure.get_suptitle().replace("\n", " ")
     assert words.startswith(
         "The first previous-token head appears between 640 and 6,400 tokens of training (score 0.30)"
     )
     assert words.endswith("no induction head appears (highest score 0.20, threshold 0.30).")
+    assert pico.plot_head_emergence(history).axes[0].get_xlabel() == "step"
 
 
 def test_pie_and_grid_show_each_head_in_its_class():
     study = make_study(4, 4)
     classes = study.scores.pivot(index="layer", columns="head", values="class")
-    figure = pico.plot_class_grid(study)
+    figure = pico.plot_class_grid(study.scores)
     shares = [abs(wedge.theta2 - wedge.theta1) / 360 for wedge in figure.axes[0].patches]
     assert sorted(shares) == pytest.approx(sorted(classes.stack().value_counts(normalize=True)))
     np.testing.assert_array_equal(maps_of(figure)[0], classes.map(pico.HEAD_CLASSES.index))
@@ -253,67 +241,59 @@ def test_pie_and_grid_show_each_head_in_its_class():
     assert [label.split("\n")[0] for label in labels[:4]] == ["previous", "mixed", "previous", "broad"]
 
 
-@pytest.mark.parametrize("plot", ["baselines", "categories"])
-def test_bars_of_classes_add_up_and_show_the_shares(plot):
+@pytest.mark.parametrize("name", ["class_baselines", "categories"])
+def test_bars_of_classes_add_up_and_show_the_shares(name):
     study = make_study(4, 4)
-    held_out = study.shares.query("model == 'trained'").set_index("class")["share"]
-    if plot == "baselines":
-        (axes,) = pico.plot_class_baselines(study).axes
-        assert labels_of(axes.yaxis) == list(pico.MODEL_NAMES.values())
-        rows = study.shares.query("`class` == 'Specialised'").set_index("model")
-        ends = [segment[:, 0] for segment in axes.collections[0].get_segments()]
-        np.testing.assert_allclose(ends, rows.loc[list(pico.MODEL_NAMES), ["low", "high"]])
-    else:
-        (axes,) = pico.plot_categories(study).axes
-        assert labels_of(axes.yaxis) == ["Held-out text", *pico.ALL_TEST_CATEGORIES]
+    (shares,) = (data for each, _, _, data, *_ in pico.model_pictures(study) if each == name)
+    (axes,) = pico.plot_class_bars(shares).axes
+    models, categories = list(pico.MODEL_NAMES.values()), ["Held-out text", *pico.ALL_TEST_CATEGORIES]
+    assert labels_of(axes.yaxis) == (models if name == "class_baselines" else categories)
+    ends = [segment[:, 0] for segment in axes.collections[0].get_segments() if len(segment)]
+    rows = shares[shares["class"] == "Specialised"]
+    np.testing.assert_allclose(ends, rows[["low", "high"]])
     widths = np.array([[bar.get_width() for bar in bars] for bars in axes.containers])  # (classes, rows)
     np.testing.assert_allclose(widths.sum(axis=0), 1)
+    held_out = study.shares.query("model == 'trained'").set_index("class")["share"]
     np.testing.assert_allclose(widths[:, 0], held_out.reindex(pico.HEAD_CLASSES).fillna(0))
 
 
 def test_score_maps_outline_what_is_beyond_the_threshold_and_begin_with_it():
-    study = make_study(3, 2)
-    scores = study.scores
-    panels = [axes for axes in pico.plot_score_maps(study).axes if axes.get_label() != "<colorbar>"]
-    outlined = {}
-    for axes in panels:
+    study, found = make_study(3, 2), []
+    for axes in pico.plot_score_maps(study.scores, study.thresholds).axes[:9]:
         name = axes.get_title("left").split(":")[0].lower()
-        outlined[name] = sorted((patch.get_y(), patch.get_x()) for patch in axes.patches)
-        beyond = scores[scores[name] >= (0.9 if name == "broad" else 0.3)]
-        assert outlined[name] == sorted(zip(beyond["layer"], beyond["head"], strict=True))
-        assert [text.get_text() for text in axes.texts] == [pico.number(value) for value in scores[name]]
-    found = [bool(cells) for cells in outlined.values()]
+        beyond = study.scores[study.scores[name] >= (0.9 if name == "broad" else 0.3)]
+        assert frames_of(axes) == set(zip(beyond["head"], beyond["layer"], strict=True))
+        assert [text.get_text() for text in axes.texts] == [pico.number(value) for value in study.scores[name]]
+        found.append(len(beyond) > 0)
     assert found == sorted(found, reverse=True) and any(found) and not all(found)
 
 
-def test_ablation_map_is_centred_on_zero():
-    study = make_study(3, 2)
-    ablation = study.ablation.assign(loss_increase=[0.03, -0.01, 0, 0, 0, 0], matters=[True] + 5 * [False])
-    figure = pico.plot_ablation(dataclasses.replace(study, ablation=ablation))
+def test_ablation_map_is_centred_on_zero_and_outlines_the_head_that_matters():
+    ablation = make_study(3, 2).ablation
+    ablation = ablation.assign(loss_increase=[0.03, -0.01, 0, 0, 0, 0], matters=[True] + 5 * [False])
+    figure = pico.plot_ablation(ablation)
     mesh = figure.axes[0].collections[0]
-    assert [frame.get_xy() for frame in figure.axes[0].patches] == [(0, 0)], "the head that matters is outlined"
+    assert frames_of(figure.axes[0]) == {(0, 0)}
     assert (mesh.norm.vmin, mesh.norm.vmax) == (pytest.approx(-30), pytest.approx(30))
     np.testing.assert_allclose(maps_of(figure)[0], [[30, -10], [0, 0], [0, 0]])
 
 
 def test_similar_heads_stand_together():
-    kinds, rng = np.array([0, 1, 0, 1, 1, 0]), np.random.default_rng(0)
+    kinds, rng, scores = np.array([0, 1, 0, 1, 1, 0]), np.random.default_rng(0), make_study(3, 2).scores
     distances = np.where(kinds[:, None] == kinds, 0.1, 0.7) + rng.uniform(0, 0.05, (6, 6))
     distances = (distances + distances.T) / 2 * (1 - np.eye(6))
-    study = dataclasses.replace(make_study(3, 2), distances=distances, noise_floor=0.2)
-    tree, heatmap = pico.plot_similarity(study).axes[:2]
-    names = labels_of(heatmap.yaxis)
-    order = [int(name[1]) * 2 + int(name[3]) for name in names]
+    tree, heatmap = pico.plot_similarity(distances, 0.2, scores).axes[:2]
+    order = [int(name[1]) * 2 + int(name[3]) for name in labels_of(heatmap.yaxis)]
     assert len(set(kinds[order][:3])) == 1 and len(set(kinds[order][3:])) == 1
     np.testing.assert_allclose(heatmap.collections[0].get_array(), distances[np.ix_(order, order)])
     assert tree.lines[0].get_ydata()[0] == 0.2
-    classes = pico.head_kinds(study.scores)["class"].iloc[order]
+    classes = pico.head_kinds(scores)["class"].iloc[order]
     assert [label.get_color() for label in heatmap.get_yticklabels()] == [pico.CLASS_COLORS[name] for name in classes]
 
 
 def test_language_picture_shows_what_each_number_must_exceed():
     language = make_language(trained=False)
-    figure = pico.plot_language(dataclasses.replace(make_study(), language=language))
+    figure = pico.plot_language(language)
     for axes, name in zip(figure.axes, ("accuracy", "attention"), strict=False):
         lines = {line.get_label(): line.get_xdata() for line in axes.lines}
         np.testing.assert_allclose(lines["highest of the untrained models"], language[f"untrained_{name}_highest"])
@@ -329,35 +309,28 @@ def test_language_picture_shows_what_each_number_must_exceed():
 # --- the whole study --------------------------------------------------------------------------------------------------
 
 
-def names_of(study):
-    return [name for name, *_ in pico.model_pictures(study)]
-
-
 def test_every_picture_has_a_file_and_words(tmp_path):
     captures = {"Simple": [make_capture("The cat sat."), make_capture("A dog ran.")]}
     captures["Quotes & <tags>"] = [make_capture("He <b>said</b> & left.")]
     study = make_study(2, 2)
     pictures = pico.draw_study(study, captures, tmp_path)
-    names = names_of(study)
-    assert [picture.path.stem for picture in pictures if picture.group == "Model"] == names
-    files = {path.relative_to(tmp_path) for path in tmp_path.rglob("*.*")}
-    assert files == {picture.path.relative_to(tmp_path) for picture in pictures} | {
-        picture.path.with_suffix(".svg").relative_to(tmp_path) for picture in pictures if picture.group == "Model"
-    }
-    assert len(names) == 9 and len(pictures) == len(names) + 2 * 5
+    of_model = [picture.path for picture in pictures if picture.group == "Model"]
+    assert [path.stem for path in of_model] == [name for name, *_ in pico.model_pictures(study)]
+    files = {picture.path for picture in pictures} | {path.with_suffix(".svg") for path in of_model}
+    assert set(tmp_path.rglob("*.*")) == files
+    assert len(of_model) == 9 and len(pictures) == 9 + 2 * 5
     assert all(len(picture.alt) > 20 and picture.caption and picture.title.endswith("?") for picture in pictures)
     assert len({picture.alt for picture in pictures}) == len(pictures)
-    assert ElementTree.parse(pictures[0].path.with_suffix(".svg")).getroot().tag.endswith("svg")
+    assert ElementTree.parse(of_model[0].with_suffix(".svg")).getroot().tag.endswith("svg")
     with Image.open(pictures[-1].path) as image:
-        assert min(image.size) > 600 and len(image.convert("RGB").getcolors(10**6)) > 20
+        assert min(image.size) > 600 and 20 < len(image.convert("RGB").getcolors(10**6)) <= 256
 
 
 def test_pictures_without_their_data_are_left_out(tmp_path):
     study, none = make_study(2, 2), pd.DataFrame()
-    bare = dataclasses.replace(study, metrics=none, history=none, language=none, categories=none)
-    bare = dataclasses.replace(bare, scores=study.scores.assign(sink_flag=False))
-    left_out = set(names_of(study)) - set(names_of(bare))
-    assert left_out == {"loss_curve", "head_emergence", "categories", "language"}
+    bare = dataclasses.replace(study, metrics=none, history=none, language=none, distances=np.zeros((1, 1)))
+    names, left = ([name for name, *_ in pico.model_pictures(each)] for each in (study, bare))
+    assert set(names) - set(left) == {"loss_curve", "head_emergence", "language", "similarity"}
     (tmp_path / "file").write_text("")
     with pytest.raises(pico.PicoError, match="Cannot write"):
         pico.save_figure(pico.plot_loss_curve([]), tmp_path / "file" / "loss")
