@@ -3598,17 +3598,16 @@ def study_model(
 # ======================================================================================================================
 # FIGURES
 # Every picture is a matplotlib Figure of its own, never pyplot's, so it draws in a thread or a notebook alike; seaborn
-# draws what is a map. A colour means the same in every picture, and all that carries meaning stands out 3:1 from white.
+# draws what is a map. A colour means the same in every picture, for any colour vision, and all that carries meaning
+# stands out 3:1 from white. What draws a picture of the study has the caption as its docstring.
 # ======================================================================================================================
 
-CLASS_COLORS = dict(  # apart for any colour vision; white text is readable on each
-    zip(HEAD_CLASSES, ("#0d3a86", "#3d78e6", "#d05a00", "#00763a", "#7a7a7a", "#222222"), strict=True)
-)
-MODEL_NAMES = {  # the models of Study.shares and .baselines, in the order in which pictures show them
+CLASS_COLORS = dict(zip(HEAD_CLASSES, ("#0d3a86", "#3d78e6", "#d05a00", "#00763a", "#7a7a7a", "#222222"), strict=True))
+MODEL_NAMES = {  # the models of Study.shares and .baselines
     "trained": "this model",
     "shuffled": "this model, shuffled tokens",
-    "untrained": "untrained models",
     "uniform": "uniform head",
+    "untrained": "untrained models",
 }
 MODEL_COLORS = {"trained": "#000000", "shuffled": "#8a5a00", "untrained": "#a3347f", "uniform": "#007a8a"}
 GREY = "#767676"  # thresholds and random sets
@@ -3623,10 +3622,8 @@ _SCORES = {  # a score, what it looks at, and the class that heads of a high sco
     "sink": ("the first token", "Resting"),
     "broad": ("all tokens alike", "Global/Broad"),
 }
-_EMERGING = ("previous", "self", "induction", "duplicate", "sink")
-_MAX_LABELS = 40  # tokens in a heatmap
-_MAX_NODES = 20  # tokens in a flow graph
 _LEGEND = {"frameon": False, "fontsize": 8}
+_ATTENTION = {"vmin": 0, "vmax": 1, "cmap": "viridis", "square": True}  # the scale of every map of attention
 
 
 def new_figure(width: float, height: float, title: str = "", **subplots) -> tuple[Figure, Axes | np.ndarray]:
@@ -3634,19 +3631,14 @@ def new_figure(width: float, height: float, title: str = "", **subplots) -> tupl
     from matplotlib.figure import Figure
 
     warnings.filterwarnings("ignore", r"Glyph \d+ .* missing from")  # a box stands for what the font lacks
-    lines = textwrap.wrap(_literal(title), int(9.5 * width), max_lines=4, placeholder=" …")
+    lines = textwrap.wrap(title, int(9.5 * width), max_lines=4, placeholder=" …")
     figure = Figure(figsize=(width, height + 0.2 * len(lines)), facecolor="white", layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.07, h_pad=0.07)
-    if lines:
-        figure.suptitle("\n".join(lines), x=0.01, ha="left", fontsize=10, weight="bold")
+    figure.suptitle("\n".join(lines), x=0.01, ha="left", fontsize=10, weight="bold")
     return figure, figure.subplots(**subplots)
 
 
 def save_figure(figure: Figure, path: str | Path, svg: bool = True) -> list[Path]:
-    """Writes `path`.png of 200 dots per inch and, if wanted, `path`.svg atomically; returns the paths.
-
-    256 colours make the PNG several times smaller, and with it the report that holds them all.
-    """
+    """Writes `path`.png (200 dots per inch, 256 colours) and, if wanted, `path`.svg atomically; returns the paths."""
     from PIL import Image  # which matplotlib needs
 
     paths = [Path(f"{path}.{kind}") for kind in ("png", "svg")[: 1 + svg]]
@@ -3654,8 +3646,7 @@ def save_figure(figure: Figure, path: str | Path, svg: bool = True) -> list[Path
         with atomic_write(each) as temporary:
             figure.savefig(temporary, dpi=200)
             if each.suffix == ".png":
-                image = Image.open(temporary).convert("RGB").quantize(256, dither=Image.Dither.NONE)
-                image.save(temporary, dpi=(200, 200))
+                Image.open(temporary).convert("RGB").quantize(256, dither=0).save(temporary, dpi=(200, 200))
     return paths
 
 
@@ -3669,47 +3660,33 @@ def tidy_axes(axes: Axes, title: str = "", **labels) -> None:
     axes.yaxis.label.set_size(8.5)
 
 
-def draw_heatmap(axes: Axes, values: pd.DataFrame | np.ndarray, title: str = "", **options) -> None:
-    """seaborn's heatmap in small text, grey where there is no value; `options` as of seaborn.heatmap."""
+def _draw_heatmap(axes: Axes, values: np.ndarray, title: str = "", framed: Sequence = ((), ()), **options) -> None:
+    """seaborn's heatmap, grey where there is no value, with a frame around the cells that are True in `framed`."""
     import seaborn
 
     seaborn.heatmap(values, ax=axes, **{"cbar": False, "fmt": "", "annot_kws": {"fontsize": 7}} | options)
-    axes.set_facecolor("#d5d5d5")
-    tidy_axes(axes, title)
+    tidy_axes(axes, title, facecolor="#d5d5d5")
     axes.tick_params(length=0, labelsize=7)
     axes.tick_params(axis="y", labelrotation=0)
+    rows, columns = np.nonzero(framed)
+    for color, width in (("black", 3), ("white", 1.2)):  # seen on light and dark
+        axes.bar(columns, 1, 1, rows, align="edge", fill=False, edgecolor=color, linewidth=width, clip_on=False)
 
 
-def _color_bar(panels: Sequence[Axes], label: str) -> None:
-    """The one scale of all panels."""
-    bar = panels[0].figure.colorbar(panels[0].collections[0], ax=list(panels), shrink=0.6, pad=0.02)
-    bar.set_label(label, fontsize=8.5)
-    bar.ax.tick_params(labelsize=7.5)
-    bar.outline.set_visible(False)
-
-
-def _literal(text: str) -> str:
-    """Text that matplotlib does not take for a formula."""
-    return text.replace("$", r"\$")
+def _finish(figure: Figure, alt: str, scale: str = "") -> Figure:
+    """The figure with the one scale of its maps, if it has any; its label is the text for those who cannot see it."""
+    if scale:
+        bar = figure.colorbar(figure.axes[-1].collections[0], ax=figure.axes, shrink=0.6, pad=0.02)
+        bar.outline.set_visible(False)
+        tidy_axes(bar.ax, ylabel=scale)
+    figure.set_label(alt)
+    return figure
 
 
 def number_repeats(labels: Sequence[str]) -> list[str]:
     """The second copy of a token becomes `the²`, the third `the³`, so that each label names one position."""
-    copies, numbered = dict.fromkeys(labels, 0), []
-    for label in labels:
-        copies[label] += 1
-        raised = str(copies[label]).translate(str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹"))
-        numbered.append(label if copies[label] == 1 else label + raised)
-    return numbered
-
-
-def _short_labels(labels: Sequence[str], limit: int = _MAX_LABELS) -> list[str]:
-    return number_repeats([_literal(label if len(label) <= 14 else f"{label[:12]}…") for label in labels[:limit]])
-
-
-def _sentence_title(capture: AttentionCapture, limit: int = _MAX_LABELS) -> str:
-    n = len(capture.labels)
-    return (f"First {limit} of {n} tokens of " if n > limit else "") + f"“{capture.text}”"
+    raised, copies = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹"), pd.Series(labels).groupby(list(labels)).cumcount() + 1
+    return [label + str(n).translate(raised) * (n > 1) for label, n in zip(labels, copies, strict=True)]
 
 
 def head_kinds(scores: pd.DataFrame) -> pd.DataFrame:
@@ -3717,120 +3694,97 @@ def head_kinds(scores: pd.DataFrame) -> pd.DataFrame:
 
     `scores` as in Study or of `score_heads`. A mixed head has the kind of its largest score.
     """
-    table = scores.set_index(["layer", "head"]).sort_index()
     of_class = {name: [kind for kind in _SCORES if _SCORES[kind][1] == name] for name in HEAD_CLASSES}
     of_class["Mixed"] = [kind for kind in KAPPAS if kind != "sink"]
-    kinds = [max(of_class[row["class"]], key=row.get) for _, row in table.iterrows()]
-    strengths = [table.at[head, kind] for head, kind in zip(table.index, kinds, strict=True)]
-    named = zip(table["class"], kinds, strengths, strict=True)
-    words = [f"{CLASS_LABELS[name]}: {kind} {number(strength)}" for name, kind, strength in named]
+    table = scores.set_index(["layer", "head"]).sort_index()
+    kinds = table.apply(lambda row: max(of_class[row["class"]], key=row.get), axis=1)
+    strengths = table.apply(lambda row: max(row[of_class[row["class"]]]), axis=1)
+    words = table["class"].map(CLASS_LABELS) + ": " + kinds + " " + strengths.map(number)
     return table[["class"]].assign(kind=kinds, strength=strengths, words=words)
 
 
 def choose_heads(scores: pd.DataFrame, n: int = 4) -> list[tuple[int, int]]:
     """(layer, head) of at most n heads worth a picture: the strongest of each kind in turn, mixed ones last."""
     kinds = head_kinds(scores).sort_values("strength", ascending=False, kind="stable")
-    turn = kinds.groupby(["class", "kind"]).cumcount()
-    order = kinds["class"].map(lambda name: 0 if name in SPECIALISED_CLASSES else HEAD_CLASSES.index(name))
-    kinds = kinds.assign(kindless=kinds["class"].isin(["Mixed", "Resting"]), turn=turn, order=order)
-    chosen = kinds.sort_values(["kindless", "turn", "order"], kind="stable").index[:n]
-    return [(int(layer), int(head)) for layer, head in chosen]
+    turn = kinds.groupby(["class", "kind"]).cumcount() + len(kinds) * kinds["class"].isin(["Mixed", "Resting"])
+    kinds = kinds.assign(turn=turn, is_broad=kinds["class"] == "Global/Broad")
+    return kinds.sort_values(["turn", "is_broad"], kind="stable").index[:n].to_list()
 
 
-# -- Sentences
+def _in_words(values: pd.Series) -> str:
+    return ", ".join(f"{name} {number(value)}" for name, value in values.items())
 
 
-def _pattern(capture: AttentionCapture, head: tuple[int, int], limit: int = _MAX_LABELS) -> np.ndarray:
-    """A head's map of the first tokens, (T, T); later tokens, which a row cannot see, are NaN."""
-    n_layer, n_head = capture.weights.shape[:2]
-    if not (0 <= head[0] < n_layer and 0 <= head[1] < n_head):
-        raise PicoError(f"There is no {head_name(*head)}; layers are 0-{n_layer - 1}, heads 0-{n_head - 1}.")
-    weights = np.asarray(capture.weights[tuple(head)])[:limit, :limit]
-    return np.where(np.tri(len(weights), dtype=bool), weights, np.nan)
+# -- Sentences: `heads` are (layer, head) pairs; `scores`, as in Study, add what they are
 
 
-def _draw_map(axes: Axes, values: np.ndarray, labels: Sequence[str], columns: bool = True, **options) -> None:
-    """A map of tokens (T, T) on the scale of attention: each row is the token doing the looking."""
-    scale = {"vmin": 0, "vmax": 1, "cmap": "viridis", "square": True}
-    draw_heatmap(axes, values, xticklabels=False, yticklabels=False, **scale | options)
-    places = np.arange(len(labels)) + 0.5
-    axes.set_yticks(places, labels)
-    if columns:
-        axes.set_xticks(places, labels, rotation=90)
-        axes.set(xlabel="token looked at", ylabel="token that looks")
-
-
-def _name_heads(panels: Iterable[Axes], heads: Heads, scores: pd.DataFrame | None) -> None:
-    """Each panel's title is its head and, where scores are given, what the head is."""
-    kinds = None if scores is None else head_kinds(scores)
-    for axes, head in zip(panels, heads, strict=True):
-        words = "" if kinds is None else "\n" + kinds.words[head].replace(": ", "\n")
-        axes.set_title(head_name(*head) + words, loc="left", fontsize=9)
-
-
-def plot_attention_heatmap(capture: AttentionCapture, layer: int, head: int) -> Figure:
-    """The map of one head: each row is the token doing the looking, its colours say where it looks."""
-    return plot_chosen_heads(capture, [(layer, head)])
+def _drawable(capture: AttentionCapture, heads: Heads = (), scores: pd.DataFrame | None = None, n: int = 40) -> tuple:
+    """Of the first n tokens: title, labels, maps (n_layer, H, n, n) with NaN where a row cannot see, heads."""
+    n_layer, n_head, n_tokens, _ = capture.weights.shape
+    for layer, head in heads:
+        if not (0 <= layer < n_layer and 0 <= head < n_head):
+            raise PicoError(f"There is no {head_name(layer, head)}; layers are 0-{n_layer - 1}, heads 0-{n_head - 1}.")
+    text = (f"First {n} of {n_tokens} tokens of " if n_tokens > n else "") + f"“{capture.text}”"
+    text, *labels = [each.replace("$", r"\$") for each in (text, *capture.labels[:n])]  # no formulas
+    maps = np.where(np.tri(n_tokens, dtype=bool), np.asarray(capture.weights), np.nan)[..., :n, :n]
+    words = dict.fromkeys(heads, "") if scores is None else head_kinds(scores)["words"]
+    titles = [f"{head_name(*head)}\n{words[head]}".replace(": ", "\n").strip() for head in heads]
+    return text, number_repeats([label[:16] for label in labels]), maps, titles
 
 
 def plot_chosen_heads(capture: AttentionCapture, heads: Heads, scores: pd.DataFrame | None = None) -> Figure:
-    """The maps of some (layer, head); `scores`, as in Study, add what each head is."""
-    labels, n_columns = _short_labels(capture.labels), min(2, len(heads))
-    n_rows, side = math.ceil(len(heads) / n_columns), max(2.6, 0.15 * len(labels))
-    size = max(4.5, n_columns * (side + 0.8) + 0.8), n_rows * (side + 1.2) + 0.3
-    grid = {"nrows": n_rows, "ncols": n_columns, "squeeze": False}
-    figure, panels = new_figure(*size, _sentence_title(capture), **grid)
+    """Each row is the token doing the looking, its colours where it looks; grey: later tokens, which it cannot see."""
+    text, labels, maps, titles = _drawable(capture, heads, scores)
+    n_rows, n_columns, side = math.ceil(len(heads) / 2), min(2, len(heads)), max(3.4, 0.8 + 0.15 * len(labels))
+    size = n_columns * side + 1, n_rows * (side + 0.4) + 0.3
+    figure, panels = new_figure(*size, text, nrows=n_rows, ncols=n_columns, squeeze=False)
+    for axes, head, title in zip(panels.flat, heads, titles, strict=False):
+        _draw_heatmap(axes, maps[head], title, xticklabels=labels, yticklabels=labels, **_ATTENTION)
+        axes.set(xlabel="token looked at", ylabel="token that looks")
     for axes in panels.flat[len(heads) :]:
         axes.remove()
-    panels = panels.flat[: len(heads)]
-    for axes, head in zip(panels, heads, strict=True):
-        _draw_map(axes, _pattern(capture, head), labels)
-    _name_heads(panels, heads, scores)
-    _color_bar(panels, "share of attention")
-    return figure
+    return _finish(figure, f"Maps of heads on “{capture.text}” {'; '.join(titles)}", "share of attention")
 
 
 def plot_all_heads(capture: AttentionCapture) -> Figure:
-    """Maps of every layer and head as one tiled map: a row of tiles a layer, a column a head."""
-    n_layer, n_head, n, _ = capture.weights.shape
+    """A row of tiles a layer, a column a head; in a tile each row is the token doing the looking."""
+    text, _, maps, _ = _drawable(capture, n=len(capture.labels))
+    n_layer, n_head, n, _ = maps.shape
     tile = min(0.95, 8.0 / max(n_layer, n_head))
-    figure, axes = new_figure(max(4.5, n_head * tile + 1.6), n_layer * tile + 1.2, _sentence_title(capture, n))
-    weights = np.where(np.tri(n, dtype=bool), np.asarray(capture.weights), np.nan)
-    _draw_map(axes, weights.transpose(0, 2, 1, 3).reshape(n_layer * n, n_head * n), [], columns=False)
+    figure, axes = new_figure(max(4.5, n_head * tile + 1.6), n_layer * tile + 1.2, text)
+    tiles = maps.transpose(0, 2, 1, 3).reshape(n_layer * n, n_head * n)
+    _draw_heatmap(axes, tiles, xticklabels=False, yticklabels=False, **_ATTENTION)
     axes.hlines(np.arange(n_layer + 1) * n, 0, n_head * n, "white", linewidth=2)
     axes.vlines(np.arange(n_head + 1) * n, 0, n_layer * n, "white", linewidth=2)
     axes.set_xticks((np.arange(n_head) + 0.5) * n, range(n_head))
     axes.set_yticks((np.arange(n_layer) + 0.5) * n, range(n_layer))
     axes.set(xlabel="head", ylabel="layer")
-    _color_bar([axes], "share of attention")
-    return figure
+    return _finish(figure, f"Maps of all heads on “{capture.text}”", "share of attention")
 
 
 def plot_category(captures: Sequence[AttentionCapture], heads: Heads, scores: pd.DataFrame | None = None) -> Figure:
-    """The sheet of a category: a row a sentence, a column a chosen head."""
-    counts = [min(len(capture.labels), _MAX_LABELS) for capture in captures]
-    cell = 2.1 / max(*counts, 14)
-    size = 1.8 + 2.2 * len(heads), max(2.4, 1.1 + cell * sum(counts) + 0.12 * len(counts))
-    grid = {"nrows": len(captures), "ncols": len(heads), "squeeze": False}
-    figure, panels = new_figure(*size, height_ratios=counts, **grid)
+    """A row a sentence, a column a head. In a map each row is the token doing the looking, as in the other pictures."""
+    sentences = [_drawable(capture, heads, scores) for capture in captures]
+    counts = [len(labels) for _, labels, _, _ in sentences]
+    size = 1.8 + 2.2 * len(heads), 1.4 + 2.1 * sum(counts) / max(*counts, 14) + 0.12 * len(counts)
+    figure, panels = new_figure(*size, nrows=len(counts), ncols=len(heads), squeeze=False, height_ratios=counts)
     for (row, column), axes in np.ndenumerate(panels):
-        labels = [] if column else _short_labels(captures[row].labels)
-        _draw_map(axes, _pattern(captures[row], heads[column]), labels, columns=False)
-        axes.tick_params(labelsize=min(7, 72 * cell))
+        _, labels, maps, titles = sentences[row]
+        ticks = {"xticklabels": False, "yticklabels": False if column else labels}
+        _draw_heatmap(axes, maps[heads[column]], "" if row else titles[column], **ticks, **_ATTENTION)
         axes.set(anchor="NW", xlim=(0, max(counts)))
-    _name_heads(panels[0], heads, scores)
-    _color_bar(panels.flat, "share of attention")
-    return figure
+        axes.tick_params(labelsize=min(7, 150 / max(counts)))
+    return _finish(figure, f"Maps of heads on: {' '.join(each.text for each in captures)}", "share of attention")
 
 
 def attention_graph(weights: np.ndarray, labels: Sequence[str], max_edges: int = 3) -> networkx.DiGraph:
     """The strongest looks of one map (T, T) as a graph: an edge i -> j says that token i looks at token j.
 
-    Nodes carry `label`, edges `weight`; each of the first 20 tokens keeps its `max_edges` strongest edges, of those
-    that are 0.05 above an even spread: a uniform map has no edges.
+    Nodes carry `label`, edges `weight`; each token keeps its `max_edges` strongest edges, of those that are 0.05 above
+    an even spread: a uniform map has no edges.
     """
     graph = networkx.DiGraph()
-    for index, label in enumerate(_short_labels(labels, _MAX_NODES)):
+    for index, label in enumerate(labels):
         graph.add_node(index, label=label)
         row = np.asarray(weights[index, : index + 1], dtype=float)
         for key in np.argsort(-row, kind="stable")[:max_edges]:
@@ -3840,38 +3794,31 @@ def attention_graph(weights: np.ndarray, labels: Sequence[str], max_edges: int =
 
 
 def plot_attention_flow(capture: AttentionCapture, heads: Heads, scores: pd.DataFrame | None = None) -> Figure:
-    """Arrows from each token to the earlier ones that a head looks at, a panel a head.
-
-    The width of an arrow is its weight, a ring is a look at the token itself; see `attention_graph`. With `scores` a
-    head has the colour of its class.
-    """
-    n, classes = min(len(capture.labels), _MAX_NODES), None if scores is None else head_kinds(scores)["class"]
-    reach = 0.32 * n + 1  # of the longest arc, in rows
+    """Arrows point at up to three tokens looked at 0.05 more than evenly; wider is more, a ring is a look at itself."""
+    text, labels, maps, titles = _drawable(capture, heads, scores, n=20)
+    colors = dict.fromkeys(heads, GREY) if scores is None else head_kinds(scores)["class"].map(CLASS_COLORS)
+    n, reach = len(labels), 0.32 * len(labels) + 1  # of the longest arc, in rows
     size = len(heads) * max(2.4, 1.1 + 0.27 * reach), 1.3 + 0.27 * n
-    figure, panels = new_figure(*size, _sentence_title(capture, _MAX_NODES), ncols=len(heads), squeeze=False)
-    for axes, head in zip(panels.flat, heads, strict=True):
-        color = "#222222" if classes is None else CLASS_COLORS[classes[head]]
-        graph = attention_graph(_pattern(capture, head, n), capture.labels)
-        arcs = {(i, j): weight for i, j, weight in graph.edges(data="weight") if i != j}
-        rings = [graph.edges[i, i]["weight"] if graph.has_edge(i, i) else 0 for i in graph]
+    figure, panels = new_figure(*size, text, ncols=len(heads), squeeze=False)
+    for axes, head, title in zip(panels.flat, heads, titles, strict=True):
+        color, graph = colors[head], attention_graph(maps[head], labels)
+        rings = [110 * graph.get_edge_data(i, i, {"weight": 0})["weight"] for i in graph]
+        graph.remove_edges_from([(i, i) for i in graph])
+        widths = [0.4 + 2 * weight for *_, weight in graph.edges(data="weight")]
+        style = {"width": widths, "edge_color": color, "node_size": 12, "connectionstyle": "arc3,rad=0.6"}
+        networkx.draw_networkx_edges(graph, {i: (0, i) for i in graph}, ax=axes, **style)
         axes.scatter([0] * n, range(n), s=6, color=GREY)
-        axes.scatter([0] * n, range(n), s=110 * np.array(rings), facecolors="none", edgecolors=color)
-        axes.set(xlim=(-0.6, reach), ylim=(n - 0.4, -0.6), aspect="equal", anchor="NW")
-        style = {"width": [0.4 + 2 * weight for weight in arcs.values()], "edge_color": color, "node_size": 12}
-        places = {node: (0, node) for node in graph}
-        networkx.draw_networkx_edges(graph, places, list(arcs), ax=axes, connectionstyle="arc3,rad=0.6", **style)
-        axes.spines[:].set_visible(False)
-        axes.tick_params(left=False, bottom=False, labelleft=True, labelbottom=False, labelsize=8)
-        axes.set_yticks(range(n), [label for _, label in graph.nodes(data="label")])
-    _name_heads(panels.flat, heads, scores)
-    return figure
+        axes.scatter([0] * n, range(n), s=rings, facecolors="none", edgecolors=color)
+        tidy_axes(axes, title, xlim=(-0.6, reach), ylim=(n - 0.4, -0.6), aspect="equal", anchor="NW", frame_on=False)
+        axes.set_yticks(range(n), labels)
+        axes.tick_params(left=False, labelleft=True)
+    return _finish(figure, f"Arrows between tokens of “{capture.text}” {'; '.join(titles)}")
 
 
 def attention_rollout(weights: np.ndarray) -> np.ndarray:
-    """Attention rollout (Abnar & Zuidema 2020): how much of each input reaches each position, (T, T).
+    """Attention rollout (Abnar & Zuidema 2020): how much of each input reaches each position, (T, T), rows sum to one.
 
-    Heads are averaged, the residual stream counts as an identity of equal weight, layers are multiplied.
-    `weights`: (n_layer, H, T, T). Rows of the result sum to one.
+    `weights` (n_layer, H, T, T): heads are averaged, the residual stream is an identity of equal weight.
     """
     layers = np.asarray(weights, dtype=np.float64).mean(axis=1)
     identity = np.eye(layers.shape[-1])
@@ -3879,218 +3826,184 @@ def attention_rollout(weights: np.ndarray) -> np.ndarray:
 
 
 def plot_rollout(capture: AttentionCapture) -> Figure:
-    """Attention rollout minus that of uniform heads: blue where more, red where less of an input arrives."""
-    labels, (n_layer, _, n_tokens, _) = _short_labels(capture.labels), capture.weights.shape
-    difference = attention_rollout(capture.weights) - attention_rollout(uniform_attention(n_layer, n_tokens))
-    difference[~np.tri(n_tokens, dtype=bool)] = np.nan  # a token cannot look there
-    difference = difference[: len(labels), : len(labels)]
+    """Attention followed through all layers (rollout), minus what uniform heads would give. Blue: more; red: less."""
+    text, labels, maps, _ = _drawable(capture)
+    difference = attention_rollout(np.nan_to_num(maps)) - attention_rollout(uniform_attention(len(maps), len(labels)))
+    difference[np.isnan(maps[0, 0])] = np.nan
     # noise stays pale; the first column, which often towers over the others, may be beyond the scale
-    limit = max(float(np.nanmax(np.abs(difference[1:, 1:]), initial=0)), 0.05)
+    limit = max(0.05, np.nanmax(np.abs(difference[1:, 1:]), initial=0))
     side = max(3.2, 0.16 * len(labels))
-    figure, axes = new_figure(side + 2.0, side + 1.2, _sentence_title(capture))
-    _draw_map(axes, difference, labels, cmap="RdBu", vmin=-limit, vmax=limit)
+    figure, axes = new_figure(side + 2.0, side + 1.2, text)
+    scale = _ATTENTION | {"cmap": "RdBu", "vmin": -limit, "vmax": limit}
+    _draw_heatmap(axes, difference, xticklabels=labels, yticklabels=labels, **scale)
     axes.set(xlabel="token that it comes from", ylabel="position that it reaches")
-    _color_bar([axes], "rollout minus that of uniform heads")
-    return figure
+    what = "rollout minus that of uniform heads"
+    return _finish(figure, f"Map of the {what}: “{capture.text}”", what)
 
 
 # -- The model
 
 
-def plot_loss_curve(rows: Sequence[dict] | pd.DataFrame) -> Figure:
-    """Training and validation loss by tokens of training; `rows` as of the metrics, val_loss where it was measured.
-
-    The dotted line is the loss of a model that guesses every token alike, ln of the vocabulary.
-    """
+def plot_loss_curve(metrics: Sequence[dict] | pd.DataFrame) -> Figure:
+    """How wrong the guesses of the next token were; lower is better."""
     from matplotlib.ticker import EngFormatter
 
-    table, uniform_loss = pd.DataFrame(rows), math.log(Tokenizer.end_of_text + 1)
-    place = "tokens_total" if "tokens_total" in table else "step"
+    table = pd.DataFrame(metrics).reindex(columns=["step", "tokens_total", "train_loss", "val_loss"])
+    place = "tokens_total" if table["tokens_total"].any() else "step"
     figure, axes = new_figure(7, 4)
-    for key, name, style in (
-        ("train_loss", "training", {"color": GREY, "linewidth": 1.2}),
-        ("val_loss", "held-out text", {"color": MODEL_COLORS["trained"], "marker": "o", "markersize": 3.5}),
-    ):
-        if key in table and len(losses := pd.to_numeric(table.set_index(place)[key], errors="coerce").dropna()):
-            axes.plot(losses.index, losses, label=f"{name} (last {losses.iloc[-1]:.2f})", **style)
-    label = f"guessing all tokens alike ({uniform_loss:.2f})"
-    axes.axhline(uniform_loss, color=MODEL_COLORS["uniform"], linestyle=":", linewidth=1.5, label=label)
+    for key, name, color, marker in (("train_loss", "training", GREY, ""), ("val_loss", "held-out text", "black", ".")):
+        if len(losses := table.set_index(place)[key].dropna()):
+            axes.plot(losses, color=color, marker=marker, label=f"{name} (last {losses.iloc[-1]:.2f})")
+    uniform = math.log(Tokenizer.end_of_text + 1)
+    axes.axhline(uniform, color=MODEL_COLORS["uniform"], ls=":", label=f"guessing all tokens alike ({uniform:.2f})")
     tidy_axes(axes, xlabel="step" if place == "step" else "tokens of training", ylabel="loss (nats per token)")
     axes.xaxis.set_major_formatter(EngFormatter())
-    axes.legend(**_LEGEND)
-    return figure
+    words = [text.get_text() for text in axes.legend(**_LEGEND).get_texts()]
+    return _finish(figure, f"Line chart of the loss: {'; '.join(words)}")
 
 
 def plot_head_emergence(history: Sequence[dict] | pd.DataFrame, thresholds: ScoreThresholds | None = None) -> Figure:
-    """The highest score of a head of each kind by tokens of training, on a log scale; `history` as in `best_heads`."""
+    """The highest score of a head of each kind as training goes on."""
     import seaborn
 
-    best, thresholds = best_heads(pd.DataFrame(history))[list(_EMERGING)], thresholds or ScoreThresholds()
-    figure, axes = new_figure(8, 4.5)
-    names = {kind: f"{kind}: {_SCORES[kind][0]}" for kind in _EMERGING}
-    colors = [CLASS_COLORS[_SCORES[kind][1]] for kind in _EMERGING]
-    seaborn.lineplot(best[best.index > 0].rename(columns=names), palette=colors, markers=True, linewidth=1.8, ax=axes)
-    for tau in sorted({thresholds.tau[kind] for kind in _EMERGING}):
+    history, thresholds = pd.DataFrame(history), thresholds or ScoreThresholds()
+    kinds, summary = ["previous", "self", "induction", "duplicate", "sink"], describe_emergence(history, thresholds)
+    best = best_heads(history)[kinds]
+    figure, axes = new_figure(8, 4.3, summary)
+    named = best[best.index > 0].rename(columns=lambda kind: f"{kind}: {_SCORES[kind][0]}")
+    seaborn.lineplot(named, palette=[CLASS_COLORS[_SCORES[kind][1]] for kind in kinds], markers=True, ax=axes)
+    for tau in sorted({thresholds.tau[kind] for kind in kinds}):
         axes.axhline(tau, color=GREY, linestyle="--", linewidth=1, label=f"threshold ({tau:.2f})")
-    if 0 in best.index:
-        label = f"highest before training ({best.loc[0].max():.2f})"
-        axes.axhline(best.loc[0].max(), color=MODEL_COLORS["untrained"], linestyle=":", label=label)
-    tidy_axes(axes, "Highest score of a head (0: chance, 1: ideal)", xscale="log", ylim=(-0.05, 1), ylabel="score")
+    for before in best[best.index == 0].max(axis=1):
+        axes.axhline(before, color=MODEL_COLORS["untrained"], ls=":", label=f"highest before training ({before:.2f})")
+    tidy_axes(axes, xscale="log", ylim=(-0.05, 1), ylabel="score (0: chance, 1: ideal)")
     axes.set_xlabel("tokens of training" if best.index.name == "tokens" else "step")
     axes.legend(loc="upper left", handlelength=4, **_LEGEND)
-    return figure
+    return _finish(figure, f"Line chart of the highest score of a head of each kind. {summary}")
 
 
-def _class_bars(table: pd.DataFrame, width: float, height: float) -> tuple[Figure, Axes]:
-    """A bar of 100 % for each row of `table`, whose columns are classes and whose values are shares of the heads."""
-    figure, axes = new_figure(width, height)
-    table, start = table.reindex(columns=HEAD_CLASSES).fillna(0), np.zeros(len(table))
-    for name, shares in table.items():
-        style = {"color": CLASS_COLORS[name], "edgecolor": "white", "height": 0.72}
-        label = CLASS_LABELS[name] if shares.any() else None  # none in the legend
-        bars = axes.barh(range(len(table)), shares, left=start, label=label, **style)
-        words = [f"{share:.0%}" if share >= 0.04 else "" for share in shares]
-        axes.bar_label(bars, words, label_type="center", color="white", fontsize=8)
-        start += shares.to_numpy()
-    axes.set_yticks(range(len(table)), [_literal(str(name)) for name in table.index])
-    tidy_axes(axes, xlim=(0, 1), ylim=(len(table) - 0.5, -0.5), xlabel="share of the heads")
-    axes.xaxis.set_major_formatter("{x:.0%}")
-    axes.legend(ncols=3, loc="lower left", bbox_to_anchor=(0, 1), **_LEGEND)
-    return figure, axes
-
-
-def plot_class_baselines(study: Study) -> Figure:
-    """Classes of the heads on held-out text: this model, shuffled tokens, untrained models, a uniform head."""
-    table = study.shares.pivot(index="model", columns="class").reindex(list(MODEL_NAMES))
-    figure, axes = _class_bars(table["share"].rename(index=MODEL_NAMES), 8, 3.2)
-    low, high = table["low", "Specialised"], table["high", "Specialised"]
-    axes.hlines(np.arange(len(table)) + 0.42, low, high, "black", linewidth=2)
-    return figure
-
-
-def plot_categories(study: Study) -> Figure:
-    """Classes of the heads on each category's sentences, and on held-out text."""
-    held_out = study.shares.query("model == 'trained'").assign(category="Held-out text")
-    table = pd.concat([held_out, study.categories])
-    names = table["category"].unique()
-    table = table.pivot(index="category", columns="class", values="share").loc[names]
-    return _class_bars(table, 8.5, 1.2 + 0.36 * len(names))[0]
-
-
-def plot_class_grid(study: Study) -> Figure:
-    """The original study's pie of the classes, and the class and score of each head, layer by layer."""
-    kinds = head_kinds(study.scores)
+def plot_class_grid(scores: pd.DataFrame) -> Figure:
+    """The original study's pie, and each head with the score that stands for its class. Mixed: none is high enough."""
+    kinds = head_kinds(scores)
     counts = kinds["class"].value_counts().reindex(HEAD_CLASSES).dropna().astype(int)
     words = kinds["kind"] + "\n" + kinds["strength"].map(number)
     words = words.where(~kinds["class"].isin(["Mixed", "Resting"]), kinds["class"].str.lower()).unstack()
     codes = kinds["class"].map(HEAD_CLASSES.index).unstack()
     widths = 3.2, max(2.5, 0.78 * codes.shape[1])
-    size = sum(widths) + 0.8, max(3.6, 1 + 0.46 * len(codes))
-    figure, (pie, grid) = new_figure(*size, ncols=2, width_ratios=widths)
-    colors = [CLASS_COLORS[name] for name in counts.index]
-    legend = [f"{CLASS_LABELS[name]}: {count} ({count / len(kinds):.0%})" for name, count in counts.items()]
-    wedges = pie.pie(counts, colors=colors, startangle=90, counterclock=False, wedgeprops={"edgecolor": "white"})[0]
-    pie.legend(wedges, legend, loc="upper center", bbox_to_anchor=(0.5, 0.02), **_LEGEND)
+    figure, (pie, grid) = new_figure(sum(widths) + 0.8, max(3.6, 1 + 0.46 * len(codes)), ncols=2, width_ratios=widths)
+    labels = [f"{CLASS_LABELS[name]}: {count} ({count / len(kinds):.0%})" for name, count in counts.items()]
+    pie.pie(counts, colors=counts.index.map(CLASS_COLORS), startangle=90, counterclock=False)
+    pie.legend(labels, loc="upper center", bbox_to_anchor=(0.5, 0.02), **_LEGEND)
     tidy_axes(pie, f"All {len(kinds)} heads")
-    options = {"cmap": list(CLASS_COLORS.values()), "vmin": -0.5, "vmax": len(HEAD_CLASSES) - 0.5, "linewidths": 1}
-    draw_heatmap(grid, codes, "Each head", annot=words, annot_kws={"fontsize": 7, "color": "white"}, **options)
-    return figure
+    style = {"annot_kws": {"fontsize": 7, "color": "white"}, "cmap": [*CLASS_COLORS.values()], "linewidths": 1}
+    _draw_heatmap(grid, codes, "Each head", annot=words, vmin=0, vmax=len(CLASS_COLORS) - 1, **style)
+    return _finish(figure, f"Pie and grid of heads. {'; '.join(labels)}")
 
 
-def _outline(axes: Axes, cells: pd.DataFrame) -> None:
-    """Frames the cells of a heatmap that are True."""
-    from matplotlib.patches import Rectangle
-    from matplotlib.patheffects import withStroke
+def plot_class_bars(shares: pd.DataFrame) -> Figure:
+    """Black line below a bar: where the first three classes, the specialised heads, may end (95% interval over texts;
+    for untrained models the range over seeds). Few short sentences tell classes apart less well than held-out text.
+    """
+    by = "category" if "category" in shares else "model"
+    names = shares[by].unique()
+    table = shares.pivot(index=by, columns="class", values=["share", "low", "high"]).loc[names].rename(MODEL_NAMES)
+    figure, axes = new_figure(8, 1.5 + 0.38 * len(names))
+    shares, start = table["share"].reindex(columns=HEAD_CLASSES).fillna(0), np.zeros(len(names))
+    for name, widths in shares.items():
+        label = CLASS_LABELS[name] if widths.any() else None  # none in the legend
+        bars = axes.barh(table.index, widths, 0.72, start, color=CLASS_COLORS[name], edgecolor="white", label=label)
+        words = [f"{width:.0%}" if width >= 0.04 else "" for width in widths]
+        axes.bar_label(bars, words, label_type="center", color="white", fontsize=8)
+        start += widths.to_numpy()
+    axes.hlines(np.arange(len(table)) + 0.42, table["low", "Specialised"], table["high", "Specialised"], "black")
+    tidy_axes(axes, xlim=(0, 1), ylim=(len(table) - 0.5, -0.5), xlabel="share of the heads")
+    axes.xaxis.set_major_formatter("{x:.0%}")
+    axes.legend(ncols=3, loc="lower left", bbox_to_anchor=(0, 1), **_LEGEND)
+    specialised = shares[list(SPECIALISED_CLASSES)].sum(axis=1)
+    return _finish(figure, f"Bars of classes. Share of specialised heads: {_in_words(specialised)}")
 
-    style = {"fill": False, "edgecolor": "white", "linewidth": 1.2, "clip_on": False, "zorder": 3}
-    style["path_effects"] = [withStroke(linewidth=3, foreground="black")]
-    for row, column in np.argwhere(cells):
-        axes.add_patch(Rectangle((column, row), 1, 1, **style))
 
-
-def plot_score_maps(study: Study) -> Figure:
-    """Layer x head maps of every score; cells beyond the threshold are outlined, kinds that were found come first."""
-    limits = study.thresholds.tau | {"broad": study.thresholds.broad}
-    grids = {kind: study.scores.pivot(index="layer", columns="head", values=kind) for kind in _SCORES}
-    n_layer, n_head = grids["self"].shape
+def plot_score_maps(scores: pd.DataFrame, thresholds: ScoreThresholds) -> Figure:
+    """0 is what a uniform head reaches, 1 the ideal head of a kind (broad: uniform). Outlined: beyond the threshold."""
+    limits = thresholds.tau | {"broad": thresholds.broad}
+    n_layer, n_head = scores[["layer", "head"]].max() + 1
     size = 1.2 + 3 * max(2.5, 0.42 * n_head), 3 * max(1.4, 0.75 + 0.28 * n_layer)
     figure, panels = new_figure(*size, nrows=3, ncols=3)
-    kinds = sorted(grids, key=lambda kind: not (grids[kind] >= limits[kind]).any(axis=None))
+    kinds = sorted(_SCORES, key=lambda kind: scores[kind].max() < limits[kind])  # what was found comes first
     for axes, kind in zip(panels.flat, kinds, strict=True):
-        title = f"{kind.capitalize()}: {_SCORES[kind][0]}"
-        draw_heatmap(axes, grids[kind], title, annot=grids[kind].map(number), vmin=0, vmax=1, cmap="mako_r")
-        _outline(axes, grids[kind] >= limits[kind])
-    _color_bar(panels.flat, "score (0: chance, 1: ideal)")
-    return figure
+        grid, title = (
+            scores.pivot(index="layer", columns="head", values=kind),
+            f"{kind.capitalize()}: {_SCORES[kind][0]}",
+        )
+        _draw_heatmap(axes, grid, title, grid >= limits[kind], annot=grid.map(number), vmin=0, vmax=1, cmap="mako_r")
+    return _finish(figure, f"Maps. Highest scores: {_in_words(scores[kinds].max())}", "score (0: chance, 1: ideal)")
 
 
-def plot_ablation(study: Study) -> Figure:
-    """Loss increase without each head in thousandths of a nat, layer x head; outlined: beyond noise."""
-    table = study.ablation.pivot(index="layer", columns="head")
+def plot_ablation(ablation: pd.DataFrame) -> Figure:
+    """A row a layer, a column a head. Red: a higher loss without the head; blue: lower. Outlined: beyond noise."""
+    table = ablation.pivot(index="layer", columns="head")
     grid = 1000 * table["loss_increase"]
     limit = max(float(grid.abs().max(axis=None)), 1.0)
     figure, axes = new_figure(max(5, 1.8 + 0.62 * grid.shape[1]), max(2.2, 1 + 0.4 * len(grid)))
-    words = grid.map(lambda value: number(value, 1 if abs(value) < 10 else 0))
-    draw_heatmap(axes, grid, annot=words, cmap="RdBu_r", vmin=-limit, vmax=limit)
-    _outline(axes, table["matters"])
-    _color_bar([axes], "loss increase without the head\n(thousandths of a nat per token)")
-    return figure
+    scale = {"cmap": "RdBu_r", "vmin": -limit, "vmax": limit}
+    _draw_heatmap(axes, grid, "", table["matters"], annot=grid.round(1) + 0.0, fmt=".1f", **scale)
+    alt = f"Map of the loss without each head; {ablation['matters'].sum()} heads are beyond noise."
+    return _finish(figure, alt, "loss increase without the head\n(thousandths of a nat per token)")
 
 
-def plot_similarity(study: Study) -> Figure:
-    """Distances between all heads, ordered by a dendrogram; dashed: the noise floor of `head_similarity`."""
+def plot_similarity(distances: np.ndarray, noise_floor: float, scores: pd.DataFrame) -> Figure:
+    """How different two heads are on the same text: mean square root of the Jensen-Shannon divergence of their rows.
+    Heads that meet below the dashed line differ less than a head does from itself when the text changes.
+    """
     from scipy.cluster.hierarchy import dendrogram, linkage
     from scipy.spatial.distance import squareform
 
-    distances, floor, kinds = study.distances, study.noise_floor, head_kinds(study.scores)
     side = min(8, 3.5 + 0.09 * len(distances))
     figure, (top, bottom) = new_figure(side, side + 1, nrows=2, height_ratios=(1, 4.5))
     tree = linkage(squareform(distances, checks=False), "average")  # seaborn.clustermap would need pyplot
     order = dendrogram(tree, ax=top, no_labels=True, color_threshold=0, above_threshold_color="#222222")["leaves"]
-    style = {"color": MODEL_COLORS["shuffled"], "linestyle": "--", "linewidth": 1.5}
-    top.axhline(floor, label=f"a head and itself on other text: {number(floor)}", **style)
+    label = f"a head and itself on other text: {number(noise_floor)}"
+    top.axhline(noise_floor, color=MODEL_COLORS["shuffled"], linestyle="--", label=label)
     top.legend(loc="lower left", bbox_to_anchor=(0, 1), **_LEGEND)
-    heights = 0.9 * tree[0, 2], 1.05 * max(tree[:, 2].max(), floor)
-    tidy_axes(top, ylabel="distance", xlim=(0, 10 * len(order)), ylim=heights)
-    scale = {"vmax": min(1, max(distances.max(), 2 * floor, 1e-6)), "cmap": "viridis_r", "square": False}
-    _draw_map(bottom, distances[np.ix_(order, order)], [head_name(*kinds.index[index]) for index in order], **scale)
-    bottom.set(xlabel="", ylabel="")
-    for text, index in zip([*bottom.get_xticklabels(), *bottom.get_yticklabels()], order * 2, strict=True):
-        text.set(color=CLASS_COLORS[kinds["class"].iloc[index]], fontsize=max(4.5, min(8, 380 / len(order))))
-    _color_bar([bottom, top], "distance (0: the same)")
-    return figure
+    tidy_axes(top, ylabel="distance", ylim=(0.9 * tree[0, 2], 1.05 * max(tree[-1, 2], noise_floor)))
+    heads = head_kinds(scores).iloc[order]
+    names = list(itertools.starmap(head_name, heads.index))
+    scale = {"vmin": 0, "vmax": max(distances.max(), 2 * noise_floor), "cmap": "viridis_r"}
+    _draw_heatmap(bottom, distances[np.ix_(order, order)], xticklabels=names, yticklabels=names, **scale)
+    bottom.tick_params(labelsize=min(8, 380 / len(order)))
+    for text, name in zip([*bottom.get_xticklabels(), *bottom.get_yticklabels()], [*heads["class"]] * 2, strict=True):
+        text.set_color(CLASS_COLORS[name])
+    return _finish(figure, f"Heatmap and dendrogram; dashed line: {label}", "distance (0: the same)")
 
 
-def plot_language(study: Study) -> Figure:
-    """Minimal pairs: accuracy, attention to the target, cost of removing the chosen heads, each beside its baseline."""
-    table, y, dots = study.language, np.arange(len(study.language)), {"marker": "o", "linestyle": "none"}
-    own, untrained = MODEL_COLORS["trained"], {"color": MODEL_COLORS["untrained"], "mfc": "none"} | dots
-    figure, (prefers, looks, needs) = new_figure(10.5, 1.5 + 0.36 * len(table), ncols=3, sharey=True)
-    low, high = table["random_margin_low"], table["random_margin_high"]
-    needs.hlines(y, low, high, GREY, linewidth=5, label="95% of random sets of as many heads")
-    for axes, value, name, none in (
-        (prefers, "accuracy", "accuracy", 0.5),
-        (looks, "attention_difference", "attention", 0),
-        (needs, "margin_drop", "margin", 0),
-    ):
-        axes.hlines(y, table[f"{name}_low"], table[f"{name}_high"], own, linewidth=1.5)
-        axes.plot(table[value], y, color=own, markersize=5, label=MODEL_NAMES["trained"], **dots)
-        axes.axvline(none, color=GREY, linestyle=":", linewidth=1)
-        if (highest := f"untrained_{name}_highest") in table:
-            axes.plot(table[highest], y, label="highest of the untrained models", **untrained)
-    tidy_axes(prefers, "Prefers the right word", xlabel="share of pairs", xlim=(0, 1.02), ylim=(len(y) - 0.5, -0.5))
-    tidy_axes(looks, "Looks at the word that decides", xlabel="attention beyond that to a distractor")
-    tidy_axes(needs, "Needs those heads", xlabel="margin lost without them (nats)")
-    for place, p_value in enumerate(table["needs_p_value"]):
+def plot_language(language: pd.DataFrame) -> Figure:
+    """Black: this model, with 95% intervals; hollow: the highest of the untrained models; grey: what random sets of as
+    many heads cost, drawn where the first two panels hold; p: the rank among them.
+    """
+    y, untrained = np.arange(len(language)), {"color": MODEL_COLORS["untrained"], "mfc": "none"}
+    figure, panels = new_figure(10.5, 1.5 + 0.36 * len(y), ncols=3, sharey=True)
+    low, high = language["random_margin_low"], language["random_margin_high"]
+    panels[2].hlines(y, low, high, GREY, linewidth=5, label="95% of random sets of as many heads")
+    measures = {
+        "accuracy": ("Prefers the right word", "share of pairs"),
+        "attention_difference": ("Looks at the word that decides", "attention beyond that to a distractor"),
+        "margin_drop": ("Needs those heads", "margin lost without them (nats)"),
+    }
+    for axes, (value, (title, xlabel)) in zip(panels, measures.items(), strict=True):
+        name = value.split("_")[0]
+        axes.hlines(y, language[f"{name}_low"], language[f"{name}_high"], "black")
+        axes.plot(language[value], y, "o", color="black", markersize=5, label=MODEL_NAMES["trained"])
+        axes.axvline(0.5 if name == "accuracy" else 0, color=GREY, linestyle=":", linewidth=1)
+        if (highest := f"untrained_{name}_highest") in language:
+            axes.plot(language[highest], y, "o", label="highest of the untrained models", **untrained)
+        tidy_axes(axes, title, xlabel=xlabel)
+    for place, p_value in enumerate(language["needs_p_value"]):
         words = f"p = {p_value:.2g}" if math.isfinite(p_value) else "not ranked"
-        needs.text(1.01, place, words, transform=needs.get_yaxis_transform(), va="center", fontsize=7.5)
-    prefers.set_yticks(y, map(_literal, table["phenomenon"]))
-    handles = [*prefers.get_legend_handles_labels()[0], needs.collections[0]]
+        axes.text(1.01, place, words, transform=axes.get_yaxis_transform(), va="center", fontsize=7.5)
+    panels[0].set(xlim=(0, 1.02), ylim=(len(y) - 0.5, -0.5), yticks=y, yticklabels=language["phenomenon"])
+    handles = [*panels[0].get_legend_handles_labels()[0], panels[2].collections[0]]
     figure.legend(handles=handles, ncols=3, loc="outside lower center", **_LEGEND)
-    return figure
-
-
-# -- The whole study
+    return _finish(figure, f"Three panels. Accuracy: {_in_words(language.set_index('phenomenon')['accuracy'])}")
 
 
 @dataclass(frozen=True)
@@ -4104,101 +4017,34 @@ class Picture:
     caption: str  # how to read it
 
 
-def _in_words(values: pd.Series, digits: int = 2) -> str:
-    return ", ".join(f"{name} {number(value, digits)}" for name, value in values.items())
+def model_pictures(study: Study) -> list[tuple]:
+    """How the model learned and what its heads are, as far as known: name of file, title, what draws it, of what."""
+    held_out = study.shares[study.shares["model"] == "trained"].assign(category="Held-out text")
+    categories = pd.concat([held_out, study.categories])
+    pictures = [
+        ("loss_curve", "Does it learn?", plot_loss_curve, study.metrics),
+        ("head_emergence", "When do heads of each kind appear?", plot_head_emergence, study.history, study.thresholds),
+        ("class_grid", "What kind of head is each one?", plot_class_grid, study.scores),
+        ("class_baselines", "Is that more than chance?", plot_class_bars, study.shares),
+        ("categories", "Does the kind of sentence change what heads do?", plot_class_bars, categories),
+        ("score_maps", "How strongly does each head do each thing?", plot_score_maps, study.scores, study.thresholds),
+        ("ablation", "What is each head worth?", plot_ablation, study.ablation),
+        ("similarity", "Which heads look alike?", plot_similarity, study.distances, study.noise_floor, study.scores),
+        ("language", "Does it follow rules of language, and through which heads?", plot_language, study.language),
+    ]
+    return [row for row in pictures if len(row[3]) > (row[0] == "similarity")]  # which compares two heads
 
 
-def _bars_in_words(bars: pd.DataFrame, by: str) -> str:
-    """The shares of the classes in percent, bar by bar."""
-    bars = bars[bars["class"].isin(HEAD_CLASSES) & (bars["share"] > 0)].replace({by: MODEL_NAMES})
-    each = bars.set_index(bars["class"].map(CLASS_LABELS)).groupby(by, sort=False)["share"]
-    words = "; ".join(f"{name}: {_in_words(100 * shares, 0)}" for name, shares in each)
-    return f"Bars, percent of the heads. {words}."
-
-
-def _looks_in_words(capture: AttentionCapture, heads: Heads) -> str:
-    """The strongest look of each head at a token that is neither the first nor the looking one."""
-    names, looks = number_repeats(capture.labels), []
-    for head in heads:
-        others = np.tril(np.asarray(capture.weights[head]), -1)
-        others[:, 0] = 0
-        row, key = np.unravel_index(others.argmax(), others.shape)
-        found = f"{names[row]} looks at {names[key]} with {others[row, key]:.0%}" if others[row, key] else "none"
-        looks.append(f"{head_name(*head)}: {found}")
-    return f"“{capture.text}” Strongest looks beyond the first token: {'; '.join(looks)}."
-
-
-# of a picture: name of its file, title, caption, alt, what draws it
-Plan = tuple[str, str, str, str, Callable[[], "Figure"]]
-
-
-def model_pictures(study: Study) -> Iterator[Plan]:
-    """How the model learned and what its heads are, as far as the study has data."""
-    heads, n_heads, layout = study.scores, len(study.distances), "A row a layer, a column a head."
-    if len(study.metrics):
-        caption = "How wrong the guesses of the next token were; lower is better."
-        alt = f"Line chart of the loss over {study.metrics['step'].max():,} steps of training."
-        yield "loss_curve", "Does it learn?", caption, alt, lambda: plot_loss_curve(study.metrics)
-    if len(study.history):
-        title, caption = "When do heads of each kind appear?", describe_emergence(study.history, study.thresholds)
-        draw = functools.partial(plot_head_emergence, study.history, study.thresholds)
-        yield "head_emergence", title, caption, f"Line chart. {caption}", draw
-    title, examples = "What kind of head is each one?", head_kinds(study.scores).groupby("kind")["words"].max()
-    caption = "The original study's pie, and the heads that it counts: a row a layer, a column a head, in the colour "
-    caption += "of the class, with the score that stands for it. Mixed: no score reaches its threshold."
-    alt = f"Pie and grid of heads, such as {'; '.join(examples)}."
-    yield "class_grid", title, caption, alt, lambda: plot_class_grid(study)
-    caption = "Classes of the heads on held-out text. Black line below a bar: where the first three classes, the "
-    caption += "specialised heads, may end (95% interval over texts; for untrained models the range over seeds)."
-    alt = _bars_in_words(study.shares, "model")
-    yield "class_baselines", "Is that more than chance?", caption, alt, lambda: plot_class_baselines(study)
-    if len(study.categories):
-        title, alt = "Does the kind of sentence change what heads do?", _bars_in_words(study.categories, "category")
-        caption = "Classes of the same heads, measured on each category's sentences. Few short sentences tell classes "
-        caption += "apart less well than held-out text."
-        yield "categories", title, caption, alt, lambda: plot_categories(study)
-    title, alt = "How strongly does each head do each thing?", _in_words(heads[list(_SCORES)].max())
-    caption = f"{layout} 0 is what a uniform head reaches, 1 the ideal head of that kind (broad: 1 is uniform). "
-    caption += "Outlined: beyond the threshold."
-    yield "score_maps", title, caption, f"Nine maps. Highest scores: {alt}.", lambda: plot_score_maps(study)
-    caption = f"{layout} Red: a higher loss without the head; blue: lower. Outlined: beyond noise."
-    alt = f"Map of the loss without each head; {study.ablation['matters'].sum()} heads are beyond noise."
-    yield "ablation", "What is each head worth?", caption, alt, lambda: plot_ablation(study)
-    caption = "How different two heads are on the same text: mean square root of the Jensen-Shannon divergence of "
-    caption += "their rows. Heads that meet below the dashed line differ less than a head does from itself when the "
-    caption += "text changes."
-    if n_heads > 1:
-        alt = f"Heatmap and dendrogram; the dashed line is at a distance of {number(study.noise_floor)}."
-        yield "similarity", "Which heads look alike?", caption, alt, lambda: plot_similarity(study)
-    if len(study.language):
-        title = "Does it follow rules of language, and through which heads?"
-        caption = "Black: this model, with 95% intervals; hollow: the highest of the untrained models; grey: what "
-        caption += "random sets of as many heads cost, drawn where the first two panels hold; p: the rank among them."
-        alt = f"Three panels. Accuracy: {_in_words(study.language.set_index('phenomenon')['accuracy'])}."
-        yield "language", title, caption, alt, lambda: plot_language(study)
-
-
-def sentence_pictures(captures: Sequence[AttentionCapture], heads: Heads, scores: pd.DataFrame) -> Iterator[Plan]:
-    """The sentences of a category: one sheet shows all of them, the other pictures the first one."""
-    first, reading = captures[0], "Each row is the token doing the looking; grey: later tokens, which it cannot see."
-    looks = _looks_in_words(first, heads)
-    title = "Do the chosen heads do the same on every sentence?"
-    caption = f"A row a sentence, a column a head. {reading} Columns of a map are the same tokens from left to right."
-    alt = f"Maps of {len(heads)} heads on: {' '.join(each.text for each in captures)}"
-    yield "category_grid", title, caption, alt, lambda: plot_category(captures, heads, scores)
-    title, alt = "What does every head do on the first sentence?", f"Maps of all heads on “{first.text}”"
-    yield "every_head", title, f"A row of tiles a layer, a column a head. {reading}", alt, lambda: plot_all_heads(first)
-    title, alt = "What do the chosen heads do on the first sentence?", f"Maps of chosen heads. {looks}"
-    yield "chosen_heads", title, reading, alt, lambda: plot_chosen_heads(first, heads, scores)
-    title, alt = "Who looks at whom in the first sentence?", f"Arrows between tokens. {looks}"
-    caption = "An arrow points at the token looked at; wider is more, a ring is a look at itself. Up to three arcs "
-    caption += "per token, each at least 5 percentage points above uniform."
-    yield "flow", title, caption, alt, lambda: plot_attention_flow(first, heads, scores)
-    title = "What reaches each position of the first sentence?"
-    caption = "Attention followed through all layers (rollout), minus what uniform heads would give. Blue: more; red: "
-    caption += "less."
-    alt = f"Map of the rollout of “{first.text}” minus that of uniform heads."
-    yield "rollout", title, caption, alt, lambda: plot_rollout(first)
+def sentence_pictures(captures: Sequence[AttentionCapture], heads: Heads, scores: pd.DataFrame) -> list[tuple]:
+    """The sentences of a category, as in `model_pictures`: one sheet shows all, the other pictures the first one."""
+    first = captures[0], heads, scores
+    return [
+        ("category_grid", "Do the chosen heads do the same on every sentence?", plot_category, captures, heads, scores),
+        ("every_head", "What does every head do on the first sentence?", plot_all_heads, captures[0]),
+        ("chosen_heads", "What do the chosen heads do on the first sentence?", plot_chosen_heads, *first),
+        ("flow", "Who looks at whom in the first sentence?", plot_attention_flow, *first),
+        ("rollout", "What reaches each position of the first sentence?", plot_rollout, captures[0]),
+    ]
 
 
 def draw_study(study: Study, captures: Mapping[str, Sequence[AttentionCapture]], folder: str | Path) -> list[Picture]:
@@ -4206,14 +4052,15 @@ def draw_study(study: Study, captures: Mapping[str, Sequence[AttentionCapture]],
 
     `captures` maps each category to its sentences.
     """
-    folder, heads = Path(folder), choose_heads(study.scores)
-    plans = [("Model", folder / "model", *plan) for plan in model_pictures(study)]
+    heads, pictures = choose_heads(study.scores), []
+    plans = [("Model", "model", *plan) for plan in model_pictures(study)]
     for index, (category, members) in enumerate(captures.items(), start=1):
-        place = folder / f"{index:02d}_{re.sub(r'[^a-z0-9]+', '_', category.lower()).strip('_')}"
+        place = f"{index:02d}_{re.sub(r'[^a-z0-9]+', '_', category.lower()).strip('_')}"
         plans += [(category, place, *plan) for plan in sentence_pictures(members, heads, study.scores)]
-    pictures = []
-    for group, place, name, title, caption, alt, draw in progress(plans, desc="Drawing", unit="picture"):
-        png, *_ = save_figure(draw(), place / name, svg=group == "Model")
+    for group, place, name, title, plot, *data in progress(plans, desc="Drawing", unit="picture"):
+        figure = plot(*data)
+        png, *_ = save_figure(figure, Path(folder) / place / name, svg=group == "Model")
+        alt, caption = (" ".join(text.split()) for text in (figure.get_label(), plot.__doc__))
         pictures.append(Picture(png, group, title, alt, caption))
     return pictures
 
