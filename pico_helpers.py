@@ -5972,7 +5972,7 @@ _PAGE_CSS = """
 body { margin: 0 auto; max-width: 66rem; padding: 1rem 1.25rem 4rem; background: var(--back); color: var(--text);
   font: 1rem/1.55 system-ui, sans-serif; }
 h2 { font-size: 1.3rem; margin: 2.5rem 0 .5rem; padding-top: .5rem; border-top: 1px solid var(--line); }
-a { color: var(--link); }
+h1 { font-size: 1.7rem; line-height: 1.25; } a { color: var(--link); }
 p, li { max-width: 46rem; }
 code { background: var(--panel); padding: .1em .3em; border-radius: 3px; overflow-wrap: anywhere; }
 """
