@@ -4457,9 +4457,10 @@ def _score_statements(study: Study) -> Iterator[tuple[str, str, str]]:
         rows = study.baselines.query("score == @score").set_index("model").to_dict("index")
         own, limit, tau = rows["trained"], rows["untrained"]["high"], study.thresholds.tau[score]
         best = study.scores.loc[study.scores[score].idxmax()]
-        evidence = f"The best head, {head_name(best['layer'], best['head'])}, scores {_interval(own, 'highest', 2)}; "
-        evidence += f"the threshold is {number(tau)}, and no untrained head exceeds {number(limit)}."
         holds, fails = own["low"] >= tau and own["low"] > limit, max(own["highest"], own["high"]) < tau
+        evidence = "No head does this. " if fails else ""
+        evidence += f"The best head, {head_name(best['layer'], best['head'])}, scores {_interval(own, 'highest', 2)}; "
+        evidence += f"the threshold is {number(tau)}, and no untrained head exceeds {number(limit)}."
         yield f"A head {action}", _verdict(holds, fails), evidence
 
 
@@ -4547,28 +4548,42 @@ def _render(template: str, **values: object) -> str:
     return environment.from_string(template).render(values)
 
 
-def _table(rows: Iterable[dict], columns: str) -> str:
+def _table(rows: Iterable[dict], columns: str, digits: int = 2) -> str:
     """An HTML table of these columns; heads and classes as they are shown."""
     frame = pd.DataFrame(rows)
     if "layer" in frame:
         frame["head"] = list(map(head_name, frame["layer"], frame["head"]))
     frame = frame[columns.split()].replace({"class": CLASS_LABELS}).rename(columns=lambda name: name.replace("_", " "))
-    return frame.to_html(index=False, border=0, na_rep="–", float_format=functools.partial(number, digits=3))
+    return frame.to_html(index=False, border=0, na_rep="–", float_format=functools.partial(number, digits=digits))
+
+
+def _links_in_words(row: Mapping) -> dict[str, str]:
+    """The three links of a claim about language, each beside its baseline, for the table."""
+    needs = f" (random {number(row['random_margin_drop'] or 0)}, p = {row['needs_p_value'] or 1:.2g})"
+    return {
+        "prefers_the_right_word": f"{row['accuracy']:.0%} (untrained {row['untrained_accuracy']:.0%})",
+        "look_at_the_target": f"{number(100 * row['attention_difference'], 1)} points (p = {row['p_value']:.2g})",
+        "margin_lost_without_them": f"{number(row['margin_drop'])} nats{needs * (row['n_random_sets'] > 0)}",
+    }
 
 
 def write_report(path: str | Path, findings: dict, pictures: Sequence[Picture]) -> Path:
     """Writes the report as one HTML page. `findings` as of `study_findings`, `pictures` as of `draw_study`."""
     limits = pd.json_normalize(findings["thresholds"] | findings["settings"]).iloc[0]
+    limits = [{"name": re.sub(r"^tau\.", "threshold of ", n).replace("_", " "), "value": v} for n, v in limits.items()]
+    order = {name: place for place, name in enumerate(HEAD_CLASSES)}
+    heads = sorted(findings["head_scores"], key=lambda row: (order[row["class"]], -max(row[k] or 0 for k in KAPPAS)))
     losses = sorted(findings["ablation"], key=lambda row: -row["loss_increase"])
-    scores, language = " ".join(HEAD_SCORES), "phenomenon verdict n_items accuracy untrained_accuracy heads "
-    language += "attention_difference p_value margin_drop random_margin_drop needs_p_value"
+    losses = [row | {"beyond_noise": "yes" * row["matters"], "nats_per_token": row["loss_increase"]} for row in losses]
+    language = "phenomenon verdict prefers_the_right_word heads look_at_the_target margin_lost_without_them n_items"
     tables = {  # title and HTML, by the section that folds them
-        "run": ("Thresholds and settings", _table(({"name": n, "value": v} for n, v in limits.items()), "name value")),
-        "Heads": ("Scores of every head", _table(findings["head_scores"], f"head class {scores}")),
-        "Ablation": ("Loss without each head", _table(losses, "head loss_increase standard_error matters")),
+        "run": ("Thresholds and settings", _table(limits, "name value", 3)),
+        "Heads": ("Scores of every head", _table(heads, f"head class {' '.join(HEAD_SCORES)}")),
+        "Ablation": ("Loss without each head", _table(losses, "head nats_per_token standard_error beyond_noise", 3)),
     }
     if findings["language"]:
-        tables["Language"] = "The claims in numbers", _table(findings["language"], language)
+        claims = [row | _links_in_words(row) for row in findings["language"]]
+        tables["Language"] = "The claims in numbers", _table(claims, language)
     values = {"findings": findings, "pictures": pictures, "tables": tables, "class_rule": CLASS_RULE}
     values["examples"] = [each for each in pictures if each.path.stem == "chosen_heads"][-1:]  # a text with repeats
     values["encoded"] = lambda picture: base64.b64encode(picture.path.read_bytes()).decode()
