@@ -4570,7 +4570,9 @@ def _links_in_words(row: Mapping) -> dict[str, str]:
 def write_report(path: str | Path, findings: dict, pictures: Sequence[Picture]) -> Path:
     """Writes the report as one HTML page. `findings` as of `study_findings`, `pictures` as of `draw_study`."""
     limits = pd.json_normalize(findings["thresholds"] | findings["settings"]).iloc[0]
-    limits = [{"name": re.sub(r"^tau\.", "threshold of ", n).replace("_", " "), "value": v} for n, v in limits.items()]
+    limits = [
+        {"name": re.sub(r"^tau\.", "threshold of ", n).replace("_", " "), "value": str(v)} for n, v in limits.items()
+    ]
     order = {name: place for place, name in enumerate(HEAD_CLASSES)}
     heads = sorted(findings["head_scores"], key=lambda row: (order[row["class"]], -max(row[k] or 0 for k in KAPPAS)))
     losses = sorted(findings["ablation"], key=lambda row: -row["loss_increase"])
