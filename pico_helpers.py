@@ -4083,13 +4083,10 @@ HEAD_ACTIONS = {  # what a head does whose score of this name is high
     "punctuation": "looks at punctuation",
     "rare": "looks at the least frequent token so far",
 }
-_CLASS_ACTIONS = {  # of all classes: what their heads do
+_CLASS_ACTIONS = {  # what the heads of a class do
     "Diagonal/Self": "look at the token itself or the one before it",
     "Local Context": "look at the last three tokens",
     "Token-Specific": "look at certain tokens",
-    "Global/Broad": "spread their attention over all tokens",
-    "Mixed": "do nothing that the scores have a name for",
-    "Resting": "rest, with nearly all of their attention on the first token",
 }
 
 
@@ -4097,56 +4094,45 @@ _CLASS_ACTIONS = {  # of all classes: what their heads do
 
 
 def study_findings(study: Study, about: Mapping[str, str] | None = None) -> dict:
-    """Everything the report says, as plain data that fits JSON.
+    """Everything the report says, as plain data that fits JSON; `about` says what was run and is shown as it is.
 
-    `about` says what was run (model, checkpoint, corpus, training), shown as it is. Each of the `statements` has topic,
-    claim, verdict (supported | not supported | undecided) and evidence. A verdict follows from the numbers by rule: a
-    share or score must lie beyond the range of untrained models, a score beyond its threshold as well. A head matters
-    if ablation raises the loss by MIN_LOSS_INCREASE and beyond noise, corrected for the number of heads; a class, if
-    ablating all its heads costs more than nearly all random sets of as many heads (p < SIGNIFICANCE). "Not supported"
-    needs an interval that excludes MIN_LOSS_INCREASE.
+    Verdicts follow by rule. Shares and scores must lie beyond the range of untrained models, scores beyond a threshold
+    as well. A head matters if ablation raises the loss by MIN_LOSS_INCREASE and beyond noise; a class, if ablating it
+    costs more than nearly all random sets of as many heads. "Not supported" needs an interval below the threshold.
     """
-    parts = (_class_statements, _score_statements, _ablation_statements, _language_statements)
-    keys = ("topic", "claim", "verdict", "evidence")
-    statements = [dict(zip(keys, row, strict=True)) for part in parts for row in part(study)]
-    claims = {"min_loss_increase": MIN_LOSS_INCREASE, "significance": SIGNIFICANCE, "null_accuracy": NULL_ACCURACY}
-    claims |= {"null_attention": NULL_ATTENTION, "null_margin": NULL_MARGIN}
-    findings = {
-        "about": dict(about or {}),
-        "settings": study.settings,
-        "thresholds": vars(study.thresholds) | claims,
-        "headline": _headline(study, statements),
-        "statements": statements,
-        "class_shares": study.shares,
-        "categories": study.categories,
-        "score_baselines": study.baselines,
-        "head_scores": study.scores,
-        "ablation": study.ablation,
-        "class_ablation": study.class_ablation,
-        "similarity": {"noise_floor": study.noise_floor, "distances": np.round(study.distances, 4)},
-        "language": study.language,
-    }
-
-    def plain(value: object) -> object:
-        if hasattr(value, "to_json"):
-            return json.loads(value.to_json(orient="records", double_precision=15))  # NaN becomes null
-        return value.tolist() if hasattr(value, "tolist") else str(value)
-
-    return json.loads(json.dumps(findings, default=plain))
+    parts = {"Classes": _class_statements, "Heads": _score_statements, "Ablation": _ablation_statements}
+    parts |= {"Language": _language_statements}
+    rows = [(topic, *row) for topic, part in parts.items() for row in part(study)]
+    statements = [dict(zip(("topic", "claim", "verdict", "evidence"), row, strict=True)) for row in rows]
+    limits = {"min_loss_increase": MIN_LOSS_INCREASE, "significance": SIGNIFICANCE, "null_accuracy": NULL_ACCURACY}
+    limits |= {"null_attention": NULL_ATTENTION, "null_margin": NULL_MARGIN}
+    findings = {"about": dict(about or {}), "settings": study.settings, "thresholds": vars(study.thresholds) | limits}
+    findings |= {"headline": _headline(study, statements), "statements": statements}
+    tables = {name: getattr(study, name) for name in ("categories", "ablation", "class_ablation", "language")}
+    tables |= {"class_shares": study.shares, "score_baselines": study.baselines, "head_scores": study.scores}
+    findings |= {name: table.to_dict("records") for name, table in tables.items()}
+    findings["similarity"] = {"noise_floor": study.noise_floor, "distances": np.round(study.distances, 4)}
+    return json.loads(pd.Series(findings).to_json(double_precision=15, default_handler=str))  # NaN becomes null
 
 
-def _interval(row: Mapping[str, float], key: str = "share", form: Callable[[float], str] = "{:.1%}".format) -> str:
-    value, low, high = (form(row[name]) for name in (key, "low", "high"))
+def _verdict(holds: bool, fails: bool) -> str:
+    return "supported" if holds else "not supported" if fails else "undecided"
+
+
+def _interval(row: Mapping[str, float], key: str = "share", digits: int | None = None) -> str:
+    """A value with its interval, in percent or with as many decimals."""
+    values = [row[name] for name in (key, "low", "high")]
+    value, low, high = (f"{each:.1%}" if digits is None else number(each, digits) for each in values)
     return value if low == high else f"{value} ({low} to {high})"
 
 
 def _shares_of(study: Study, name: str) -> dict[str, dict]:
-    """Rows of study.shares for one class by model, on held-out text."""
+    """Rows of study.shares for one class by model."""
     return study.shares.query("`class` == @name").set_index("model").to_dict("index")
 
 
 def _is_found(study: Study, name: str) -> bool:
-    """Whether the share of a class on held-out text is beyond that of untrained models."""
+    """Whether the share of a class is beyond that of untrained models."""
     rows = _shares_of(study, name)
     return rows["trained"]["low"] > max(rows["untrained"]["high"], rows["uniform"]["high"])
 
@@ -4155,135 +4141,105 @@ def _apart(one: Mapping[str, float], other: Mapping[str, float]) -> bool:
     return one["low"] > other["high"] or one["high"] < other["low"]
 
 
-def _class_statements(study: Study) -> Iterator[tuple[str, ...]]:
+def _class_statements(study: Study) -> Iterator[tuple[str, str, str]]:
     special, broad = _shares_of(study, "Specialised"), _shares_of(study, "Global/Broad")
-    more = special["trained"]["share"] > special["untrained"]["high"]
-    verdict = "supported" if _is_found(study, "Specialised") else "undecided" if more else "not supported"
-    own, untrained = _interval(special["trained"]), _interval(special["untrained"])
-    evidence = f"{own} of the heads are, {untrained} in untrained models."
-    yield "Classes", "Some heads are specialised, more than in untrained models", verdict, evidence
-    found = {name: _shares_of(study, name) for name in SPECIALISED_CLASSES if _is_found(study, name)}
+    own, untrained = special["trained"], special["untrained"]
+    verdict = _verdict(_is_found(study, "Specialised"), own["share"] <= untrained["high"])
+    evidence = f"{_interval(own)} of the heads are, {_interval(untrained)} in untrained models."
+    yield "Some heads are specialised, more than in untrained models", verdict, evidence
+    found = {CLASS_LABELS[name]: _shares_of(study, name) for name in SPECIALISED_CLASSES if _is_found(study, name)}
     if found:
-        changes = [
-            f"{CLASS_LABELS[name]}: {_interval(rows['trained'])}, on shuffled tokens {_interval(rows['shuffled'])}"
-            for name, rows in found.items()
-            if _apart(rows["trained"], rows["shuffled"])
-        ]
-        claim = "The share of some classes depends on the order of the words"
-        evidence = "; ".join(changes) or "With shuffled tokens the interval of each class overlaps its own"
-        yield "Classes", claim, "supported" if changes else "undecided", evidence + "."
-    own, untrained = broad["trained"], broad["untrained"]
-    pairs = (own, _ORIGINAL_BROAD), (special["trained"], 1 - _ORIGINAL_BROAD)
+        changes = any(_apart(rows["trained"], rows["shuffled"]) for rows in found.values())
+        pairs = {name: (_interval(rows["trained"]), _interval(rows["shuffled"])) for name, rows in found.items()}
+        evidence = "; ".join(f"{name}: {own}, on shuffled tokens {other}" for name, (own, other) in pairs.items())
+        yield "The share of some classes depends on the order of the words", _verdict(changes, False), f"{evidence}."
+    pairs = (broad["trained"], _ORIGINAL_BROAD), (special["trained"], 1 - _ORIGINAL_BROAD)
     agrees = all(row["low"] <= share <= row["high"] for row, share in pairs)
-    yield (
-        "Classes",
-        f"{_ORIGINAL_BROAD:.1%} of the heads attend broadly and the rest are specialised (the original study)",
-        "not supported" if not agrees else "supported" if _apart(own, untrained) else "undecided",
-        f"{_interval(own)} attend broadly here, in untrained models {_interval(untrained)}: a model has broad heads "
-        "before it learns anything. The original's averages over short sentences mostly reflect their length.",
-    )
+    own, untrained = broad["trained"], broad["untrained"]
+    evidence = f"{_interval(own)} attend broadly here, in untrained models {_interval(untrained)}: a model has broad "
+    evidence += "heads before it learns anything. Averages over short sentences, the original's, mostly reflect length."
+    claim = f"{_ORIGINAL_BROAD:.1%} of the heads attend broadly and the rest are specialised (the original study)"
+    yield claim, _verdict(agrees and _apart(own, untrained), not agrees), evidence
 
 
-def _score_statements(study: Study) -> Iterator[tuple[str, ...]]:
-    highest, heads = study.baselines, study.scores
+def _score_statements(study: Study) -> Iterator[tuple[str, str, str]]:
     for score, action in HEAD_ACTIONS.items():
-        rows = highest[highest["score"] == score].set_index("model").to_dict("index")
+        rows = study.baselines.query("score == @score").set_index("model").to_dict("index")
         own, limit, tau = rows["trained"], rows["untrained"]["high"], study.thresholds.tau[score]
-        best = heads.loc[heads[score].idxmax()]
-        name, value = head_name(best["layer"], best["head"]), _interval(own, "highest", number)
-        if max(own["highest"], own["high"]) < tau:
-            verdict, evidence = "not supported", f"No head does this (highest score {value})."
-        elif own["low"] >= tau and own["low"] > limit:
-            verdict, evidence = "supported", f"{name} scores {value}; no untrained head exceeds {number(limit)}."
-        else:
-            verdict, evidence = "undecided", f"The best head, {name}, scores {value}: not clearly above the "
-            evidence += f"threshold of {number(tau)} and the best untrained head ({number(limit)})."
-        yield "Heads", f"A head {action}", verdict, evidence
+        best = study.scores.loc[study.scores[score].idxmax()]
+        holds, fails = own["low"] >= tau and own["low"] > limit, max(own["highest"], own["high"]) < tau
+        evidence = "No head does this. " if fails else ""
+        evidence += f"The best head, {head_name(best['layer'], best['head'])}, scores {_interval(own, 'highest', 2)}; "
+        evidence += f"the threshold is {number(tau)}, and no untrained head exceeds {number(limit)}."
+        yield f"A head {action}", _verdict(holds, fails), evidence
 
 
-def _ablation_statements(study: Study) -> Iterator[tuple[str, ...]]:
+def _ablation_statements(study: Study) -> Iterator[tuple[str, str, str]]:
     table = study.ablation
     matters, limit = heads_that_matter(table, study.settings["ablation_windows"])
-    names = [head_name(row.layer, row.head) for row in table[matters].itertuples()]
     top = max(table.itertuples(), key=lambda row: row.loss_increase)
     bound = (table["loss_increase"] + limit * table["standard_error"]).max()
-    verdict = "supported" if names else "not supported" if bound < MIN_LOSS_INCREASE else "undecided"
-    evidence = f"Beyond noise, {len(names)} of {len(table)} heads matter{': ' * bool(names)}{', '.join(names)}. "
-    evidence += f"Without {head_name(top.layer, top.head)} the loss rises most, by {number(top.loss_increase, 3)} nats "
-    evidence += f"per token (standard error {number(top.standard_error, 3)}); no head costs more than "
-    evidence += f"{number(bound, 3)} (upper bound, corrected for {len(table)} heads)."
-    yield "Ablation", "Single heads matter for the prediction of held-out text", verdict, evidence
-    for row in _tested_classes(study).itertuples():
-        evidence = f"Removed together, they cost {number(row.loss_increase, 3)} nats per token "
-        evidence += f"({number(row.low, 3)} to {number(row.high, 3)}); "
+    evidence = f"{matters.sum()} of {len(table)} heads matter beyond noise. Without {head_name(top.layer, top.head)} "
+    evidence += f"the loss rises most, by {number(top.loss_increase, 3)} nats per token (standard error "
+    evidence += f"{number(top.standard_error, 3)}); no head costs more than {number(bound, 3)} (upper bound for all)."
+    verdict = _verdict(matters.any(), bound < MIN_LOSS_INCREASE)
+    yield "Single heads matter for the prediction of held-out text", verdict, evidence
+    for row, verdict in _tested_classes(study):
+        others = "too few others are left to compare with"
         if row.n_random_sets:
-            evidence += f"on a part of the text {number(row.compared_loss_increase, 3)}, where {row.n_random_sets} "
-            evidence += "random sets of as many heads, of the same layers where possible and partly the same heads, "
-            evidence += f"cost {number(row.random_loss_increase, 3)} on average (p = {row.p_value:.2g})."
-        else:
-            evidence += "too few others are left for a set of equal size to compare with."
+            others = f"on a part of the text {number(row.compared_loss_increase, 3)}, {row.n_random_sets} random sets "
+            others += f"of as many heads {number(row.random_loss_increase, 3)} on average (p = {row.p_value:.2g})"
+        evidence = f"Together they cost {_interval(row._asdict(), 'loss_increase', 3)} nats per token; {others}."
         claim = f"The heads that {_CLASS_ACTIONS[row.name]} matter more for the prediction than as many at random"
-        yield "Ablation", claim, row.verdict, evidence
+        yield claim, verdict, evidence
 
 
-def _tested_classes(study: Study) -> pd.DataFrame:
-    """study.class_ablation of the classes found on held-out text, with columns name and verdict."""
+def _tested_classes(study: Study) -> list[tuple[NamedTuple, str]]:
+    """Rows of study.class_ablation, whose class is called name, of the classes found, each with the verdict."""
     table = study.class_ablation.rename(columns={"class": "name"})
-    table = table[table["name"].isin([name for name in SPECIALISED_CLASSES if _is_found(study, name)])]
-    exceeds = (table["loss_increase"] >= MIN_LOSS_INCREASE) & (table["p_value"] < SIGNIFICANCE)
-    verdicts = np.select([table["high"] < MIN_LOSS_INCREASE, exceeds], ["not supported", "supported"], "undecided")
-    return table.assign(verdict=verdicts)
+    holds = (table["loss_increase"] >= MIN_LOSS_INCREASE) & (table["p_value"] < SIGNIFICANCE)
+    verdicts = map(_verdict, holds, table["high"] < MIN_LOSS_INCREASE)
+    pairs = zip(table.itertuples(), verdicts, strict=True)
+    return [(row, verdict) for row, verdict in pairs if _is_found(study, row.name)]
 
 
-def _language_statements(study: Study) -> Iterator[tuple[str, ...]]:
+def _language_statements(study: Study) -> Iterator[tuple[str, str, str]]:
     for row in study.language.itertuples():
         cost = f"Without {row.heads} the loss on held-out text changes by {row.loss_increase:+.3f} nats per token."
         scope = PHENOMENA[row.phenomenon].about if row.phenomenon in PHENOMENA else ""
-        yield "Language", row.claim, row.verdict, "\n".join([row.reason, cost, scope]).strip()
-
-
-def _listed(items: Sequence[str]) -> str:
-    return " and ".join(filter(None, [", ".join(items[:-1]), *items[-1:]]))
+        yield row.claim, row.verdict, "\n".join([row.reason, cost, scope]).strip()
 
 
 def _headline(study: Study, statements: Sequence[dict]) -> list[str]:
     """The lead of the report in words: what the heads do, beside baselines, what removing them costs, and language."""
-    kinds, shares, actions, lines = head_kinds(study.scores), _shares_of(study, "Specialised"), dict(_CLASS_ACTIONS), []
+    kinds, shares, actions = head_kinds(study.scores), _shares_of(study, "Specialised"), dict(_CLASS_ACTIONS)
     n, counts = len(kinds), kinds["class"].value_counts().reindex(HEAD_CLASSES, fill_value=0)
     targets = kinds["kind"][kinds["class"] == "Token-Specific"]
     if len(targets):
         mostly = "" if targets.nunique() == 1 else "certain tokens, mostly at "
         actions["Token-Specific"] = HEAD_ACTIONS[targets.mode()[0]].replace("looks at ", f"look at {mostly}")
     special = [f"{counts[name]} {actions[name]}" for name in SPECIALISED_CLASSES if counts[name]]
-    special = [re.sub("^1 look", "1 looks", words) for words in special]
-    n_special = counts[list(SPECIALISED_CLASSES)].sum()
-    n_untrained, n_shuffled = round(n * shares["untrained"]["high"]), round(n * shares["shuffled"]["share"])
+    special = ", ".join(re.sub("^1 look", "1 looks", words) for words in special)
+    untrained, shuffled = round(n * shares["untrained"]["high"]), round(n * shares["shuffled"]["share"])
+    n_special, few = counts[list(SPECIALISED_CLASSES)].sum(), f"up to {untrained}" if untrained else "none"
+    lines = [f"{n_special} of the {n} heads specialise on held-out text{': ' * bool(special)}{special}."]
+    lines += [f"In untrained models of the same shape {few} do. With the text's tokens shuffled, {shuffled} do."]
     if all(row["verdict"] != "supported" for row in statements):
-        lines.append(f"This study finds nothing: none of the {len(statements)} claims tested is supported.")
-    lines.append(f"{n_special} of the {n} heads specialise on held-out text{': ' * bool(special)}{_listed(special)}.")
-    lines.append(
-        f"In untrained models of the same shape {f'up to {n_untrained}' if n_untrained else 'none'} do. With the "
-        f"text's tokens shuffled, {n_shuffled} do."
-    )
-    tested = _tested_classes(study).query("n_random_sets > 0")
-    for row in tested.sort_values("verdict", key=lambda verdicts: verdicts != "supported", kind="stable").itertuples():
-        lines.append(
-            f"Without the heads that {actions[row.name]}, the loss on held-out text rises by "
-            f"{number(row.compared_loss_increase)} nats per token, without as many at random by "
-            f"{number(row.random_loss_increase)}{'' if row.verdict == 'supported' else ': no clear difference'}."
-        )
+        lines.insert(0, f"This study finds nothing: none of the {len(statements)} claims tested is supported.")
+    for row, verdict in sorted(_tested_classes(study), key=lambda tested: tested[1] != "supported"):
+        if row.n_random_sets:
+            line = f"Without the heads that {actions[row.name]}, the loss on held-out text rises by "
+            line += f"{number(row.compared_loss_increase)} nats per token, without as many at random by "
+            line += f"{number(row.random_loss_increase)}{'' if verdict == 'supported' else ': no clear difference'}."
+            lines.append(line)
     if len(study.language):
-        claims = study.language["phenomenon"].map("“{}”".format)
-        groups = claims.groupby(study.language["verdict"]).agg(list).reindex(VERDICTS).dropna()
-        parts = [f"{len(g)} {'is' if len(g) == 1 else 'are'} {name} ({_listed(g)})" for name, g in groups.items()]
-        lines.append(f"Of {len(study.language)} claims about language, {_listed(parts)}.")
-    lines.append(
-        "The original study, the notebook that this project began with, sorted heads by plain averages of their "
-        f"attention over short sentences and found {_ORIGINAL_BROAD:.1%} of them to attend broadly. By scores that are "
-        f"corrected for chance, {counts['Global/Broad']} of {n} spread their attention almost evenly; "
-        f"{counts['Mixed']} are mixed: no score reaches its threshold."
-    )
-    return lines
+        claims = study.language.groupby("verdict")["phenomenon"].agg(list)
+        parts = [f"{len(claims[v])} {v} (“{'”, “'.join(claims[v])}”)" for v in VERDICTS if v in claims]
+        lines.append(f"Of {len(study.language)} claims about language: {', '.join(parts)}.")
+    original = "The original study, the notebook that this project began with, sorted heads by plain averages over "
+    original += f"short sentences and found {_ORIGINAL_BROAD:.1%} of them to attend broadly. By scores corrected for "
+    original += f"chance, {counts['Global/Broad']} of {n} spread their attention almost evenly; {counts['Mixed']} are "
+    return [*lines, original + "mixed: no score reaches its threshold."]
 
 
 def write_findings(path: str | Path, findings: dict) -> Path:
@@ -4302,79 +4258,49 @@ def _render(template: str, **values: object) -> str:
     return environment.from_string(template).render(values)
 
 
-def _table(rows: Sequence[dict], columns: Mapping[str, str], by: str = "", digits: int = 2) -> str:
-    """An HTML table of chosen columns with their headings, highest `by` first; heads and classes as they are shown."""
+def _table(rows: Iterable[dict], columns: str, digits: int = 2) -> str:
+    """An HTML table of these columns; heads and classes as they are shown."""
     frame = pd.DataFrame(rows)
-    if frame.empty:
-        return ""
-    if {"layer", "head"} <= set(frame):
+    if "layer" in frame:
         frame["head"] = list(map(head_name, frame["layer"], frame["head"]))
-    frame = frame.sort_values(by, ascending=False) if by else frame
-    show = {bool: lambda value: "yes" if value else "", str: lambda value: CLASS_LABELS.get(value, value)}
-    show[float] = lambda value: "–" if math.isnan(value) else number(value, digits)
-    frame = frame[list(columns)].map(lambda value: show.get(type(value), str)(value))
-    return frame.rename(columns=columns).to_html(index=False, border=0)
+    frame = frame[columns.split()].replace({"class": CLASS_LABELS}).rename(columns=lambda name: name.replace("_", " "))
+    return frame.to_html(index=False, border=0, na_rep="–", float_format=functools.partial(number, digits=digits))
 
 
-_SETTINGS = {  # how a setting of the study is called in the report; others by their names
-    "floor": "smallest threshold of a score",
-    "percentile": "percentile of untrained heads that a threshold reaches at least",
-    "broad": "evenness of attention from which a head is broad (1: uniform)",
-    "resting": "attention beyond the first token below which a head is resting",
-    "diagonal_share": "share of the last-three score from which self or previous decides",
-    "min_loss_increase": "loss increase that is of consequence, nats per token",
-    "significance": "p-value below which a finding counts",
-    "null_accuracy": "accuracy whose whole interval must lie below it to count as evidence against",
-    "null_attention": "difference of attention, likewise",
-    "null_margin": "loss of margin in nats, likewise",
-    "rare_by": "what decides which token is rare",
-}
-
-
-def _tables(findings: dict) -> dict[str, str]:
-    """The tables of the report: settings, scores, ablation and language, in HTML."""
-    limits = {name: value for name, value in findings["thresholds"].items() if name != "tau"}
-    limits |= {f"threshold of {name}": value for name, value in findings["thresholds"]["tau"].items()}
-    limits |= findings["settings"]
-    limits = [{"name": _SETTINGS.get(name, name.replace("_", " ")), "value": str(v)} for name, v in limits.items()]
-    heads = sorted(
-        findings["head_scores"],
-        key=lambda row: (HEAD_CLASSES.index(row["class"]), -max(row[name] or 0 for name in KAPPAS)),
-    )
-    claims = []
-    for row in findings["language"]:
-        prefers = f"{row['accuracy']:.0%} (untrained {row['untrained_accuracy']:.0%})"
-        looks = f"{number(100 * row['attention_difference'], 1)} points (p = {row['p_value']:.2g})"
-        needs = f"{number(row['margin_drop'])} nats"
-        if row["n_random_sets"]:
-            needs += f" (random {number(row['random_margin_drop'])}, p = {row['needs_p_value']:.2g})"
-        claims.append(row | {"prefers": prefers, "looks": looks, "needs": needs})
-    scores = {"head": "head", "class": "class"} | {name: name.replace("_", " ") for name in HEAD_SCORES}
-    losses = {"head": "head", "loss_increase": "nats per token", "standard_error": "standard error"}
-    language = {"phenomenon": "claim", "verdict": "verdict", "prefers": "prefers the right word", "heads": "heads"}
-    language |= {"looks": "look at the target", "needs": "margin lost without them", "n_items": "items"}
+def _links_in_words(row: Mapping) -> dict[str, str]:
+    """The three links of a claim about language, each beside its baseline, for the table."""
+    needs = f" (random {number(row['random_margin_drop'] or 0)}, p = {row['needs_p_value'] or 1:.2g})"
     return {
-        "settings": _table(limits, {"name": "what", "value": "value"}),
-        "scores": _table(heads, scores),
-        "ablation": _table(findings["ablation"], losses | {"matters": "beyond noise"}, "loss_increase", 3),
-        "language": _table(claims, language),
+        "prefers_the_right_word": f"{row['accuracy']:.0%} (untrained {row['untrained_accuracy']:.0%})",
+        "look_at_the_target": f"{number(100 * row['attention_difference'], 1)} points (p = {row['p_value']:.2g})",
+        "margin_lost_without_them": f"{number(row['margin_drop'])} nats{needs * (row['n_random_sets'] > 0)}",
     }
 
 
 def write_report(path: str | Path, findings: dict, pictures: Sequence[Picture]) -> Path:
     """Writes the report as one HTML page. `findings` as of `study_findings`, `pictures` as of `draw_study`."""
-    shown = [vars(p) | {"name": p.path.stem, "data": base64.b64encode(p.path.read_bytes()).decode()} for p in pictures]
-    of_sentences = [picture for picture in shown if picture["group"] != "Model"]
-    body = _render(
-        _REPORT_HTML,
-        findings=findings,
-        of_model={picture["name"]: picture for picture in shown if picture["group"] == "Model"},
-        of_sentences={name: list(group) for name, group in itertools.groupby(of_sentences, key=lambda p: p["group"])},
-        examples=[picture for picture in of_sentences if picture["name"] == "chosen_heads"][-1:],  # a text with repeats
-        tables=_tables(findings),
-        class_rule=CLASS_RULE,
-    )
-    return write_text(path, _render(_PAGE_HTML, title="Attention report", style=_PAGE_CSS + _REPORT_CSS, body=body))
+    limits = pd.json_normalize(findings["thresholds"] | findings["settings"]).iloc[0]
+    limits = [
+        {"name": re.sub(r"^tau\.", "threshold of ", n).replace("_", " "), "value": str(v)} for n, v in limits.items()
+    ]
+    order = {name: place for place, name in enumerate(HEAD_CLASSES)}
+    heads = sorted(findings["head_scores"], key=lambda row: (order[row["class"]], -max(row[k] or 0 for k in KAPPAS)))
+    losses = sorted(findings["ablation"], key=lambda row: -row["loss_increase"])
+    losses = [row | {"beyond_noise": "yes" * row["matters"], "nats_per_token": row["loss_increase"]} for row in losses]
+    language = "phenomenon verdict prefers_the_right_word heads look_at_the_target margin_lost_without_them n_items"
+    tables = {  # title and HTML, by the section that folds them
+        "run": ("Thresholds and settings", _table(limits, "name value", 3)),
+        "Heads": ("Scores of every head", _table(heads, f"head class {' '.join(HEAD_SCORES)}")),
+        "Ablation": ("Loss without each head", _table(losses, "head nats_per_token standard_error beyond_noise", 3)),
+    }
+    if findings["language"]:
+        claims = [row | _links_in_words(row) for row in findings["language"]]
+        tables["Language"] = "The claims in numbers", _table(claims, language)
+    values = {"findings": findings, "pictures": pictures, "tables": tables, "class_rule": CLASS_RULE}
+    values["examples"] = [each for each in pictures if each.path.stem == "chosen_heads"][-1:]  # a text with repeats
+    values["encoded"] = lambda picture: base64.b64encode(picture.path.read_bytes()).decode()
+    title, style = "Where the heads of a small language model look", _PAGE_CSS + _REPORT_CSS
+    return write_text(path, _render(_PAGE_HTML, title=title, style=style, body=_render(_REPORT_HTML, **values)))
 
 
 _STUDY_PICTURE = re.compile(  # the names that studies, also earlier ones, give their pictures
@@ -4386,11 +4312,11 @@ _STUDY_PICTURE = re.compile(  # the names that studies, also earlier ones, give 
 
 def remove_old_pictures(folder: str | Path) -> None:
     """Removes the pictures that studies wrote into `folder` and folders that this leaves empty; no other file."""
-    folder = Path(folder)
-    for path in [path for path in folder.glob("*/*") if _STUDY_PICTURE.fullmatch(path.relative_to(folder).as_posix())]:
-        path.unlink()
-        with contextlib.suppress(OSError):  # not empty
-            path.parent.rmdir()
+    for path in list(Path(folder).glob("*/*")):
+        if _STUDY_PICTURE.fullmatch("/".join(path.parts[-2:])):
+            path.unlink()
+            with contextlib.suppress(OSError):  # not empty
+                path.parent.rmdir()
 
 
 # -- Explorer
@@ -4405,60 +4331,48 @@ Captures = Mapping[str, Sequence[AttentionCapture]] | Sequence[AttentionCapture]
 
 
 def explorer_html(captures: Captures, scores: pd.DataFrame | None = None, address: bool = False) -> str:
-    """The interactive explorer as an HTML fragment: show it with IPython.display.HTML, several times if you like.
+    """The interactive explorer as an HTML fragment for IPython.display.HTML, several times on a page if you like.
 
-    `captures` maps categories to sentences, or is a list of them. `scores` is a table of `score_heads` with classes; it
-    makes the page say what each head does and open on the most telling one. `address` keeps what is shown in the
-    page's address, for a page that holds nothing else. Needs a browser of 2023 or newer.
+    `scores`, of `score_heads` with classes, makes it say what each head does and open on the most telling one;
+    `address` keeps what is shown in the address of a page that holds nothing else. Needs a browser of 2023 or newer.
     """
     from matplotlib import colormaps
 
-    if not isinstance(captures, Mapping):
-        captures = {"Sentences": captures}
-    flat = [(name, capture) for name, members in captures.items() for capture in members]
-    if not flat:
+    captures = captures if isinstance(captures, Mapping) else {"Sentences": captures}
+    texts = [capture for members in captures.values() for capture in members]
+    if not texts:
         raise PicoError("The explorer needs at least one sentence.")
-    n_layer, n_head = flat[0][1].weights.shape[:2]
-    names = itertools.starmap(head_name, itertools.product(range(n_layer), range(n_head)))
-    heads = [{"name": name, "does": "", "scores": "", "kind": "", "strength": 0.0} for name in names]
+    n_layer, n_head = texts[0].weights.shape[:2]
+    heads = [{"name": head_name(*head), "does": "", "scores": ""} for head in np.ndindex(n_layer, n_head)]
+    order, text = list(range(len(heads))), 0
     if scores is not None:
-        table = scores.set_index(["layer", "head"]).drop(columns="class").join(head_kinds(scores))
-        rows = table.sort_index().to_dict("records")
+        rows = head_kinds(scores).join(scores.set_index(["layer", "head"])["sink_flag"]).to_dict("records")
         heads = [head | _describe_head(row) for head, row in zip(heads, rows, strict=True)]
-    order = sorted(range(len(heads)), key=lambda i: (heads[i]["kind"] != "induction", -heads[i]["strength"]))
-    repeats = [1 - len(set(capture.token_ids)) / len(capture.token_ids) for _, capture in flat]
-    data = {
-        "nHead": n_head,
-        "colors": colormaps["viridis"](range(256), bytes=True)[:, :3].tolist(),
-        "heads": heads,
-        "telling": order[:2],  # the heads that the page opens on, alone or side by side
-        "text": int(np.argmax(repeats)) if heads[order[0]]["kind"] in ("induction", "duplicate") else 0,
-        "texts": [
-            {"category": name, "text": c.text, "labels": number_repeats(c.labels), "maps": _pack_maps(c.weights)}
-            for name, c in flat
-        ],
-    }
-    text = json.dumps(data, ensure_ascii=False).replace("<", "\\u003c")  # no text can end the script element
-    return _render(_EXPLORER_HTML, style=_EXPLORER_CSS, data=text, script=_EXPLORER_JS, address=address)
+        known = [row["kind"] if row["class"] in SPECIALISED_CLASSES else "" for row in rows]
+        order.sort(key=lambda i: (known[i] != "induction", not known[i], -rows[i]["strength"]))
+        if known[order[0]] in ("induction", "duplicate"):
+            text = int(np.argmin([len(set(each.token_ids)) / len(each.token_ids) for each in texts]))
+    data = {"heads": heads, "colors": colormaps["viridis"](range(256), bytes=True).tolist()}
+    data |= {"telling": order[:2], "text": text}  # what the page opens on, two heads if they stand side by side
+    data["texts"] = [{"labels": number_repeats(each.labels), "maps": _pack_maps(each.weights)} for each in texts]
+    shown = json.dumps(data, ensure_ascii=False).replace("<", "\\u003c")  # no text can end the script element
+    values = {"captures": captures, "heads": heads, "n_head": n_head, "address": address}
+    return _render(_EXPLORER_HTML, style=_EXPLORER_CSS, data=shown, script=_EXPLORER_JS, **values)
 
 
-def _describe_head(row: Mapping[str, object]) -> dict[str, object]:
-    """What a head does in words, and what it is known by; only specialised heads are known by a kind."""
+def _describe_head(row: Mapping[str, object]) -> dict[str, str]:
+    """What a head does in words, and the score that says so."""
     is_special = row["class"] in SPECIALISED_CLASSES
-    label = CLASS_LABELS[row["class"]]
-    does = HEAD_ACTIONS[row["kind"]] if is_special else f"is {label.lower()}: such heads {_CLASS_ACTIONS[row['class']]}"
+    does = HEAD_ACTIONS[row["kind"]] if is_special else f"is {CLASS_LABELS[row['class']].lower()}"
     does += f" and {HEAD_ACTIONS['sink']}" if row["sink_flag"] else ""
-    values = ", ".join(f"{name} {number(row[name])}" for name in sorted(KAPPAS, key=row.get, reverse=True)[:3])
-    text = f"Class: {label}. Highest scores: {values} (0 is chance, 1 ideal)."
-    known = {"kind": row["kind"], "strength": row["strength"]} if is_special else {}
-    return {"does": does, "scores": text} | known
+    return {"does": does, "scores": f"{row['words']} (0 is chance, 1 ideal)"}
 
 
 def _pack_maps(weights: Tensor) -> str:
-    """Lower triangles of (n_layer, H, T, T) as bytes 0..255, deflated and base64-encoded."""
+    """Lower triangles of (n_layer, H, T, T) as bytes 0..255 in base64."""
     rows, columns = np.tril_indices(weights.shape[-1])
-    data = np.rint(255 * np.asarray(weights)[:, :, rows, columns]).astype(np.uint8).tobytes()
-    return base64.b64encode(zlib.compress(data, 9)).decode()
+    lower = np.rint(255 * np.asarray(weights)[:, :, rows, columns]).astype(np.uint8)
+    return base64.b64encode(lower.tobytes()).decode()
 
 
 def write_explorer(path: str | Path, captures: Captures, scores: pd.DataFrame | None = None) -> Path:
@@ -5759,597 +5673,397 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 # ======================================================================================================================
 # ASSETS
-# Templates, style and script of the two web pages, and the model card: nothing but text.
+# Templates, style and script of the two web pages, and the model card: nothing but text. The templates are jinja2's,
+# which escapes every text; `safe` marks what is HTML already.
 # ======================================================================================================================
 
-# -- Templates (jinja2). Every text is escaped; `safe` marks what is HTML already.
-
 _PAGE_HTML = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
+<html lang="en"><head>
+<meta charset="utf-8"><title>{{ title }}</title>
+<meta name="viewport" content="width=device-width, initial-scale=1"><meta name="color-scheme" content="light dark">
 <meta http-equiv="Content-Security-Policy"
   content="default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'">
-<title>{{ title }}</title>
 <style>{{ style|safe }}</style>
-</head>
-<body>
+</head><body><main>
+<h1>{{ title }}</h1>
 {{ body|safe }}
-</body>
-</html>
+</main></body></html>
 """
 
 _PAGE_CSS = """
 :root { --back: #ffffff; --text: #1c1c1c; --soft: #5c5c5c; --line: #d8d8d8; --panel: #f5f5f3; --link: #00598f; }
 @media (prefers-color-scheme: dark) {
   :root { --back: #16181b; --text: #e6e6e3; --soft: #a5a8ab; --line: #3a3e43; --panel: #1f2226; --link: #7cc0ee; }
+  figure img { filter: brightness(.8); }
 }
 body { margin: 0 auto; max-width: 66rem; padding: 1rem 1.25rem 4rem; background: var(--back); color: var(--text);
   font: 1rem/1.55 system-ui, sans-serif; }
-h1 { font-size: 1.7rem; line-height: 1.25; margin: 1rem 0 .5rem; }
 h2 { font-size: 1.3rem; margin: 2.5rem 0 .5rem; padding-top: .5rem; border-top: 1px solid var(--line); }
-a { color: var(--link); }
-p, li, dd { max-width: 46rem; }
+h1 { font-size: 1.7rem; line-height: 1.25; } a { color: var(--link); }
+p, li { max-width: 46rem; }
 code { background: var(--panel); padding: .1em .3em; border-radius: 3px; overflow-wrap: anywhere; }
 """
 
 _REPORT_CSS = """
 figure { margin: 1rem 0; overflow-x: auto; }
-figure img { max-width: 100%; background: #ffffff; padding: .5rem; box-sizing: border-box; border-radius: 6px;
-  border: 1px solid var(--line); }
-@media (max-width: 40rem) { figure img { max-width: none; width: 34rem; } figcaption { position: sticky; left: 0; }
-  figcaption::after { content: " Scroll the picture sideways to see all of it."; } }
-@media (prefers-color-scheme: dark) { figure img { filter: brightness(.8); } }
-figcaption, .evidence { color: var(--soft); font-size: .9rem; }
-.evidence { white-space: pre-line; }
+figure img { max-width: 100%; min-width: 34rem; box-sizing: border-box; border: 1px solid var(--line); }
+figcaption, .evidence { color: var(--soft); font-size: .9rem; position: sticky; left: 0; white-space: pre-line; }
 .lead { background: var(--panel); border-radius: 6px; padding: .25rem 1rem; font-size: 1.05rem; max-width: 46rem; }
 nav ul { columns: 2; max-width: 40rem; padding-left: 1.25rem; }
 .statement { border-left: 4px solid var(--line); margin: .75rem 0; padding-left: .75rem; }
 .statement p { margin: .15rem 0; }
 .supported { border-color: #009e73; } .undecided { border-color: #e69f00; } .not { border-color: #999999; }
-.statement strong { display: inline-block; } .statement strong::first-letter { text-transform: uppercase; }
 .scroll { overflow: auto; max-height: 32rem; }
-table { border-collapse: collapse; font-size: .88rem; margin: .5rem 0; font-variant-numeric: tabular-nums; }
+table { border-collapse: collapse; font-size: .88rem; font-variant-numeric: tabular-nums; }
 th, td { border-bottom: 1px solid var(--line); padding: .2rem .6rem; text-align: right; vertical-align: top; }
 th:first-child, td:first-child { text-align: left; }
 details { margin: .75rem 0; } summary { cursor: pointer; font-weight: 600; }
-dt { font-weight: 600; } dd { margin: 0 0 .5rem 1rem; }
 """
 
-_REPORT_HTML = """{% set titles = {"run": "What was run", "read": "How to read an attention map",
-  "classes": "Classes of heads", "scores": "What single heads do", "ablation": "Which heads matter",
-  "language": "Language", "similarity": "Which heads look alike",
-  "sentences": "The sentences", "next": "What to try next", "terms": "Terms"} %}
-{% macro heading(anchor) %}
-<h2 id="{{ anchor }}">{{ titles[anchor] }}</h2>
-{% endmacro %}
-{% macro show(picture) %}
-<figure>
-<img alt="{{ picture.alt }}" src="data:image/png;base64,{{ picture.data }}" decoding="async">
-<figcaption><strong>{{ picture.title }}</strong><br>{{ picture.caption }}</figcaption>
-</figure>
-{% endmacro %}
-{% macro pictures() %}{# some pictures of the model, by name, as far as they were drawn #}
-{% for name in varargs if name in of_model %}
-{{ show(of_model[name]) }}
-{% endfor %}
-{% endmacro %}
-{% macro statements(topic) %}
-{% for row in findings.statements if row.topic == topic %}
-<div class="statement {{ row.verdict }}">
-<p><strong>{{ row.verdict }}</strong> · {{ row.claim }}</p>
-<p class="evidence">{{ row.evidence }}</p>
-</div>
-{% endfor %}
-{% endmacro %}
-{% macro table(title, rows) %}
-{% if rows %}
-<details><summary>{{ title }}</summary>
-<div class="scroll" tabindex="0">{{ rows|safe }}</div></details>
-{% endif %}
-{% endmacro %}
-<main>
-<h1>Where the heads of a small language model look</h1>
-<p>A language model predicts the next token of a text. Inside, each layer has several <em>attention heads</em>; for
-every token, a head decides how much to look at each earlier token. This report asks what the heads of one model do,
-and how much of that an untrained model would show as well.</p>
-<div class="lead">
-{% for line in findings.headline %}
-<p>{{ line }}</p>
-{% endfor %}
-</div>
-<nav aria-label="Contents">
-<p>See for yourself in the <a href="attention_explorer.html">attention explorer</a>, or read on:</p>
-<ul>
-{% for anchor, title in titles.items() %}
-<li><a href="#{{ anchor }}">{{ title }}</a></li>
-{% endfor %}
-</ul>
-</nav>
-{{ heading("run") }}
-{% for name, value in findings.about.items() %}
-<p><strong>{{ name }}:</strong> {{ value }}</p>
-{% endfor %}
-{{ pictures("loss_curve") }}
-{{ table("Thresholds and settings", tables.settings) }}
-{{ heading("read") }}
-<p>Each row is the token doing the looking; the colours of the row say how its attention is shared among the tokens up
-to itself, and sum to 100%. Yellow is much, dark is little. Grey are later tokens, which the model cannot see. A bright
+_REPORT_HTML = """{# anchor or topic of statements, title, pictures of the model, text #}
+{% set sections = [
+("run", "What was run", ["loss_curve"], "The model that was studied, how it was trained, and the text that it read."),
+("read", "How to read an attention map", [], "
+Each row is the token doing the looking; the colours of the row say how its attention is shared among the tokens up to
+itself, and sum to 100%. Yellow is much, dark is little. Grey are later tokens, which the model cannot see. A bright
 diagonal is a head that looks at the token itself; one step lower, at the previous token; a bright first column is a
 head that parks its attention on the first token. <code>·</code> marks a leading space and <code>the²</code> is the
 second <code>the</code>. Layers and heads are counted from 0: L2H1 is head 1 of layer 2.</p>
 <p>Short maps mislead: in the first rows there is little to choose from, so every head seems to look at itself and at
 the first token. Scores are therefore corrected for chance: 0 is what a head gets that looks everywhere alike, at
-any length of text, and 1 is the ideal head. They are measured on long windows of held-out text.</p>
-{% for picture in examples %}
-{{ show(picture) }}
-{% endfor %}
-{{ heading("classes") }}
-<p>{{ class_rule }} Thresholds are so high that untrained heads rarely reach them. Percentages are shares of all heads,
-with 95% bootstrap intervals over texts and, for untrained models, the range over seeds.</p>
-{{ statements("Classes") }}
-{{ pictures("class_grid", "class_baselines", "categories") }}
-{{ heading("scores") }}
-<p>Each kind of looking has a score; a head does it if its score reaches the threshold and lies beyond those of
-untrained models. Intervals are 95% bootstrap intervals over texts.</p>
-{{ statements("Heads") }}
-{{ pictures("head_emergence", "score_maps") }}
-{{ table("Scores of every head", tables.scores) }}
-{{ heading("ablation") }}
-<p>A pattern is no proof of use. Here each head's output is replaced by its mean, and the loss on held-out text is
+any length of text, and 1 is the ideal head. They are measured on long windows of held-out text."),
+("Classes", "Classes of heads", ["class_grid", "class_baselines", "categories"], class_rule ~ "
+Thresholds are so high that untrained heads rarely reach them. Percentages are shares of all heads, with 95% bootstrap
+intervals over texts and, for untrained models, the range over seeds."),
+("Heads", "What single heads do", ["head_emergence", "score_maps"], "
+Each kind of looking has a score; a head does it if its score reaches the threshold and lies beyond those of untrained
+models. Intervals are 95% bootstrap intervals over texts."),
+("Ablation", "Which heads matter", ["ablation"], "
+A pattern is no proof of use. Here each head's output is replaced by its mean, and the loss on held-out text is
 measured again; then the same for all heads of a class at once, since single heads can be spared when others do the
-same, beside random sets of as many heads.</p>
-{{ statements("Ablation") }}
-{{ pictures("ablation") }}
-{{ table("Loss without each head", tables.ablation) }}
-{{ heading("language") }}
-<p>Each claim is tested with pairs of sentences, one good and one wrong or at least unusual, that differ in little else.
+same, beside random sets of as many heads, of the same layers where possible and partly the same heads."),
+("Language", "Language", ["language"], "
+Each claim is tested with pairs of sentences, one good and one wrong or at least unusual, that differ in little else.
 Three things must hold: the model finds the good one more likely; heads look at the word that decides, chosen on one
 half of the pairs and tested on the other; and without these heads the preference shrinks more than without random
-heads. p-values are adjusted for the number of tests (Holm).</p>
-{{ statements("Language") }}
-{{ pictures("language") }}
-{{ table("The claims in numbers", tables.language) }}
-{{ heading("similarity") }}
-<p>Heads that share a branch low in the tree look at the same places of the same text. The dashed line is a yardstick,
-not a limit of error: how far one head is from itself when the text changes.</p>
-{{ pictures("similarity") }}
-{{ heading("sentences") }}
-<p>For each kind of sentence: chosen heads on all of its sentences; then, for the first one, every head, the chosen
-heads, the flow between tokens, and rollout, which follows attention through all layers. The
-<a href="attention_explorer.html">explorer</a> has every sentence and every head.</p>
-{% for name, members in of_sentences.items() %}
-<details><summary>{{ name }} ({{ members|length }} pictures)</summary>
-{% for picture in members %}
-{{ show(picture) }}
+heads. p-values are adjusted for the number of tests (Holm)."),
+("similarity", "Which heads look alike", ["similarity"], "
+Heads that share a branch low in the tree look at the same places of the same text. The dashed line is a yardstick,
+not a limit of error: how far one head is from itself when the text changes."),
+("sentences", "The sentences", [], "
+For each kind of sentence: chosen heads on all of its sentences; then, for the first one, every head, the chosen heads,
+the flow between tokens, and rollout, which follows attention through all layers."),
+("next", "Terms, and what to try next", [], "
+<strong>Token</strong>: a piece of text, often a word with its leading space. <strong>Attention sink</strong>: a head
+that parks its attention on the first token when it has nothing to do (Xiao et al. 2023). <strong>Induction</strong>:
+looking at what followed an earlier copy of the token (Olsson et al. 2022). <strong>Score</strong>: attention on a set
+of tokens beyond what a uniform head puts there, divided by the most that is possible (after Cohen's kappa).
+<strong>Rollout</strong>: Abnar &amp; Zuidema 2020. <strong>Nat</strong>: the unit of loss; 0.69 nats are one bit.</p>
+<p>Try your own sentence: <code>python pico_helpers.py explore &quot;My sentence.&quot;</code> Train your own model
+with <code>python pico_helpers.py train</code>, study it with <code>python pico_helpers.py analyze</code>. Every number
+of this page is in <a href='findings.json'>findings.json</a>, the scores of every head in
+<a href='head_scores.csv'>head_scores.csv</a>."),
+] %}
+{% macro show(picture) %}
+<figure><img alt="{{ picture.alt }}" src="data:image/png;base64,{{ encoded(picture) }}" decoding="async">
+<figcaption><strong>{{ picture.title }}</strong><br>{{ picture.caption }}</figcaption></figure>
+{% endmacro %}
+<p>A language model predicts the next token of a text. Inside, each layer has several <em>attention heads</em>; for
+every token, a head decides how much to look at each earlier token. This report asks what the heads of one model do,
+and how much of that an untrained model would show as well.</p>
+<div class="lead">{% for line in findings.headline %}<p>{{ line }}</p>{% endfor %}</div>
+<nav aria-label="Contents"><p>See for yourself in the <a href="attention_explorer.html">explorer</a>, or read on:</p>
+<ul>{% for each in sections %}<li><a href="#{{ each[0] }}">{{ each[1] }}</a></li>{% endfor %}</ul></nav>
+{% for anchor, title, names, text in sections %}
+<h2 id="{{ anchor }}">{{ title }}</h2>
+<p>{{ text|safe }}</p>
+{% for name, value in findings.about.items() if anchor == "run" %}
+<p><strong>{{ name }}:</strong> {{ value }}</p>
 {% endfor %}
+{% for picture in examples if anchor == "read" %}{{ show(picture) }}{% endfor %}
+{% for row in findings.statements if row.topic == anchor %}
+<div class="statement {{ row.verdict }}"><p><strong>{{ row.verdict|capitalize }}</strong> · {{ row.claim }}</p>
+<p class="evidence">{{ row.evidence }}</p></div>
+{% endfor %}
+{% for picture in pictures if picture.group == "Model" and picture.path.stem in names %}{{ show(picture) }}{% endfor %}
+{% for name in pictures|map(attribute="group")|unique if anchor == "sentences" and name != "Model" %}
+<details><summary>{{ name }}</summary>
+{% for picture in pictures if picture.group == name %}{{ show(picture) }}{% endfor %}
 </details>
 {% endfor %}
-{{ heading("next") }}
-<ul>
-<li>Point at tokens and compare heads in the <a href="attention_explorer.html">explorer</a>.</li>
-<li>Try a sentence of your own: <code>python pico_helpers.py explore "My sentence."</code></li>
-<li>Train a model of your own with <code>python pico_helpers.py train</code>, then study it with
-<code>python pico_helpers.py analyze</code>.</li>
-<li>Read every number of this page in <a href="findings.json">findings.json</a>, each head's scores in
-<a href="head_scores.csv">head_scores.csv</a>.</li>
-</ul>
-{{ heading("terms") }}
-<p><strong>Token</strong>: a piece of text, often a word with its leading space.
-<strong>Attention sink</strong>: a head that puts its attention on the first token when it has nothing to do (Xiao et
-al. 2023; Gu et al. 2024). <strong>Induction</strong>: looking at what followed an earlier copy of the current token,
-which continues repeated text (Olsson et al. 2022); measured on repeated random tokens. <strong>Score</strong>:
-attention on a set of tokens beyond what a uniform head puts there, divided by the most that is possible beyond it
-(after Cohen's kappa). <strong>Rollout</strong>: attention multiplied through the layers (Abnar &amp; Zuidema 2020),
-here minus that of uniform heads. <strong>Nat</strong>: the unit of loss; 0.69 nats are one bit.</p>
-</main>"""
-
-_EXPLORER_PAGE_HTML = """<main>
-{% if has_report %}
-<p><a href="attention_report.html">← To the report</a></p>
+{% if anchor in tables %}
+<details><summary>{{ tables[anchor][0] }}</summary>
+<div class="scroll" tabindex="0">{{ tables[anchor][1]|safe }}</div></details>
 {% endif %}
-<h1>Attention explorer</h1>
-<p>For every token, each attention head of the model decides how much to look at the tokens so far. Point at a token, or
-tap it, to see where a head looks from there; click to hold on to it, and pick heads by their small maps.</p>
-<p>Try your own sentences: <code>python pico_helpers.py explore "My sentence."</code> writes a page like this one.</p>
-{{ explorer|safe }}
-</main>"""
+{% endfor %}"""
+
+_EXPLORER_PAGE_HTML = """
+{% if has_report %}<p><a href="attention_report.html">← To the report</a></p>{% endif %}
+<p>For every token, each attention head of the model decides how much to look at the tokens so far. Try your own
+sentences: <code>python pico_helpers.py explore "My sentence."</code> writes a page like this one.</p>
+{{ explorer|safe }}"""
 
 _EXPLORER_HTML = """<div class="pico-explorer"{% if address %} data-address{% endif %}>
 <style>{{ style|safe }}</style>
 <script type="application/json" class="pico-data">{{ data|safe }}</script>
+<p class="pico-help">Point at a token, or tap it, to see where a head looks from there; pick heads by their small maps.
+In a map each row is a token doing the looking, each column a token looked at. Click pins a token, <kbd>Esc</kbd> lets
+go. <kbd>←</kbd> <kbd>→</kbd> other token, <kbd>↑</kbd> <kbd>↓</kbd> other head; <kbd>Shift</kbd>-click on a small map
+shows that head beside the first.</p>
 <div class="pico-controls">
-<label>Sentence <select class="pico-text"></select></label>
-<label><input type="checkbox" class="pico-lines"> lines instead of a matrix</label>
+<label>Sentence <select class="pico-text">{% for category, members in captures.items() %}
+<optgroup label="{{ category }}">{% for each in members %}<option>{{ each.text }}</option>{% endfor %}</optgroup>
+{% endfor %}</select></label>
 <label><input type="checkbox" class="pico-compare"> two heads side by side</label>
-<label><input type="checkbox" class="pico-drop"> leave out the first token</label>
+<label><input type="checkbox" class="pico-drop" autocomplete="off"> leave out the first token</label>
 </div>
 <div class="pico-tokens" role="group" aria-label="Tokens"></div>
 <p class="pico-status" role="status">Loading</p>
 <div class="pico-panels">
-<figure class="pico-panel"><figcaption></figcaption><canvas role="img" tabindex="0"></canvas></figure>
-<figure class="pico-panel"><figcaption></figcaption><canvas role="img" tabindex="0"></canvas></figure>
-<div class="pico-picker">
-<div class="pico-scale"><span>looks 0%</span><i class="pico-bar"></i><span>100%</span><i class="pico-none"></i>
-<span>comes later</span></div>
-<div class="pico-thumbs" role="group" aria-label="All heads: a row for each layer"></div>
+{% for panel in range(2) %}
+<figure class="pico-panel"><figcaption><strong></strong> <span></span> <small></small></figcaption>
+<canvas role="img" tabindex="0"></canvas></figure>
+{% endfor %}
+<div><p class="pico-scale">looks 0% <i class="pico-bar"></i> 100% &emsp;<i></i> comes later</p>
+<div class="pico-thumbs" role="group" aria-label="All heads: a row for each layer" style="--pico-heads: {{ n_head }}">
+<span></span>{% for head in range(n_head) %}<span>H{{ head }}</span>{% endfor %}
+{% for head in heads %}
+{% if loop.index0 % n_head == 0 %}<span>L{{ loop.index0 // n_head }}</span>{% endif %}
+<button type="button" title="{{ head.name }} {{ head.does }}"><canvas></canvas></button>
+{% endfor %}
+</div></div>
 </div>
-</div>
-<p class="pico-help">In a matrix each row is a token doing the looking, each column a token looked at. Click pins a
-token, <kbd>Esc</kbd> lets go. <kbd>←</kbd> <kbd>→</kbd> other token, <kbd>↑</kbd> <kbd>↓</kbd> other head;
-<kbd>Shift</kbd>-click on a small map shows that head beside the first.</p>
-<div class="pico-tip" hidden></div>
-<script>{{ script|safe }}</script>
+<div class="pico-tip" hidden></div><script>{{ script|safe }}</script>
 </div>"""
 
 _EXPLORER_CSS = """
-.pico-explorer { --pico-back: #ffffff; --pico-text: #1c1c1c; --pico-soft: #5c5c5c; --pico-none: #dcdcdc;
-  --pico-mark: #d3330a; background: var(--pico-back); color: var(--pico-text); font: 15px/1.5 system-ui, sans-serif; }
-@media (prefers-color-scheme: dark) { .pico-explorer { --pico-back: #16181b; --pico-text: #e6e6e3; --pico-soft: #a5a8ab;
-  --pico-none: #34383d; --pico-mark: #ff7a4d; } }
-.pico-explorer .pico-controls { display: flex; flex-wrap: wrap; gap: .25rem 1.25rem; align-items: center; }
-.pico-explorer :is(select, button) { font: inherit; color: inherit; border-radius: 4px; }
-.pico-explorer select { max-width: min(30rem, 70vw); background: var(--pico-back); border: 1px solid var(--pico-soft);
-  padding: .1rem .3rem; }
-.pico-explorer button { background: none; border: 2px solid transparent; cursor: pointer; }
-.pico-explorer :focus-visible { outline: 2px solid var(--pico-text); outline-offset: 1px; }
-.pico-explorer .pico-tokens { display: flex; flex-wrap: wrap; gap: 3px; margin: .75rem 0 .25rem; }
-.pico-explorer .pico-tokens button { padding: 0 .3rem; background: var(--pico-none); }
-.pico-explorer .pico-tokens button[aria-pressed=true] { box-shadow: 0 0 0 2px var(--pico-mark); }
-.pico-explorer :is(.pico-tokens [aria-current], .pico-thumbs [aria-pressed=true]) { border-color: var(--pico-mark); }
-.pico-explorer .pico-status { min-height: 3em; margin: .25rem 0; max-width: none; white-space: pre-line; }
-.pico-explorer .pico-panels { display: flex; flex-wrap: wrap; gap: 1rem 1.5rem; }
-.pico-explorer .pico-panels > * { flex: 1 1 320px; max-width: 500px; min-width: 0; margin: 0; }
-.pico-explorer figcaption { min-height: 4.5em; color: inherit; }
-.pico-explorer figcaption small { display: block; color: var(--pico-soft); }
-.pico-explorer .pico-panel[data-active] strong { border-bottom: 3px solid var(--pico-mark); }
-.pico-explorer .pico-panel canvas { display: block; margin-top: .4rem; max-width: 100%; cursor: crosshair; }
-.pico-explorer .pico-scale { display: flex; gap: .5rem; align-items: center; font-size: .85em; min-height: 2em; }
-.pico-explorer .pico-scale i { width: 7em; height: .9em; }
-.pico-explorer .pico-scale .pico-none { width: .9em; margin-left: 1em; }
-.pico-explorer .pico-thumbs { display: grid; gap: 2px; font-size: .8em; color: var(--pico-soft); align-items: center; }
-.pico-explorer .pico-thumbs span { text-align: center; }
-.pico-explorer .pico-thumbs button { padding: 0; line-height: 0; }
-.pico-explorer .pico-thumbs canvas { width: 100%; aspect-ratio: 1; image-rendering: pixelated; }
-.pico-explorer :is(.pico-none, .pico-thumbs canvas) { background: var(--pico-none); }
-.pico-explorer .pico-help { color: var(--pico-soft); font-size: .9em; max-width: 46rem; }
-.pico-explorer .pico-tip { position: fixed; pointer-events: none; background: var(--pico-text); color: var(--pico-back);
-  padding: .1rem .5rem; border-radius: 4px; font-size: .9em; }
+.pico-explorer {
+  --pico-back: #ffffff; --pico-text: #1c1c1c; --pico-soft: #5c5c5c; --pico-none: #dcdcdc; --pico-mark: #d3330a;
+  background: var(--pico-back); color: var(--pico-text); font: 15px/1.5 system-ui, sans-serif;
+  @media (prefers-color-scheme: dark) {
+    --pico-back: #16181b; --pico-text: #e6e6e3; --pico-soft: #a5a8ab; --pico-none: #34383d; --pico-mark: #ff7a4d;
+  }
+  .pico-controls { display: flex; flex-wrap: wrap; gap: .25rem 1.25rem; }
+  .pico-text { max-width: min(30rem, 70vw); font: inherit; }
+  & button { font: inherit; color: inherit; background: none; border: 2px solid transparent; border-radius: 4px; }
+  .pico-tokens { display: flex; flex-wrap: wrap; gap: 3px; margin: .75rem 0 .25rem; }
+  .pico-tokens button { padding: 0 .3rem; background: var(--pico-none); }
+  .pico-tokens [aria-pressed=true] { box-shadow: 0 0 0 2px var(--pico-mark); }
+  .pico-tokens [aria-current], .pico-thumbs [aria-pressed=true] { border-color: var(--pico-mark); }
+  .pico-status { min-height: 3em; margin: .25rem 0; max-width: none; white-space: pre-line; }
+  .pico-panels { display: flex; flex-wrap: wrap; gap: 1rem 1.5rem; }
+  .pico-panels > * { flex: 1 1 320px; max-width: 500px; min-width: 0; margin: 0; }
+  & figcaption { min-height: 4.5em; color: inherit; }
+  & small, .pico-help { display: block; color: var(--pico-soft); font-size: .9em; max-width: 46rem; }
+  [data-active] strong { border-bottom: 3px solid var(--pico-mark); }
+  .pico-panel canvas { display: block; margin-top: .4rem; max-width: 100%; cursor: crosshair; }
+  .pico-scale { font-size: .85em; margin: .3rem 0; }
+  .pico-scale i { display: inline-block; width: .9em; height: .9em; background: var(--pico-none); }
+  .pico-scale .pico-bar { width: 7em; }
+  .pico-thumbs { display: grid; grid-template-columns: auto repeat(var(--pico-heads), minmax(0, 64px)); gap: 2px;
+    justify-content: start; place-items: center; font-size: .8em; color: var(--pico-soft); }
+  .pico-thumbs button { padding: 0; line-height: 0; width: 100%; cursor: pointer; }
+  .pico-thumbs canvas { width: 100%; aspect-ratio: 1; image-rendering: pixelated; background: var(--pico-none); }
+  .pico-tip { position: fixed; pointer-events: none; background: var(--pico-text); color: var(--pico-back);
+    padding: .1rem .5rem; border-radius: 4px; font-size: .9em; }
+}
 """
 
 _EXPLORER_JS = r"""
-(() => {
+document.querySelectorAll(".pico-explorer:not([data-started])").forEach((root) => {
   "use strict";
-  const FLAGS = ["pinned", "lines", "drop"]; // kept in the address
+  root.dataset.started = "yes";
   const clamp = (value, low, high) => Math.max(low, Math.min(high, value));
-  const share = (value) => `${Math.round((100 * value) / 255)}%`;
-  const make = (tag, properties) => Object.assign(document.createElement(tag), properties);
-  const word = (label) => label.replace(/^·(?=.)/, "");
+  const percent = (value) => `${Math.round((100 * value) / 255)}%`;
+  const find = (name) => root.querySelector(".pico-" + name);
+  const color = (name) => getComputedStyle(root).getPropertyValue("--pico-" + name);
+  const data = JSON.parse(find("data").textContent);
+  const isPage = "address" in root.dataset; // nothing else is on the page, so its address keeps what is shown
+  const [panels, thumbs] = [".pico-panel", ".pico-thumbs button"].map((name) => [...root.querySelectorAll(name)]);
+  const [tokens, tip] = [find("tokens"), find("tip")];
 
-  async function unpack(text) {
-    const bytes = Uint8Array.from(atob(text), (character) => character.charCodeAt(0));
-    const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("deflate"));
-    return new Uint8Array(await new Response(stream).arrayBuffer());
+  // heads: of the two panels, the second -1 without comparison; pinned: pointing does not change the token
+  const state = { text: 0, token: 0, heads: [0, -1], active: 0, pinned: false, drop: false };
+  let maps = ""; // of the text: lower triangles of all heads, a byte a weight
+  let saving = 0; // a timer
+  const labels = () => data.texts[state.text].labels;
+  const word = (token) => labels()[token].replace(/^·(?=.)/, "");
+  const current = () => state.heads[state.active];
+
+  // weight 0..255 of a head, from the token `row` to the token `key`
+  function weight(head, row, key) {
+    const begin = (head * labels().length * (labels().length + 1) + row * (row + 1)) / 2;
+    if (!state.drop) return maps.charCodeAt(begin + key);
+    const rest = 255 - maps.charCodeAt(begin);
+    return key === 0 || rest < 3 ? 0 : Math.min(255, (255 * maps.charCodeAt(begin + key)) / rest);
   }
 
-  function start(root) {
-    const find = (name) => root.querySelector(".pico-" + name);
-    const style = (name) => getComputedStyle(root).getPropertyValue(name).trim();
-    const data = JSON.parse(find("data").textContent);
-    const panels = [...root.querySelectorAll(".pico-panel")];
-    const [thumbs, tip] = [find("thumbs"), find("tip")];
-    // heads: of the two panels, the second null without comparison; pinned: a token that pointing does not change
-    const state = { text: 0, heads: [0, null], active: 0, token: 0, pinned: false, lines: false, drop: false };
-    let maps = null; // of the current text: lower triangles of all heads, one byte a weight
-    let thumbsShow = ""; // what the small maps were drawn for
-    let isPlanned = false;
-    let wanted = 0; // the text picked last
+  // where a token looks, strongest first: [weight, key]
+  function looks(head, row) {
+    return Array.from({ length: row + 1 }, (_, key) => [weight(head, row, key), key]).sort((a, b) => b[0] - a[0]);
+  }
 
-    const labels = () => data.texts[state.text].labels;
-    const current = () => state.heads[state.active];
+  const describe = (head, row, key) => `${word(row)} looks at ${word(key)}: ${percent(weight(head, row, key))}`;
 
-    // weight 0..255 of head `index` from token `row` to token `key`
-    function weight(index, row, key) {
-      const n = labels().length;
-      const begin = index * ((n * (n + 1)) / 2) + (row * (row + 1)) / 2;
-      if (!state.drop) return maps[begin + key];
-      const rest = 255 - maps[begin];
-      return key === 0 || rest < 3 ? 0 : Math.min(255, (255 * maps[begin + key]) / rest);
-    }
-
-    // the tokens that `row` looks at, strongest first: [weight, key]
-    function looks(index, row) {
-      return Array.from({ length: row + 1 }, (_, key) => [weight(index, row, key), key]).sort((a, b) => b[0] - a[0]);
-    }
-
-    function describe(index, row, key) {
-      return `${word(labels()[row])} looks at ${word(labels()[key])}: ${share(weight(index, row, key))}`;
-    }
-
-    // a map as an image of one pixel a weight; clear where no token can look
-    function paint(canvas, index) {
-      const n = (canvas.width = canvas.height = labels().length);
-      const context = canvas.getContext("2d");
-      const image = context.createImageData(n, n);
-      for (let row = 0; row < n; row++) {
-        for (let key = 0; key <= row; key++) {
-          const at = 4 * (row * n + key);
-          image.data.set(data.colors[Math.round(weight(index, row, key))], at);
-          image.data[at + 3] = 255;
-        }
+  // the small map of a head: a pixel a weight, clear where no token can look
+  function drawThumb(button, head) {
+    const [n, context] = [labels().length, button.firstChild.getContext("2d")];
+    const image = context.createImageData(n, n);
+    for (let row = 0; row < n; row++) {
+      for (let key = 0; key <= row; key++) {
+        image.data.set(data.colors[Math.round(weight(head, row, key))], 4 * (row * n + key));
       }
-      context.putImageData(image, 0, 0);
-      return canvas;
     }
-
-    // a panel's canvas, sharp on every screen: its unit is the CSS pixel, its margin as wide as the labels
-    function prepare(panel, width, height, fontSize) {
-      const canvas = panel.querySelector("canvas");
-      const context = canvas.getContext("2d");
-      const scale = window.devicePixelRatio || 1;
-      canvas.width = Math.round(width * scale);
-      canvas.height = Math.round(height * scale);
-      canvas.style.width = `${width}px`;
-      context.setTransform(scale, 0, 0, scale, 0, 0);
-      Object.assign(context, { textBaseline: "middle", textAlign: "right", lineWidth: 2 });
-      context.imageSmoothingEnabled = false;
-      context.font = `${fontSize}px system-ui, sans-serif`;
-      const names = labels().map((name) => (name.length > 14 ? name.slice(0, 13) + "…" : name));
-      const margin = Math.ceil(Math.max(...names.map((name) => context.measureText(name).width))) + 10;
-      return { context, names, margin };
-    }
-
-    const inkOf = (isCurrent) => style(isCurrent ? "--pico-mark" : "--pico-text");
-
-    // draws a head as a matrix, no higher than the window; returns what tells the cell at a place
-    function drawMatrix(panel, index) {
-      const n = labels().length;
-      const size = Math.min(500, panel.clientWidth, Math.max(260, window.innerHeight - 40));
-      const { context, names, margin } = prepare(panel, size, size, clamp((size / n) * 0.65, 7, 12));
-      const [side, cell] = [size - margin, (size - margin) / n];
-      context.fillStyle = style("--pico-none");
-      context.fillRect(margin, 0, side, side);
-      context.drawImage(paint(make("canvas"), index), margin, 0, side, side);
-      names.forEach((name, i) => {
-        if (cell < 7 && i !== state.token) return; // long texts: only the current token has room for its name
-        context.fillStyle = inkOf(i === state.token);
-        context.fillText(name, margin - 5, clamp((i + 0.5) * cell, 5, side - 5));
-        context.save();
-        context.translate(margin + (i + 0.5) * cell, side + 5);
-        context.rotate(-Math.PI / 2);
-        context.fillText(name, 0, 0);
-        context.restore();
-      });
-      context.strokeStyle = style("--pico-mark");
-      context.strokeRect(margin, state.token * cell, (state.token + 1) * cell, cell);
-      return (x, y) => {
-        const [key, row] = [Math.floor((x - margin) / cell), Math.floor(y / cell)];
-        return row < 0 || row >= n || key > row ? null : { row, key: Math.max(-1, key) };
-      };
-    }
-
-    // the same as lines from the tokens that look, at the left, to those looked at
-    function drawLines(panel, index) {
-      const [n, width] = [labels().length, Math.min(500, panel.clientWidth)];
-      const line = n > 40 ? 13 : 20;
-      const { context, names, margin } = prepare(panel, width, n * line, line * 0.62);
-      const middle = (i) => (i + 0.5) * line;
-      context.strokeStyle = context.fillStyle = style("--pico-mark");
-      for (let row = 0; row < n; row++) {
-        for (const [value, key] of looks(index, row)) {
-          if (value < 8) break; // 3 %
-          context.globalAlpha = (value / 255) * (row === state.token ? 1 : 0.2);
-          context.lineWidth = row === state.token ? 3 : 1.5;
-          context.beginPath();
-          context.moveTo(margin, middle(row));
-          context.lineTo(width - margin, middle(key));
-          context.stroke();
-          if (row === state.token) context.fillRect(width - margin + 2, key * line, margin - 2, line);
-        }
-      }
-      context.globalAlpha = 1;
-      names.forEach((name, i) => {
-        context.fillStyle = inkOf(i === state.token);
-        context.textAlign = "right";
-        context.fillText(name, margin - 5, middle(i));
-        context.fillStyle = inkOf(false);
-        context.textAlign = "left";
-        context.fillText(name, width - margin + 5, middle(i));
-      });
-      return (x, y) => {
-        const at = clamp(Math.floor(y / line), 0, n - 1);
-        if (x < width / 2) return { row: at, key: -1 };
-        return x > width - margin && at <= state.token ? { row: state.token, key: at } : null;
-      };
-    }
-
-    function drawPanel(panel, i) {
-      const index = state.heads[i];
-      panel.hidden = index === null;
-      if (panel.hidden) return;
-      const { name, does, scores } = data.heads[index];
-      const [title, small] = [make("strong", { textContent: name }), make("small", { textContent: scores })];
-      panel.querySelector("figcaption").replaceChildren(title, ` ${does}`, small);
-      panel.querySelector("canvas").setAttribute("aria-label", `Attention of head ${name}`);
-      panel.toggleAttribute("data-active", i === state.active && state.heads[1] !== null);
-      panel.hit = (state.lines ? drawLines : drawMatrix)(panel, index);
-    }
-
-    function drawTokens() {
-      [...find("tokens").children].forEach((button, key) => {
-        const isSeen = key <= state.token;
-        const value = isSeen ? Math.round(weight(current(), state.token, key)) : 0;
-        button.style.background = isSeen ? `rgb(${data.colors[value]})` : "";
-        button.style.color = isSeen ? (value > 140 ? "#000000" : "#ffffff") : "";
-        button.title = isSeen ? describe(current(), state.token, key) : "comes later";
-        button.tabIndex = key === state.token ? 0 : -1;
-        button.ariaCurrent = key === state.token ? "true" : null;
-        button.setAttribute("aria-pressed", state.pinned && key === state.token);
-      });
-    }
-
-    function drawThumbs() {
-      const shows = [state.text, state.drop].join();
-      thumbs.querySelectorAll("button").forEach((button, index) => {
-        if (shows !== thumbsShow) paint(button.firstChild, index);
-        button.setAttribute("aria-pressed", state.heads.includes(index));
-        button.tabIndex = index === current() ? 0 : -1;
-      });
-      thumbsShow = shows;
-    }
-
-    function drawStatus() {
-      const names = labels().map(word);
-      const lines = state.heads.filter((index) => index !== null).map((index) => {
-        const list = looks(index, state.token).slice(0, 4).map(([value, key]) => `"${names[key]}" ${share(value)}`);
-        return `${names[state.token]} looks at ${list.join(", ")} (${data.heads[index].name})`;
-      });
-      find("status").textContent = lines.join("\n") + (state.pinned ? " · pinned" : "");
-    }
-
-    function draw() {
-      isPlanned = false;
-      if (!maps) return;
-      for (const flag of ["lines", "drop"]) find(flag).checked = state[flag];
-      find("compare").checked = state.heads[1] !== null;
-      find("text").value = state.text;
-      panels.forEach(drawPanel);
-      drawTokens();
-      drawThumbs();
-      drawStatus();
-    }
-
-    function update(change) {
-      Object.assign(state, change);
-      if (!isPlanned) requestAnimationFrame(draw);
-      isPlanned = true;
-      if ("address" in root.dataset) saveSoon();
-    }
-
-    const point = (token) => state.pinned || update({ token });
-    const pin = (token) => update({ token, pinned: !(state.pinned && token === state.token) });
-    function pickHead(index, panel = state.active) {
-      update({ heads: state.heads.map((head, i) => (i === panel ? index : head)), active: panel });
-    }
-
-    // another text, opened at the token in its middle third that looks most sharply, unless `change` names one
-    async function pickText(text, change = {}) {
-      wanted = text;
-      const unpacked = await unpack(data.texts[text].maps);
-      if (text !== wanted) return; // another one was picked meanwhile
-      maps = unpacked;
-      update({ text, pinned: false, ...change });
-      const n = labels().length;
-      const sharpness = (row) => looks(current(), row)[0][0];
-      const middle = [...labels().keys()].slice(Math.floor(n / 3), Math.floor(n / 3) + Math.ceil(n / 3));
-      const sharpest = middle.reduce((best, row) => (sharpness(row) > sharpness(best) ? row : best));
-      update({ token: clamp(change.token ?? sharpest, 0, n - 1) });
-      const buttons = labels().map((name, token) => {
-        const button = make("button", { type: "button", textContent: name, onclick: () => pin(token) });
-        button.addEventListener("pointerenter", (event) => event.pointerType === "touch" || point(token));
-        return button;
-      });
-      find("tokens").replaceChildren(...buttons);
-    }
-
-    // -- The state in the page's address: #text=3&head=L2H1&with=L3H6&token=5&pinned=1&lines=1&drop=1
-    let saving = 0;
-    function saveSoon() {
-      clearTimeout(saving);
-      saving = setTimeout(() => {
-        const { text, token, heads } = state;
-        const address = new URLSearchParams({ text, head: data.heads[heads[0]].name, token });
-        if (heads[1] !== null) address.set("with", data.heads[heads[1]].name);
-        for (const flag of FLAGS) if (state[flag]) address.set(flag, 1);
-        history.replaceState(null, "", `#${address}`);
-      }, 200);
-    }
-
-    function restore() {
-      const address = new URLSearchParams("address" in root.dataset ? location.hash.slice(1) : "");
-      const named = (key) => data.heads.findIndex((head) => head.name === address.get(key));
-      const number = (key) => (/^\d+$/.test(address.get(key)) ? Number(address.get(key)) : undefined);
-      const [first, second] = [named("head"), named("with")];
-      const heads = [first < 0 ? data.telling[0] : first, second < 0 ? null : second];
-      const flags = Object.fromEntries(FLAGS.map((flag) => [flag, address.has(flag)]));
-      const text = clamp(number("text") ?? data.text, 0, data.texts.length - 1);
-      pickText(text, { heads, active: 0, token: number("token"), ...flags });
-    }
-
-    // -- Controls
-    data.texts.forEach(({ category, text }, i) => {
-      let group = [...find("text").children].find((other) => other.label === category);
-      if (!group) find("text").append((group = make("optgroup", { label: category })));
-      group.append(new Option(text, i));
-    });
-    thumbs.style.gridTemplateColumns = `auto repeat(${data.nHead}, minmax(0, 64px))`;
-    const headings = ["", ...Array.from({ length: data.nHead }, (_, head) => `H${head}`)];
-    thumbs.append(...headings.map((textContent) => make("span", { textContent })));
-    data.heads.forEach(({ name, does }, index) => {
-      if (index % data.nHead === 0) thumbs.append(make("span", { textContent: `L${index / data.nHead}` }));
-      const onclick = (event) => pickHead(index, event.shiftKey ? 1 : state.active);
-      thumbs.append(make("button", { type: "button", title: `${name} ${does}`, onclick }));
-      thumbs.lastChild.append(make("canvas"));
-    });
-    find("bar").style.background = `linear-gradient(to right, ${data.colors.map((color) => `rgb(${color})`)})`;
-    find("text").addEventListener("change", (event) => pickText(Number(event.target.value)));
-    for (const flag of ["lines", "drop"]) {
-      find(flag).addEventListener("change", (event) => update({ [flag]: event.target.checked }));
-    }
-    find("compare").addEventListener("change", (event) => {
-      const other = data.telling.find((index) => index !== state.heads[0]) ?? 0;
-      update({ heads: [state.heads[0], event.target.checked ? other : null], active: 0 });
-    });
-    panels.forEach((panel, i) => {
-      const canvas = panel.querySelector("canvas");
-      const at = (event) => {
-        const box = canvas.getBoundingClientRect();
-        return panel.hit?.(event.clientX - box.left, event.clientY - box.top);
-      };
-      canvas.addEventListener("pointermove", (event) => {
-        const place = at(event);
-        tip.hidden = !place || place.key < 0;
-        if (place && event.pointerType !== "touch") point(place.row);
-        if (tip.hidden) return;
-        tip.textContent = describe(state.heads[i], place.row, place.key);
-        tip.style.left = `${clamp(event.clientX + 14, 0, window.innerWidth - tip.offsetWidth - 4)}px`;
-        tip.style.top = `${event.clientY + 18}px`;
-      });
-      canvas.addEventListener("pointerleave", () => (tip.hidden = true));
-      canvas.addEventListener("click", (event) => at(event) && pin(at(event).row));
-      panel.addEventListener("pointerdown", () => update({ active: i }));
-    });
-    root.addEventListener("keydown", (event) => {
-      if (event.target.matches("select, input") || event.altKey || event.ctrlKey || event.metaKey) return;
-      const [isThumb, last, nHeads] = [thumbs.contains(event.target), labels().length - 1, data.heads.length];
-      const tokens = { ArrowLeft: state.token - 1, ArrowRight: state.token + 1, Home: 0, End: last };
-      const steps = isThumb
-        ? { ArrowLeft: -1, ArrowRight: 1, ArrowUp: -data.nHead, ArrowDown: data.nHead }
-        : { ArrowUp: -1, ArrowDown: 1 };
-      if (event.key in steps) pickHead((current() + steps[event.key] + nHeads) % nHeads);
-      else if (event.key in tokens) update({ token: clamp(tokens[event.key], 0, last) });
-      else return;
-      event.preventDefault();
-      if (isThumb) thumbs.querySelectorAll("button")[current()].focus();
-      else if (find("tokens").contains(event.target)) find("tokens").children[state.token].focus();
-    });
-    document.addEventListener("keydown", (event) => event.key === "Escape" && update({ pinned: false }));
-    matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => update({}));
-    window.addEventListener("resize", () => update({}));
-    new ResizeObserver(() => update({})).observe(find("panels"));
-    if ("address" in root.dataset) window.addEventListener("hashchange", restore);
-    restore();
+    context.canvas.width = context.canvas.height = n;
+    context.putImageData(image, 0, 0);
   }
 
-  for (const root of document.querySelectorAll(".pico-explorer:not([data-started])")) {
-    root.dataset.started = "yes";
-    if (typeof DecompressionStream === "undefined") {
-      root.querySelector(".pico-status").textContent = "The explorer needs a browser of 2023 or newer.";
-    } else start(root);
+  // the same with names, sharp on every screen and no higher than the window
+  function drawMatrix(panel, head) {
+    const canvas = panel.querySelector("canvas");
+    const [context, scale] = [canvas.getContext("2d"), window.devicePixelRatio];
+    const size = Math.min(500, panel.clientWidth, Math.max(260, window.innerHeight - 40));
+    canvas.width = canvas.height = Math.round(size * scale);
+    canvas.style.width = `${size}px`;
+    context.font = "12px system-ui, sans-serif";
+    Object.assign(context, { textBaseline: "middle", textAlign: "right", lineWidth: 2, imageSmoothingEnabled: false });
+    const names = labels().map((name) => (name.length > 14 ? name.slice(0, 13) + "…" : name));
+    const margin = Math.ceil(Math.max(...names.map((name) => context.measureText(name).width))) + 10;
+    const [side, cell] = [size - margin, (size - margin) / names.length];
+    for (const [y, turn] of [[side, -Math.PI / 2], [0, 0]]) { // names of columns, then of rows
+      context.setTransform(scale, 0, 0, scale, margin * scale, y * scale);
+      context.rotate(turn);
+      names.forEach((name, token) => {
+        if (cell < 11 && token !== state.token) return; // in a long text only the current token has room for its name
+        context.fillStyle = color(token === state.token ? "mark" : "text");
+        context.fillText(name, -5, clamp((token + 0.5) * cell, 6, side - 6));
+      });
+    }
+    context.fillStyle = color("none");
+    context.fillRect(0, 0, side, side);
+    context.drawImage(thumbs[head].firstChild, 0, 0, side, side);
+    context.strokeStyle = color("mark");
+    context.strokeRect(0, state.token * cell, (state.token + 1) * cell, cell);
+    Object.assign(panel, { margin, cell });
   }
-})();
+
+  function drawPanel(panel, i) {
+    panel.hidden = state.heads[i] < 0;
+    if (panel.hidden) return;
+    const { name, does, scores } = data.heads[state.heads[i]];
+    panel.querySelectorAll("figcaption *").forEach((part, k) => (part.textContent = [name, does, scores][k]));
+    panel.querySelector("canvas").ariaLabel = `Attention of head ${name}`;
+    panel.toggleAttribute("data-active", i === state.active && state.heads[1] >= 0);
+    drawMatrix(panel, state.heads[i]);
+  }
+
+  function drawToken(button, key) {
+    const [isSeen, isCurrent] = [key <= state.token, key === state.token];
+    const value = isSeen ? Math.round(weight(current(), state.token, key)) : 0;
+    button.style.background = isSeen ? `rgb(${data.colors[value]})` : "";
+    button.style.color = isSeen ? (value > 140 ? "#000000" : "#ffffff") : "";
+    button.title = isSeen ? describe(current(), state.token, key) : "comes later";
+    button.ariaCurrent = isCurrent || null;
+    Object.assign(button, { tabIndex: isCurrent ? 0 : -1, ariaPressed: state.pinned && isCurrent });
+  }
+
+  function draw() {
+    find("text").selectedIndex = state.text;
+    find("compare").checked = state.heads[1] >= 0;
+    panels.forEach(drawPanel);
+    [...tokens.children].forEach(drawToken);
+    thumbs.forEach((button, head) => {
+      Object.assign(button, { tabIndex: head === current() ? 0 : -1, ariaPressed: state.heads.includes(head) });
+    });
+    const lines = state.heads.filter((head) => head >= 0).map((head) => {
+      const list = looks(head, state.token).slice(0, 4).map(([value, key]) => `"${word(key)}" ${percent(value)}`);
+      return `${word(state.token)} looks at ${list.join(", ")} (${data.heads[head].name})`;
+    });
+    find("status").textContent = lines.join("\n") + (state.pinned ? " · pinned" : "");
+  }
+
+  function update(change) {
+    Object.assign(state, change);
+    if ("drop" in change) thumbs.forEach(drawThumb);
+    draw();
+    clearTimeout(saving); // the address: #text,token,heads
+    const address = `#${[state.text, state.token, ...state.heads]}`;
+    if (isPage) saving = setTimeout(() => history.replaceState(null, "", address), 200);
+  }
+
+  const point = (token) => state.pinned || token === state.token || update({ token });
+  const pin = (token) => update({ token, pinned: !(state.pinned && token === state.token) });
+  function pickHead(index, panel = state.active) {
+    update({ heads: state.heads.map((head, i) => (i === panel ? index : head)), active: panel });
+  }
+
+  function pickText(text, token) {
+    maps = atob(data.texts[text].maps);
+    Object.assign(state, { text, pinned: false });
+    const buttons = labels().map((textContent, key) => {
+      const onpointerenter = (event) => void (event.pointerType === "touch" || point(key));
+      const properties = { type: "button", textContent, onpointerenter, onclick: () => pin(key) };
+      return Object.assign(document.createElement("button"), properties);
+    });
+    tokens.replaceChildren(...buttons);
+    update({ token: token in buttons ? token : Math.floor((2 * buttons.length) / 3), drop: state.drop });
+  }
+
+  function restore() {
+    const parts = isPage ? location.hash.slice(1).split(",") : [];
+    const [text, token, first, second] = parts.map((part) => parseInt(part, 10));
+    const heads = [first in data.heads ? first : data.telling[0], second in data.heads ? second : -1];
+    Object.assign(state, { heads, active: 0 });
+    pickText(text in data.texts ? text : data.text, token);
+  }
+
+  find("bar").style.background = `linear-gradient(to right, ${data.colors.map((rgb) => `rgb(${rgb})`)})`;
+  find("text").onchange = (event) => pickText(event.target.selectedIndex);
+  find("drop").onchange = (event) => update({ drop: event.target.checked });
+  find("compare").onchange = (event) => {
+    const other = data.telling.find((head) => head !== state.heads[0]) ?? 0;
+    update({ heads: [state.heads[0], event.target.checked ? other : -1], active: 0 });
+  };
+  thumbs.forEach((button, head) => {
+    button.onclick = (event) => pickHead(head, event.shiftKey ? 1 : state.active);
+  });
+  panels.forEach((panel, i) => {
+    const canvas = panel.querySelector("canvas");
+    const cellAt = (event) => {
+      const row = Math.floor(event.offsetY / panel.cell);
+      const key = Math.floor((event.offsetX - panel.margin) / panel.cell); // negative at the name of the row
+      return row in labels() && key <= row ? [row, key] : [];
+    };
+    canvas.onpointermove = (event) => {
+      const [row, key] = cellAt(event);
+      if (row !== undefined && event.pointerType !== "touch") point(row);
+      tip.hidden = !(key >= 0);
+      if (tip.hidden) return;
+      tip.textContent = describe(state.heads[i], row, key);
+      tip.style.left = `${clamp(event.clientX + 14, 0, window.innerWidth - tip.offsetWidth - 4)}px`;
+      tip.style.top = `${event.clientY + 18}px`;
+    };
+    canvas.onpointerleave = () => (tip.hidden = true);
+    canvas.onclick = (event) => cellAt(event).slice(0, 1).forEach((row) => pin(row));
+    panel.onpointerdown = () => update({ active: i });
+  });
+  root.addEventListener("keydown", (event) => {
+    if (event.target.matches("select, input") || event.altKey || event.ctrlKey || event.metaKey) return;
+    const [n, last] = [data.heads.length, labels().length - 1];
+    const token = { ArrowLeft: state.token - 1, ArrowRight: state.token + 1, Home: 0, End: last }[event.key];
+    const head = { ArrowUp: current() + n - 1, ArrowDown: current() + 1 }[event.key];
+    if (token === undefined && head === undefined) return;
+    event.preventDefault();
+    state.token = clamp(token ?? state.token, 0, last);
+    pickHead((head ?? current()) % n);
+    event.target.closest(".pico-tokens, .pico-thumbs")?.querySelector("[tabindex='0']").focus();
+  });
+  document.addEventListener("keydown", (event) => event.key === "Escape" && update({ pinned: false }));
+  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", draw);
+  new ResizeObserver(() => requestAnimationFrame(draw)).observe(find("panels"));
+  if (isPage) window.addEventListener("hashchange", restore);
+  restore();
+});
 """
 
 _MODEL_CARD = """# {title}
