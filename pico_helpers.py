@@ -3931,11 +3931,9 @@ def plot_score_maps(scores: pd.DataFrame, thresholds: ScoreThresholds) -> Figure
     figure, panels = new_figure(*size, nrows=3, ncols=3)
     kinds = sorted(_SCORES, key=lambda kind: scores[kind].max() < limits[kind])  # what was found comes first
     for axes, kind in zip(panels.flat, kinds, strict=True):
-        grid, title = (
-            scores.pivot(index="layer", columns="head", values=kind),
-            f"{kind.capitalize()}: {_SCORES[kind][0]}",
-        )
-        _draw_heatmap(axes, grid, title, grid >= limits[kind], annot=grid.map(number), vmin=0, vmax=1, cmap="mako_r")
+        grid = scores.pivot(index="layer", columns="head", values=kind)
+        style = {"annot": grid.map(number), "vmin": 0, "vmax": 1, "cmap": "mako_r"}
+        _draw_heatmap(axes, grid, f"{kind.capitalize()}: {_SCORES[kind][0]}", grid >= limits[kind], **style)
     return _finish(figure, f"Maps. Highest scores: {_in_words(scores[kinds].max())}", "score (0: chance, 1: ideal)")
 
 
