@@ -781,10 +781,11 @@ def hub_problem(timeout: float = 4.0) -> str | None:
     """Why the Hugging Face hub cannot be used, or None. Answers within seconds: `datasets` itself retries for 23 s."""
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
         return "HF_HUB_OFFLINE is set"
-    url = os.environ.get("HF_ENDPOINT", "https://huggingface.co") + "/api/datasets/Salesforce/wikitext"
+    hub = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
     try:  # in a thread, since name look-ups have no time limit
-        request = urllib.request.Request(url, method="HEAD")
-        ThreadPool(1).apply_async(urllib.request.urlopen, [request, None, timeout]).get(timeout + 1).close()
+        request = urllib.request.Request(f"{hub}/api/datasets/Salesforce/wikitext", method="HEAD")
+        with ThreadPool(1) as pool:
+            pool.apply_async(urllib.request.urlopen, [request, None, timeout]).get(timeout + 1).close()
     except Exception as error:  # of addresses, name look-ups, connections, HTTP
         return f"the Hugging Face hub is out of reach ({str(getattr(error, 'reason', error)) or 'no answer in time'})"
     return None
@@ -844,10 +845,9 @@ def _parquet_corpus(folder: Path, fraction: float, text_style: str) -> Corpus:
 
     state = []
     for path in [*training, *validation]:
-        data = np.memmap(path, mode="r")
-        ends = data[: 2**16].tobytes() + data[-(2**16) :].tobytes()  # the end of a parquet file describes all of it
-        digest = hashlib.sha256(ends + str(len(data)).encode()).hexdigest()
-        state.append([path.relative_to(folder).as_posix(), digest])
+        data = np.memmap(path, mode="r")  # its end describes all of it
+        ends = data[: 2**16].tobytes() + data[-(2**16) :].tobytes() + str(len(data)).encode()
+        state.append([path.relative_to(folder).as_posix(), hashlib.sha256(ends).hexdigest()])
     notes = [f"{fraction:.0%} of its training rows"] + ["every 50th document is held out"] * (not validation)
     notes += [f"{len(test)} test files not read"] * bool(test) + [TEXT_STYLES[text_style]] * is_moses
     title = folder.resolve().name
@@ -927,7 +927,7 @@ def open_tokens(folder: Path) -> TokenFile:
 def prepare_tokens(corpus: Corpus, split: str, data_folder: str | Path = "data") -> TokenFile:
     """Tokenises a split once and opens the result; later calls find the files and check them; damaged ones go."""
     folder = _token_folder(corpus, split, data_folder)
-    if folder.is_dir():
+    if (folder / "meta.json").is_file():  # which is written last
         try:
             return open_tokens(folder)
         except PicoError as error:
