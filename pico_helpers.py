@@ -540,7 +540,7 @@ def _(hidden, weight, targets, vocab_size, chunk, needs_grad, compiled):
 
 
 class _CrossEntropy(torch.autograd.Function):
-    """Mean cross-entropy over the targets that are not negative and, without gradient, each loss; in float32."""
+    """Mean loss over the targets that are not negative and, without gradient, each; never with all logits (4.9 GB)."""
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, vocab_size, chunk, needs_grad) -> tuple[Tensor, Tensor]:
@@ -568,9 +568,7 @@ class _CrossEntropy(torch.autograd.Function):
 class PicoLLM(nn.Module):
     """The decoder. `PicoLLM(config, seed)` is the untrained model of that seed, with the initial weights of GPT-2."""
 
-    loss_chunk: int | None = (
-        None  # the loss has the logits of so many rows (on a CPU: words) at a time; None: as is best
-    )
+    loss_chunk: int | None = None  # rows (on a CPU: words) whose logits exist at a time in the loss; None: as is best
 
     def __init__(self, config: ModelConfig, seed: int = 0) -> None:
         super().__init__()
@@ -611,7 +609,7 @@ class PicoLLM(nn.Module):
     def hidden_states(
         self, idx: Tensor, *, cache: KVCache | None = None, on_attention: OnAttention | None = None
     ) -> Tensor:
-        """(B, T, D) after the final norm; extends `cache`, tells `on_attention` the pattern of each layer."""
+        """(B, T, D) after the final norm; extends `cache`, tells `on_attention` each layer's pattern."""
         past = cache.length if cache is not None else 0
         stop = past + idx.shape[1]
         if stop > self.config.max_positions:
