@@ -38,7 +38,7 @@ def run(config, device, dtype):
     batch, losses = tokens.to(device), []
     try:
         for step in range(10):
-            if on_gpu and step == 2:  # allocations of the first steps may wait
+            if device.type == "cuda" and step == 2:  # allocations of the first steps may wait
                 torch.cuda.set_sync_debug_mode("error")
             losses.append(pico.train_step(model, optimizer, scaler, batch, config, step, dtype, guard).detach())
     finally:
@@ -70,7 +70,7 @@ def steps(options: argparse.Namespace) -> list[tuple[str, list[str]]]:
     pico, profile = [python, "pico_helpers.py"], [python, "profile_training.py"]
     where = ["--corpus", options.corpus, "--data-folder", options.data]
     preset = ["--preset", "tiny" if tiny else "wikitext103"]
-    train = [*pico, "train", *preset, *where, "--results", "{out}", *(TINY if tiny else [])]
+    train = [*pico, "train", *preset, *where, "--results", "{out}", *TINY * tiny]
     short = ["--steps", "1", "--warmup", "0", "--repeats", "1", "--no-compile", "--no-measure-peak"] if tiny else []
     profile += [*preset, "--corpus", options.corpus, "--data", options.data, "--out", "{out}", *short]
     shipped = ROOT / "results" / "pretrained" / "pico_llm.pt"
@@ -88,8 +88,8 @@ def steps(options: argparse.Namespace) -> list[tuple[str, list[str]]]:
     every = one if tiny else ["--batch-sizes", "1", "8", "32", "--lengths", "64", "384"]
     found = [
         ("versions", [python, "-m", "torch.utils.collect_env"]),
-        ("tests", [python, "-m", "pytest", "-o", "addopts=", "-m", "gpu", "tests", *(["--collect-only"] * tiny)]),
-        ("steps", [python, "-c", STEPS, *(["tiny"] * tiny)]),
+        ("tests", [python, "-m", "pytest", "-o", "addopts=", "-m", "gpu", "tests", *["--collect-only"] * tiny]),
+        ("steps", [python, "-c", STEPS, *["tiny"] * tiny]),
         ("train", [*train, "--max-steps", "2" if tiny else "100"]),
         ("profile", [*profile, *brief, "--compare", "--peer", *([] if tiny else ["--torch-profiler"])]),
         ("batch_sizes", [*profile, *brief, "--batch-sizes", *batches]),

@@ -19,7 +19,6 @@ from torch import nn
 import pico_helpers as pico
 from pico_helpers import PicoError, PicoLLM, TokenFile, check_accuracy, load_engine, save_engine
 
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 LOOSE = dict.fromkeys(pico.TOLERANCE, 1e9) | {"top1_agreement": 0.0}
 
 
@@ -136,9 +135,7 @@ def test_exported_program_has_dynamic_shapes_and_the_same_logits_also_without_th
     path = save_engine(program, tmp_path / "model.ts")
     assert path == tmp_path / "model.pt2"  # the suffix follows the format
     torch.save(idx, tmp_path / "idx.pt")
-    script = (
-        'import torch; run = torch.export.load("model.pt2").module(); torch.save(run(torch.load("idx.pt")), "out.pt")'
-    )
+    script = 'import torch as t; t.save(t.export.load("model.pt2").module()(t.load("idx.pt")), "out.pt")'
     subprocess.run([sys.executable, "-I", "-c", script], cwd=tmp_path, check=True, capture_output=True)
     torch.testing.assert_close(torch.load(tmp_path / "out.pt"), expected, atol=2e-5, rtol=0)
     assert check_accuracy(model, load_engine(path), tokens)["max_difference"] < 1e-5
@@ -234,7 +231,7 @@ def test_compile_asks_for_a_whole_typed_engine_with_attention_as_a_layer(trt, mo
     assert call["use_explicit_typing"] and call["require_full_compilation"] and not call["decompose_attention"]
     assert not call.get("use_fp32_acc"), "it would cast every product to FP32"
     profile = {"min_shape": (1, 1), "opt_shape": (2, 48), "max_shape": (8, 48)}
-    assert call["shapes"] == {"dtype": torch.int64, **profile}
+    assert call["shapes"] == profile | {"dtype": torch.int64}
     (idx,) = (node for node in call["program"].graph.nodes if node.name == "idx")
     assert [size.node.hint for size in idx.meta["val"].shape] == [2, 48], "the releases tune for the example"
     assert {t.dtype for t in call["program"].state_dict.values()} == {torch.float16}
@@ -245,8 +242,7 @@ def test_compile_asks_for_a_whole_typed_engine_with_attention_as_a_layer(trt, mo
     assert engine.module(idx).shape[-1] == model.config.padded_vocab_size == 512, "nothing is cut inside"
     assert engine(idx).shape[-1] == 500 and engine(idx)._base is not None, "a view"
     fixed = pico.compile_tensorrt(model, 1, 32, fixed=True, use_fp32_acc=True)
-    call = trt.calls[1]
-    assert call["shapes"] == {"dtype": torch.int64, "shape": (1, 32)} and call["use_fp32_acc"]
+    assert trt.calls[1]["shapes"] == {"shape": (1, 32), "dtype": torch.int64} and trt.calls[1]["use_fp32_acc"]
     assert check_accuracy(model, fixed, tokens)["max_difference"] < 0.2
 
 
@@ -254,7 +250,8 @@ def test_compile_falls_back_to_decomposed_attention_and_refuses_partial_engines(
     trt.attention = False
     assert pico.compile_tensorrt(model, 32, 32).shape == (32, 32)
     assert [call["decompose_attention"] for call in trt.calls] == [False, True]
-    for trt.parts in ([], ["_run_on_acc_0", "_run_on_gpu_1"]):
+    for parts in ([], ["_run_on_acc_0", "_run_on_gpu_1"]):
+        trt.parts = parts
         with pytest.raises(PicoError, match=r"cannot be built\. TensorRT did not take the whole model, parts: "):
             pico.compile_tensorrt(model, 1, 8)
     with pytest.raises(PicoError, match=r"cannot be built\. AssertionError: no attention layer$"):
@@ -262,7 +259,6 @@ def test_compile_falls_back_to_decomposed_attention_and_refuses_partial_engines(
 
 
 @pytest.mark.gpu
-@needs_gpu
 def test_tensorrt_engine_is_accurate_and_survives_saving(model, tokens, tmp_path):
     pytest.importorskip("torch_tensorrt", exc_type=Exception)
     model = copy.deepcopy(model).cuda().eval()
@@ -275,7 +271,7 @@ def test_tensorrt_engine_is_accurate_and_survives_saving(model, tokens, tmp_path
 
 
 @pytest.mark.gpu
-@needs_gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_cuda_graph_replays_the_model_at_every_shape(model):
     half = copy.deepcopy(model).cuda().half().eval()
     graph = pico.CudaGraph(half)
@@ -322,6 +318,9 @@ def ways(model, clock) -> list[pico.Variant]:
 
 
 def test_benchmark_table_is_complete_and_its_ratios_right(ways, model, file, tmp_path, capsys):
+    for *shape, seconds in ((0, 8, 1), (1, 65, 1), (1, 0, 1), *((1, 8, s) for s in (-1, 0, math.nan, math.inf))):
+        with pytest.raises(PicoError, match="must be positive numbers, lengths at most 64"):
+            pico.benchmark(model, file, ways, [shape], seconds, tmp_path / "table.csv")
     shapes = [(1, 32), (1, 16), (1, 8), (2, 16)]
     table = pico.benchmark(model, file, ways, shapes, 1.0, tmp_path / "table.csv")
     assert list(zip(table.batch, table.length, strict=True)) == [shape for shape in shapes for _ in ways]
@@ -358,7 +357,6 @@ def test_no_row_is_always_first_and_each_gets_its_time(monkeypatch):
 
 
 def test_rows_on_a_gpu_make_the_ratio_honest(monkeypatch):
-    """The list of rows with a stand-in GPU without bf16, and one with."""
     gpu, found = SimpleNamespace(rope_cos=SimpleNamespace(is_cuda=True)), []
     for capability in ((7, 5), (9, 0)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_, answer=capability: answer)
@@ -369,31 +367,20 @@ def test_rows_on_a_gpu_make_the_ratio_honest(monkeypatch):
     assert {name for name, shape in found[0].items() if shape == (1, 32)} == {n for n in found[0] if "one shape" in n}
 
 
-def test_benchmark_refuses_impossible_settings(model, file, tmp_path):
-    settings = [((b, n), 1.0) for b, n in ((0, 8), (1, 65), (1, 0))]
-    for shape, seconds in (*settings, *(((1, 8), s) for s in (-1.0, 0.0, math.nan, math.inf))):
-        with pytest.raises(PicoError, match="must be positive numbers, lengths at most 64"):
-            pico.benchmark(model, file, [], [shape], seconds, tmp_path / "table.csv")
-
-
 def test_demo_on_a_cpu_tells_checks_times_and_saves(monkeypatch, model, file, tmp_path, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     table = pico.advanced_tensorrt_optimization_demo(model, file, None, (16,), tmp_path / "out", seconds=0.01)
-    out = capsys.readouterr().out
+    out, status = capsys.readouterr().out, table.set_index("variant").status
     assert "TensorRT FP16: left out. TensorRT needs an NVIDIA GPU" in out and "Fastest at batch 1, 16 tokens" in out
     assert "loaded back, it passes the accuracy gate" in out and "Traceback" not in out
-    status = table.set_index("variant").status
     assert status[pico.BASELINE] == "ok" and status["TensorRT FP16"].startswith("TensorRT needs")
     assert status["torch.compile FP32"] == "ok" or not shutil.which("g++")
-    written = {path.name for path in (tmp_path / "out").iterdir()}
-    assert written == {f"inference_benchmark.{suffix}" for suffix in ("csv", "png", "svg")} | {"pico_llm_fp32.pt2"}
-    stored = pd.read_csv(tmp_path / "out" / "inference_benchmark.csv")
-    assert stored.p50_ms.round(6).equals(table.p50_ms.round(6))
+    written = {path.name: path for path in (tmp_path / "out").iterdir()}
+    assert written.keys() == {f"inference_benchmark.{kind}" for kind in ("csv", "png", "svg")} | {"pico_llm_fp32.pt2"}
+    assert pd.read_csv(written["inference_benchmark.csv"]).p50_ms.round(6).equals(table.p50_ms.round(6))
 
 
-def test_demo_chooses_rows_and_shapes_and_an_interruption_leaves_what_was_timed(
-    ways, monkeypatch, model, file, tmp_path
-):
+def test_demo_chooses_and_an_interruption_leaves_what_was_timed(ways, monkeypatch, model, file, tmp_path):
     def interrupt(chosen, batches, *options, time_shape=pico.time_shape):
         if batches[0].shape[1] == 8:
             raise KeyboardInterrupt
@@ -404,7 +391,6 @@ def test_demo_chooses_rows_and_shapes_and_an_interruption_leaves_what_was_timed(
     monkeypatch.setattr(pico, "time_shape", interrupt)
     with pytest.raises(KeyboardInterrupt):
         pico.advanced_tensorrt_optimization_demo(model, file, (2, 1), (16, 8), tmp_path, seconds=1, variants=["FAST"])
-    stored = pd.read_csv(tmp_path / "inference_benchmark.csv").groupby(["batch", "length"], sort=False)
-    rows = [pico.BASELINE, "fast"]
-    assert stored.variant.agg(list).to_dict() == {(1, 16): [*rows, "fast, one shape"], (2, 16): rows}
-    assert [shape for shape, _ in stored] == [(1, 16), (2, 16)], "the headline first"
+    table = pd.read_csv(tmp_path / "inference_benchmark.csv")[["batch", "length", "variant"]].values.tolist()
+    rows = [pico.BASELINE, "fast"]  # the headline comes first
+    assert table == [[1, 16, name] for name in (*rows, "fast, one shape")] + [[2, 16, name] for name in rows]
