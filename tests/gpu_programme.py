@@ -71,8 +71,9 @@ def steps(options: argparse.Namespace) -> list[tuple[str, list[str]]]:
     where = ["--corpus", options.corpus, "--data-folder", options.data]
     preset = ["--preset", "tiny" if tiny else "wikitext103"]
     train = [*pico, "train", *preset, *where, "--results", "{out}", *TINY * tiny]
-    short = ["--steps", "1", "--warmup", "0", "--repeats", "1", "--no-compile", "--no-measure-peak"] if tiny else []
-    profile += [*preset, "--corpus", options.corpus, "--data", options.data, "--out", "{out}", *short]
+    profile += [*preset, "--corpus", options.corpus, "--data", options.data, "--out", "{out}"]
+    profile += ["--steps", "1", "--warmup", "0", "--repeats", "1"] if tiny else ["--steps", "20", "--warmup", "5"]
+    profile += ["--no-compile", "--no-measure-peak"] if tiny else ["--repeats", "3"]
     shipped = ROOT / "results" / "pretrained" / "pico_llm.pt"
     made = Path(options.out).resolve() / "4_train" / f"pico_llm_{preset[1]}.pt"
     study = options.checkpoint or str(shipped if shipped.exists() else made)
@@ -82,17 +83,15 @@ def steps(options: argparse.Namespace) -> list[tuple[str, list[str]]]:
     pytorch = few or ["--variants", "PyTorch", "torch.compile"]
     engines = few or ["--variants", "TensorRT", "FP16, CUDA graph"]  # and the rows that they must beat
     others = few or ["--variants", "PyTorch", "CUDA graph"]  # what does not compile long
-    brief = [] if tiny else ["--steps", "20", "--warmup", "5", "--repeats", "3"]
-    batches = ["2", "4"] if tiny else ["32", "64", "128", "256"]
     one = ["--batch-sizes", "1", "--lengths", "16" if tiny else "384"]
-    every = one if tiny else ["--batch-sizes", "1", "8", "32", "--lengths", "64", "384"]
+    every = one if tiny else []  # batches of 1, 8 and 32 of 64 and 384 tokens
     found = [
         ("versions", [python, "-m", "torch.utils.collect_env"]),
         ("tests", [python, "-m", "pytest", "-o", "addopts=", "-m", "gpu", "tests", *["--collect-only"] * tiny]),
         ("steps", [python, "-c", STEPS, *["tiny"] * tiny]),
         ("train", [*train, "--max-steps", "2" if tiny else "100"]),
-        ("profile", [*profile, *brief, "--compare", "--peer", *([] if tiny else ["--torch-profiler"])]),
-        ("batch_sizes", [*profile, *brief, "--batch-sizes", *batches]),
+        ("profile", [*profile, "--compare", "--peer", *([] if tiny else ["--torch-profiler"])]),
+        ("batch_sizes", [*profile, "--batch-sizes", *(["2", "4"] if tiny else ["32", "64", "128", "256"])]),
         ("headline", [*optimize, *one, *pytorch]),
         # in a process of its own: an error of CUDA in an engine would spoil the rows that follow it
         ("tensorrt", [*optimize, *one, *engines]),
