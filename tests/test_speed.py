@@ -15,6 +15,7 @@ import textwrap
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -733,21 +734,16 @@ def test_shares_sum_up_and_what_the_optimizer_does_is_its_own():
     shares = profile.step_shares([*events, event("graph_0_cpp_fused_add_mm_1", 5)])
     of_20 = {"attention": 3, "matrix products": 4, "compiled kernels": 5, "random numbers": 1, "copies and casts": 2}
     assert shares == {name: value / 20 for name, value in (of_20 | {"optimizer": 4, "rest": 1}).items()}
-    kernels = [
-        SimpleNamespace(name="ampere_sgemm_128x64", duration=20),
-        SimpleNamespace(name="nvjet_hsh_192x192_64x3_2x1_v_bz_coopB_TNN", duration=10),  # cuBLAS on Hopper
-        SimpleNamespace(name="Memcpy HtoD", duration=10),
-    ]
+    nvjet = "nvjet_hsh_192x192_64x3_2x1_v_bz_coopB_TNN"  # cuBLAS on Hopper
+    times = {"ampere_sgemm_128x64": 20, nvjet: 10, "Memcpy HtoD": 10}
+    kernels = [SimpleNamespace(name=name, duration=time) for name, time in times.items()]
     shares = profile.step_shares([*events, event("launch", 0, None, kernels)])
     assert shares["matrix products"] == 0.75 and shares["copies and casts"] == 0.25
 
 
-def test_matrix_rate_counts_two_operations_for_each_product(monkeypatch):
+def test_flops_rates_and_peaks(monkeypatch):
     monkeypatch.setattr(pico, "time_calls", lambda run, batches, seconds: [run(batches[0]).shape[0] / 64] * 3)  # 1 ms
     assert profile.matrix_rate(CPU, torch.float32, 64) == pytest.approx(2 * 64**3 / 1e-3)
-
-
-def test_flops_and_peaks():
     model = pico.PicoLLM(pico.ModelConfig())
     n = model.count_parameters()[1]
     assert pico.flops_per_token(model) == 6 * n + 12 * 8 * 384 * 448 == pytest.approx(223e6, rel=0.01)
@@ -785,9 +781,8 @@ def test_comparison_writes_table_and_chart(tiny_preset, tmp_path, capsys):
         assert (row["windows"], row["mfu"], row["gpu_idle_share"]) == ("5", "", ""), "no number that was not measured"
         shares = [float(value) for column, value in row.items() if column.startswith("share: ")]
         assert sum(shares) == pytest.approx(1, abs=0.01) and float(row["share: matrix products"]) > 0.05
-        assert float(row["mfu_of_measured_rate"]) == pytest.approx(
-            speeds[name] * float(row["flops_per_token"]) / 1e12, abs=1e-4
-        )
+        rate = speeds[name] * float(row["flops_per_token"]) / 1e12
+        assert float(row["mfu_of_measured_rate"]) == pytest.approx(rate, abs=1e-4)
     output = capsys.readouterr().out
     assert output.count("no GPU") == 5 and output.count("peak unknown") == 5 and "matrix products" in output
     row = rows["naive"]
@@ -817,35 +812,30 @@ def test_batch_sizes_share_a_table_and_lack_of_memory_costs_a_row(tiny_preset, t
     assert "Nothing could be measured" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("memory", "size"), [(80e9, 64), (15e9, 16), (1e9, 1)])
-def test_a_plain_loop_takes_micro_batches_on_a_small_gpu(tiny_train, monkeypatch, memory, size):
+def test_a_plain_loop_takes_micro_batches_on_a_small_gpu(tiny_train, monkeypatch):
     """The full model's batch of 64, whose logits alone are 5 GB."""
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=memory))
-    monkeypatch.setattr(torch.optim, "AdamW", lambda *args, **options: None)
-    run = SimpleNamespace(model=SimpleNamespace(blocks=[], parameters=list), compiled=False)
 
     def start(self, kind, loader, preset, *rest):
-        self.run, self.config, self.device = run, preset.train, torch.device("cuda")
+        self.run = SimpleNamespace(model=SimpleNamespace(blocks=[], parameters=list), compiled=False)
+        self.config, self.device = preset.train, torch.device("cuda")
 
     monkeypatch.setattr(profile.Contestant, "__init__", start)
-    preset = pico.Preset(pico.ModelConfig(), dataclasses.replace(tiny_train, batch_size=64), "full")
-    assert profile.PlainLoop("x", "naive", preset).config.micro_batch_size == size
-    assert profile.PlainLoop("x", "naive", preset.with_changes({"micro_batch_size": 2})).config.micro_batch_size == 2
+    monkeypatch.setattr(torch.optim, "AdamW", lambda *args, **options: None)
+    train = dataclasses.replace(tiny_train, batch_size=64)
+    for memory, given, size in ((80e9, None, 64), (15e9, None, 16), (1e9, None, 1), (15e9, 2, 2)):
+        gpu = SimpleNamespace(total_memory=memory)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device, gpu=gpu: gpu)
+        preset = pico.Preset(pico.ModelConfig(), dataclasses.replace(train, micro_batch_size=given), "full")
+        assert profile.PlainLoop("x", "naive", preset).config.micro_batch_size == size
 
 
 def test_what_identifies_a_measurement_on_a_gpu(monkeypatch):
-    answers = [subprocess.CompletedProcess([], 0, b"580.1\n580.1\n"), FileNotFoundError()]
-
-    def run(command, **_):
-        assert command[0] == "nvidia-smi"
-        if isinstance(answer := answers.pop(0), Exception):
-            raise answer
-        return answer
-
+    run = Mock(side_effect=[subprocess.CompletedProcess([], 0, b"580.1\n580.1\n"), FileNotFoundError()])
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA X")
     monkeypatch.setattr(pico.subprocess, "run", run)
     found = [pico.measured_on(torch.device("cuda")) for _ in range(2)]
     assert [(here["device"], here["driver"]) for here in found] == [("NVIDIA X", "580.1"), ("NVIDIA X", None)]
+    assert run.call_args.args[0][0] == "nvidia-smi"
 
 
 def test_all_contestants_learn_the_same(tiny_config, tiny_train, stream):
@@ -861,12 +851,11 @@ def test_all_contestants_learn_the_same(tiny_config, tiny_train, stream):
     assert torch.cosine_similarity(moved[1], moved[2], dim=0) > 0.999
 
 
-@pytest.mark.parametrize("option", ["--steps", "--batch-sizes", "--loss-chunk"])
-@pytest.mark.parametrize("value", ["0", "x"])
-def test_numbers_that_measure_nothing_are_refused(option, value, capsys):
+@pytest.mark.parametrize("option", [("--steps", "0"), ("--batch-sizes", "x"), ("--loss-chunk", "0")])
+def test_numbers_that_measure_nothing_are_refused(option, capsys):
     with pytest.raises(SystemExit):
-        profile.parse_arguments([option, value])
-    assert f"argument {option}" in capsys.readouterr().err
+        profile.parse_arguments([*option])
+    assert f"argument {option[0]}" in capsys.readouterr().err
 
 
 def test_recipes_compare_rates_of_both_optimizers(tiny_preset, tmp_path, monkeypatch, capsys):
