@@ -5607,9 +5607,11 @@ def study_windows(validation: TokenFile, config: ModelConfig) -> Tensor:
 
 
 def read_head_rows(path: str | Path, tokens: float) -> list[dict]:
-    """The rows of a `{name}_heads.csv` up to so many tokens of training; none where there is no such file."""
-    table = pd.read_csv(path) if Path(path).exists() else pd.DataFrame({"tokens": []})
-    return table[table["tokens"] <= tokens].to_dict("records")
+    """The rows of a `{name}_heads.csv` up to so many tokens of training; none where it is missing or another file."""
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        table = pd.read_csv(path)
+        return table[table["tokens"] <= tokens].to_dict("records")
+    return []
 
 
 def head_history(path: Path, saved: Checkpoint) -> list[dict]:
@@ -5766,6 +5768,9 @@ def publish(
     path, folder = Path(checkpoint or newest_checkpoint()), Path(results)
     saved, card, model = finished_checkpoint(path), folder / "README.md", folder / "pico_llm.pt"
     config, tables = saved.train_config, (saved.metrics, head_history(path, saved))
+    weights = {name: value.half() for name, value in saved.weights.items()}
+    if not all(value.isfinite().all() for value in weights.values()):
+        raise PicoError(f"{path} has weights beyond the range of FP16; train again with a lower learning rate.")
     check_writable(folder)
     is_card = not card.exists() or card.read_text(encoding="utf-8", errors="replace").startswith("# Pico-LLM, ")
     if not is_card or (not model.exists() and any(folder.iterdir())):
@@ -5773,17 +5778,14 @@ def publish(
     if model.exists():
         for old in (card, *run_files(folder, load_checkpoint(model).train_config.name)[1:]):
             old.unlink(missing_ok=True)
-    saved = dataclasses.replace(saved, weights={name: value.half() for name, value in saved.weights.items()})
+    saved = dataclasses.replace(saved, weights=weights)
     files = [save_checkpoint(model, saved)]
     for table, rows in zip(run_files(folder, config.name)[1:], tables, strict=True):
         files += [write_csv(table, rows)] if rows else []
     files += run_analysis(model, None, folder, **source)
     # names of the corpus folder and of the model it started from, not where they lie on this machine
-    names = {
-        "corpus": Path(config.corpus).resolve().name,
-        "init_from": config.init_from and Path(config.init_from).name,
-    }
-    saved = dataclasses.replace(saved, train_config=dataclasses.replace(config, **names))
+    corpus, start = Path(config.corpus).resolve().name, config.init_from and Path(config.init_from).name
+    saved.train_config = dataclasses.replace(config, corpus=corpus, init_from=start)
     save_checkpoint(model, saved)
     return [write_text(card, model_card(saved, folder, data_note)), *files]
 
@@ -5813,6 +5815,8 @@ def _ask(question: str, default: str, check: Callable[[str], object]) -> str:
             return answer
         except PicoError as error:
             print(error)
+        except (EOFError, NotImplementedError):  # no standard input; Jupyter raises StdinNotImplementedError
+            break
     check(default)
     return default
 
