@@ -35,13 +35,13 @@ import functools
 import hashlib
 import importlib.metadata
 import importlib.util
+import inspect
 import itertools
 import json
 import math
 import os
 import platform
 import re
-import shlex
 import shutil
 import signal
 import subprocess
@@ -4668,37 +4668,32 @@ def export_to_hf(model: PicoLLM, folder: str | Path) -> Path:
 # What the notebook's menu and `python pico_helpers.py ...` do, in the same few functions.
 # ======================================================================================================================
 
+Sentences = Mapping[str, Sequence[str]]  # category -> texts
+
 
 def setup_notebook() -> None:
     """In a notebook, shows figures as pictures, and a PicoError as one red line (the cell still fails)."""
     from IPython import get_ipython
     from IPython.core.pylabtools import select_figure_formats
 
-    def show(shell, kind, error, trace, tb_offset=None) -> list[str]:
-        lines = [f"\x1b[31m{kind.__name__}: {error}\x1b[0m"]
-        shell._showtraceback(kind, error, lines)
-        return lines
-
     if shell := get_ipython():
-        shell.set_custom_exc((PicoError,), show)
+        PicoError._render_traceback_ = lambda error: [f"\x1b[31mPicoError: {error}\x1b[0m"]
         select_figure_formats(shell, {"png"}, bbox_inches=None)
 
 
 def _live_loss_curve() -> Callable[[list[dict]], None] | None:
-    """Redraws the loss curve below the notebook cell while training runs, every few seconds."""
+    """In a notebook, draws the loss curve below the cell whenever the held-out loss was measured."""
     if "ipykernel" not in sys.modules or is_unattended():
         return None
-    from IPython.display import display
+    from IPython.display import HTML, display
 
-    handle, drawn_at = None, -math.inf
+    handle = display(HTML(), display_id=True)
 
-    def update(rows: list[dict]) -> None:
-        nonlocal handle, drawn_at
-        if time.monotonic() - drawn_at >= 3:
-            show = handle.update if handle else functools.partial(display, display_id=True)
-            handle, drawn_at = show(plot_loss_curve(rows)) or handle, time.monotonic()
+    def draw(rows: list[dict]) -> None:
+        if rows[-1]["val_loss"] is not None:
+            handle.update(plot_loss_curve(rows))
 
-    return update
+    return draw
 
 
 def study_windows(validation: TokenFile, config: ModelConfig) -> Tensor:
@@ -4707,97 +4702,75 @@ def study_windows(validation: TokenFile, config: ModelConfig) -> Tensor:
     return held_out_sequences(validation, min(16, count_sequences(validation, length)), length)[:, :-1]
 
 
-def read_head_rows(path: str | Path, last_step: int) -> list[dict]:
-    """The rows of a `{name}_heads.csv` up to a step; none where the file is missing or another one."""
-    try:
+def read_head_rows(path: str | Path, tokens: float) -> list[dict]:
+    """The rows of a `{name}_heads.csv` up to so many tokens of training; none where it is missing or another file."""
+    with contextlib.suppress(OSError, ValueError, KeyError):
         table = pd.read_csv(path)
-        rows = table[table["step"] <= last_step].to_dict("records")
-        return rows if {"layer", "head", *KAPPAS} <= set(table) else []
-    except (OSError, KeyError, ValueError, TypeError):
-        return []
+        return table[table["tokens"] <= tokens].to_dict("records")
+    return []
 
 
 def head_history(path: Path, saved: Checkpoint) -> list[dict]:
     """The scores of heads on the way to this checkpoint, if they lie beside it; those of another run do not count."""
-    name = path.stem.removeprefix("pico_llm_")
-    own = run_files(path.parent, saved.train_config.name if name == path.stem else name).heads  # published: pico_llm.pt
-    rows = read_head_rows(own, saved.step)
-    rows = [{"step": row["step"], "tokens": tokens_at(saved, row["step"])} | row for row in rows]  # older files lack it
-    return rows if saved.training_state or (rows and rows[-1]["step"] == saved.step) else []
-
-
-def _head_recorder(
-    path: Path, corpus: Corpus, data_folder: str | Path, tokens_at: Callable[[int], int], earlier: Sequence[dict]
-) -> Callable[[PicoLLM, int], None]:
-    """For `train`: scores every head as the study does and adds the rows to a CSV, which step 0 begins anew.
-
-    `tokens_at(step)` are the tokens seen; `earlier` are rows of the model that the run starts from.
-    """
-
-    @functools.cache
-    def texts(config: ModelConfig) -> tuple[Tensor, np.ndarray]:
-        training, validation = (prepare_tokens(corpus, split, data_folder) for split in ("train", "validation"))
-        return study_windows(validation, config), token_counts(training)
-
-    def record(model: PicoLLM, step: int) -> None:
-        windows, counts = texts(model.config)
-        scores = score_heads(model, idx=windows, token_counts=counts).round(4)
-        scores.insert(0, "step", step)
-        scores.insert(1, "tokens", tokens_at(step))
-        rows = read_head_rows(path, step - 1) if step else earlier
-        try:
-            write_csv(path, [*rows, *scores.to_dict("records")])
-        except PicoError as error:  # a full disk costs the rows, not the run
-            print(error)
-
-    return record
+    name = saved.train_config.name if path.stem == "pico_llm" else path.stem.removeprefix("pico_llm_")
+    rows = read_head_rows(run_files(path.expanduser().parent, name).heads, tokens := tokens_at(saved, saved.step))
+    return rows if saved.training_state or (rows and rows[-1]["tokens"] == tokens) else []
 
 
 def run_training(
-    preset: str | None = None, results: str | Path = "results", data_folder: str | Path = "data", **changes
-) -> tuple[TrainResult, list[Path]]:
-    """Trains a preset's model, with `changes` to its two configurations; draws the loss curve and prints a sample.
+    preset: str | None = None,
+    results: str | Path = "results",
+    data_folder: str | Path = "data",
+    study: Sentences | None = None,
+    **changes,
+) -> list[Path]:
+    """Trains with the settings of a preset or a .pt file and `changes` to them; returns the files, the model first.
 
-    On the way the heads are scored (`snapshot_steps`) and kept in `{name}_heads.csv`. Returns the result and the files
-    written; under torchrun the first process alone scores, draws and prints.
+    `study`: sentences for `run_analysis`, which then follows. Under torchrun only the first process has files.
     """
-    chosen, results, before, earlier = get_preset(preset).with_changes(changes), Path(results), 0, []
-    if source := chosen.train.init_from and Path(chosen.train.init_from).expanduser():
-        partial = run_files(results, f"{chosen.train.name}.partial").model
-        resumes_alone = partial.exists() and not source.exists()  # a run that is under way needs its source no more
-        began = load_checkpoint(partial if resumes_alone else source)
-        chosen = dataclasses.replace(chosen, model=began.model_config).with_changes(changes)  # the shape is the same
-        before = tokens_at(began, 0 if resumes_alone else began.step)
-        if not resumes_alone:
-            earlier = [row | {"step": row["step"] - began.step} for row in head_history(source, began)]
-            earlier = [row for row in earlier if row["step"] < 0]
+    results, before, earlier = Path(results), 0, []
+    if preset and preset.endswith(".pt"):
+        saved, preset = load_checkpoint(preset), None
+        changes = vars(saved.model_config) | vars(saved.train_config) | changes
+    chosen = get_preset(preset).with_changes(changes)
+    if chosen.train.init_from:
+        origin = load_checkpoint(chosen.train.init_from)
+        chosen = dataclasses.replace(chosen, model=origin.model_config).with_changes(changes)  # the shape is the same
+        before, earlier = tokens_at(origin, origin.step), head_history(Path(chosen.train.init_from), origin)
+    config, partial = chosen.train, run_files(results, f"{chosen.train.name}.partial")
     if int(os.environ.get("RANK", 0)) > 0:
-        return train(chosen.model, chosen.train, results, data_folder), []
-    print(f"Training: {chosen.about}.")
-    corpus = choose_corpus(chosen.train.corpus, chosen.train.corpus_fraction, data_folder, chosen.train.text_style)
-    config = chosen.train
+        train(chosen.model, config, results, data_folder)
+        return []
+    corpus = choose_corpus(config.corpus, config.corpus_fraction, data_folder, config.text_style)
     if config.corpus == "auto":  # a checkpoint names the one that it was
         config = dataclasses.replace(config, corpus=corpus.name)
-    heads = run_files(results, f"{config.name}.partial").heads
-    per_step = config.batch_size * chosen.model.context_length
-    recorder = _head_recorder(heads, corpus, data_folder, lambda step: before + step * per_step, earlier)
-    hooks = {"on_log": _live_loss_curve(), "on_snapshot": recorder}
-    result = train(chosen.model, config, results, data_folder, corpus=corpus, **hooks)
-    files = list(run_files(results, config.name if result.finished else f"{config.name}.partial"))[1:]
+
+    def score(model: PicoLLM, step: int) -> None:
+        tokens = before + step * config.batch_size * model.config.context_length
+        training, validation = (prepare_tokens(corpus, split, data_folder) for split in ("train", "validation"))
+        windows, counts = study_windows(validation, model.config), token_counts(training)
+        scores = score_heads(model, idx=windows, token_counts=counts).round(4).to_dict("records")
+        rows = read_head_rows(partial.heads, tokens - 1) if step else earlier
+        with contextlib.suppress(PicoError):  # a full disk costs the rows, not the run
+            write_csv(partial.heads, [*rows, *({"step": step, "tokens": tokens} | row for row in scores)])
+
+    draw = _live_loss_curve()
+    result = train(chosen.model, config, results, data_folder, corpus=corpus, on_log=draw, on_snapshot=score)
+    written = run_files(results, config.name) if result.finished else partial
+    files = [path for path in written if path.exists()]
     if result.metrics:
-        last = result.metrics[-1]
         files += save_figure(plot_loss_curve(result.metrics), results / "loss_curve")
-        if history := read_head_rows(files[1], last["step"]):
-            files += save_figure(plot_head_emergence(history), results / "head_emergence")
-        print(f"Loss at step {last['step']:,}: {last['train_loss']:.3f} nats per token.")
-        if last["val_loss"]:
-            print(f"Held-out text: {last['val_loss']:.3f}, word perplexity {last['word_perplexity']:,.0f}.")
+    if history := read_head_rows(written.heads, math.inf):
+        files += save_figure(plot_head_emergence(history), results / "head_emergence")
     if result.finished:
+        last = result.metrics[-1]
+        print(f"Loss in nats per token: {last['train_loss']:.3f}, on held-out text {last['val_loss']:.3f}.")
         print(f"A sample: {generate(result.model, 'The history of', 60)!r}")
-    return result, [result.checkpoint, *(path for path in files if path.exists())]
+        files += run_analysis(result.checkpoint, study, results, data_folder=data_folder) if study else []
+    return files
 
 
-def capture_sentences(model: PicoLLM, sentences: Mapping[str, Sequence[str]]) -> dict[str, list[AttentionCapture]]:
+def capture_sentences(model: PicoLLM, sentences: Sentences) -> dict[str, list[AttentionCapture]]:
     """Attention patterns for each category's sentences. One that cannot be captured is named and left out."""
     captures: dict[str, list[AttentionCapture]] = {}
     for category, texts in sentences.items():
@@ -4817,15 +4790,13 @@ def capture_sentences(model: PicoLLM, sentences: Mapping[str, Sequence[str]]) ->
 def open_corpus(
     checkpoint: Checkpoint, corpus: str | None = None, data_folder: str | Path = "data"
 ) -> tuple[str, TokenFile, TokenFile]:
-    """(description, training tokens, held-out tokens) to study a model on.
+    """(description, training tokens, held-out tokens) to study a model on; `corpus` as in `choose_corpus`.
 
-    `corpus` as in `choose_corpus`; None is what the model was trained on or, where that is out of reach, whatever this
-    machine has, which one line then says.
+    None is what the model was trained on or, where that is out of reach, what this machine has, which a line then says.
     """
     config = checkpoint.train_config
-    fraction = None if corpus else config.corpus_fraction
     try:
-        chosen = choose_corpus(corpus or config.corpus, fraction, data_folder, config.text_style)
+        chosen = choose_corpus(corpus or config.corpus, config.corpus_fraction, data_folder, config.text_style)
     except PicoError as error:
         if corpus:
             raise
@@ -4839,43 +4810,28 @@ def open_corpus(
 
 
 def run_analysis(
-    checkpoint: str | Path | None = None,
-    sentences: Mapping[str, Sequence[str]] | None = None,
-    results: str | Path = "results",
-    data_folder: str | Path = "data",
-    corpus: str | None = None,
-    text: tuple[str, TokenFile, TokenFile] | None = None,
+    checkpoint: str | Path | None = None, sentences: Sentences | None = None, results: str | Path = "results", **source
 ) -> list[Path]:
     """The attention study of a checkpoint (default: the newest): scores, tests, figures, both pages; returns the files.
 
-    `sentences`: category -> texts, default ALL_TEST_CATEGORIES; `corpus` as in `open_corpus`; `text`: what it returned.
+    `sentences` default to ALL_TEST_CATEGORIES; `source`: corpus and data_folder as in `open_corpus`.
     """
-    results, path, here = Path(results), Path(checkpoint or newest_checkpoint(results)), measured_on(default_device())
+    results, path = Path(results), Path(checkpoint or newest_checkpoint(results))
     check_writable(results)
     saved = load_checkpoint(path)
-    shipped = ", the model that comes with the project" if path.resolve() == shipped_checkpoint() else ""
-    tokens = f"{tokens_at(saved, saved.step):,} tokens"
-    print(f"Analyzing {path}{shipped}, trained on {tokens}, the last of them of {saved.corpus}.")
-    held_out, training, validation = text or open_corpus(saved, corpus, data_folder)
+    trained_on = f"{tokens_at(saved, saved.step):,} tokens, the last of them of {saved.corpus}"
+    print(f"Analyzing {path}, trained on {trained_on}.")
+    held_out, training, validation = open_corpus(saved, **source)
     model = model_from_checkpoint(saved).to(default_device())
     captures = capture_sentences(model, sentences or ALL_TEST_CATEGORIES)
     texts = {category: [capture.text for capture in members] for category, members in captures.items()}
     captures["Repeats"] = captures.get("Repeats", []) + [capture_attention(model, text) for text in REPEATED_TEXTS]
     context = {"history": head_history(path, saved), "metrics": saved.metrics, "token_counts": token_counts(training)}
-    started = time.perf_counter()
     study = study_model(model, texts, study_windows(validation, model.config), **context)
-    here["seconds"] = round(time.perf_counter() - started, 1)
-    print(took := f"The study took {here['seconds']:.0f} seconds on {here['device']}, pictures aside.")
-    n, config = model.count_parameters()[0], model.config
-    about = {
-        "Model": f"{path.name}: {n / 1e6:.2f}M parameters without embeddings, {config.n_layer} x {config.n_head} heads",
-        "Trained on": saved.corpus,
-        "Training": f"{tokens}, the last in {saved.step:,} steps of {saved.train_config.batch_size} x "
-        f"{config.context_length}",
-        "Held-out text": held_out,
-        "Time": took,
-    }
-    findings = study_findings(study, about) | {"measured": here}
+    n, heads = model.count_parameters()[0], f"{model.config.n_layer} x {model.config.n_head} heads"
+    about = {"Model": f"{path.name}: {n / 1e6:.2f}M parameters without embeddings, {heads}", "Trained on": trained_on}
+    about["Held-out text"] = held_out
+    findings = study_findings(study, about) | {"measured": measured_on(default_device())}
     remove_old_pictures(results / "attention")
     pictures = draw_study(study, captures, results / "attention")
     print(*findings["headline"], sep="\n")
@@ -4888,286 +4844,126 @@ def run_analysis(
     ]
 
 
-def explore(texts: Sequence[str], checkpoint: str | Path | None = None, results: str | Path = "results") -> None:
-    """Writes the interactive page of any sentences, `results`/my_explorer.html, and names it; default: newest model.
-
-    Raises PicoError for a sentence that is empty or longer than the model reads.
-    """
-    path = Path(checkpoint or newest_checkpoint(results))
-    saved = load_checkpoint(path)
+def explore(texts: Sequence[str], checkpoint: str | Path | None = None, results: str | Path = "results") -> list[Path]:
+    """Writes the interactive page of any sentences. Raises PicoError for one that is empty or too long."""
+    saved = load_checkpoint(path := Path(checkpoint or newest_checkpoint(results)))
     model = model_from_checkpoint(saved)
     captures = {"Your sentences": [capture_attention(model, text) for text in texts]}
-    rows = [row for row in head_history(path, saved) if row["step"] == saved.step]
-    page = write_explorer(Path(results) / "my_explorer.html", captures, pd.DataFrame(rows) if rows else None)
-    print(f"{page} shows where the heads of {path} look in your text; open it in a browser.")
+    rows = [row for row in head_history(path, saved) if row["tokens"] == tokens_at(saved, saved.step)]
+    return [write_explorer(Path(results) / "my_explorer.html", captures, pd.DataFrame(rows) if rows else None)]
 
 
 def publish(
-    checkpoint: str | Path | None = None,
-    folder: str | Path = "results/pretrained",
-    data_folder: str | Path = "data",
-    corpus: str | None = None,
-    data_note: str | None = None,
+    checkpoint: str | Path | None = None, results: str | Path = "results/pretrained", data_note: str = "", **source
 ) -> list[Path]:
-    """Writes all that a reader of a trained model (default: the newest) needs to `folder`; returns the files.
+    """Writes all that a reader of a trained model (default: the newest) needs to the folder `results`.
 
-    pico_llm.pt (weights in FP16), the run's metrics and scores of heads, the attention study of these weights, and
-    README.md, a model card. `data_note` tells of the data what the checkpoint cannot know: source and licence. `corpus`
-    as in `open_corpus`. A model that was published there before is replaced; raises PicoError where pico_llm.pt or
-    README.md is something else.
+    FP16 weights, metrics, scores of its heads, its study (`source` as for `run_analysis`), a card with `data_note` on
+    the data. Replaces what was published there before; raises PicoError where the folder holds other files.
     """
-    path, folder = Path(checkpoint or newest_checkpoint()), Path(folder)
-    saved = finished_checkpoint(path)
-    text, history = open_corpus(saved, corpus, data_folder), head_history(path, saved)
+    path, folder = Path(checkpoint or newest_checkpoint()), Path(results)
+    saved, card, model = finished_checkpoint(path), folder / "README.md", folder / "pico_llm.pt"
+    config, tables = saved.train_config, (saved.metrics, head_history(path, saved))
     weights = {name: value.half() for name, value in saved.weights.items()}
     if not all(value.isfinite().all() for value in weights.values()):
         raise PicoError(f"{path} has weights beyond the range of FP16; train again with a lower learning rate.")
     check_writable(folder)
-    if any(folder.glob("pico_llm_*.pt")):
-        raise PicoError(f"{folder} holds training runs, whose files would be replaced; choose another folder.")
-    card, model = folder / "README.md", folder / "pico_llm.pt"
-    if card.exists() and not card.read_text(encoding="utf-8", errors="replace").startswith("# Pico-LLM, "):
-        raise PicoError(f"{card} is not a model card of this project; choose another folder.")
+    is_card = not card.exists() or card.read_text(encoding="utf-8", errors="replace").startswith("# Pico-LLM, ")
+    if not is_card or (not model.exists() and any(folder.iterdir())):
+        raise PicoError(f"{folder} holds other files; choose a new folder, or that of a published model.")
     if model.exists():
-        for table in run_files(folder, load_checkpoint(model).train_config.name)[1:]:
-            table.unlink(missing_ok=True)
-    card.unlink(missing_ok=True)  # it is written last, when all that it describes is there
-    # names of the corpus folder and of the model it started from, not where they lie on this machine
-    corpus, start = Path(saved.train_config.corpus).resolve().name, saved.train_config.init_from
-    config = dataclasses.replace(saved.train_config, corpus=corpus, init_from=start and Path(start).name)
-    shipped = dataclasses.replace(saved, train_config=config, weights=weights)
-    files = [save_checkpoint(model, shipped)]
-    for table, rows in zip(run_files(folder, config.name)[1:], (saved.metrics, history), strict=True):
+        for old in (card, *run_files(folder, load_checkpoint(model).train_config.name)[1:]):
+            old.unlink(missing_ok=True)
+    saved = dataclasses.replace(saved, weights=weights)
+    files = [save_checkpoint(model, saved)]
+    for table, rows in zip(run_files(folder, config.name)[1:], tables, strict=True):
         files += [write_csv(table, rows)] if rows else []
-    print(f"{files[0]}: {files[0].stat().st_size / 1e6:.1f} MB. Measuring its loss on all of the held-out text.")
-    evaluation = evaluate(load_model(files[0]), text[2])
-    files += run_analysis(files[0], None, folder, data_folder, text=text)
-    return [write_text(card, model_card(shipped, folder, evaluation, text[0], data_note)), *files]
+    files += run_analysis(model, None, folder, **source)
+    # names of the corpus folder and of the model it started from, not where they lie on this machine
+    corpus, start = Path(config.corpus).resolve().name, config.init_from and Path(config.init_from).name
+    saved.train_config = dataclasses.replace(config, corpus=corpus, init_from=start)
+    save_checkpoint(model, saved)
+    return [write_text(card, model_card(saved, folder, data_note)), *files]
 
 
-_LICENCES = dict.fromkeys(("wikitext103", "offline"), "The text is by the contributors of English Wikipedia, CC BY-SA.")
-
-
-def model_card(saved: Checkpoint, folder: Path, evaluation: Evaluation, held_out: str, note: str | None = None) -> str:
+def model_card(saved: Checkpoint, folder: Path, note: str = "") -> str:
     """The card of `publish`, as Markdown, from the checkpoint and the study in `folder`."""
-    config, train = saved.model_config, saved.train_config
-    body, everything = model_from_checkpoint(saved).count_parameters()
+    if saved.train_config.corpus in ("wikitext103", "offline"):
+        note = note or "The text is by the contributors of English Wikipedia, CC BY-SA."
+    facts = dict(*saved.metrics[-1:]) | vars(saved.model_config) | vars(saved.train_config) | saved.environment
+    facts = {name: f"{fact:,.6g}" if type(fact) in (int, float) else fact for name, fact in facts.items()}
     findings = json.loads((folder / "findings.json").read_text(encoding="utf-8"))
-    table = {"steps": f"{saved.step:,} of {train.batch_size} sequences"}
-    table |= {"dropout": config.dropout, "text style": train.text_style, "started from": "random weights"}
-    for name, value in (saved.metrics[-1] if saved.metrics else {}).items():
-        if value is not None and name not in ("step", "learning_rate", "tokens_per_second", "skipped_steps"):
-            digits = 0 if isinstance(value, int) else 4 if value < 100 else 1
-            table[name.replace("_", " ")] = f"{value:,.{digits}f}"
-    table |= {name.replace("_", " "): value for name, value in saved.environment.items() if value}
-    table["FP16 weights"] = f"loss {evaluation.loss:.4f}, word perplexity {evaluation.word_perplexity:,.2f}, measured "
-    table["FP16 weights"] += f"when publishing on {evaluation.n_tokens:,} tokens of {held_out}"
     return _MODEL_CARD.format(
-        title=f"Pico-LLM, {body / 1e6:.2f}M parameters",
-        what=f"A decoder-only transformer of {body / 1e6:.2f}M parameters without embeddings, {everything / 1e6:.2f}M "
-        f"with them: {config.n_layer} layers of {config.n_head} heads, width {config.d_model}, feed-forward "
-        f"{config.d_ff}, context {config.context_length} tokens, {saved.tokenizer} vocabulary.",
-        corpus=saved.corpus,
-        note=note or _LICENCES.get(train.corpus, "The checkpoint does not say where that text is from."),
-        table="\n".join(f"| {name} | {value} |" for name, value in table.items()),
+        saved=saved,
+        parameters=model_from_checkpoint(saved).count_parameters(),
+        note=note or "The checkpoint does not say where that text is from.",
+        table="\n".join(f"| {name.replace('_', ' ')} | {fact} |" for name, fact in facts.items() if fact is not None),
         findings="\n".join(f"- {line}" for line in findings["headline"]),
         place=folder.name if folder.is_absolute() else folder.as_posix(),
-        command=train_command(config, train),
-        name=train.name,
     )
 
 
-def train_command(config: ModelConfig, train: TrainConfig) -> str:
-    """The command that trains with these settings: a preset and what differs from it, as little as possible."""
-    settings, candidates = vars(config) | vars(train), {}
-    own = ("context_length", "max_positions", "dropout") if train.init_from else ()  # else those of its model hold
-    for name, preset in PRESETS.items():
-        base = vars(preset.model) | vars(preset.train)
-        candidates[name] = {key: value for key, value in settings.items() if value != base[key] or key in own}
-    # no option says None
-    best = min(candidates, key=lambda name: (None in candidates[name].values(), len(candidates[name])))
-    command = f"python pico_helpers.py train --preset {best}"
-    for name, value in candidates[best].items():
-        option = name.replace("_", "-")
-        if isinstance(value, bool):
-            command += f" --{'' if value else 'no-'}{option}"
-        else:
-            values = value if isinstance(value, tuple) else [value]
-            command += f" --{option} " + " ".join(shlex.quote(str(value)) for value in values)
-    return command
-
-
-def _ask(question: str, default: str, read: Callable[[str], object]) -> object:
-    """What `read` makes of the answer, asked again after a PicoError. With nobody there it is the default."""
+def _ask(question: str, default: str, check: Callable[[str], object]) -> str:
+    """The answer, asked again while `check` raises a PicoError. With nobody there it is the default."""
     while not is_unattended():
         try:
-            return read(input(f"{question} [{default}]: ").strip() or default)
+            check(answer := input(f"{question} [{default}]: ").strip() or default)
+            return answer
         except PicoError as error:
             print(error)
         except (EOFError, NotImplementedError):  # no standard input; Jupyter raises StdinNotImplementedError
             break
-    return read(default)
-
-
-def ask_choice() -> str:
-    """The menu's train, analyze or both; a typo is asked again. Unattended it is the variable PICO_MENU, or both."""
-    choices = {"1": "train", "2": "analyze", "3": "both"}
-
-    def read(text: str) -> str:
-        choice = choices.get(text, text.lower())
-        if choice not in choices.values():
-            raise PicoError(f"{text!r} is not on the menu; choose 1 (train), 2 (analyze) or 3 (both).")
-        return choice
-
-    if not is_unattended():
-        print("1  train a model\n2  analyze an existing model\n3  both")
-    return _ask("Your choice", os.environ.get("PICO_MENU", "").strip() or "3", read)
-
-
-def ask_checkpoint(results: str | Path = "results") -> Path:
-    """Asks for the model to analyze; Enter, or nobody there, takes the newest. A wrong path is asked again."""
-
-    def read(text: str) -> Path:
-        load_checkpoint(text)
-        return Path(text).expanduser()
-
-    return _ask("Path of the model", str(newest_checkpoint(results)), read)
+    check(default)
+    return default
 
 
 def main_menu(
     preset: str | None = None,
-    sentences: Mapping[str, Sequence[str]] | None = None,
+    sentences: Sentences | None = None,
     results: str | Path = "results",
     data_folder: str | Path = "data",
 ) -> tuple[Path, list[Path]]:
-    """The notebook's menu: train, analyze an existing model, or both. Returns the model's path and the files."""
-    choice = ask_choice()
-    if choice == "analyze":
-        checkpoint, finished, files = ask_checkpoint(results), True, []
+    """The notebook's menu: train, analyze an existing model, or both. Returns the model's path and the files.
+
+    A typo is asked again. With nobody there the variable PICO_MENU chooses, else 3, and the newest model is taken.
+    """
+    question, default = "1 train a model, 2 analyze an existing model, 3 both", os.environ.get("PICO_MENU", "").strip()
+    choice = _ask(question, default or "3", lambda text: check_choice("choice", text, ("1", "2", "3")))
+    if choice == "2":
+        checkpoint = Path(_ask("Path of the model", str(newest_checkpoint(results)), load_checkpoint)).expanduser()
+        files = run_analysis(checkpoint, sentences, results, data_folder=data_folder)
     else:
-        result, files = run_training(preset, results, data_folder)
-        checkpoint, finished = result.checkpoint, result.finished
-    if choice != "train" and finished:
-        files += run_analysis(checkpoint, sentences, results, data_folder)
+        study = (sentences or ALL_TEST_CATEGORIES) if choice == "3" else None
+        files = run_training(preset, results, data_folder, study)
+        checkpoint = files[0]
     print_files(files)
     return checkpoint, files
 
 
 def print_files(files: Sequence[Path]) -> None:
     """Says what was written, a line for each kind of file."""
-    kinds = {
-        "report": ("*_report.html",),
-        "explorer": ("*explorer.html",),
-        "findings": ("findings.json", "head_scores.csv"),
-        "benchmark": ("inference_benchmark.csv",),
-        "model": ("*.pt", "README.md", "*_metrics.csv", "*_heads.csv", "*.safetensors", "*config.json", "tokenizer*"),
-    }
-    for kind, patterns in kinds.items():
-        if members := [path for path in files if any(path.match(pattern) for pattern in patterns)]:
-            print(f"{kind:9} {', '.join([str(members[0]), *(path.name for path in members[1:])])}")
-    if pictures := {path.with_suffix("") for path in files if path.suffix in (".png", ".svg")}:
-        print(f"{'pictures':9} {len(pictures)} in {os.path.commonpath([path.parent for path in pictures])}")
+    for kind in dict.fromkeys(path.suffix for path in files):
+        paths = [path for path in files if path.suffix == kind]
+        names = ", ".join(path.name for path in paths) if len(paths) < 9 else f"{len(paths)} files"
+        print(f"{kind:5} {names} in {os.path.commonpath([path.parent for path in paths])}")
 
 
 def offer_download(results: str | Path = "results") -> None:
-    """In Colab, offers `results` as a zip for download; elsewhere the files are already on your disk."""
+    """Says where the files are; in Colab, offers them as a zip for download."""
+    print(f"Your files are in {Path(results).resolve()}.")
     if "google.colab" in sys.modules:
         from google.colab import files
 
         files.download(shutil.make_archive("pico_llm_results", "zip", results))
-    else:
-        print(f"Your files are in {Path(results).resolve()}.")
-
-
-class _Parser(argparse.ArgumentParser):
-    """Says a wrong option in one line, not after a page of all that there are."""
-
-    def error(self, message: str) -> None:
-        raise PicoError(f"{message[0].upper()}{message[1:]}; see {self.prog} --help.")
-
-
-def _parser() -> argparse.ArgumentParser:
-    """Every command with its options, which are named as the arguments of the function `run` that does it."""
-    parser = _Parser(description="Pico-LLM: train a small transformer, look inside it, make it fast.")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    shared = {
-        "checkpoint": "a .pt file [the newest model]",
-        "corpus": "held-out text [the model's own]",
-        "preset": f"one of: {', '.join(PRESETS)} [{default_preset()}]",
-    }
-
-    def command(name: str, run: Callable, about: str, *options: str, out=("results", "results")) -> _Parser:
-        sub = commands.add_parser(name, help=about, description=about)
-        sub.set_defaults(run=run)
-        sub.add_argument("--results", "--out", dest=out[0], default=out[1], help="folder for the files [%(default)s]")
-        if not {"corpus", "preset"}.isdisjoint(options):
-            sub.add_argument("--data-folder", default="data", help="folder for token files [%(default)s]")
-        for option in options:
-            sub.add_argument(f"--{option}", help=shared[option])
-        return sub
-
-    preset = get_preset()
-    for name, about in (("train", "Train a model."), ("both", "Train a model and study its attention.")):
-        sub = command(name, functools.partial(_train, study=name == "both"), about, "preset")
-        sub.usage = "%(prog)s [options]"
-        for title, config in (("model", preset.model), ("training", preset.train)):
-            _add_config_options(sub.add_argument_group(f"{title} [values of preset {default_preset()!r}]"), config)
-    command("analyze", run_analysis, "Study the attention of a model.", "checkpoint", "corpus")
-    sub = command("explore", explore, "See where each head looks in sentences of your own.", "checkpoint")
-    sub.add_argument("texts", nargs="+", metavar="SENTENCE", help="in quotes")
-    sub = command("generate", _generate, "Continue a prompt.", "checkpoint")
-    sub.add_argument("prompt", help="the beginning of a text, in quotes")
-    for option, default in {"max-new-tokens": 100, "temperature": 0.8, "seed": 0}.items():
-        sub.add_argument(f"--{option}", type=type(default), default=default, help="[%(default)s]")
-    sub = command("optimize", _optimize, "Compile for inference, check, benchmark and save.", "checkpoint", "corpus")
-    sub.add_argument("--batch-sizes", type=int, nargs="+", metavar="N", help="[1 8 32 on a GPU, 1 on a CPU]")
-    lengths = {"dest": "sequence_lengths", "default": [64, 384], "help": "of texts [64 384]"}
-    sub.add_argument("--lengths", type=int, nargs="+", metavar="N", **lengths)
-    sub.add_argument("--variants", nargs="+", metavar="WORD", help="rows whose names hold one of the words [all]")
-    sub.add_argument("--seconds", type=float, help="of timing for a row at a shape [1 on a GPU, 0.5 on a CPU]")
-    sub.add_argument("--no-install", dest="install", action="store_false", help="do not ask pip for TensorRT")
-    command("export", _export, "Write a Hugging Face folder of a model.", "checkpoint")
-    about, out = "Write a model, its study and its card for others.", ("folder", "results/pretrained")
-    sub = command("publish", publish, about, "checkpoint", "corpus", out=out)
-    sub.add_argument("--data-note", help="a sentence on source and licence of the data, for the card")
-    return parser
-
-
-def _add_config_options(group: argparse._ArgumentGroup, config: ModelConfig | TrainConfig) -> None:
-    """One option for each setting, such as --n-layer and --learning-rate; the comment on its field is its help."""
-    source = Path(__file__).read_text(encoding="utf-8").split(f"\nclass {type(config).__name__}:")[1]
-    comments = dict(re.findall(r"^    (\w+): .*?  # (.+)$", source.split("\n    def ")[0], re.MULTILINE))
-    for item in dataclasses.fields(config):
-        kind, value = item.type.split(" | ")[0], getattr(config, item.name)
-        about = f"{comments.get(item.name, '')} [{value}]".replace("%", "%%")
-        options: dict = {"help": about.strip(), "default": argparse.SUPPRESS}
-        if kind == "bool":
-            options["action"] = argparse.BooleanOptionalAction
-        else:
-            options["nargs"] = 2 if kind.startswith("tuple") else None
-            options["type"] = {"int": int, "str": str}.get(kind, float)
-            options["metavar"] = options["type"].__name__.upper()
-        if item.metadata.get("option", True):
-            group.add_argument("--" + item.name.replace("_", "-"), **options)
-
-
-def _train(preset: str | None, results: str, data_folder: str, study: bool, **changes) -> list[Path]:
-    result, files = run_training(preset, results, data_folder, **changes)
-    if not result.finished:
-        raise KeyboardInterrupt
-    if study and files:  # only the first process of torchrun has files
-        files += run_analysis(result.checkpoint, results=results, data_folder=data_folder)
-    return files
 
 
 def _generate(prompt: str, checkpoint: str | None, results: str, **sampling) -> None:
     model = load_model(checkpoint or newest_checkpoint(results))
-    for index, piece in enumerate(stream_text(model, prompt, **sampling)):
-        print(piece if index else prompt + piece, end="", flush=True)
-    print()
+    for piece in itertools.chain([prompt], stream_text(model, prompt, **sampling), ["\n"]):
+        print(piece, end="", flush=True)
 
 
-def _optimize(checkpoint: str | None, results: str, data_folder: str, corpus: str | None, **options) -> list[Path]:
+def _optimize(checkpoint: str | None, corpus: str | None, results: str, data_folder: str, **options) -> list[Path]:
     saved = load_checkpoint(checkpoint or newest_checkpoint(results))
     file = open_corpus(saved, corpus, data_folder)[2]
     advanced_tensorrt_optimization_demo(model_from_checkpoint(saved), file, results=results, **options)
@@ -5179,18 +4975,76 @@ def _export(checkpoint: str | None, results: str) -> list[Path]:
     return sorted(export_to_hf(model, Path(results) / "huggingface").iterdir())
 
 
+_ARGUMENTS: dict[str, dict] = {  # as for argparse
+    "texts": {"nargs": "+", "metavar": "SENTENCE", "help": "in quotes"},
+    "prompt": {"help": "the beginning of a text, in quotes"},
+    "--preset": {"help": f"{', '.join(PRESETS)}, or a .pt file for its settings [quick; with a GPU wikitext103]"},
+    "--checkpoint": {"help": "a .pt file [the newest model]"},
+    "--corpus": {"help": "held-out text [the model's own]"},
+    "--data-folder": {"default": "data", "help": "folder for token files [data]"},
+    "--max-new-tokens": {"type": int, "default": 100, "help": "[100]"},
+    "--temperature": {"type": float, "default": 0.8, "help": "[0.8]"},
+    "--seed": {"type": int, "default": 0, "help": "[0]"},
+    "--batch-sizes": {"type": int, "nargs": "+", "metavar": "N", "help": "[1 8 32 on a GPU, 1 on a CPU]"},
+    "--lengths": {"type": int, "nargs": "+", "dest": "sequence_lengths", "default": [64, 384], "help": "[64 384]"},
+    "--variants": {"nargs": "+", "metavar": "WORD", "help": "rows whose names hold one of the words [all]"},
+    "--seconds": {"type": float, "help": "of timing for a row at a shape [1 on a GPU, 0.5 on a CPU]"},
+    "--no-install": {"dest": "install", "action": "store_false", "help": "do not ask pip for TensorRT"},
+    "--data-note": {"default": "", "help": "a sentence on source and licence of the data, for the card"},
+}
+_COMMANDS = {  # function, what it does, arguments beside those that several commands share
+    "train": (run_training, "Train a model.", ""),
+    "both": (functools.partial(run_training, study=ALL_TEST_CATEGORIES), "Train a model and study its attention.", ""),
+    "analyze": (run_analysis, "Study the attention of a model.", "--corpus"),
+    "explore": (explore, "See where each head looks in sentences of your own.", "texts"),
+    "generate": (_generate, "Continue a prompt.", "prompt --max-new-tokens --temperature --seed"),
+    "optimize": (_optimize, "Make it fast.", "--corpus --batch-sizes --lengths --variants --seconds --no-install"),
+    "export": (_export, "Write a Hugging Face folder of a model.", ""),
+    "publish": (publish, "Write a model, its study and its card for others.", "--corpus --data-note"),
+}
+
+
+def _add_settings(group: argparse._ArgumentGroup, config: ModelConfig | TrainConfig) -> None:
+    """One option for each setting, such as --n-layer and --learning-rate; the comment on its field is its help."""
+    comments = dict(re.findall(r"^    (\w+): .*?  # (.+)$", inspect.getsource(type(config)), re.MULTILINE))
+    for item in dataclasses.fields(config):
+        kind, about = item.type.split(" | ")[0], f"{comments.get(item.name, '')} [{getattr(config, item.name)}]"
+        options = {"default": argparse.SUPPRESS, "help": about.replace("%", "%%")}
+        if kind == "bool":
+            options["action"] = argparse.BooleanOptionalAction
+        else:
+            of = {"int": int, "str": str}.get(kind, float)
+            options |= {"type": of, "metavar": of.__name__.upper(), "nargs": 2 if kind.startswith("tuple") else None}
+        if item.metadata.get("option", True):
+            group.add_argument(f"--{item.name.replace('_', '-')}", **options)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """`python pico_helpers.py COMMAND ...`, see --help. Returns the exit status: 0, 2 after an error, 130 stopped."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], usage=argparse.SUPPRESS)  # an error is a line
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", prog=parser.prog)
     try:
-        options = vars(_parser().parse_args(arguments))
-        run = options.pop("run")
-        print_files(run(**options) or [])
+        for name, (run, about, names) in _COMMANDS.items():
+            sub = commands.add_parser(name, help=about, description=about, usage=argparse.SUPPRESS)
+            sub.set_defaults(run=run, results="results/pretrained" if name == "publish" else "results")
+            sub.add_argument("--results", "--out", help="folder for the files [%(default)s]")
+            names += " --preset" if name in ("train", "both") else " --checkpoint"
+            names += " --data-folder" if "--preset" in names or "--corpus" in names else ""
+            for argument in names.split():
+                sub.add_argument(argument, **_ARGUMENTS[argument])
+            if "--preset" in names:
+                title = f"model [values of preset {default_preset()!r}]"
+                _add_settings(sub.add_argument_group(title), get_preset().model)
+                _add_settings(sub.add_argument_group("training"), get_preset().train)
+        options = vars(parser.parse_args(arguments))
+        files = options.pop("run")(**options) or []
+        print_files(files)
+        return 130 if files and files[0].name.endswith(".partial.pt") else 0
     except PicoError as error:
         print(f"Error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
-    return 0
 
 
 # ======================================================================================================================
@@ -5588,13 +5442,15 @@ document.querySelectorAll(".pico-explorer:not([data-started])").forEach((root) =
 });
 """
 
-_MODEL_CARD = """# {title}
+_MODEL_CARD = """# Pico-LLM, {parameters[0]:,} parameters
 
-{what} `pico_llm.pt` holds its weights in FP16.
+A decoder-only transformer of {parameters[0]:,} parameters without embeddings, {parameters[1]:,} with them:
+{saved.model_config.n_layer} layers of {saved.model_config.n_head} heads, {saved.tokenizer} vocabulary. `pico_llm.pt`
+holds its weights in FP16.
 
 ## Training
 
-Trained on {corpus}. {note}
+Trained on {saved.corpus}. {note}
 
 | | |
 | --- | --- |
@@ -5625,8 +5481,8 @@ print(pico.generate(model, "The city was founded in"))
 ## How it was made
 
 ```bash
-{command}
-python pico_helpers.py publish --checkpoint results/pico_llm_{name}.pt --out {place}
+python pico_helpers.py train --preset {place}/pico_llm.pt
+python pico_helpers.py publish --checkpoint results/pico_llm_{saved.train_config.name}.pt --out {place}
 ```
 """
 

@@ -3,16 +3,15 @@
     python profile_training.py                        one loader, a window of steps after the warm-up
     python profile_training.py --compare --peer       all loaders and two plain loops, interleaved, medians of 5 windows
     python profile_training.py --batch-sizes 32 64 128 256  the same at several batch sizes
-    python profile_training.py --torch-profiler       also a Chrome trace (chrome://tracing, ui.perfetto.dev) and its
-                                                      picture, results/profile_timeline.png and .svg
+    python profile_training.py --torch-profiler       also Chrome traces, for chrome://tracing and ui.perfetto.dev
     python profile_training.py --recipes --steps 100  AdamW against Muon at equal tokens instead
     nsys profile -t cuda,nvtx,osrt -o optimized_profile --force-overwrite true python profile_training.py
 
-Timelines show the ranges data, host-to-device, forward, backward and optimizer. cudaProfilerStart and cudaProfilerStop
-enclose what is measured, so `nsys profile --capture-range=cudaProfilerApi --capture-range-end=stop ...` leaves
-compilation and warm-up out. The table and a bar chart are written to results/profile.csv, .png and .svg.
+Timelines show the ranges data, host-to-device, forward, backward and optimizer; in our loops, `forward` holds the
+gradients of the output layer, too. cudaProfilerStart and cudaProfilerStop enclose what is measured, so `nsys profile
+--capture-range=cudaProfilerApi --capture-range-end=stop ...` leaves compilation and warm-up out. Table and chart are
+written to results/profile.csv, .png and .svg.
 
-What the columns mean:
     tokens/s     median over the windows; the chart shows the slowest and the fastest one too
     GPU idle     1 - (union of the intervals in which a kernel or a copy runs) / window, taken in a window of its own
                  under the PyTorch profiler, which slows the host: a loop near the host's limit idles less unwatched
@@ -39,15 +38,13 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable
 from pathlib import Path
 
 import pandas as pd
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
-from matplotlib.patches import Patch
 from torch import Tensor
 
 import pico_helpers as pico
@@ -56,25 +53,23 @@ from pico_helpers import PicoError, Preset, flops_per_token, peak_flops, profile
 # -- What a trace tells
 
 
-def union(intervals: Iterable[tuple[float, float]], start: float, stop: float) -> list[tuple[float, float]]:
-    """The union of the intervals (begin, end), as far as it lies in start .. stop, in order and without overlaps."""
-    result: list[tuple[float, float]] = []
+def covered(intervals: Iterable[tuple[float, float]], start: float, stop: float) -> float:
+    """How much of start .. stop the intervals (begin, end) cover together."""
+    total, reached = 0.0, start
     for begin, end in sorted(intervals):
-        begin, end = max(begin, start), min(end, stop)
-        if result and begin <= result[-1][1]:
-            result[-1] = result[-1][0], max(end, result[-1][1])
-        elif end > begin:
-            result.append((begin, end))
-    return result
+        begin, end = max(begin, reached), min(end, stop)
+        if end > begin:
+            total, reached = total + end - begin, end
+    return total
 
 
-RANGES = {  # of a step, with their colours in the picture
-    "data": "#E69F00",
-    "host-to-device": "#56B4E9",
-    "forward": "#0072B2",
-    "backward": "#009E73",
-    "optimizer": "#CC79A7",
-}
+def gpu_idle(trace: dict) -> float | None:
+    """Share of the range `window` of a Chrome trace in which neither kernel nor copy ran on a GPU; None without one."""
+    events = [event for event in trace["traceEvents"] if event.get("ph") == "X"]
+    window = next(e for e in events if e["name"] == "window" and e.get("cat") == "user_annotation")
+    work = [(e["ts"], e["ts"] + e["dur"]) for e in events if e.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")]
+    return 1 - covered(work, window["ts"], window["ts"] + window["dur"]) / window["dur"] if work else None
+
 
 SHARES = {  # kind of work: what the names of operators and kernels say; the first that fits
     "compiled kernels": r"triton_|cpp_fused",  # their names tell all operators in them
@@ -83,45 +78,6 @@ SHARES = {  # kind of work: what the names of operators and kernels say; the fir
     "random numbers": r"bernoulli|dropout|rand|philox|distribution",
     "copies and casts": r"copy|\bto\b|clone|\bcat\b|memcpy|memset",
 }
-
-
-@dataclass(frozen=True)
-class Trace:
-    """What a Chrome trace of the range `window` tells, in ms from the window's start."""
-
-    length: float
-    ranges: list[tuple[float, float, str]]  # (begin, end, name) of the ranges in RANGES, on the host
-    busy: list[tuple[float, float]]  # when any kernel or copy ran on the GPU; empty without one
-
-    @property
-    def idle(self) -> float | None:
-        """Share of the window in which the GPU did nothing; None without a GPU."""
-        return 1 - sum(end - begin for begin, end in self.busy) / self.length if self.busy else None
-
-    def steps(self, n: int) -> Trace:
-        """A piece as long as n steps take on average, from the start of a step in the middle."""
-        starts = [begin for begin, _, name in self.ranges if name == "data"]
-        length = self.length * min(1.0, n / len(starts))
-        start = min(starts[max(0, len(starts) - n) // 2], self.length - length)
-        inside = [(max(b, start) - start, min(e, start + length) - start, name) for b, e, name in self.ranges]
-        busy = [(begin - start, end - start) for begin, end in union(self.busy, start, start + length)]
-        return Trace(length, [piece for piece in inside if piece[1] > piece[0]], busy)
-
-
-def read_trace(trace: dict) -> Trace:
-    """Reads a Chrome trace as the PyTorch profiler writes it (microseconds)."""
-    events = [event for event in trace["traceEvents"] if event.get("ph") == "X"]
-    named = [event for event in events if event.get("cat") == "user_annotation"]
-    window = next(event for event in named if event["name"] == "window")
-    length = window["dur"] / 1e3
-
-    def place(event: dict) -> tuple[float, float]:
-        begin = (event["ts"] - window["ts"]) / 1e3
-        return begin, begin + event["dur"] / 1e3
-
-    ranges = sorted((*place(event), event["name"]) for event in named if event["name"] in RANGES)
-    work = (event for event in events if event.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset"))
-    return Trace(length, ranges, union(map(place, work), 0, length))
 
 
 def step_shares(events: Iterable) -> dict[str, float]:
@@ -163,7 +119,7 @@ class Contestant:
         self.batches = pico.make_loader(loader, stream, self.config.batch_size, itertools.count(), device, workers)
         self.windows: list[tuple[float, float]] = []  # (tokens per second, ms per step waiting for data)
         self.peak_memory: int | None = None  # bytes
-        self.trace: Trace | None = None
+        self.gpu_idle: float | None = None  # share of the time
         self.shares: dict[str, float] = {}
 
     def step(self) -> float:
@@ -204,19 +160,16 @@ class Contestant:
         self.windows.append((tokens / seconds, 1e3 * waited / steps))
 
     def record(self, steps: int, path: Path) -> None:
-        """Writes a Chrome trace of a window of steps; reads it and the shares of the time."""
-        activities = [torch.profiler.ProfilerActivity.CPU]
-        if self.device.type == "cuda":
-            activities.append(torch.profiler.ProfilerActivity.CUDA)
+        """Writes a Chrome trace of a window of steps; reads how long the GPU was idle and the shares of the time."""
         self.step()
         pico.wait_for(self.device)
-        with torch.profiler.profile(activities=activities) as profiler, profiler_range("window"):
+        with torch.profiler.profile() as profiler, profiler_range("window"):
             for _ in range(steps):
                 self.step()
             pico.wait_for(self.device)
         with pico.atomic_write(path) as temporary:
             profiler.export_chrome_trace(str(temporary))
-        self.trace = read_trace(json.loads(path.read_text(encoding="utf-8")))
+        self.gpu_idle = gpu_idle(json.loads(path.read_text(encoding="utf-8")))
         self.shares = step_shares(profiler.events())
 
     @property
@@ -227,7 +180,7 @@ class Contestant:
 class PlainLoop(Contestant):
     """The loop that people start from: eager, float32 (TF32 on a GPU), all logits at once, AdamW as it comes.
 
-    Where memory is short it takes ever smaller micro-batches.
+    On a GPU of little memory it takes micro-batches.
     """
 
     is_best = False
@@ -235,26 +188,19 @@ class PlainLoop(Contestant):
 
     def __init__(self, kind: str, loader: str, preset: Preset, *more) -> None:
         plain = {"precision": "auto"} if self.is_best else {"precision": "fp32", "compile": False}
-        super().__init__(kind, loader, preset.with_changes(plain | {"optimizer": "adamw"}), *more)
+        super().__init__(kind, loader, preset.with_changes(plain | {"optimizer": "adamw", "loss_chunk": None}), *more)
         for block in self.run.model.blocks:
             block.attention.backward_by_products = False
         self.run.optimizer = torch.optim.AdamW(self.run.model.parameters(), lr=self.config.learning_rate)
         self.loss = pico.compile_function(self.plain_loss) if self.run.compiled else self.plain_loss
+        if self.device.type == "cuda" and not self.config.micro_batch_size:
+            n, memory = self.config.batch_size, torch.cuda.get_device_properties(self.device).total_memory
+            logits = 4 * preset.model.context_length * preset.model.padded_vocab_size  # bytes of a sequence's, float32
+            sizes = [size for size in range(1, n + 1) if n % size == 0 and 8 * size * logits <= memory]  # 8 copies
+            self.config = dataclasses.replace(self.config, micro_batch_size=max(sizes, default=1))
 
     def plain_loss(self, batch: Tensor) -> Tensor:
         return F.cross_entropy(self.run.model(batch[:, :-1]).flatten(0, 1), batch[:, 1:].flatten())
-
-    def warm_up(self, steps: int) -> None:
-        try:
-            return super().warm_up(steps)
-        except torch.OutOfMemoryError:
-            size = self.config.micro_batch_size or self.config.batch_size
-            if size % 2:
-                raise
-        self.config = dataclasses.replace(self.config, micro_batch_size=size // 2)
-        self.run.optimizer.zero_grad()  # outside `except`, whose error holds the tensors of the failed step
-        torch.cuda.empty_cache()
-        return self.warm_up(steps)
 
     def update(self, batch: Tensor) -> None:
         micro_batches, dtype = batch.split(self.config.micro_batch_size or len(batch)), self.run.dtype
@@ -294,19 +240,6 @@ def matrix_rate(device: torch.device, dtype: torch.dtype, n: int, seconds: float
     return 2 * n**3 / (1e-3 * statistics.median(times))
 
 
-def start(kind: type[Contestant], arguments: tuple, warmup: int) -> Contestant | None:
-    """A contestant after its warm-up, or None with a line printed when memory does not suffice."""
-    name, _, preset, *_ = arguments
-    try:
-        with pico.readable_errors(preset.train):
-            contestant = kind(*arguments)
-            contestant.warm_up(warmup)
-            return contestant
-    except PicoError as error:
-        print(f"{name}, batch {preset.train.batch_size}: left out. {error}")
-    return None
-
-
 def measure_all(contestants: list[Contestant], warmup: int, steps: int, repeats: int) -> None:
     """Windows of all contestants in turn, each turn led by another one, so that a drift of the machine hits all."""
     on_gpu = contestants[0].device.type == "cuda"
@@ -317,44 +250,46 @@ def measure_all(contestants: list[Contestant], warmup: int, steps: int, repeats:
                 contestant.measure(warmup, steps)
 
 
+BASES = ("naive", "plain loop", "best plain loop")  # that the others are compared with
+
+
 def describe(contestants: list[Contestant], steps: int, rates: dict[torch.dtype, float]) -> list[dict]:
     """One row for each contestant, as in the CSV. Ratios are to the contestant of the same batch size.
 
     `rates`: FLOP/s of large matrix products measured here, by data type.
     """
-    here = pico.measured_on(contestants[0].device)
+    here, rows = pico.measured_on(contestants[0].device), []
     peak = peak_flops(here["device"])
     all_speeds = {(c.kind, c.config.batch_size): c.tokens_per_second for c in contestants}
-    rows = []
     for contestant in contestants:
         run, config, memory = contestant.run, contestant.config, contestant.peak_memory
         speeds, waits = zip(*contestant.windows, strict=True)
         speed, rate, flops = contestant.tokens_per_second, rates.get(run.dtype), flops_per_token(run.model)
-        row = {"name": contestant.name, "tokens_per_second": round(speed, 1)}
-        row |= {"slowest": round(min(speeds), 1), "fastest": round(max(speeds), 1)}
-        for kind in ("naive", "plain loop", "best plain loop"):
-            base = all_speeds.get((kind, config.batch_size))
-            row[f"ratio_to_{kind.replace(' ', '_')}"] = base and round(speed / base, 3)
-        row |= {
-            "gpu_idle_share": contestant.trace and contestant.trace.idle,
-            "data_wait_ms": round(statistics.median(waits), 3),
-            "mfu": peak and round(speed * flops / peak, 4),
-            "mfu_of_measured_rate": rate and round(speed * flops / rate, 4),
-            "measured_tflops": rate and round(rate / 1e12, 3),
-            "peak_memory_mb": memory and round(memory / 1e6, 1),
-            **{f"share: {kind}": round(share, 3) for kind, share in contestant.shares.items()},
-            "flops_per_token": flops,
-            "precision": str(run.dtype)[6:],
-            "compiled": run.compiled,
-            "batch_size": config.batch_size,
-            "micro_batch_size": config.micro_batch_size,
-            "loss_chunk": None if isinstance(contestant, PlainLoop) else config.loss_chunk,
-            "context_length": run.model_config.context_length,
-            "dropout": run.model_config.dropout,
-            "steps": steps,
-            "windows": len(contestant.windows),
-        }
-        rows.append(row | here)
+        bases = {f"ratio_to_{kind.replace(' ', '_')}": all_speeds.get((kind, config.batch_size)) for kind in BASES}
+        rows.append(
+            {
+                "name": contestant.name,
+                "tokens_per_second": round(speed, 1),
+                "slowest": round(min(speeds), 1),
+                "fastest": round(max(speeds), 1),
+                **{name: base and round(speed / base, 3) for name, base in bases.items()},
+                "gpu_idle_share": contestant.gpu_idle,
+                "data_wait_ms": round(statistics.median(waits), 3),
+                "mfu": peak and round(speed * flops / peak, 4),
+                "mfu_of_measured_rate": rate and round(speed * flops / rate, 4),
+                "measured_tflops": rate and round(rate / 1e12, 3),
+                "peak_memory_mb": memory and round(memory / 1e6, 1),
+                **{f"share: {kind}": round(share, 3) for kind, share in contestant.shares.items()},
+                "flops_per_token": flops,
+                "precision": str(run.dtype)[6:],
+                "compiled": run.compiled,
+                **{name: getattr(config, name) for name in ("batch_size", "micro_batch_size", "loss_chunk")},
+                **{name: getattr(run.model_config, name) for name in ("context_length", "dropout")},
+                "steps": steps,
+                "windows": len(contestant.windows),
+                **here,
+            }
+        )
     return rows
 
 
@@ -378,14 +313,14 @@ def format_table(rows: list[dict]) -> str:
         shares = {name.removeprefix("share: "): share for name, share in row.items() if name.startswith("share: ")}
         largest = sorted(shares.items(), key=lambda item: -item[1])
         lines.append(f"{row['name']}: " + ", ".join(f"{name} {share:.0%}" for name, share in largest if share))
-    windows, steps = first["windows"], first["steps"]
-    about = f"median of {windows} windows of {steps} steps" if windows > 1 else f"one window of {steps} steps"
-    table = table.loc[:, (table != "-").any()].add_prefix(" ").to_string()
-    return "\n".join([f"{first['device']}; {about}", table, *(lines if shares else [])])
+    about = f"{first['device']}; median of windows of {first['steps']} steps: {first['windows']}"
+    return "\n".join(
+        [about, table.loc[:, (table != "-").any()].add_prefix(" ").to_string(), *(lines if shares else [])]
+    )
 
 
 def draw_chart(rows: list[dict]) -> Figure:
-    """Bars of tokens per second with the range over the windows; a line at the plain loop, or at the loader `naive`."""
+    """Bars of tokens per second with the range over the windows and the ratio to the plain loop, or to `naive`."""
     frame, first = pd.DataFrame(rows), rows[0]
     sizes = "/".join(str(size) for size in sorted(set(frame["batch_size"])))
     title = f"{first['device']}: {sizes} x {first['context_length']} tokens a step"
@@ -394,107 +329,54 @@ def draw_chart(rows: list[dict]) -> Figure:
     spread = [speeds - frame["slowest"], frame["fastest"] - speeds]
     bars = axes.barh(frame["name"], speeds, xerr=spread, color="#0072B2", ecolor="#333333", capsize=3)
     key = "ratio_to_plain_loop" if frame["ratio_to_plain_loop"].any() else "ratio_to_naive"
-    ratios = ["" if row[key] is None else f" ({row[key]:.2f}x)" for row in rows]
-    axes.bar_label(bars, [f"{v:,.0f}{r}" for v, r in zip(speeds, ratios, strict=True)], padding=6, fontsize=8)
-    bases = speeds[frame[key] == 1]
-    if len(bases) == 1:
-        axes.axvline(bases.iloc[0], color="#D55E00", linestyle="--", linewidth=1)
+    labels = [f"{row['tokens_per_second']:,.0f}" + (f" ({row[key]:.2f}x)" if row[key] else "") for row in rows]
+    axes.bar_label(bars, labels, padding=6, fontsize=8)
     axes.invert_yaxis()
     axes.margins(x=0.25)
     pico.tidy_axes(axes, xlabel="training tokens per second")
     return figure
 
 
-def draw_timeline(traces: dict[str, Trace], about: str, n_steps: int = 2) -> Figure:
-    """n steps of each trace on one time scale: a row for the host's ranges, one for the time in which a GPU works."""
-    has_gpu, labels = any(trace.busy for trace in traces.values()), []
-    title = f"{n_steps} training steps, {about}{'' if has_gpu else '; no GPU'}"
-    figure, axes = pico.new_figure(10, 1.2 + (0.8 if has_gpu else 0.45) * len(traces), title)
-    for name, trace in traces.items():
-        piece = trace.steps(n_steps)
-        for begin, end, kind in piece.ranges:
-            axes.barh(len(labels), end - begin, 0.8, begin, color=RANGES[kind], linewidth=0)
-        labels.append(f"{name}, host")
-        if piece.busy:
-            bars = [(begin, end - begin) for begin, end in piece.busy]
-            axes.broken_barh(bars, (len(labels) - 0.4, 0.8), color="#333333", linewidth=0, rasterized=len(bars) > 500)
-            axes.text(piece.length, len(labels), f"  idle {trace.idle:.1%}", va="center", fontsize=8)
-            labels.append("GPU")
-        axes.axhline(len(labels) - 0.5, color="#cccccc", linewidth=0.8)
-    axes.set_yticks(range(len(labels)), labels)
-    axes.invert_yaxis()
-    axes.set_xlim(0, 1.12 * max(trace.steps(n_steps).length for trace in traces.values()))
-    note = "Our loops compute the gradients of the output layer with the loss, in `forward`"
-    pico.tidy_axes(axes, note, xlabel="milliseconds under the profiler")
-    patches = [Patch(color=color, label=name) for name, color in RANGES.items()]
-    patches += [Patch(color="#333333", label="any kernel or copy")] if has_gpu else []
-    figure.legend(handles=patches, loc="outside lower center", ncols=len(patches), fontsize=8, frameon=False)
-    return figure
-
-
 # -- Recipes
 
 
-def recipe_loss(preset: Preset, path: Path, seed: int, changes: dict, data: str | Path, device: torch.device) -> float:
-    """Validation loss of the preset with these changes. One row a run is kept in `path` and not run again."""
-    rows = pd.read_csv(path, dtype=str, keep_default_na=False).to_dict("records") if path.exists() else []
-    changed = preset.with_changes(changes | {"seed": seed})
-    key = {"seed": str(seed), "settings": json.dumps(changes, sort_keys=True)}
-    model, train = changed.model, changed.train
-    key["scale"] = f"{train.name}, {train.max_steps} steps of {train.batch_size} x {model.context_length} tokens"
-    key["scale"] += f" of {train.corpus}, dropout {model.dropout}, {train.precision}"
-    for row in rows:
-        if key.items() <= row.items():
-            return float(row["val_loss"])
-    with tempfile.TemporaryDirectory() as folder:
+def run_recipes(options: argparse.Namespace, preset: Preset, device: torch.device) -> None:
+    """AdamW against Muon at equal tokens: four rates each, around the preset's, with every seed.
+
+    Prints the validation losses, the best first. Every run is a row of recipes.csv as soon as it has ended.
+    """
+    steps, path, rows = options.steps or preset.train.max_steps, Path(options.out) / "recipes.csv", []
+    earlier = pd.read_csv(path).to_dict("records") if path.exists() else []
+    changes = {"max_steps": steps, "eval_interval": 10**9, "log_interval": 50, "checkpoint_seconds": 1e9}
+    changes |= {"warmup_steps": min(preset.train.warmup_steps, steps // 10)} if steps else {}
+    rates = {"adamw": "learning_rate", "muon": "matrix_learning_rate"}
+    for seed, optimizer, factor in itertools.product(range(options.seeds), rates, (0.25, 0.5, 1, 2)):
+        rate = factor * getattr(preset.train, rates[optimizer])
+        run = preset.with_changes(changes | {"optimizer": optimizer, rates[optimizer]: rate, "seed": seed})
+        row = {"optimizer": optimizer, "rate": rate, "seed": seed, "val_loss": float("inf")}
         try:
-            result = pico.train(changed.model, changed.train, folder, data, device=device)
+            with tempfile.TemporaryDirectory() as folder:
+                result = pico.train(run.model, run.train, folder, options.data, device=device)
             if not result.finished:
                 raise KeyboardInterrupt
-            last = result.metrics[-1]
+            row |= {name: result.metrics[-1][name] for name in ("val_loss", "train_loss", "tokens", "seconds")}
         except PicoError as error:  # a rate that is far too high is a result as well
             if "exploded" not in str(error):
                 raise
-            print(error)
-            last = {"tokens": 0, "train_loss": float("inf"), "val_loss": float("inf"), "seconds": 0.0}
-    measured = {name: round(last[name], 4) for name in ("tokens", "val_loss", "train_loss", "seconds")}
-    pico.write_csv(path, [*rows, key | measured | pico.measured_on(device)])
-    print(f"seed {seed} {key['settings']}: validation loss {last['val_loss']:.4f}")
-    return round(last["val_loss"], 4)
-
-
-def compare_recipes(loss: Callable[[int, dict], float], preset: Preset, seeds: Iterable[int]) -> str:
-    """AdamW against Muon at equal tokens: rates around the preset's tuned with seed 0, the best with the other seeds.
-
-    `loss(seed, changes)` is the validation loss of a run. Muon's matrices and its AdamW part have rates of their own,
-    so it takes as many runs for each; returns the summary.
-    """
-    train, lines = preset.train, []
-    for optimizer in ("adamw", "muon"):
-        best: dict = {"optimizer": optimizer}
-        for name in ("learning_rate", "matrix_learning_rate")[: 1 + (optimizer == "muon")]:
-            tried = [best | {name: getattr(train, name) * factor} for factor in (0.25, 0.5, 1, 2)]
-            losses = [loss(0, changes) for changes in tried]
-            best = tried[losses.index(min(losses))]
-        losses = [loss(seed, best) for seed in seeds] or [min(losses)]
-        spread = f"{min(losses):.4f} to {max(losses):.4f}, {len(losses)} seeds"
-        lines.append(f"{optimizer:6} {statistics.mean(losses):.4f}  ({spread})  {json.dumps(best)}")
-    return "\n".join(["Validation loss:", *lines])
+        rows.append(row | {"preset": options.preset, "dropout": run.model.dropout} | pico.measured_on(device))
+        pico.write_csv(path, [*earlier, *rows])
+    losses = pd.DataFrame(rows).groupby(["optimizer", "rate"])["val_loss"].agg(["mean", "min", "max"])
+    print(f"Validation loss, {options.seeds} seeds (every run: {path}):", losses.sort_values("mean").round(4), sep="\n")
 
 
 # -- Command line
 
 
-def whole(text: str, least: int = 0) -> int:
-    """A type of numbers from 0 on, for argparse."""
-    if (value := int(text)) < least:
-        raise argparse.ArgumentTypeError(f"must be at least {least}, not {value}")
-    return value
-
-
 def count(text: str) -> int:
-    """A type of numbers from 1 on."""
-    return whole(text, 1)
+    """A type of numbers from 1 on, for argparse."""
+    if (value := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, not {value}")
+    return value
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -505,14 +387,14 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--loader", choices=pico.LOADERS, help="default: what `train` would choose")
     add("--compare", action="store_true", help="all loaders, interleaved")
     add("--peer", action="store_true", help="also a plain loop in float32 and the best plain one")
-    add("--torch-profiler", action="store_true", help="write a Chrome trace of each contestant, draw them")
+    add("--torch-profiler", action="store_true", help="write a Chrome trace of each contestant")
     add("--measure-peak", action=argparse.BooleanOptionalAction, default=True, help="rate of large matrix products")
     add("--recipes", action="store_true", help="compare optimizers instead; --steps is a run's length")
-    add("--seeds", type=whole, default=3, help="of the best runs with --recipes (%(default)s)")
+    add("--seeds", type=count, default=3, help="of each setting with --recipes (%(default)s)")
     add("--context-length", type=count, help="tokens per sequence, default: the preset's")
     add("--dropout", type=float, help="default: the preset's")
     add("--steps", type=count, help=f"of a window, default {50 if has_gpu else 4}")
-    add("--warmup", type=whole, default=10 if has_gpu else 1, help="steps before a window (%(default)s)")
+    add("--warmup", type=int, default=10 if has_gpu else 1, help="steps before a window (%(default)s)")
     add("--repeats", type=count, help="windows of each contestant, default 5, with a single one 1")
     add("--batch-sizes", type=count, nargs="+", help="sequences per step, default: the preset's")
     add("--micro-batch-size", type=count, help="sequences per forward pass, default: all of them")
@@ -524,17 +406,6 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--out", default="results", help="folder for table and chart (%(default)s)")
     add("--data", default="data", help="folder for token files (%(default)s)")
     return parser.parse_args(arguments)
-
-
-def run_recipes(options: argparse.Namespace, preset: Preset, device: torch.device) -> None:
-    steps = options.steps or preset.train.max_steps
-    changes = {"max_steps": steps, "eval_interval": 10**9, "log_interval": 50, "checkpoint_seconds": 1e9}
-    if steps:
-        changes["warmup_steps"] = min(preset.train.warmup_steps, steps // 10)
-    preset, path = preset.with_changes(changes), Path(options.out) / "recipes.csv"
-    seeds = range(1, options.seeds + 1)
-    print(compare_recipes(lambda seed, c: recipe_loss(preset, path, seed, c, options.data, device), preset, seeds))
-    print(f"Every run: {path}")
 
 
 def start_all(
@@ -551,50 +422,45 @@ def start_all(
     contestants, sizes = [], dict.fromkeys(options.batch_sizes or [preset.train.batch_size])
     for size, (kind, name, loader) in itertools.product(sizes, kinds):
         sized = preset.with_changes({"batch_size": size})
-        if contestant := start(kind, (name, loader, sized, stream, device, options.workers), options.warmup):
+        try:
+            with pico.readable_errors(sized.train):
+                contestant = kind(name, loader, sized, stream, device, options.workers)
+                contestant.warm_up(options.warmup)
             contestant.name += f", batch {size}" if len(sizes) > 1 else ""
             contestants.append(contestant)
-        gc.collect()  # one that ran out of memory is gone for good
+        except PicoError as error:
+            print(f"{name}, batch {size}: left out. {error}")
+        contestant = None  # one that ran out of memory is gone for good
+        gc.collect()
         torch.cuda.empty_cache()
     if not contestants:
         raise PicoError("Nothing could be measured; the lines above say why.")
     return contestants
 
 
-def run_profile(options: argparse.Namespace, preset: Preset, device: torch.device) -> list[dict]:
-    corpus = pico.choose_corpus(
-        preset.train.corpus, preset.train.corpus_fraction, options.data, preset.train.text_style
-    )
+def run_profile(options: argparse.Namespace, preset: Preset, device: torch.device) -> None:
+    train, on_gpu, out = preset.train, device.type == "cuda", Path(options.out)
+    corpus = pico.choose_corpus(train.corpus, train.corpus_fraction, options.data, train.text_style)
     print(f"Corpus: {corpus.about}.")
-    if device.type == "cpu":  # names the compiled kernels in its traces
+    if not on_gpu:  # names the compiled kernels in its traces
         torch._inductor.config.cpp.enable_kernel_profile = True
-    contestants, on_gpu = start_all(options, preset, corpus, device), device.type == "cuda"
-    steps = options.steps or (50 if on_gpu else 4)
-    rates = {}
+    contestants, steps, rates = start_all(options, preset, corpus, device), options.steps or (50 if on_gpu else 4), {}
     if options.measure_peak:  # between the warm-up and the windows, so under the same conditions
         size = 8192 if on_gpu else 2048
         rates = {dtype: matrix_rate(device, dtype, size) for dtype in {c.run.dtype for c in contestants}}
     measure_all(contestants, options.warmup, steps, options.repeats or (5 if len(contestants) > 1 else 1))
-
-    out, traces = Path(options.out), {}
-    under_nsys = "NSYS_PROFILING_SESSION_ID" in os.environ  # only one profiler can listen to the GPU
     with tempfile.TemporaryDirectory() as folder:
         for contestant in contestants:
             file = f"profile_{re.sub('[, ]+', '_', contestant.name)}.trace.json"
             if options.torch_profiler:
                 contestant.record(min(steps, 10), out / file)
                 print(f"Chrome trace: {out / file}")
-                traces[contestant.name] = contestant.trace
-            elif not under_nsys:
+            elif "NSYS_PROFILING_SESSION_ID" not in os.environ:  # only one profiler can listen to the GPU
                 contestant.record(min(steps, 10 if on_gpu else 1), Path(folder) / file)
-    about = {"preset": options.preset, "corpus": corpus.name}
-    rows = [row | about for row in describe(contestants, steps, rates)]
+    rows = [row | {"preset": options.preset, "corpus": corpus.name} for row in describe(contestants, steps, rates)]
     print(format_table(rows))
     written = [pico.write_csv(out / "profile.csv", rows), *pico.save_figure(draw_chart(rows), out / "profile")]
-    if traces:
-        written += pico.save_figure(draw_timeline(traces, rows[0]["device"]), out / "profile_timeline")
     print("Written:", ", ".join(str(path) for path in written))
-    return rows
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -612,7 +478,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"Error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("Interrupted. Recipes that had ended are kept; the same command goes on with the next one.")
+        print("Interrupted. Recipes that had ended are in recipes.csv.")
         return 130
     return 0
 
