@@ -60,11 +60,12 @@ import unicodedata
 import urllib.request
 import warnings
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from random import Random
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import networkx
 import numpy as np
@@ -2435,15 +2436,24 @@ ALL_TEST_CATEGORIES: dict[str, list[str]] = {
 }
 # One forward pass of a study holds at most so many tokens, ablated copies counted; this bounds its memory.
 _MAX_TOKENS = 2**13
+Heads = Sequence[tuple[int, int]]  # (layer, head) pairs
 
 
-def stream_attention(model: PicoLLM, idx: Tensor, reduce: OnAttention) -> None:
-    """Runs token ids (B, T) and hands each layer's pattern to `reduce(layer, weights)`, weights (B, H, T, T) float32.
+def head_name(layer: int, head: int) -> str:
+    """A head as it is called everywhere: L2H1 is head 1 of layer 2, both counted from 0."""
+    return f"L{layer}H{head}"
+
+
+def stream_attention(model: PicoLLM, idx: Tensor, reduce: Callable[[Tensor], Any]) -> list:
+    """Runs token ids (B, T) and returns what `reduce` makes of each layer's pattern, (B, H, T, T) float32.
 
     Only one layer's pattern is alive at a time; the output projection, two thirds of the work, is left out.
     """
+    reduced: list = []
     with evaluating(model):
-        model.hidden_states(idx.to(model.token_embedding.weight.device), on_attention=reduce)
+        idx = idx.to(model.token_embedding.weight.device)
+        model.hidden_states(idx, on_attention=lambda _, weights: reduced.append(reduce(weights)))
+    return reduced
 
 
 @dataclass(frozen=True)
@@ -2468,17 +2478,9 @@ def _encode_sentence(text: str, model: PicoLLM, name: str = "The sentence") -> l
 
 def capture_attention(model: PicoLLM, text: str) -> AttentionCapture:
     """Attention patterns of every layer and head for one text of at most `max_positions` tokens, else PicoError."""
-    ids, layers = _encode_sentence(text, model), []
-    stream_attention(model, torch.tensor([ids]), lambda _, weights: layers.append(weights[0].cpu()))
+    ids = _encode_sentence(text, model)
+    layers = stream_attention(model, torch.tensor([ids]), lambda weights: weights[0].cpu())
     return AttentionCapture(text, ids, get_tokenizer().labels(ids), torch.stack(layers))
-
-
-def head_name(layer: int, head: int) -> str:
-    """A head as it is called everywhere: L2H1 is head 1 of layer 2, both counted from 0."""
-    return f"L{layer}H{head}"
-
-
-Heads = Sequence[tuple[int, int]]  # (layer, head) pairs
 
 
 @contextlib.contextmanager
@@ -2507,22 +2509,18 @@ def mean_head_outputs(model: PicoLLM, idx: Tensor) -> Tensor:
 
 
 def ablated_hidden_states(
-    model: PicoLLM, idx: Tensor, sets: Sequence[Heads], means: Tensor, n_last: int | None = None
+    model: PicoLLM, idx: Tensor, sets: Sequence[Heads], means: Tensor, n_last: int
 ) -> Iterator[Tensor]:
-    """What the output projection reads when sets of heads are mean-ablated, in batches (sets, B, T, D) of ids (N, T).
+    """What the output projection reads at the n_last last positions when sets of heads are mean-ablated.
 
-    Each (layer, head) of a set writes its mean output (`mean_head_outputs`) at every position. That takes away what the
-    head tells about the text and leaves its constant part, which the later layers rely on (Wang et al. 2022). With
-    n_last, only that many last positions are returned. The sets run side by side, and those that agree up to a layer
-    are one until there: the layers below the lowest ablated head, and an empty set, cost next to nothing. Raises
-    PicoError for a head that does not exist and for means of another model.
+    Batches (sets, B, n_last, D) of ids (N, T). Each head of a set writes its mean output (`mean_head_outputs`) at every
+    position, which keeps the constant part that later layers rely on (Wang et al. 2022). The sets run side by side, and
+    those that agree up to a layer are one until there. Raises PicoError for a head that does not exist.
     """
     n_layer, n_head = model.config.n_layer, model.config.n_head
     for layer, head in itertools.chain(*sets):
         if not (0 <= layer < n_layer and 0 <= head < n_head):
             raise PicoError(f"There is no head {head_name(layer, head)} in {n_layer} layers of {n_head}.")
-    if tuple(means.shape) != (n_layer, n_head, model.config.head_dim):
-        raise PicoError("The means are not of this model; make them with mean_head_outputs(model, idx).")
     means = means.to(model.token_embedding.weight)
     cos, sin = model.rope_cos[: idx.shape[1]], model.rope_sin[: idx.shape[1]]
     for batch in idx.to(means.device).split(max(1, _MAX_TOKENS // (len(sets) * idx.shape[1]))):
@@ -2537,7 +2535,7 @@ def ablated_hidden_states(
                 x, y = x[before], outputs[-1].unflatten(0, (len(x), -1))[before]
                 for place, (_, heads) in enumerate(states):
                     y[place][:, :, list(heads)] = means[layer, list(heads)]
-                if n_last and layer == n_layer - 1:
+                if layer == n_layer - 1:
                     x, y = x[:, :, -n_last:], y[:, :, -n_last:]
                 x = x + F.linear(y.flatten(-2), block.attention.out_proj.weight)
                 x = x + block.mlp(block.mlp_norm(x))
@@ -2582,14 +2580,11 @@ def sign_flip_p(values: np.ndarray, seed: int, n: int = 10_000) -> float:
 
 def holm(p_values: Sequence[float]) -> np.ndarray:
     """p-values adjusted for the number of tests (Holm 1979)."""
-    p = np.asarray(p_values, dtype=float)
-    order = np.argsort(p)
-    adjusted = np.empty_like(p)
-    adjusted[order] = np.minimum(1, np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1)))
-    return adjusted
+    p = pd.Series(np.asarray(p_values, dtype=float)).sort_values()
+    return (p * range(len(p), 0, -1)).cummax().clip(upper=1).sort_index().to_numpy()
 
 
-def rank_p(cost: float, random_costs: np.ndarray) -> float:
+def rank_p(cost: float, random_costs: Sequence[float]) -> float:
     """p-value of a cost among random sets' costs: (1 + as costly ones) / (1 + all), never 0 (Phipson & Smyth 2010)."""
     equal = 1e-4 * abs(cost)  # beyond what rounding makes of equal costs
     return float((1 + np.sum(np.asarray(random_costs) >= cost - equal)) / (1 + len(random_costs)))
@@ -2601,9 +2596,8 @@ def random_head_sets(heads: Heads, n_layer: int, n_head: int, n: int, seed: int)
     They have as many heads in each layer as `heads`; only where fewer than n such sets exist do others of any layers
     follow. A set may share heads with `heads`, as one that is drawn at random may.
     """
-    random = Random(seed)
-    wanted = {layer: sum(other == layer for other, _ in heads) for layer, _ in heads}
-    everything = list(itertools.product(range(n_layer), range(n_head)))
+    random, wanted = Random(seed), Counter(layer for layer, _ in heads)
+    everything = list(np.ndindex(n_layer, n_head))
     of_same_layers = math.prod(math.comb(n_head, count) for count in wanted.values())
     found = {tuple(sorted(heads)): None}  # a dictionary keeps the order of drawing
     while len(found) <= min(n, of_same_layers - 1):
@@ -2643,46 +2637,38 @@ MIN_LOSS_INCREASE = 0.001  # nats per token; an ablation that costs less is of n
 _MAX_PREDICTIONS = 50_000  # of an ablation map in a study: their logits are most of its time
 _MAX_MAP = 384**2  # weights per head in one forward pass: one window of 384 tokens, nine of 128
 
-# runs token ids (B, T) and hands each layer's pattern to a function, as stream_attention does
-Attend = Callable[[Tensor, OnAttention], None]
-
 
 @dataclass(frozen=True)
 class ScoreThresholds:
-    """Where a score becomes a statement.
+    """Where a score becomes a statement; for the sink, 0.3 is the threshold of Gu et al. 2024."""
 
-    tau[score] = max(floor, `percentile` of the score over untrained models). The floor matters: one untrained head in a
-    hundred lies above the 99th percentile by definition. For the sink, 0.3 is the threshold of Gu et al. 2024.
-    """
-
-    floor: float = 0.3  # smallest tau
+    floor: float = 0.3  # smallest tau: one untrained head in a hundred lies above the 99th percentile by definition
     percentile: float = 99.0  # of the untrained models' heads
     broad: float = 0.9  # entropy of a Global/Broad head, share of the uniform head's
     resting: float = 0.1  # attention off the first token below which a head is Resting
     diagonal_share: float = 0.5  # of `local` that `self` or `previous` must reach for Diagonal/Self
-    tau: dict[str, float] = field(default_factory=lambda: dict.fromkeys(KAPPAS, 0.3))
+    tau: dict[str, float] = field(default_factory=lambda: dict.fromkeys(KAPPAS, 0.3))  # of each score
 
 
 def score_thresholds(*untrained: pd.DataFrame) -> ScoreThresholds:
     """tau from tables of untrained heads: each score's percentile, the largest over the tables, at least the floor."""
     base = ScoreThresholds()
-    percentiles = {name: [float(np.percentile(table[name], base.percentile)) for table in untrained] for name in KAPPAS}
-    return ScoreThresholds(tau={name: max(base.floor, *values) for name, values in percentiles.items()})
+    percentiles = [np.percentile(table[list(KAPPAS)], base.percentile, axis=0) for table in untrained]
+    return ScoreThresholds(tau=dict(zip(KAPPAS, np.max(percentiles, axis=0).clip(base.floor).tolist(), strict=True)))
 
 
 def kappa_sums(weights: Tensor, keys: Tensor, without_sink: bool = True) -> Tensor:
     """Numerators and denominators of kappa for maps (B, H, T, T) and sets of keys (B, S, T, T) bool: (2, B, H, S).
 
     kappa(M) = sum_i (m_i - u_i) / sum_i (1 - u_i) with m_i the weight of row i on its keys M_i and u_i = |M_i| / i what
-    a uniform head puts there (after Cohen 1960): 0 for a uniform head, 1 for an ideal one. Rows without a choice, u_i =
-    0 or 1, are skipped: without the former, no head could reach 1 on texts where some rows have no such key.
-    `without_sink` takes the first column out: rows i >= 3 of R_ij = A_ij / (1 - A_i1), weighted by 1 - A_i1.
+    a uniform head puts there (after Cohen 1960): 0 for a uniform head, 1 for an ideal one. Rows of u_i = 0 or 1 offer
+    no choice and are skipped. `without_sink` takes the first column out: rows i >= 3 of R_ij = A_ij / (1 - A_i1),
+    weighted by 1 - A_i1.
     """
     visible = torch.ones(weights.shape[-2:], dtype=torch.bool, device=weights.device).tril()
     if without_sink:
         visible[:2] = visible[:, 0] = False
-    n_keys = (keys & visible).sum(-1)
-    chance = n_keys / visible.sum(-1).clamp(min=1)  # (B, S, T)
+    chance = (keys & visible).sum(-1) / visible.sum(-1).clamp(min=1)  # (B, S, T)
     scored = (chance > 0) & (chance < 1)
     chance = chance * scored
     hits = weights.flatten(2) @ (keys & visible & scored[..., None]).to(weights.dtype).flatten(2).mT
@@ -2706,15 +2692,14 @@ def key_sets(idx: Tensor, counts: Tensor) -> Tensor:
     far*: a decoder cannot see which token will be the rarest of the text (Voita et al. 2019 score an encoder).
     """
     B, T = idx.shape
-    position = torch.arange(T, device=idx.device)
+    position = torch.arange(T)
     distance = position[:, None] - position  # (T, T), query minus key
     earlier = distance > 0
     same = (idx[:, :, None] == idx[:, None, :]) & earlier
-    follower = torch.zeros_like(same)
-    follower[:, :, 1:] = same[:, :, :-1] & earlier[:, 1:]  # the token before key j is a copy of token i
-    is_mark = punctuation_tokens().to(idx.device)[idx]
+    follower = F.pad(same[:, :, :-1], (1, 0)) & earlier  # the token before key j is a copy of token i
+    is_mark = punctuation_tokens()[idx]
     marks = is_mark[:, None, :] & ~is_mark[:, :, None] & earlier
-    frequency = counts.to(idx.device)[idx]
+    frequency = counts[idx]
     frequency[:, 0] = torch.iinfo(frequency.dtype).max  # the sink's column is no candidate
     rarest = frequency.cummin(dim=1).values
     rare = (frequency[:, None, :] == rarest[:, :, None]) & (frequency > rarest)[:, :, None] & earlier
@@ -2725,8 +2710,8 @@ def key_sets(idx: Tensor, counts: Tensor) -> Tensor:
 
 def _score_sums(weights: Tensor, keys: Tensor) -> Tensor:
     """Numerators and denominators of all _RATIOS for maps (B, H, T, T) and their key sets: (2, B, H, ratios)."""
-    T = weights.shape[-1]
-    n_keys = torch.arange(1, T + 1, device=weights.device, dtype=weights.dtype)  # of each row
+    keys = keys.to(weights.device)
+    n_keys = torch.arange(1, weights.shape[-1] + 1, device=weights.device, dtype=weights.dtype)  # of each row
     first, rest = weights[..., 0], weights[..., 1:].sum(-1)  # (B, H, T)
     spread = -torch.xlogy(weights[..., 1:], weights[..., 1:]).sum(-1)
     entropy = spread - torch.xlogy(first, first)  # nats
@@ -2734,43 +2719,30 @@ def _score_sums(weights: Tensor, keys: Tensor) -> Tensor:
     distance = (n_keys[:, None] - n_keys).clamp(min=0)
     ones, sink = torch.ones_like(first), torch.zeros_like(keys[:, :1])
     sink[..., 0] = True
-    kappas = torch.cat([kappa_sums(weights, sink, without_sink=False), kappa_sums(weights, keys)], dim=-1)
     others = [  # as in _RATIOS: broad, mean_distance, entropy, rest
         (rest_entropy[..., 2:].sum(-1), (rest * (n_keys - 1).clamp(min=1).log())[..., 2:].sum(-1)),
         (weights.flatten(2) @ distance.flatten(), ones.sum(-1)),
         (entropy.sum(-1), ones.sum(-1)),
         (rest[..., 2:].sum(-1), ones[..., 2:].sum(-1)),
     ]
-    return torch.cat([kappas, torch.stack([torch.stack(pair) for pair in others], dim=-1)], dim=-1)
+    others = torch.stack([torch.stack(pair) for pair in others], dim=-1)
+    kappas = [kappa_sums(weights, sink, without_sink=False), kappa_sums(weights, keys)]
+    return torch.cat([*kappas, others], dim=-1).double().cpu()
 
 
-def _as_sequences(texts: Sequence[str] | None = None, idx: Tensor | None = None) -> list[Tensor]:
-    """Token ids of each text or window."""
-    unusable = isinstance(texts, str) if idx is None else idx.ndim != 2 or idx.is_floating_point()
-    if unusable or (texts is None) == (idx is None):
-        raise PicoError("Give either texts, a list of them, or idx, whole numbers of shape (n_windows, T).")
-    sequences = [torch.tensor(ids) for ids in map(get_tokenizer().encode, texts)] if idx is None else list(idx.cpu())
-    if not sequences or min(map(len, sequences)) == 0:
-        raise PicoError("There is no text to score, or one of the texts is empty; give at least one word in each.")
-    return sequences
-
-
-def text_sums(attend: Attend, sequences: Sequence[Tensor], counts: Tensor) -> np.ndarray:
+def text_sums(attend: Callable[..., list], sequences: Sequence[Tensor], counts: np.ndarray | None) -> np.ndarray:
     """Numerators and denominators of every score for each token sequence: (2, sequences, n_layer, n_head, ratios).
 
-    `attend` is run on batches of sequences of equal length; `counts` (V,) int64 say which tokens are rare.
+    `attend(idx, reduce)`, as `stream_attention`, is run on batches of sequences of equal length. `counts` (V,) say
+    which tokens are rare, by default those within the sequences.
     """
+    counts = torch.bincount(torch.cat(sequences)) if counts is None else torch.tensor(counts, dtype=torch.int64)
     lengths, batches = list(map(len, sequences)), []
     order = np.argsort(lengths, kind="stable")
     for length, group in itertools.groupby(order, key=lengths.__getitem__):
         for places in torch.tensor(list(group)).split(max(1, _MAX_MAP // length**2)):
-            idx, layers = torch.stack([sequences[k] for k in places]), []
-            keys = key_sets(idx, counts)
-
-            def score(_: int, weights: Tensor, keys: Tensor = keys, layers: list = layers) -> None:
-                layers.append(_score_sums(weights, keys.to(weights.device)).double().cpu())
-
-            attend(idx, score)
+            idx = torch.stack([sequences[k] for k in places])
+            layers = attend(idx, functools.partial(_score_sums, keys=key_sets(idx, counts)))
             batches.append(torch.stack(layers, dim=2))  # (2, B, n_layer, n_head, ratios)
     return torch.cat(batches, dim=1).numpy()[:, np.argsort(order)]
 
@@ -2783,21 +2755,19 @@ def token_counts(file: TokenFile) -> np.ndarray:
     return counts
 
 
-def repeated_random_tokens(
-    n: int, length: int, vocab_size: int, seed: int = 0, counts: np.ndarray | None = None
-) -> Tensor:
-    """Sequences (n, length) of random tokens in which chunks of 3-8 tokens come again after random gaps.
+def repeated_random_tokens(config: ModelConfig, counts: np.ndarray | None = None, seed: int = 0) -> list[Tensor]:
+    """Nine sequences of up to 128 random tokens in which chunks of 3-8 tokens come again after random gaps.
 
     On such sequences only the content tells where the continuation is (Olsson et al. 2022); since the gaps vary, a head
     that looks back a fixed distance scores no better than chance. With the training tokens' `counts` only tokens
     seen at least 50 times are drawn (or the 1000 most frequent): a model knows nothing of tokens that it never saw.
     """
-    random, candidates = np.random.default_rng(seed), np.arange(vocab_size)
+    length, random, candidates = min(128, config.context_length), np.random.default_rng(seed), config.vocab_size
     if counts is not None:
-        counts = np.asarray(counts[:vocab_size])
+        counts = np.asarray(counts[:candidates])
         candidates = np.argsort(-counts, kind="stable")[: max(1000, int((counts >= 50).sum()))]
 
-    def sequence() -> list[int]:
+    def sequence() -> Tensor:
         fresh, chunks, tokens = itertools.cycle(random.permutation(candidates)[:length]), [], []
         last = None  # the chunk just written: repeating it at once would make a copy of the previous tokens
         while len(tokens) < length:
@@ -2808,9 +2778,9 @@ def repeated_random_tokens(
                 last = len(chunks)
                 chunks.append(list(itertools.islice(fresh, int(random.integers(3, 9)))))
             tokens += chunks[last]
-        return tokens[:length]
+        return torch.tensor(np.array(tokens[:length]))
 
-    return torch.tensor(np.array([sequence() for _ in range(n)]))
+    return [sequence() for _ in range(9)]
 
 
 @dataclass(frozen=True)
@@ -2820,20 +2790,20 @@ class HeadSums:
     texts: np.ndarray  # (2, n_texts, n_layer, n_head, ratios)
     repeats: np.ndarray  # the same for repeated random tokens; of these only the induction score is used
 
-    def _ratios(self, text_weights: np.ndarray, repeat_weights: np.ndarray) -> dict[str, np.ndarray]:
-        """Scores (R, n_layer, n_head) for R weightings of the texts, (R, n_texts), and of the repeated sequences."""
+    def scores(self, *weights: np.ndarray) -> dict[str, np.ndarray]:
+        """Scores (R, n_layer, n_head) for R weightings of texts (R, n_texts) and of repeats, by default all alike.
+
+        They are ratios of sums over texts, so long texts count by their rows.
+        """
+        of_texts, of_repeats = weights or (np.ones((1, each.shape[1])) for each in (self.texts, self.repeats))
         induction = _RATIOS.index("induction")
-        totals = np.tensordot(text_weights, self.texts, (1, 1))  # (R, 2, n_layer, n_head, ratios)
-        totals[..., induction] = np.tensordot(repeat_weights, self.repeats[..., induction], (1, 1))
+        totals = np.tensordot(of_texts, self.texts, (1, 1))  # (R, 2, n_layer, n_head, ratios)
+        totals[..., induction] = np.tensordot(of_repeats, self.repeats[..., induction], (1, 1))
         top, bottom = totals[:, 0], totals[:, 1]
         ratios = np.divide(top, bottom, out=np.zeros_like(top), where=bottom > 1e-6)  # 0 where no row can be scored
         return {name: ratios[..., k] for k, name in enumerate(_RATIOS)}
 
-    def scores(self) -> dict[str, np.ndarray]:
-        """Each score over all texts, (1, n_layer, n_head): a ratio of sums, so long texts count by their rows."""
-        return self._ratios(np.ones((1, self.texts.shape[1])), np.ones((1, self.repeats.shape[1])))
-
-    def bootstrap(self, n: int = 1000, seed: int = 0) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    def bootstrap(self, n: int, seed: int) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
         """The scores (n, n_layer, n_head) over n resamples of the texts, and those over the texts each leaves out."""
         random = np.random.default_rng(seed)
         sizes = self.texts.shape[1], self.repeats.shape[1]
@@ -2841,18 +2811,20 @@ class HeadSums:
         left_out = [(each == 0).astype(float) for each in drawn]
         for each in left_out:
             each[~each.any(axis=1)] = 1.0  # of few texts a resample may hold all
-        return self._ratios(*drawn), self._ratios(*left_out)
+        return self.scores(*drawn), self.scores(*left_out)
 
     def table(self, thresholds: ScoreThresholds | None = None) -> pd.DataFrame:
         """One row per head, the columns of `score_heads`."""
-        thresholds = thresholds or ScoreThresholds()
-        scores = {name: values[0] for name, values in self.scores().items()}
-        layer, head = np.indices(scores["sink"].shape)
+        thresholds, scores = thresholds or ScoreThresholds(), self.scores()
+        _, layer, head = np.indices(scores["sink"].shape)
         columns = {"layer": layer, "head": head, **{name: scores[name] for name in HEAD_SCORES}}
         columns["resting"] = scores["rest"] < thresholds.resting
         columns["sink_flag"] = scores["sink"] >= thresholds.tau["sink"]
         columns["class"] = classify_heads(scores, thresholds)
         return pd.DataFrame({name: values.ravel() for name, values in columns.items()})
+
+
+Sums = HeadSums | Sequence[HeadSums]  # of one model, or of several untrained ones
 
 
 def classify_heads(scores: Mapping[str, np.ndarray], thresholds: ScoreThresholds) -> np.ndarray:
@@ -2878,61 +2850,57 @@ def uniform_attention(n_layer: int, n_tokens: int) -> np.ndarray:
     return np.broadcast_to(lower / lower.sum(axis=1, keepdims=True), (n_layer, 1, n_tokens, n_tokens))
 
 
-def _attend_uniformly(idx: Tensor, reduce: OnAttention) -> None:
-    """One layer with one head that looks at all keys alike."""
-    reduce(0, torch.tensor(uniform_attention(1, idx.shape[1]), dtype=torch.float32).expand(len(idx), -1, -1, -1))
-
-
 def head_sums(
-    model: PicoLLM | None, sequences: list[Tensor], repeats: list[Tensor], counts: np.ndarray | None
+    model: PicoLLM | None, sequences: Sequence[Tensor], repeats: Sequence[Tensor], counts: np.ndarray | None
 ) -> HeadSums:
-    """The sums of a model's scores on token sequences; None is a model of one uniform head.
+    """The sums of a model on token sequences and repeated random tokens; None is a model of one uniform head."""
 
-    `counts` are those of the training tokens; without them the counts within the sequences decide what is rare.
-    """
-    attend = _attend_uniformly if model is None else functools.partial(stream_attention, model)
-    vocab_size = Tokenizer.end_of_text + 1 if model is None else model.config.vocab_size
-    n_known = vocab_size if counts is None else min(vocab_size, len(counts))
-    if (largest := max(int(ids.max()) for ids in sequences)) >= n_known:
-        raise PicoError(f"Token {largest} is not in the vocabulary of {vocab_size} or has no entry in token_counts.")
+    def attend_alike(idx: Tensor, reduce: Callable[[Tensor], Tensor]) -> list[Tensor]:
+        weights = torch.tensor(uniform_attention(1, idx.shape[1]), dtype=torch.float32)
+        return [reduce(weights.expand(len(idx), -1, -1, -1))]
 
-    def sums(members: list[Tensor]) -> np.ndarray:
-        own = torch.bincount(torch.cat(members)) if counts is None else torch.tensor(counts, dtype=torch.int64)
-        return text_sums(attend, members, own)
-
-    return HeadSums(sums(sequences), sums(repeats))
-
-
-def _induction_sequences(config: ModelConfig, counts: np.ndarray | None, seed: int = 0) -> list[Tensor]:
-    return list(repeated_random_tokens(9, min(128, config.context_length), config.vocab_size, seed, counts))
+    attend = functools.partial(stream_attention, model) if model else attend_alike
+    return HeadSums(*(text_sums(attend, each, counts) for each in (sequences, repeats)))
 
 
 def score_heads(
-    model: PicoLLM,
-    texts: Sequence[str] | None = None,
-    idx: Tensor | None = None,
-    *,
-    token_counts: np.ndarray | None = None,
-    thresholds: ScoreThresholds | None = None,
+    model: PicoLLM, idx: Tensor, *, token_counts: np.ndarray | None = None, thresholds: ScoreThresholds | None = None
 ) -> pd.DataFrame:
-    """What each head does, on texts of any length or on token windows `idx` (n_windows, T): a row per layer and head.
+    """What each head does on token windows `idx` (n_windows, T): a row per layer and head, counted from 0.
 
-    - layer, head: counted from 0
-    - sink: kappa of the first token, rows i >= 2
-    - on the rest of the map, see `kappa_sums`: self {i}, previous {i-1}, local {i-2..i} (rows i >= 6), duplicate
-      (earlier copies of token i), punctuation, rare (least frequent token so far); induction (tokens that follow
-      earlier copies of token i) is measured on `repeated_random_tokens`, whatever the texts are
+    - sink: kappa of the first token; of the rest of the map (`kappa_sums`): self {i}, previous {i-1}, local {i-2..i},
+      duplicate (earlier copies of token i), induction (tokens that follow them, on `repeated_random_tokens`),
+      punctuation, rare (least frequent token so far); 0 if no row allows a score
     - broad: entropy of the rest of the map, 1 for uniform
     - mean_distance: sum A_ij (i - j) / sum A_ij, tokens (Vig & Belinkov 2019); entropy: nats, mean over rows (Clark et
-      al. 2019); both are not corrected for chance, so compare them with a uniform head's on the same texts
+      al. 2019); neither is corrected for chance: compare them with a uniform head's on the same text
     - resting, sink_flag: bool; class: one of HEAD_CLASSES, see `classify_heads`
 
-    A score that no row allows (no punctuation, all attention on the first token) is 0. `token_counts` are those of the
-    training tokens; without them the counts within the given texts decide what is rare, a weak stand-in with many ties.
-    Raises PicoError for empty or too long texts.
+    `token_counts` are those of the training tokens; those within the windows, the default, are a weak stand-in.
     """
-    repeats = _induction_sequences(model.config, token_counts)
-    return head_sums(model, _as_sequences(texts, idx), repeats, token_counts).table(thresholds)
+    n_known = min(model.config.vocab_size, len(punctuation_tokens() if token_counts is None else token_counts))
+    if idx.ndim != 2 or idx.is_floating_point() or not idx.numel() or idx.max() >= n_known:
+        raise PicoError(f"idx must have the shape (n_windows, T), not be empty and hold token ids below {n_known:,}.")
+    repeats = repeated_random_tokens(model.config, token_counts)
+    return head_sums(model, list(idx.cpu()), repeats, token_counts).table(thresholds)
+
+
+def baseline_sums(
+    model: PicoLLM,
+    sequences: list[Tensor],
+    counts: np.ndarray | None,
+    untrained: Iterable[PicoLLM],
+    seed: int,
+    controls: bool,
+) -> dict[str, Sums]:
+    """The sums of a model and untrained ones on token sequences, by name as in Study.shares; with `controls`, all."""
+    repeats, generator = repeated_random_tokens(model.config, counts, seed), torch.Generator().manual_seed(seed)
+    sums: dict[str, Sums] = {"trained": head_sums(model, sequences, repeats, counts)}
+    if controls:
+        mixed = [[ids[torch.randperm(len(ids), generator=generator)] for ids in each] for each in (sequences, repeats)]
+        sums["shuffled"] = head_sums(model, *mixed, counts)
+        sums["uniform"] = head_sums(None, sequences, repeats, counts)
+    return sums | {"untrained": [head_sums(other, sequences, repeats, counts) for other in untrained]}
 
 
 def best_heads(history: pd.DataFrame) -> pd.DataFrame:
@@ -2947,92 +2915,88 @@ def describe_emergence(history: pd.DataFrame, thresholds: ScoreThresholds) -> st
     for score, kind in (("previous", "previous-token"), ("induction", "induction")):
         tau = thresholds.tau[score]
         reached = best.index[best[score] >= tau]
-        if not len(reached):
-            parts.append(f"no {kind} head appears (highest score {best[score].max():.2f}, threshold {tau:.2f})")
-        elif reached[0] == best.index[0]:
-            parts.append(f"one head looks like a {kind} head after {reached[0]:,} {unit}, when the first were scored")
+        if len(reached):
+            before = max(best.index[best.index < reached[0]], default=0)
+            parts.append(
+                f"the first {kind} head appears between {before:,} and {reached[0]:,} {unit} (score {tau:.2f})"
+            )
         else:
-            before = best.index[best.index < reached[0]].max()
-            between = f"between {before:,} and {reached[0]:,} {unit}"
-            parts.append(f"the first {kind} head appears {between} (score {tau:.2f})")
+            parts.append(f"no {kind} head appears (highest score {best[score].max():.2f}, threshold {tau:.2f})")
     text = "; ".join(parts)
     return f"{text[0].upper()}{text[1:]}."
 
 
-Sums = HeadSums | Sequence[HeadSums]  # of one model, or of several untrained ones
-
-
-def _estimates(sums: Sums, statistics: Callable[[dict, dict], dict], n: int, seed: int) -> Iterator[tuple]:
-    """(key, value, low, high) for each of `statistics(scores, scores on left-out texts)`, arrays (R,).
+def _estimates(
+    sums: Sums, name: str, value: str, statistics: Callable[[dict, dict], dict], n: int, seed: int
+) -> pd.DataFrame:
+    """A row of columns `name`, `value`, low, high for each of `statistics(scores, scores on left-out texts)`, (R,).
 
     For one model: its value and the 95 % interval over n resamples of the texts. For a list of models: mean and range.
     """
-    limits = [0.025, 0.975] if isinstance(sums, HeadSums) else [0, 1]
-    tables = [each.scores() for each in ([sums] if isinstance(sums, HeadSums) else sums)]
-    together = {name: np.concatenate([table[name] for table in tables]) for name in _RATIOS}
-    values = resampled = statistics(together, together)
     if isinstance(sums, HeadSums):
-        resampled = statistics(*sums.bootstrap(n, seed))
-    for key, value in values.items():
-        yield key, float(np.mean(value)), *map(float, np.quantile(resampled[key], limits))
+        scores, limits = sums.scores(), [0.025, 0.975]
+        values, spread = statistics(scores, scores), statistics(*sums.bootstrap(n, seed))
+    else:
+        tables, limits = [each.scores() for each in sums], [0, 1]
+        scores = {name: np.concatenate([table[name] for table in tables]) for name in _RATIOS}
+        values = spread = statistics(scores, scores)
+    rows = [(key, values[key].mean(), *np.quantile(spread[key], limits)) for key in values]
+    return pd.DataFrame(rows, columns=[name, value, "low", "high"])
 
 
 def class_shares(sums: Sums, thresholds: ScoreThresholds, n_bootstrap: int = 1000, seed: int = 0) -> pd.DataFrame:
-    """Share of the heads in each class, columns class, share, low, high; "Specialised" is the sum of the first three.
-
-    For one model low and high are a 95 % interval over texts: each resample is scored and classified anew. For a list
-    of models (the untrained seeds) the share is their mean, low and high their range.
-    """
+    """Share of the heads in each class, columns class, share, low, high (see `_estimates`), each resample classified
+    anew; "Specialised" is the sum of the first three."""
 
     def shares(scores: dict[str, np.ndarray], _: dict) -> dict[str, np.ndarray]:
         classes = classify_heads(scores, thresholds)
         each = {name: (classes == name).mean((1, 2)) for name in HEAD_CLASSES}
         return each | {"Specialised": sum(each[name] for name in SPECIALISED_CLASSES)}
 
-    return pd.DataFrame(_estimates(sums, shares, n_bootstrap, seed), columns=["class", "share", "low", "high"])
+    return _estimates(sums, "class", "share", shares, n_bootstrap, seed)
 
 
 def highest_scores(sums: Sums, n_bootstrap: int = 1000, seed: int = 0) -> pd.DataFrame:
-    """The highest of each score over the heads, columns score, highest, low, high.
+    """The highest of each score over the heads, columns score, highest, low, high (see `_estimates`).
 
-    For untrained models low and high as in `class_shares`. The largest of many noisy numbers is too large, in each
-    resample once more: so a model's interval is that of the head that is strongest in a resample, scored on the texts
-    which the resample leaves out (out-of-bag, Breiman 1996). As these are only a third of the texts, it is rather too
-    wide.
+    The largest of many noisy numbers is too large, in each resample once more: so a model's interval is that of the
+    head that is strongest in a resample, scored on the third of the texts which the resample leaves out (out-of-bag,
+    Breiman 1996); it is rather too wide.
     """
 
     def highest(scores: dict[str, np.ndarray], left_out: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         values = {}
         for name in HEAD_SCORES:
             heads, tested = (each[name].reshape(len(each[name]), -1) for each in (scores, left_out))
-            values[name] = np.take_along_axis(tested, heads.argmax(axis=1)[:, None], axis=1)[:, 0]
+            values[name] = tested[np.arange(len(tested)), heads.argmax(axis=1)]
         return values
 
-    return pd.DataFrame(_estimates(sums, highest, n_bootstrap, seed), columns=["score", "highest", "low", "high"])
+    return _estimates(sums, "score", "highest", highest, n_bootstrap, seed)
 
 
-def _ablated_losses(
-    model: PicoLLM, idx: Tensor, sets: Sequence[Heads], means: Tensor, n_last: int | None = None
-) -> np.ndarray:
+def _ablated_losses(model: PicoLLM, idx: Tensor, sets: Sequence[Heads], means: Tensor, n_last: int) -> np.ndarray:
     """Mean loss of each window (sets, n_windows), nats per token of the last n_last predictions, each set ablated."""
-    targets, losses, done = idx[:, 1:][:, -(n_last or 0) :].to(model.token_embedding.weight.device), [], 0
+    targets, losses = idx[:, -n_last:].to(model.token_embedding.weight.device), []
     for hidden in ablated_hidden_states(model, idx[:, :-1], sets, means, n_last):
-        wanted = targets[done : done + hidden.shape[1]].expand(len(sets), -1, -1)
-        done += hidden.shape[1]
-        losses.append(model.token_losses(hidden, wanted).mean(-1).double().cpu())
+        wanted, targets = targets.tensor_split([hidden.shape[1]])
+        losses.append(model.token_losses(hidden, wanted.expand(len(sets), -1, -1)).mean(-1).double().cpu())
     return torch.cat(losses, dim=1).numpy()
 
 
-def head_ablation_map(model: PicoLLM, idx: Tensor, means: Tensor, n_last: int | None = None) -> pd.DataFrame:
-    """Loss on held-out token windows (n_windows, T), two or more, with each head mean-ablated in turn.
+def check_windows(windows: Tensor) -> None:
+    """Raises PicoError for fewer windows (n_windows, T) than heads can be compared on."""
+    if len(windows) < 2 or windows.shape[1] < 3:
+        raise PicoError("Comparing heads needs at least two windows of three tokens or more; use a larger corpus.")
+
+
+def head_ablation_map(model: PicoLLM, idx: Tensor, means: Tensor, n_last: int) -> pd.DataFrame:
+    """Loss of the n_last last predictions of held-out token windows (n_windows, T), each head mean-ablated in turn.
 
     Columns layer, head, loss and loss_increase in nats per token, standard_error, that of the increase over windows,
-    and matters, see `heads_that_matter`. `means` as in `ablated_hidden_states`. With n_last the loss is that of each
-    window's last n_last predictions.
+    and matters, see `heads_that_matter`. `means` as in `ablated_hidden_states`. Errors as `check_windows`.
     """
-    if len(idx) < 2:
-        raise PicoError("An ablation map needs two windows or more, for its standard error.")
-    heads = list(itertools.product(range(model.config.n_layer), range(model.config.n_head)))
+    check_windows(idx)
+    heads = list(np.ndindex(model.config.n_layer, model.config.n_head))
     losses = _ablated_losses(model, idx, [(), *((head,) for head in heads)], means, n_last)
     increase = losses[1:] - losses[0]
     table = pd.DataFrame(heads, columns=["layer", "head"]).assign(
@@ -3056,16 +3020,14 @@ def heads_that_matter(ablation: pd.DataFrame, n_windows: int) -> tuple[pd.Series
 
 
 def class_ablation(
-    model: PicoLLM, idx: Tensor, scores: pd.DataFrame, means: Tensor, n_last: int | None = None, seed: int = 0
+    model: PicoLLM, idx: Tensor, scores: pd.DataFrame, means: Tensor, n_last: int, seed: int = 0
 ) -> pd.DataFrame:
-    """Loss increase on token windows (n_windows, T) when all heads of a specialised class are mean-ablated together.
+    """What it costs when all heads of a specialised class (`scores` has layer, head, class) are mean-ablated together.
 
-    Heads that share a task can each be spared while the group cannot. `scores` has layer, head and class. Columns
-    class, n_heads, loss_increase in nats per token with low and high, the 95 % t interval over windows; n_random_sets
-    of as many heads (`random_head_sets`), with which the class is compared on the first quarter of the windows, up to
-    64 tokens and 16 predictions of each: compared_loss_increase of the class there, random_loss_increase, the mean of
-    the sets, and p_value, the class's rank among them (`rank_p`, Holm-adjusted over the classes). `means` and `n_last`
-    as in `head_ablation_map`.
+    Heads that share a task can each be spared while the group cannot. Columns class, n_heads, loss_increase as in
+    `head_ablation_map` with low and high, the 95 % t interval over windows. On the first quarter of the windows, up to
+    64 tokens and 16 predictions of each, the class's cost, compared_loss_increase, is ranked among those of
+    n_random_sets (`random_head_sets`), whose mean is random_loss_increase: p_value (`rank_p`, Holm-adjusted).
     """
     short, rows = idx[: max(1, len(idx) // 4), :65], []
     for name in SPECIALISED_CLASSES:
@@ -3074,7 +3036,7 @@ def class_ablation(
             continue
         base, own = _ablated_losses(model, idx, [(), heads], means, n_last)
         sets = random_head_sets(heads, model.config.n_layer, model.config.n_head, 99, seed)
-        losses = _ablated_losses(model, short, [(), heads, *sets], means, min(n_last or 64, 16)).mean(axis=1)
+        losses = _ablated_losses(model, short, [(), heads, *sets], means, min(n_last, 16)).mean(axis=1)
         cost, *random_costs = losses[1:] - losses[0]
         average = float(np.mean(random_costs)) if sets else math.nan
         rows.append((name, len(heads), *t_interval(own - base), len(sets), cost, average, rank_p(cost, random_costs)))
@@ -3094,57 +3056,24 @@ def _js_distance(p: Tensor, q: Tensor, p_entropy: Tensor, q_entropy: Tensor) -> 
     return divergence.clamp(0, 1).sqrt().mean(-1)
 
 
-def check_windows(windows: Tensor) -> None:
-    """Raises PicoError for fewer windows (n_windows, T) than heads can be compared on."""
-    if len(windows) < 2 or windows.shape[1] < 3:
-        raise PicoError("Comparing heads needs at least two windows of three tokens or more; use a larger corpus.")
-
-
 def head_similarity(model: PicoLLM, windows: Tensor) -> tuple[np.ndarray, float]:
     """Distances between all heads, (n_heads, n_heads) with head (l, h) at l * n_head + h, and their noise floor.
 
     The distance of two heads is the square root of the Jensen-Shannon divergence (base 2) of their rows i >= 3 on the
-    same window (n_windows, T), averaged over rows, then over windows: 0 for equal maps, 1 for disjoint ones (Clark et
-    al. 2019 sum the divergence itself). The noise floor is the distance of a head to itself between two windows,
-    averaged over pairs of windows and heads: two heads that are closer differ less from each other than one does from
-    itself when the text changes. Errors as `check_windows`.
+    same window (n_windows, T), averaged over rows and windows: 0 for equal maps, 1 for disjoint ones (Clark et al. 2019
+    sum the divergence itself). The noise floor is the mean distance of a head to itself between two windows: heads that
+    are closer differ less from each other than one does from itself on other text. Errors as `check_windows`.
     """
     check_windows(windows)
-
-    def read(ids: Tensor) -> tuple[Tensor, Tensor]:
-        layers: list[Tensor] = []
-        stream_attention(model, ids[None], lambda _, weights: layers.append(weights[0]))
-        rows = torch.cat(layers)[:, 2:]  # (n_heads, T - 2, T)
-        return rows, _entropy_bits(rows)
-
-    maps, half = [read(ids) for ids in windows], len(windows) // 2
-    n_heads = len(maps[0][0])
+    maps = [torch.cat(stream_attention(model, ids[None], lambda weights: weights[0]))[:, 2:] for ids in windows]
+    entropies, n_heads, half = list(map(_entropy_bits, maps)), len(maps[0]), len(maps) // 2
     distances = torch.zeros(n_heads, n_heads, dtype=torch.float64)
-    for rows, entropy in maps:
+    for rows, entropy in zip(maps, entropies, strict=True):
         for head in range(n_heads - 1):
-            others = slice(head + 1, None)
-            between = _js_distance(rows[head], rows[others], entropy[head], entropy[others])
-            distances[head, others] += between.double().cpu() / len(windows)
-    pairs = zip(maps[:half], maps[half : 2 * half], strict=True)
-    floors = [_js_distance(p, q, p_entropy, q_entropy).mean() for (p, p_entropy), (q, q_entropy) in pairs]
-    return (distances + distances.T).numpy(), float(torch.stack(floors).mean())
-
-
-def baseline_sums(
-    model: PicoLLM, sequences: list[Tensor], counts: np.ndarray | None, untrained: Iterable[PicoLLM], seed: int
-) -> dict[str, Sums]:
-    """The sums of the model and each of its baselines on token sequences, by name as in Study.shares."""
-    repeats, generator = _induction_sequences(model.config, counts, seed), torch.Generator().manual_seed(seed)
-
-    def shuffle(members: list[Tensor]) -> list[Tensor]:
-        return [ids[torch.randperm(len(ids), generator=generator)] for ids in members]
-
-    return {
-        "trained": head_sums(model, sequences, repeats, counts),
-        "shuffled": head_sums(model, shuffle(sequences), shuffle(repeats), counts),
-        "uniform": head_sums(None, sequences, repeats, counts),
-        "untrained": [head_sums(other, sequences, repeats, counts) for other in untrained],
-    }
+            between = _js_distance(rows[head], rows[head + 1 :], entropy[head], entropy[head + 1 :])
+            distances[head, head + 1 :] += between.double().cpu() / len(windows)
+    floors = map(_js_distance, maps[:half], maps[half:], entropies[:half], entropies[half:])
+    return (distances + distances.T).numpy(), float(torch.stack([each.mean() for each in floors]).mean())
 
 
 # ======================================================================================================================
@@ -3700,10 +3629,10 @@ def study_model(
     n_last = min(windows.shape[1] - 1, max(1, _MAX_PREDICTIONS // n_ablations))
     seeds = range(1000, 1000 + n_seeds)  # the model's own is hardly among them
     with progress(total=5, desc="Study", unit="step") as bar:
-        texts = list(itertools.chain(*sentences.values()))
+        encoded = [torch.tensor(_encode_sentence(text, model)) for text in itertools.chain(*sentences.values())]
         sums = [
-            baseline_sums(model, sequences, token_counts, untrained_models(model, seeds), seed)
-            for sequences in (_as_sequences(idx=windows), _as_sequences(texts))
+            baseline_sums(model, sequences, token_counts, untrained_models(model, seeds), seed, controls)
+            for sequences, controls in ((list(windows), True), (encoded, False))
         ]
         parts = _study_scores(*sums, sentences, n_bootstrap, seed)
         bar.update()
