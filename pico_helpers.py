@@ -65,7 +65,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from random import Random
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import networkx
 import numpy as np
@@ -2444,16 +2444,13 @@ def head_name(layer: int, head: int) -> str:
     return f"L{layer}H{head}"
 
 
-def stream_attention(model: PicoLLM, idx: Tensor, reduce: Callable[[Tensor], Any]) -> list:
-    """Runs token ids (B, T) and returns what `reduce` makes of each layer's pattern, (B, H, T, T) float32.
-
-    Only one layer's pattern is alive at a time; the output projection, two thirds of the work, is left out.
-    """
-    reduced: list = []
+def attention_patterns(model: PicoLLM, ids: Sequence[int] | Tensor) -> Tensor:
+    """What every layer and head attends to in one text, token ids (T,): (n_layer, H, T, T) float32."""
+    layers: list[Tensor] = []
     with evaluating(model):
-        idx = idx.to(model.token_embedding.weight.device)
-        model.hidden_states(idx, on_attention=lambda _, weights: reduced.append(reduce(weights)))
-    return reduced
+        idx = torch.as_tensor(ids, device=model.token_embedding.weight.device)[None]
+        model.hidden_states(idx, on_attention=lambda _, weights: layers.append(weights[0]))
+    return torch.stack(layers)
 
 
 @dataclass(frozen=True)
@@ -2479,8 +2476,7 @@ def _encode_sentence(text: str, model: PicoLLM, name: str = "The sentence") -> l
 def capture_attention(model: PicoLLM, text: str) -> AttentionCapture:
     """Attention patterns of every layer and head for one text of at most `max_positions` tokens, else PicoError."""
     ids = _encode_sentence(text, model)
-    layers = stream_attention(model, torch.tensor([ids]), lambda weights: weights[0].cpu())
-    return AttentionCapture(text, ids, get_tokenizer().labels(ids), torch.stack(layers))
+    return AttentionCapture(text, ids, get_tokenizer().labels(ids), attention_patterns(model, ids).cpu())
 
 
 @contextlib.contextmanager
@@ -2499,23 +2495,22 @@ def _head_outputs(model: PicoLLM) -> Iterator[list[Tensor]]:
 
 def mean_head_outputs(model: PicoLLM, idx: Tensor) -> Tensor:
     """Each head's output averaged over windows and positions of ids (n_windows, T): (n_layer, n_head, head_dim)."""
-    sums = torch.zeros(model.config.n_layer, model.config.n_head, model.config.head_dim, dtype=torch.float64)
+    total = 0
     with evaluating(model), _head_outputs(model) as outputs:
         for windows in idx.split(max(1, _MAX_TOKENS // idx.shape[1])):
             outputs.clear()
             model.hidden_states(windows.to(model.token_embedding.weight.device))
-            sums += torch.stack([each.sum((0, 1), dtype=torch.float32) for each in outputs]).double().cpu()
-    return (sums / idx.numel()).float()
+            total += torch.stack([each.sum((0, 1), dtype=torch.float32) for each in outputs]).double().cpu()
+    return (total / idx.numel()).float()
 
 
 def ablated_hidden_states(
     model: PicoLLM, idx: Tensor, sets: Sequence[Heads], means: Tensor, n_last: int
 ) -> Iterator[Tensor]:
-    """What the output projection reads at the n_last last positions when sets of heads are mean-ablated.
+    """What the output projection reads at the n_last last positions of ids (N, T): batches (sets, B, n_last, D).
 
-    Batches (sets, B, n_last, D) of ids (N, T). Each head of a set writes its mean output (`mean_head_outputs`) at every
-    position, which keeps the constant part that later layers rely on (Wang et al. 2022). The sets run side by side, and
-    those that agree up to a layer are one until there. Raises PicoError for a head that does not exist.
+    The heads of each set write their mean output (`mean_head_outputs`) at every position: later layers rely on it (Wang
+    et al. 2022). Sets run side by side, as one while they agree. Raises PicoError for a head that does not exist.
     """
     n_layer, n_head = model.config.n_layer, model.config.n_head
     for layer, head in itertools.chain(*sets):
@@ -2591,10 +2586,9 @@ def rank_p(cost: float, random_costs: Sequence[float]) -> float:
 
 
 def random_head_sets(heads: Heads, n_layer: int, n_head: int, n: int, seed: int) -> list[Heads]:
-    """At most n distinct sets of as many heads as `heads`, which is not among them, for `rank_p`.
+    """At most n distinct sets of as many heads in each layer as `heads`, which they may overlap, for `rank_p`.
 
-    They have as many heads in each layer as `heads`; only where fewer than n such sets exist do others of any layers
-    follow. A set may share heads with `heads`, as one that is drawn at random may.
+    Only where fewer than n such sets exist do others of as many heads in any layers follow.
     """
     random, wanted = Random(seed), Counter(layer for layer, _ in heads)
     everything = list(np.ndindex(n_layer, n_head))
@@ -2635,7 +2629,6 @@ HEAD_SCORES = (*KAPPAS, "broad", "mean_distance", "entropy")
 _RATIOS = (*HEAD_SCORES, "rest")  # `rest`: the share of attention that is not on the first token
 MIN_LOSS_INCREASE = 0.001  # nats per token; an ablation that costs less is of no consequence
 _MAX_PREDICTIONS = 50_000  # of an ablation map in a study: their logits are most of its time
-_MAX_MAP = 384**2  # weights per head in one forward pass: one window of 384 tokens, nine of 128
 
 
 @dataclass(frozen=True)
@@ -2652,28 +2645,27 @@ class ScoreThresholds:
 
 def score_thresholds(*untrained: pd.DataFrame) -> ScoreThresholds:
     """tau from tables of untrained heads: each score's percentile, the largest over the tables, at least the floor."""
-    base = ScoreThresholds()
-    percentiles = [np.percentile(table[list(KAPPAS)], base.percentile, axis=0) for table in untrained]
-    return ScoreThresholds(tau=dict(zip(KAPPAS, np.max(percentiles, axis=0).clip(base.floor).tolist(), strict=True)))
+    percentiles = [np.percentile(table[list(KAPPAS)], ScoreThresholds.percentile, axis=0) for table in untrained]
+    tau = np.max(percentiles, axis=0).clip(ScoreThresholds.floor)
+    return ScoreThresholds(tau=dict(zip(KAPPAS, tau.tolist(), strict=True)))
 
 
 def kappa_sums(weights: Tensor, keys: Tensor, without_sink: bool = True) -> Tensor:
-    """Numerators and denominators of kappa for maps (B, H, T, T) and sets of keys (B, S, T, T) bool: (2, B, H, S).
+    """Numerators and denominators of kappa for maps (..., H, T, T) and sets of keys (S, T, T) bool: (2, ..., H, S).
 
     kappa(M) = sum_i (m_i - u_i) / sum_i (1 - u_i) with m_i the weight of row i on its keys M_i and u_i = |M_i| / i what
     a uniform head puts there (after Cohen 1960): 0 for a uniform head, 1 for an ideal one. Rows of u_i = 0 or 1 offer
-    no choice and are skipped. `without_sink` takes the first column out: rows i >= 3 of R_ij = A_ij / (1 - A_i1),
-    weighted by 1 - A_i1.
+    no choice and are skipped. `without_sink`: of rows i >= 3 without their first key, weighted by what is left of them.
     """
     visible = torch.ones(weights.shape[-2:], dtype=torch.bool, device=weights.device).tril()
     if without_sink:
         visible[:2] = visible[:, 0] = False
-    chance = (keys & visible).sum(-1) / visible.sum(-1).clamp(min=1)  # (B, S, T)
+    chance = (keys & visible).sum(-1) / visible.sum(-1).clamp(min=1)  # (S, T)
     scored = (chance > 0) & (chance < 1)
     chance = chance * scored
-    hits = weights.flatten(2) @ (keys & visible & scored[..., None]).to(weights.dtype).flatten(2).mT
-    seen = (weights * visible).sum(-1)  # (B, H, T), what a row counts by
-    return torch.stack([hits - seen @ chance.mT, seen @ (scored.to(weights.dtype) - chance).mT])
+    hits = weights.flatten(-2) @ (keys & visible & scored[..., None]).to(weights.dtype).flatten(1).T
+    seen = (weights * visible).sum(-1)  # (..., H, T), what a row counts by
+    return torch.stack([hits - seen @ chance.T, seen @ (scored.to(weights.dtype) - chance).T])
 
 
 @functools.cache
@@ -2684,41 +2676,37 @@ def punctuation_tokens() -> Tensor:
     return torch.tensor([bool(t) and all(unicodedata.category(c)[0] == "P" for c in t) for t in texts])
 
 
-def key_sets(idx: Tensor, counts: Tensor) -> Tensor:
-    """The keys that each kappa but `sink` asks for, (B, 7, T, T) bool in the order of KAPPAS; ids (B, T), counts (V,).
+def key_sets(ids: Tensor, counts: Tensor) -> Tensor:
+    """The keys that each kappa but `sink` asks for in a text (T,): (7, T, T) bool in the order of KAPPAS; counts (V,).
 
     Sets that depend on content hold earlier positions only, and a row that is itself punctuation (or the rarest token)
     is not asked for it; so looking at oneself never counts as looking at content. Rare is the least frequent token *so
     far*: a decoder cannot see which token will be the rarest of the text (Voita et al. 2019 score an encoder).
     """
-    B, T = idx.shape
-    position = torch.arange(T)
+    position = torch.arange(len(ids))
     distance = position[:, None] - position  # (T, T), query minus key
     earlier = distance > 0
-    same = (idx[:, :, None] == idx[:, None, :]) & earlier
-    follower = F.pad(same[:, :, :-1], (1, 0)) & earlier  # the token before key j is a copy of token i
-    is_mark = punctuation_tokens()[idx]
-    marks = is_mark[:, None, :] & ~is_mark[:, :, None] & earlier
-    frequency = counts[idx]
-    frequency[:, 0] = torch.iinfo(frequency.dtype).max  # the sink's column is no candidate
-    rarest = frequency.cummin(dim=1).values
-    rare = (frequency[:, None, :] == rarest[:, :, None]) & (frequency > rarest)[:, :, None] & earlier
     local = (distance >= 0) & (distance <= 2) & (position[:, None] >= 5)
-    places = torch.stack([distance == 0, distance == 1, local]).expand(B, 3, T, T)
-    return torch.cat([places, torch.stack([same, follower, marks, rare], dim=1)], dim=1)
+    same = (ids[:, None] == ids) & earlier
+    follower = F.pad(same[:, :-1], (1, 0)) & earlier  # the token before key j is a copy of token i
+    is_mark = punctuation_tokens()[ids]
+    marks = is_mark & ~is_mark[:, None] & earlier
+    frequency = counts[ids]
+    frequency[0] = torch.iinfo(frequency.dtype).max  # the sink's column is no candidate
+    rarest = frequency.cummin(dim=0).values
+    rare = (frequency == rarest[:, None]) & (frequency > rarest)[:, None] & earlier
+    return torch.stack([distance == 0, distance == 1, local, same, follower, marks, rare])
 
 
 def _score_sums(weights: Tensor, keys: Tensor) -> Tensor:
-    """Numerators and denominators of all _RATIOS for maps (B, H, T, T) and their key sets: (2, B, H, ratios)."""
+    """Numerators and denominators of all _RATIOS for maps (L, H, T, T) and their key sets: (2, L, H, ratios)."""
     keys = keys.to(weights.device)
-    n_keys = torch.arange(1, weights.shape[-1] + 1, device=weights.device, dtype=weights.dtype)  # of each row
-    first, rest = weights[..., 0], weights[..., 1:].sum(-1)  # (B, H, T)
-    spread = -torch.xlogy(weights[..., 1:], weights[..., 1:]).sum(-1)
-    entropy = spread - torch.xlogy(first, first)  # nats
-    rest_entropy = spread + torch.xlogy(rest, rest)  # w_i H(R_i)
+    n_keys = torch.arange(1, len(keys[0]) + 1, device=weights.device, dtype=weights.dtype)  # of each row
     distance = (n_keys[:, None] - n_keys).clamp(min=0)
-    ones, sink = torch.ones_like(first), torch.zeros_like(keys[:, :1])
-    sink[..., 0] = True
+    first, rest = weights[..., 0], weights[..., 1:].sum(-1)  # (L, H, T)
+    spread = -torch.xlogy(weights[..., 1:], weights[..., 1:]).sum(-1)
+    rest_entropy, entropy = spread + torch.xlogy(rest, rest), spread - torch.xlogy(first, first)  # w_i H(R_i); nats
+    ones, sink = torch.ones_like(first), (n_keys == 1).expand_as(keys[:1])
     others = [  # as in _RATIOS: broad, mean_distance, entropy, rest
         (rest_entropy[..., 2:].sum(-1), (rest * (n_keys - 1).clamp(min=1).log())[..., 2:].sum(-1)),
         (weights.flatten(2) @ distance.flatten(), ones.sum(-1)),
@@ -2726,49 +2714,28 @@ def _score_sums(weights: Tensor, keys: Tensor) -> Tensor:
         (rest[..., 2:].sum(-1), ones[..., 2:].sum(-1)),
     ]
     others = torch.stack([torch.stack(pair) for pair in others], dim=-1)
-    kappas = [kappa_sums(weights, sink, without_sink=False), kappa_sums(weights, keys)]
-    return torch.cat([*kappas, others], dim=-1).double().cpu()
-
-
-def text_sums(attend: Callable[..., list], sequences: Sequence[Tensor], counts: np.ndarray | None) -> np.ndarray:
-    """Numerators and denominators of every score for each token sequence: (2, sequences, n_layer, n_head, ratios).
-
-    `attend(idx, reduce)`, as `stream_attention`, is run on batches of sequences of equal length. `counts` (V,) say
-    which tokens are rare, by default those within the sequences.
-    """
-    counts = torch.bincount(torch.cat(sequences)) if counts is None else torch.tensor(counts, dtype=torch.int64)
-    lengths, batches = list(map(len, sequences)), []
-    order = np.argsort(lengths, kind="stable")
-    for length, group in itertools.groupby(order, key=lengths.__getitem__):
-        for places in torch.tensor(list(group)).split(max(1, _MAX_MAP // length**2)):
-            idx = torch.stack([sequences[k] for k in places])
-            layers = attend(idx, functools.partial(_score_sums, keys=key_sets(idx, counts)))
-            batches.append(torch.stack(layers, dim=2))  # (2, B, n_layer, n_head, ratios)
-    return torch.cat(batches, dim=1).numpy()[:, np.argsort(order)]
+    return torch.cat([kappa_sums(weights, sink, without_sink=False), kappa_sums(weights, keys), others], dim=-1)
 
 
 def token_counts(file: TokenFile) -> np.ndarray:
     """How often each token of the vocabulary occurs in a token file, (50257,) int64."""
-    counts = np.zeros(Tokenizer.end_of_text + 1, np.int64)
-    for start in range(0, len(file.tokens), 2**22):
-        counts += np.bincount(file.tokens[start : start + 2**22], minlength=len(counts))
-    return counts
+    parts = np.array_split(file.tokens, len(file.tokens) // 2**22 + 1)
+    return sum(np.bincount(part, minlength=Tokenizer.end_of_text + 1) for part in parts)
 
 
 def repeated_random_tokens(config: ModelConfig, counts: np.ndarray | None = None, seed: int = 0) -> list[Tensor]:
     """Nine sequences of up to 128 random tokens in which chunks of 3-8 tokens come again after random gaps.
 
-    On such sequences only the content tells where the continuation is (Olsson et al. 2022); since the gaps vary, a head
-    that looks back a fixed distance scores no better than chance. With the training tokens' `counts` only tokens
-    seen at least 50 times are drawn (or the 1000 most frequent): a model knows nothing of tokens that it never saw.
+    Only the content tells where the continuation is (Olsson et al. 2022), no fixed distance does. With the training
+    tokens' `counts` only tokens seen at least 50 times are drawn (or the 1000 most frequent): others mean nothing yet.
     """
     length, random, candidates = min(128, config.context_length), np.random.default_rng(seed), config.vocab_size
     if counts is not None:
         counts = np.asarray(counts[:candidates])
         candidates = np.argsort(-counts, kind="stable")[: max(1000, int((counts >= 50).sum()))]
-
-    def sequence() -> Tensor:
-        fresh, chunks, tokens = itertools.cycle(random.permutation(candidates)[:length]), [], []
+    sequences = []
+    for _ in range(9):
+        fresh, chunks, tokens = itertools.cycle(random.permutation(candidates)[:length].tolist()), [], []
         last = None  # the chunk just written: repeating it at once would make a copy of the previous tokens
         while len(tokens) < length:
             old = [k for k in range(len(chunks)) if k != last]
@@ -2778,65 +2745,71 @@ def repeated_random_tokens(config: ModelConfig, counts: np.ndarray | None = None
                 last = len(chunks)
                 chunks.append(list(itertools.islice(fresh, int(random.integers(3, 9)))))
             tokens += chunks[last]
-        return torch.tensor(np.array(tokens[:length]))
-
-    return [sequence() for _ in range(9)]
+        sequences.append(torch.tensor(tokens[:length]))
+    return sequences
 
 
 @dataclass(frozen=True)
 class HeadSums:
-    """Numerators and denominators of every score, text by text, for one model on one set of texts; see `text_sums`."""
+    """Numerators and denominators of every score, text by text, for one model on one set of texts; see `head_sums`."""
 
     texts: np.ndarray  # (2, n_texts, n_layer, n_head, ratios)
     repeats: np.ndarray  # the same for repeated random tokens; of these only the induction score is used
 
     def scores(self, *weights: np.ndarray) -> dict[str, np.ndarray]:
-        """Scores (R, n_layer, n_head) for R weightings of texts (R, n_texts) and of repeats, by default all alike.
-
-        They are ratios of sums over texts, so long texts count by their rows.
-        """
+        """Scores (R, heads), ratios of sums, for R weightings of the texts, (R, n_texts), and repeats."""
         of_texts, of_repeats = weights or (np.ones((1, each.shape[1])) for each in (self.texts, self.repeats))
         induction = _RATIOS.index("induction")
         totals = np.tensordot(of_texts, self.texts, (1, 1))  # (R, 2, n_layer, n_head, ratios)
         totals[..., induction] = np.tensordot(of_repeats, self.repeats[..., induction], (1, 1))
-        top, bottom = totals[:, 0], totals[:, 1]
+        top, bottom = totals.reshape(len(totals), 2, -1, len(_RATIOS)).swapaxes(0, 1)
         ratios = np.divide(top, bottom, out=np.zeros_like(top), where=bottom > 1e-6)  # 0 where no row can be scored
         return {name: ratios[..., k] for k, name in enumerate(_RATIOS)}
 
     def bootstrap(self, n: int, seed: int) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-        """The scores (n, n_layer, n_head) over n resamples of the texts, and those over the texts each leaves out."""
+        """The scores (n, heads) over n resamples of the texts, and those over the texts each leaves out."""
         random = np.random.default_rng(seed)
         sizes = self.texts.shape[1], self.repeats.shape[1]
         drawn = [random.multinomial(size, np.full(size, 1 / size), n).astype(float) for size in sizes]
-        left_out = [(each == 0).astype(float) for each in drawn]
-        for each in left_out:
-            each[~each.any(axis=1)] = 1.0  # of few texts a resample may hold all
+        # of few texts a resample may hold all; then none is left out
+        left_out = [np.where(each.all(axis=1, keepdims=True), 1.0, each == 0) for each in drawn]
         return self.scores(*drawn), self.scores(*left_out)
 
     def table(self, thresholds: ScoreThresholds | None = None) -> pd.DataFrame:
         """One row per head, the columns of `score_heads`."""
-        thresholds, scores = thresholds or ScoreThresholds(), self.scores()
-        _, layer, head = np.indices(scores["sink"].shape)
+        thresholds, scores = thresholds or ScoreThresholds(), {name: each[0] for name, each in self.scores().items()}
+        layer, head = np.indices(self.texts.shape[2:4]).reshape(2, -1)
         columns = {"layer": layer, "head": head, **{name: scores[name] for name in HEAD_SCORES}}
         columns["resting"] = scores["rest"] < thresholds.resting
         columns["sink_flag"] = scores["sink"] >= thresholds.tau["sink"]
-        columns["class"] = classify_heads(scores, thresholds)
-        return pd.DataFrame({name: values.ravel() for name, values in columns.items()})
+        return pd.DataFrame(columns | {"class": classify_heads(scores, thresholds)})
 
 
 Sums = HeadSums | Sequence[HeadSums]  # of one model, or of several untrained ones
 
 
+def head_sums(attend: Callable, texts: list[Tensor], repeats: list[Tensor], counts: np.ndarray | None) -> HeadSums:
+    """The sums of a model's scores on token sequences and on `repeated_random_tokens`.
+
+    `attend(ids)` gives a text's `attention_patterns`; `counts` (V,) say which tokens are rare, default those in texts.
+    """
+
+    def sums(members: list[Tensor]) -> np.ndarray:
+        known = torch.bincount(torch.cat(members)) if counts is None else torch.tensor(counts, dtype=torch.int64)
+        each = [_score_sums(attend(ids), key_sets(ids, known)).double().cpu() for ids in members]
+        return torch.stack(each, dim=1).numpy()
+
+    return HeadSums(sums(texts), sums(repeats))
+
+
 def classify_heads(scores: Mapping[str, np.ndarray], thresholds: ScoreThresholds) -> np.ndarray:
     """One of HEAD_CLASSES for each head, as CLASS_RULE says; scores are arrays of any one shape, `rest` among them."""
-
-    def strength(*names: str) -> np.ndarray:
-        return np.max([np.where(scores[name] >= thresholds.tau[name], scores[name], 0.0) for name in names], axis=0)
-
-    diagonal, local = strength("self", "previous"), strength("local")
+    strength = {name: np.where(scores[name] >= tau, scores[name], 0.0) for name, tau in thresholds.tau.items()}
+    diagonal, local = np.maximum(strength["self"], strength["previous"]), strength["local"]
+    content = np.max([strength[name] for name in KAPPAS[4:]], axis=0)
     conditions = {
         "Resting": scores["rest"] < thresholds.resting,
-        "Token-Specific": strength(*KAPPAS[4:]) > np.maximum(diagonal, local),
+        "Token-Specific": content > np.maximum(diagonal, local),
         "Diagonal/Self": (diagonal > 0) & (diagonal >= thresholds.diagonal_share * scores["local"]),
         "Local Context": local > 0,
         "Global/Broad": scores["broad"] >= thresholds.broad,
@@ -2850,30 +2823,14 @@ def uniform_attention(n_layer: int, n_tokens: int) -> np.ndarray:
     return np.broadcast_to(lower / lower.sum(axis=1, keepdims=True), (n_layer, 1, n_tokens, n_tokens))
 
 
-def head_sums(
-    model: PicoLLM | None, sequences: Sequence[Tensor], repeats: Sequence[Tensor], counts: np.ndarray | None
-) -> HeadSums:
-    """The sums of a model on token sequences and repeated random tokens; None is a model of one uniform head."""
-
-    def attend_alike(idx: Tensor, reduce: Callable[[Tensor], Tensor]) -> list[Tensor]:
-        weights = torch.tensor(uniform_attention(1, idx.shape[1]), dtype=torch.float32)
-        return [reduce(weights.expand(len(idx), -1, -1, -1))]
-
-    attend = functools.partial(stream_attention, model) if model else attend_alike
-    return HeadSums(*(text_sums(attend, each, counts) for each in (sequences, repeats)))
-
-
-def score_heads(
-    model: PicoLLM, idx: Tensor, *, token_counts: np.ndarray | None = None, thresholds: ScoreThresholds | None = None
-) -> pd.DataFrame:
+def score_heads(model: PicoLLM, idx: Tensor, token_counts: np.ndarray | None = None) -> pd.DataFrame:
     """What each head does on token windows `idx` (n_windows, T): a row per layer and head, counted from 0.
 
     - sink: kappa of the first token; of the rest of the map (`kappa_sums`): self {i}, previous {i-1}, local {i-2..i},
       duplicate (earlier copies of token i), induction (tokens that follow them, on `repeated_random_tokens`),
       punctuation, rare (least frequent token so far); 0 if no row allows a score
-    - broad: entropy of the rest of the map, 1 for uniform
-    - mean_distance: sum A_ij (i - j) / sum A_ij, tokens (Vig & Belinkov 2019); entropy: nats, mean over rows (Clark et
-      al. 2019); neither is corrected for chance: compare them with a uniform head's on the same text
+    - broad: entropy of the rest of the map, 1 for uniform; not corrected for chance: mean_distance, sum A_ij (i - j) /
+      sum A_ij in tokens (Vig & Belinkov 2019), and entropy, nats per row (Clark et al. 2019)
     - resting, sink_flag: bool; class: one of HEAD_CLASSES, see `classify_heads`
 
     `token_counts` are those of the training tokens; those within the windows, the default, are a weak stand-in.
@@ -2881,26 +2838,23 @@ def score_heads(
     n_known = min(model.config.vocab_size, len(punctuation_tokens() if token_counts is None else token_counts))
     if idx.ndim != 2 or idx.is_floating_point() or not idx.numel() or idx.max() >= n_known:
         raise PicoError(f"idx must have the shape (n_windows, T), not be empty and hold token ids below {n_known:,}.")
-    repeats = repeated_random_tokens(model.config, token_counts)
-    return head_sums(model, list(idx.cpu()), repeats, token_counts).table(thresholds)
+    attend, repeats = functools.partial(attention_patterns, model), repeated_random_tokens(model.config, token_counts)
+    return head_sums(attend, list(idx.cpu()), repeats, token_counts).table()
 
 
 def baseline_sums(
-    model: PicoLLM,
-    sequences: list[Tensor],
-    counts: np.ndarray | None,
-    untrained: Iterable[PicoLLM],
-    seed: int,
-    controls: bool,
+    model: PicoLLM, texts: list[Tensor], counts: np.ndarray | None, others: Iterable[PicoLLM], seed: int, controls: bool
 ) -> dict[str, Sums]:
-    """The sums of a model and untrained ones on token sequences, by name as in Study.shares; with `controls`, all."""
-    repeats, generator = repeated_random_tokens(model.config, counts, seed), torch.Generator().manual_seed(seed)
-    sums: dict[str, Sums] = {"trained": head_sums(model, sequences, repeats, counts)}
+    """The sums of a model and of untrained others, by name as in Study.shares; with `controls`, all that it names."""
+    both, generator = (texts, repeated_random_tokens(model.config, counts, seed)), torch.Generator().manual_seed(seed)
+    attend = functools.partial(attention_patterns, model)
+    sums: dict[str, Sums] = {"trained": head_sums(attend, *both, counts)}
     if controls:
-        mixed = [[ids[torch.randperm(len(ids), generator=generator)] for ids in each] for each in (sequences, repeats)]
-        sums["shuffled"] = head_sums(model, *mixed, counts)
-        sums["uniform"] = head_sums(None, sequences, repeats, counts)
-    return sums | {"untrained": [head_sums(other, sequences, repeats, counts) for other in untrained]}
+        mixed = [[ids[torch.randperm(len(ids), generator=generator)] for ids in each] for each in both]
+        sums["shuffled"] = head_sums(attend, *mixed, counts)
+        sums["uniform"] = head_sums(lambda ids: torch.tensor(uniform_attention(1, len(ids))).float(), *both, counts)
+    untrained = [head_sums(functools.partial(attention_patterns, other), *both, counts) for other in others]
+    return sums | {"untrained": untrained}
 
 
 def best_heads(history: pd.DataFrame) -> pd.DataFrame:
@@ -2912,66 +2866,55 @@ def describe_emergence(history: pd.DataFrame, thresholds: ScoreThresholds) -> st
     """One sentence on when previous-token and induction heads appear in a history of `score_heads`."""
     best, parts = best_heads(history), []
     unit = "tokens of training" if best.index.name == "tokens" else "steps"
-    for score, kind in (("previous", "previous-token"), ("induction", "induction")):
-        tau = thresholds.tau[score]
+    for score, kind in (("previous", "previous-token head"), ("induction", "induction head")):
+        tau, part = thresholds.tau[score], f"no {kind} appears (highest score {best[score].max():.2f}, threshold "
         reached = best.index[best[score] >= tau]
         if len(reached):
             before = max(best.index[best.index < reached[0]], default=0)
-            parts.append(
-                f"the first {kind} head appears between {before:,} and {reached[0]:,} {unit} (score {tau:.2f})"
-            )
-        else:
-            parts.append(f"no {kind} head appears (highest score {best[score].max():.2f}, threshold {tau:.2f})")
+            part = f"the first {kind} appears between {before:,} and {reached[0]:,} {unit} (score "
+        parts.append(f"{part}{tau:.2f})")
     text = "; ".join(parts)
     return f"{text[0].upper()}{text[1:]}."
 
 
-def _estimates(
-    sums: Sums, name: str, value: str, statistics: Callable[[dict, dict], dict], n: int, seed: int
-) -> pd.DataFrame:
-    """A row of columns `name`, `value`, low, high for each of `statistics(scores, scores on left-out texts)`, (R,).
+def _estimates(sums: Sums, columns: list[str], statistics: Callable, n: int, seed: int) -> pd.DataFrame:
+    """Name, value, low and high of each of `statistics(scores, scores on left-out texts)`, a dictionary of arrays (R,).
 
     For one model: its value and the 95 % interval over n resamples of the texts. For a list of models: mean and range.
     """
+    tables = [each.scores() for each in ([sums] if isinstance(sums, HeadSums) else sums)]
+    scores = {name: np.concatenate([table[name] for table in tables]) for name in _RATIOS}
+    values = spread = statistics(scores, scores)
+    limits = [0, 1]
     if isinstance(sums, HeadSums):
-        scores, limits = sums.scores(), [0.025, 0.975]
-        values, spread = statistics(scores, scores), statistics(*sums.bootstrap(n, seed))
-    else:
-        tables, limits = [each.scores() for each in sums], [0, 1]
-        scores = {name: np.concatenate([table[name] for table in tables]) for name in _RATIOS}
-        values = spread = statistics(scores, scores)
-    rows = [(key, values[key].mean(), *np.quantile(spread[key], limits)) for key in values]
-    return pd.DataFrame(rows, columns=[name, value, "low", "high"])
+        spread, limits = statistics(*sums.bootstrap(n, seed)), [0.025, 0.975]
+    rows = [(name, values[name].mean(), *np.quantile(spread[name], limits)) for name in values]
+    return pd.DataFrame(rows, columns=[*columns, "low", "high"])
 
 
 def class_shares(sums: Sums, thresholds: ScoreThresholds, n_bootstrap: int = 1000, seed: int = 0) -> pd.DataFrame:
-    """Share of the heads in each class, columns class, share, low, high (see `_estimates`), each resample classified
-    anew; "Specialised" is the sum of the first three."""
+    """Share of the heads in each class and, as "Specialised", in the first three: class, share, low, high."""
 
     def shares(scores: dict[str, np.ndarray], _: dict) -> dict[str, np.ndarray]:
         classes = classify_heads(scores, thresholds)
-        each = {name: (classes == name).mean((1, 2)) for name in HEAD_CLASSES}
+        each = {name: (classes == name).mean(axis=1) for name in HEAD_CLASSES}
         return each | {"Specialised": sum(each[name] for name in SPECIALISED_CLASSES)}
 
-    return _estimates(sums, "class", "share", shares, n_bootstrap, seed)
+    return _estimates(sums, ["class", "share"], shares, n_bootstrap, seed)
 
 
 def highest_scores(sums: Sums, n_bootstrap: int = 1000, seed: int = 0) -> pd.DataFrame:
-    """The highest of each score over the heads, columns score, highest, low, high (see `_estimates`).
+    """The highest of each score over the heads: score, highest, low, high.
 
-    The largest of many noisy numbers is too large, in each resample once more: so a model's interval is that of the
-    head that is strongest in a resample, scored on the third of the texts which the resample leaves out (out-of-bag,
-    Breiman 1996); it is rather too wide.
+    The largest of many noisy numbers is too large, in each resample once more: so a resample's strongest head is scored
+    on the third of the texts that it leaves out (out-of-bag, Breiman 1996); the interval is rather too wide.
     """
 
     def highest(scores: dict[str, np.ndarray], left_out: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        values = {}
-        for name in HEAD_SCORES:
-            heads, tested = (each[name].reshape(len(each[name]), -1) for each in (scores, left_out))
-            values[name] = tested[np.arange(len(tested)), heads.argmax(axis=1)]
-        return values
+        best = {name: (range(len(scores[name])), scores[name].argmax(axis=1)) for name in HEAD_SCORES}
+        return {name: left_out[name][best[name]] for name in HEAD_SCORES}
 
-    return _estimates(sums, "score", "highest", highest, n_bootstrap, seed)
+    return _estimates(sums, ["score", "highest"], highest, n_bootstrap, seed)
 
 
 def _ablated_losses(model: PicoLLM, idx: Tensor, sets: Sequence[Heads], means: Tensor, n_last: int) -> np.ndarray:
@@ -2992,26 +2935,21 @@ def check_windows(windows: Tensor) -> None:
 def head_ablation_map(model: PicoLLM, idx: Tensor, means: Tensor, n_last: int) -> pd.DataFrame:
     """Loss of the n_last last predictions of held-out token windows (n_windows, T), each head mean-ablated in turn.
 
-    Columns layer, head, loss and loss_increase in nats per token, standard_error, that of the increase over windows,
-    and matters, see `heads_that_matter`. `means` as in `ablated_hidden_states`. Errors as `check_windows`.
+    Columns layer, head, loss and loss_increase in nats per token, standard_error of the increase over windows, matters
+    (`heads_that_matter`). Errors as `check_windows`.
     """
     check_windows(idx)
     heads = list(np.ndindex(model.config.n_layer, model.config.n_head))
     losses = _ablated_losses(model, idx, [(), *((head,) for head in heads)], means, n_last)
     increase = losses[1:] - losses[0]
-    table = pd.DataFrame(heads, columns=["layer", "head"]).assign(
-        loss=losses[1:].mean(1),
-        loss_increase=increase.mean(1),
-        standard_error=increase.std(1, ddof=1) / math.sqrt(len(idx)),
-    )
+    error = increase.std(1, ddof=1) / math.sqrt(len(idx))
+    table = pd.DataFrame(heads, columns=["layer", "head"])
+    table = table.assign(loss=losses[1:].mean(1), loss_increase=increase.mean(1), standard_error=error)
     return table.assign(matters=heads_that_matter(table, len(idx))[0])
 
 
 def heads_that_matter(ablation: pd.DataFrame, n_windows: int) -> tuple[pd.Series, float]:
-    """Which heads' ablation raises the loss by MIN_LOSS_INCREASE and beyond noise, and the limit in standard errors.
-
-    A t-test over windows at 5%, two-sided, corrected for the number of heads (Bonferroni).
-    """
+    """Which heads cost MIN_LOSS_INCREASE and more than the limit, in standard errors, of a t-test (Bonferroni)."""
     from scipy.stats import t
 
     limit = float(t.ppf(1 - SIGNIFICANCE / 2 / len(ablation), n_windows - 1))
@@ -3024,36 +2962,28 @@ def class_ablation(
 ) -> pd.DataFrame:
     """What it costs when all heads of a specialised class (`scores` has layer, head, class) are mean-ablated together.
 
-    Heads that share a task can each be spared while the group cannot. Columns class, n_heads, loss_increase as in
-    `head_ablation_map` with low and high, the 95 % t interval over windows. On the first quarter of the windows, up to
-    64 tokens and 16 predictions of each, the class's cost, compared_loss_increase, is ranked among those of
-    n_random_sets (`random_head_sets`), whose mean is random_loss_increase: p_value (`rank_p`, Holm-adjusted).
+    Columns class, n_heads, loss_increase as in `head_ablation_map` with its 95 % t interval over windows, low to high.
+    On the first quarter of the windows, up to 64 tokens and 16 predictions of each, compared_loss_increase is that of
+    the class, random_loss_increase the mean of n_random_sets (`random_head_sets`), p_value its rank (`rank_p`, Holm).
     """
     short, rows = idx[: max(1, len(idx) // 4), :65], []
-    for name in SPECIALISED_CLASSES:
-        heads = tuple(scores.loc[scores["class"] == name, ["layer", "head"]].itertuples(index=False, name=None))
-        if not heads:
-            continue
+    for name, members in scores[scores["class"].isin(SPECIALISED_CLASSES)].groupby("class"):
+        heads = tuple(members[["layer", "head"]].itertuples(index=False, name=None))
         base, own = _ablated_losses(model, idx, [(), heads], means, n_last)
         sets = random_head_sets(heads, model.config.n_layer, model.config.n_head, 99, seed)
         losses = _ablated_losses(model, short, [(), heads, *sets], means, min(n_last, 16)).mean(axis=1)
         cost, *random_costs = losses[1:] - losses[0]
         average = float(np.mean(random_costs)) if sets else math.nan
         rows.append((name, len(heads), *t_interval(own - base), len(sets), cost, average, rank_p(cost, random_costs)))
-    columns = ["class", "n_heads", "loss_increase", "low", "high"]
-    columns += ["n_random_sets", "compared_loss_increase", "random_loss_increase", "p_value"]
-    table = pd.DataFrame(rows, columns=columns)
+    columns = "class n_heads loss_increase low high n_random_sets compared_loss_increase random_loss_increase p_value"
+    table = pd.DataFrame(rows, columns=columns.split())
     return table.assign(p_value=holm(table["p_value"]))
 
 
-def _entropy_bits(p: Tensor) -> Tensor:
-    return -torch.xlogy(p, p).sum(-1) / math.log(2)
-
-
-def _js_distance(p: Tensor, q: Tensor, p_entropy: Tensor, q_entropy: Tensor) -> Tensor:
+def _js_distance(p: Tensor, q: Tensor) -> Tensor:
     """Square root of the Jensen-Shannon divergence (base 2) of rows (..., R, T), averaged over the R rows."""
-    divergence = _entropy_bits((p + q) / 2) - (p_entropy + q_entropy) / 2
-    return divergence.clamp(0, 1).sqrt().mean(-1)
+    mixed, *own = (-torch.xlogy(each, each).sum(-1) / math.log(2) for each in ((p + q) / 2, p, q))
+    return (mixed - sum(own) / 2).clamp(0, 1).sqrt().mean(-1)
 
 
 def head_similarity(model: PicoLLM, windows: Tensor) -> tuple[np.ndarray, float]:
@@ -3061,19 +2991,18 @@ def head_similarity(model: PicoLLM, windows: Tensor) -> tuple[np.ndarray, float]
 
     The distance of two heads is the square root of the Jensen-Shannon divergence (base 2) of their rows i >= 3 on the
     same window (n_windows, T), averaged over rows and windows: 0 for equal maps, 1 for disjoint ones (Clark et al. 2019
-    sum the divergence itself). The noise floor is the mean distance of a head to itself between two windows: heads that
-    are closer differ less from each other than one does from itself on other text. Errors as `check_windows`.
+    sum the divergence itself). The noise floor is the mean distance of a head to itself between two windows.
+    Errors as `check_windows`.
     """
     check_windows(windows)
-    maps = [torch.cat(stream_attention(model, ids[None], lambda weights: weights[0]))[:, 2:] for ids in windows]
-    entropies, n_heads, half = list(map(_entropy_bits, maps)), len(maps[0]), len(maps) // 2
+    maps = [attention_patterns(model, ids).flatten(0, 1)[:, 2:] for ids in windows]  # (n_heads, T - 2, T)
+    n_heads, half = len(maps[0]), len(maps) // 2
     distances = torch.zeros(n_heads, n_heads, dtype=torch.float64)
-    for rows, entropy in zip(maps, entropies, strict=True):
+    for rows in maps:
         for head in range(n_heads - 1):
-            between = _js_distance(rows[head], rows[head + 1 :], entropy[head], entropy[head + 1 :])
-            distances[head, head + 1 :] += between.double().cpu() / len(windows)
-    floors = map(_js_distance, maps[:half], maps[half:], entropies[:half], entropies[half:])
-    return (distances + distances.T).numpy(), float(torch.stack([each.mean() for each in floors]).mean())
+            distances[head, head + 1 :] += _js_distance(rows[head], rows[head + 1 :]).double().cpu() / len(maps)
+    floors = [each.mean() for each in map(_js_distance, maps[:half], maps[half:])]
+    return (distances + distances.T).numpy(), float(torch.stack(floors).mean())
 
 
 # ======================================================================================================================
