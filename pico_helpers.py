@@ -2494,9 +2494,9 @@ def mean_head_outputs(model: PicoLLM, idx: Tensor) -> Tensor:
 
 
 def ablated_hidden_states(
-    model: PicoLLM, idx: Tensor, sets: Sequence[Heads], means: Tensor, n_last: int
+    model: PicoLLM, idx: Tensor, sets: Sequence[Heads], means: Tensor, n_last: int = 0
 ) -> Iterator[Tensor]:
-    """What the output projection reads at the n_last last positions of ids (N, T): batches (sets, B, n_last, D).
+    """What the output projection reads at the n_last last positions (0: all) of ids (N, T): (sets, B, n_last, D).
 
     The heads of each set write their mean output (`mean_head_outputs`) at every position: later layers rely on it (Wang
     et al. 2022). Sets run side by side, as one while they agree. Raises PicoError for a head that does not exist.
@@ -2894,9 +2894,9 @@ def highest_scores(sums: Sums, n_bootstrap: int = 1000, seed: int = 0) -> pd.Dat
     return _estimates(sums, ["score", "highest"], highest, n_bootstrap, seed)
 
 
-def _ablated_losses(model: PicoLLM, idx: Tensor, sets: Sequence[Heads], means: Tensor, n_last: int) -> np.ndarray:
-    """Mean loss of each window (sets, n_windows), nats per token of the last n_last predictions, each set ablated."""
-    targets, losses = idx[:, -n_last:].to(model.token_embedding.weight.device), []
+def _ablated_losses(model: PicoLLM, idx: Tensor, sets: Sequence[Heads], means: Tensor, n_last: int = 0) -> np.ndarray:
+    """Mean loss of each window (sets, n_windows), nats per token of its n_last last predictions, each set ablated."""
+    targets, losses = idx[:, 1:][:, -n_last:].to(model.token_embedding.weight.device), []
     for hidden in ablated_hidden_states(model, idx[:, :-1], sets, means, n_last):
         wanted, targets = targets.tensor_split([hidden.shape[1]])
         losses.append(model.token_losses(hidden, wanted.expand(len(sets), -1, -1)).mean(-1).double().cpu())

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 
 import numpy as np
 import pandas as pd
@@ -14,6 +15,7 @@ CONFIG = ph.ModelConfig(
     vocab_size=256, d_model=32, n_layer=2, n_head=2, d_ff=32, context_length=64, max_positions=128, dropout=0.1
 )
 TEXT_CONFIG = dataclasses.replace(CONFIG, vocab_size=50257)  # reads real sentences
+REPEATS = ph.repeated_random_tokens(CONFIG)
 SENTENCES = [
     "The cat sat on the mat.",
     "The old dog, which was tired, slept near the fire.",
@@ -52,71 +54,52 @@ def some_tokens(length, seed):
 
 COUNTS = np.full(256, 100)
 COUNTS[255] = 1
-
-
-def wanted_keys(name, ids):
-    """What the ideal head of that name looks at, row by row, written out plainly (positions from 0)."""
-    n = ids.tolist()
-    frequency = [COUNTS[t] for t in n]
-
-    def keys(i):
-        if name == "sink":
-            return [0]
-        if name == "self":
-            return [i]
-        if name == "previous":
-            return [i - 1]
-        if name == "local":
-            return [i - 2, i - 1, i]
-        if name == "duplicate":
-            return [j for j in range(1, i) if n[j] == n[i]]
-        if name == "induction":
-            return [j + 1 for j in range(i - 1) if n[j] == n[i]]
-        if name == "punctuation":
-            return [j for j in range(1, i) if n[j] in (COMMA, PERIOD)]
-        if name == "rare":
-            return [j for j in range(1, i) if frequency[j] == min(frequency[1 : i + 1])]
-        return list(range(i + 1))  # uniform
-
-    return [[j for j in keys(i) if j >= 0] for i in range(len(n))]
+WANTED = {  # what the ideal head of that name looks at in row i of the tokens n, written out plainly (from 0)
+    "sink": lambda n, i: [0],
+    "self": lambda n, i: [i],
+    "previous": lambda n, i: [i - 1],
+    "local": lambda n, i: [i - 2, i - 1, i],
+    "duplicate": lambda n, i: [j for j in range(1, i) if n[j] == n[i]],
+    "induction": lambda n, i: [j + 1 for j in range(i - 1) if n[j] == n[i]],
+    "punctuation": lambda n, i: [j for j in range(1, i) if n[j] in (COMMA, PERIOD)],
+    "rare": lambda n, i: [j for j in range(1, i) if COUNTS[n[j]] == min(COUNTS[n[1 : i + 1]])],
+    "uniform": lambda n, i: range(i + 1),
+}
 
 
 def ideal_map(name, ids):
     """(T, T): all weight on the wanted keys, alike; rows without any rest on the first token."""
     weights = torch.zeros(len(ids), len(ids))
-    for i, keys in enumerate(wanted_keys(name, ids)):
-        weights[i, keys or [0]] = 1 / len(keys or [0])
+    for i in range(len(ids)):
+        keys = [j for j in WANTED[name](ids.tolist(), i) if j >= 0] or [0]
+        weights[i, keys] = 1 / len(keys)
     return weights
 
 
-def synthetic_table(heads, sequences, repeats=None, thresholds=None):
-    """Scores of heads given as functions ids -> (T, T) map, through the code that scores a model."""
-
-    def attend(idx, reduce):
-        reduce(0, torch.stack([torch.stack([head(ids) for head in heads]) for ids in idx]))
-
-    counts = torch.tensor(COUNTS)
-    repeats = list(ph.repeated_random_tokens(4, 64, 256)) if repeats is None else repeats
-    sums = ph.HeadSums(*(ph.text_sums(attend, ids, counts) for ids in (sequences, repeats)))
-    return sums.table(thresholds)
-
-
 def ideal(name):
-    return lambda ids: ideal_map(name, ids)
+    return functools.partial(ideal_map, name)
 
 
 def mixture(share, one, other):
     return lambda ids: share * ideal_map(one, ids) + (1 - share) * ideal_map(other, ids)
 
 
+def synthetic_sums(heads, texts):
+    """Sums of heads given as functions ids -> (T, T) map, through the code that scores a model."""
+    return ph.head_sums(lambda ids: torch.stack([head(ids) for head in heads])[None], texts, REPEATS, COUNTS)
+
+
+def synthetic_table(heads, texts):
+    return synthetic_sums(heads, texts).table()
+
+
 @pytest.mark.parametrize("length", [8, 12, 33, 64, 128])
 def test_uniform_head_scores_zero_and_ideal_head_one_at_every_length(length):
-    sequences = [some_tokens(length, seed) for seed in range(6)]
-    table = synthetic_table([ideal("uniform"), *map(ideal, ph.KAPPAS)], sequences)
+    table = synthetic_table(
+        [ideal("uniform"), *map(ideal, ph.KAPPAS)], [some_tokens(length, seed) for seed in range(6)]
+    )
     uniform = table.iloc[0]
-    for name in ph.KAPPAS:
-        assert abs(uniform[name]) < 1e-5, name
-    assert abs(uniform["broad"] - 1) < 1e-5
+    assert uniform[list(ph.KAPPAS)].abs().max() < 1e-5 and abs(uniform["broad"] - 1) < 1e-5
     for row, name in enumerate(ph.KAPPAS, start=1):
         assert table.iloc[row][name] == pytest.approx(1, abs=1e-5), name
     assert uniform["class"] == "Global/Broad" and not uniform["sink_flag"]
@@ -134,22 +117,18 @@ def test_each_head_gets_its_class_with_and_without_a_sink(length):
         "rare": "Token-Specific",
         "uniform": "Global/Broad",
     }
-    sequences = [some_tokens(length, seed) for seed in range(6)]
     heads = [mixture(share, "sink", name) for share in (0, 0.5) for name in expected]
-    table = synthetic_table(heads, sequences)
+    table = synthetic_table(heads, [some_tokens(length, seed) for seed in range(6)])
     assert table["class"].tolist() == 2 * list(expected.values())
     with_sink = table.iloc[len(expected) :]
     assert with_sink["sink_flag"].all() and not with_sink["resting"].any()
     for (_, row), name in zip(with_sink.iterrows(), expected, strict=True):  # the sink does not hide what the rest does
-        if name != "uniform":
-            assert row[name] == pytest.approx(1, abs=1e-5)
+        assert name == "uniform" or row[name] == pytest.approx(1, abs=1e-5)
 
 
 def test_resting_head_is_resting_whatever_the_little_rest_does():
-    sequences = [some_tokens(64, seed) for seed in range(3)]
-    table = synthetic_table(
-        [mixture(0.95, "sink", "previous"), ideal("sink"), mixture(0.85, "sink", "previous")], sequences
-    )
+    heads = [mixture(0.95, "sink", "previous"), ideal("sink"), mixture(0.85, "sink", "previous")]
+    table = synthetic_table(heads, [some_tokens(64, seed) for seed in range(3)])
     assert table["class"].tolist() == ["Resting", "Resting", "Diagonal/Self"]
     assert table["resting"].tolist() == [True, True, False]
     assert np.isfinite(table.drop(columns="class").to_numpy(float)).all()
@@ -159,8 +138,7 @@ def test_resting_head_is_resting_whatever_the_little_rest_does():
 def test_self_attention_is_never_attention_to_content():
     """A diagonal head sits on punctuation, copies and rare tokens whenever it is there; that must not count."""
     table = synthetic_table([ideal("self")], [some_tokens(64, seed) for seed in range(6)])
-    for name in ("duplicate", "induction", "punctuation", "rare"):
-        assert table[name][0] < 0, name
+    assert (table[["duplicate", "induction", "punctuation", "rare"]] < 0).all(axis=None)
 
 
 def test_mean_distance_and_entropy():
@@ -170,32 +148,29 @@ def test_mean_distance_and_entropy():
 
 
 def test_rarest_token_so_far_not_of_the_whole_text():
-    ids = torch.tensor([40, 41, 42, 43, 255, 44, 45])
-    keys = ph.key_sets(ids[None], torch.tensor(COUNTS))[0, -1]
+    keys = ph.key_sets(torch.tensor([40, 41, 42, 43, 255, 44, 45]), torch.tensor(COUNTS))[-1]
     assert keys[5:].nonzero().tolist() == [[0, 4], [1, 4]]
     assert not keys[4].any()  # the rarest token is not asked to look at itself
 
 
 def kappa(weights, keys, without_sink):
-    numerator, denominator = ph.kappa_sums(weights, keys[:, None], without_sink)[..., 0]
+    numerator, denominator = ph.kappa_sums(weights, keys[None], without_sink)[..., 0]
     return numerator / denominator
 
 
 def test_kappa_with_and_without_the_sink():
-    maps = torch.stack([mixture(0.7, "sink", "previous")(some_tokens(40, 0)), ideal_map("uniform", some_tokens(40, 0))])
+    maps = torch.stack([head(some_tokens(40, 0)) for head in (mixture(0.7, "sink", "previous"), ideal("uniform"))])
     previous = torch.ones(40, 40).tril(-1).triu(-1).bool()
-    assert kappa(maps[None], previous[None], True)[0].tolist() == pytest.approx([1, 0], abs=1e-5)
-    raw = kappa(maps[None], previous[None], False)[0]
+    assert kappa(maps, previous, True).tolist() == pytest.approx([1, 0], abs=1e-5)
+    raw = kappa(maps, previous, False)
     assert raw[0] == pytest.approx(0.3, abs=0.05) and raw[1] == pytest.approx(0, abs=1e-5)
 
 
 def test_kappa_by_hand():
     """Three rows, key 1: chance 1/1 (skipped), 1/2, 1/3; (0.8 - 0.5 + 0.4 - 1/3) / (0.5 + 2/3)."""
     weights = torch.tensor([[1, 0, 0], [0.8, 0.2, 0], [0.4, 0.3, 0.3]])
-    mask = torch.zeros(3, 3, dtype=torch.bool)
-    mask[:, 0] = True
     expected = (0.8 - 0.5 + 0.4 - 1 / 3) / (0.5 + 2 / 3)
-    assert kappa(weights[None, None], mask[None], False).item() == pytest.approx(expected)
+    assert kappa(weights[None], torch.tensor([[True, False, False]] * 3), False).item() == pytest.approx(expected)
 
 
 def test_classes_follow_the_thresholds():
@@ -214,22 +189,22 @@ def test_classes_follow_the_thresholds():
 
 
 def test_repeated_tokens_cannot_be_followed_by_position():
-    idx = ph.repeated_random_tokens(9, 128, 50257, seed=1)
-    assert torch.equal(idx, ph.repeated_random_tokens(9, 128, 50257, seed=1))
-    assert not torch.equal(idx, ph.repeated_random_tokens(9, 128, 50257, seed=2))
-    keys = ph.key_sets(idx, torch.ones(50257, dtype=torch.int64))[:, ph.KAPPAS.index("induction") - 1]
-    assert keys.any(-1).float().mean() > 0.3  # there is something to find
+    config = dataclasses.replace(TEXT_CONFIG, context_length=128)
+    idx = torch.stack(ph.repeated_random_tokens(config, seed=1))
+    assert torch.equal(idx, torch.stack(ph.repeated_random_tokens(config, seed=1)))
+    assert not torch.equal(idx, torch.stack(ph.repeated_random_tokens(config, seed=2)))
+    keys = [ph.key_sets(ids, torch.ones(50257, dtype=torch.int64))[ph.KAPPAS.index("induction") - 1] for ids in idx]
+    assert torch.stack(keys).any(-1).float().mean() > 0.3  # there is something to find
     for offset in range(0, 64):
-        back = (torch.arange(128) - offset).clamp(min=0)
-        weights = torch.eye(128)[back].expand(9, 1, 128, 128)
-        assert kappa(weights, keys, True).mean() < 0.15, offset
+        weights = torch.eye(128)[(torch.arange(128) - offset).clamp(min=0)]
+        assert np.mean([kappa(weights[None], each, True) for each in keys]) < 0.15, offset
 
 
 def test_repeated_tokens_are_known_to_the_model():
     counts = np.zeros(50257, np.int64)
     counts[2000:4000] = 60
-    idx = ph.repeated_random_tokens(4, 64, 50257, counts=counts)
-    assert idx.min() >= 2000 and idx.max() < 4000
+    idx = torch.stack(ph.repeated_random_tokens(TEXT_CONFIG, counts))
+    assert idx.shape == (9, 64) and idx.min() >= 2000 and idx.max() < 4000
 
 
 @pytest.mark.parametrize(
@@ -252,92 +227,65 @@ def test_token_counts(tmp_path):
 
 
 def test_score_heads_table():
-    table = ph.score_heads(ph.PicoLLM(TEXT_CONFIG), SENTENCES)
+    table = ph.score_heads(ph.PicoLLM(TEXT_CONFIG), random_windows(2, 30))
     assert table.columns.tolist() == ["layer", "head", *ph.HEAD_SCORES, "resting", "sink_flag", "class"]
     assert table[["layer", "head"]].to_numpy().tolist() == [[0, 0], [0, 1], [1, 0], [1, 1]]
     assert table["resting"].dtype == bool and table["sink_flag"].dtype == bool
     assert set(table["class"]) <= set(ph.HEAD_CLASSES)
 
 
-def test_batching_does_not_change_scores(monkeypatch):
-    """Texts of mixed lengths, in batches or one by one, in any order; a table is a ratio of sums over them."""
-    model = strong_model()
-    sequences = [some_tokens(length, seed) for seed, length in enumerate([9, 30, 9, 17, 9, 30])]
-    counts = torch.tensor(COUNTS)
-
-    def sums(sequences):
-        return ph.text_sums(lambda idx, reduce: ph.stream_attention(model, idx, reduce), sequences, counts)
-
-    batched = sums(sequences)
-    assert np.allclose(batched[:, ::-1], sums(sequences[::-1]), atol=1e-4)
-    monkeypatch.setattr(ph, "_MAX_MAP", 1)
-    assert np.allclose(batched, sums(sequences), atol=1e-4)
-    assert np.allclose(batched, np.concatenate([sums([ids]) for ids in sequences], axis=1), atol=1e-4)
+def test_sums_are_kept_in_the_order_of_the_texts():
+    """Texts of mixed lengths; what one adds does not depend on the others."""
+    attend = functools.partial(ph.attention_maps, strong_model())
+    texts = [some_tokens(length, seed) for seed, length in enumerate([9, 30, 9, 17, 30])]
+    together = ph.head_sums(attend, texts, REPEATS[:1], COUNTS).texts
+    assert together.shape == (2, 5, 2, 2, len(ph.HEAD_SCORES) + 1)
+    for place, ids in enumerate(texts):
+        alone = ph.head_sums(attend, [ids], REPEATS[:1], COUNTS)
+        np.testing.assert_allclose(together[:, [place]], alone.texts, atol=1e-5)
+        assert all(alone.scores()[name].shape == (1, 4) for name in ph.HEAD_SCORES)
 
 
 def test_scoring_leaves_the_model_as_it_was():
     model = ph.PicoLLM(CONFIG).train()
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    first, second = (ph.score_heads(model, idx=random_windows(3, 64)) for _ in range(2))
+    first, second = (ph.score_heads(model, random_windows(3, 64)) for _ in range(2))
     pd.testing.assert_frame_equal(first, second)  # no dropout while scoring
     assert model.training
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
 
 
 @pytest.mark.parametrize(
-    "arguments, message",
+    "idx, options, limit",
     [
-        ({}, "either texts"),
-        ({"texts": SENTENCES, "idx": random_windows(1, 8)}, "either texts"),
-        ({"texts": []}, "no text"),
-        ({"texts": ["a", ""]}, "empty"),
-        ({"texts": "One sentence, not a list."}, "a list of them"),
-        ({"idx": torch.arange(8)}, "shape"),
-        ({"idx": torch.rand(2, 8)}, "whole numbers"),
-        ({"idx": torch.full((2, 8), 50300)}, "Token 50300 is not in the vocabulary"),
-        ({"idx": torch.full((2, 8), 20), "token_counts": np.ones(10)}, "Token 20 is not .* no entry in token_counts"),
+        (torch.arange(8), {}, "50,257"),
+        (torch.rand(2, 8), {}, "50,257"),
+        (torch.zeros(0, 8, dtype=torch.int64), {}, "50,257"),
+        (torch.full((2, 8), 50300), {}, "50,257"),
+        (torch.full((2, 8), 20), {"token_counts": np.ones(10)}, "10"),
     ],
 )
-def test_bad_input_is_refused(arguments, message):
-    with pytest.raises(ph.PicoError, match=message):
-        ph.score_heads(ph.PicoLLM(TEXT_CONFIG), **arguments)
+def test_bad_windows_are_refused(idx, options, limit):
+    with pytest.raises(ph.PicoError, match=rf"shape \(n_windows, T\), not be empty and hold token ids below {limit}\."):
+        ph.score_heads(ph.PicoLLM(TEXT_CONFIG), idx, **options)
 
 
 def test_other_counts_make_another_token_rare():
-    windows = random_windows(2, 64)
-    model = strong_model()
-    counts = np.arange(256)
-    one, other = (ph.score_heads(model, idx=windows, token_counts=c)["rare"] for c in (counts, counts[::-1].copy()))
+    model, windows, counts = strong_model(), random_windows(2, 64), np.arange(256)
+    one, other = (ph.score_heads(model, windows, each)["rare"] for each in (counts, counts[::-1].copy()))
     assert not np.allclose(one, other, atol=1e-3)
-
-
-def test_only_a_few_windows_are_in_memory_at_once():
-    sizes = []
-
-    def attend(idx, reduce):
-        sizes.append(len(idx))
-        reduce(0, torch.eye(128).expand(len(idx), 1, 128, 128))
-
-    ph.text_sums(attend, list(random_windows(40, 128)), torch.tensor(COUNTS))
-    assert sum(sizes) == 40 and max(sizes) < 10
 
 
 def test_shares_interval_comes_from_resampling_texts():
     """Half the texts say previous-token, half uniform: the share is certain of neither; equal texts are certain."""
-    sequences = [some_tokens(40, seed) for seed in range(8)]
-    repeats = list(ph.repeated_random_tokens(4, 64, 256))
+    texts = [some_tokens(40, seed) for seed in range(8)]
 
-    def sums(previous_texts):
-        def attend(idx, reduce):
-            maps = [
-                ideal_map(
-                    "previous" if any(torch.equal(ids, s) for s in sequences[:previous_texts]) else "uniform", ids
-                )
-                for ids in idx
-            ]
-            reduce(0, torch.stack(maps)[:, None])
+    def sums(n_previous):
+        def head(ids):
+            is_previous = any(torch.equal(ids, each) for each in texts[:n_previous])
+            return ideal_map("previous" if is_previous else "uniform", ids)
 
-        return ph.HeadSums(*(ph.text_sums(attend, ids, torch.tensor(COUNTS)) for ids in (sequences, repeats)))
+        return synthetic_sums([head], texts)
 
     def diagonal(some_sums):
         shares = ph.class_shares(some_sums, ph.ScoreThresholds(), n_bootstrap=400).set_index("class")
@@ -394,9 +342,8 @@ def induction_model():
 
 
 def test_a_built_in_induction_circuit_is_found_and_matters():
-    model = induction_model()
-    windows = random_windows(6, 64)
-    table = ph.score_heads(model, idx=windows).set_index(["layer", "head"])
+    model, windows = induction_model(), random_windows(6, 64)
+    table = ph.score_heads(model, windows).set_index(["layer", "head"])
     assert table.loc[(0, 0), "previous"] > 0.95 and table.loc[(0, 0), "class"] == "Diagonal/Self"
     assert table.loc[(1, 0), "induction"] > 0.9 and table.loc[(1, 0), "class"] == "Token-Specific"
     for uniform in [(0, 1), (1, 1)]:
@@ -404,12 +351,13 @@ def test_a_built_in_induction_circuit_is_found_and_matters():
         assert table.loc[uniform, "class"] == "Global/Broad"
     assert table["induction"].drop((1, 0)).max() < 0.1
     with ablated(model, [(0, 0)]):  # the induction head reads what the previous-token head wrote
-        assert ph.score_heads(model, idx=windows)["induction"].max() < 0.1
-    repeats = ph.repeated_random_tokens(8, 64, 256, seed=5)
-    ablation = ph.head_ablation_map(model, repeats, ph.mean_head_outputs(model, repeats)).set_index(["layer", "head"])
+        assert ph.score_heads(model, windows)["induction"].max() < 0.1
+    repeats = torch.stack(ph.repeated_random_tokens(CONFIG, seed=5)[:8])
+    ablation = ph.head_ablation_map(model, repeats, ph.mean_head_outputs(model, repeats), 63)
+    ablation = ablation.set_index(["layer", "head"])
     increase, error = ablation["loss_increase"], ablation["standard_error"]
     assert increase[0, 0] > 5 * error[0, 0] and increase[1, 0] > 5 * error[1, 0]
-    assert increase[[(0, 1), (1, 1)]].abs().max() < 1e-4
+    assert increase[[(0, 1), (1, 1)]].abs().max() < 1e-4 and ablation["matters"].tolist() == [True, False, True, False]
 
 
 # ---- ablation ------------------------------------------------------------------------------------
@@ -434,10 +382,10 @@ def ablated(model, heads, means=None):
         hook.remove()
 
 
-def window_losses(model, idx, n_last=0):
+def window_losses(model, idx, n_last):
     with ph.evaluating(model):
         logits = model(idx[:, :-1])[:, -n_last:]
-    return torch.nn.functional.cross_entropy(logits.mT, idx[:, 1:][:, -n_last:], reduction="none").mean(1).numpy()
+    return torch.nn.functional.cross_entropy(logits.mT, idx[:, -n_last:], reduction="none").mean(1).numpy()
 
 
 @pytest.mark.parametrize("max_tokens", [2**13, 100])
@@ -447,8 +395,7 @@ def test_sets_side_by_side_equal_plain_passes(monkeypatch, max_tokens):
     model, idx = strong_model(), random_windows(5, 24)
     means = ph.mean_head_outputs(model, idx)
     sets = [(), ((0, 1),), ((0, 1), (1, 0)), ((1, 0),), ((0, 0), (0, 1), (1, 1)), ((0, 1), (1, 0))]
-    whole = torch.cat(list(ph.ablated_hidden_states(model, idx, sets, means)), dim=1)
-    last = torch.cat(list(ph.ablated_hidden_states(model, idx, sets, means, n_last=2)), dim=1)
+    whole, last = (torch.cat(list(ph.ablated_hidden_states(model, idx, sets, means, n)), dim=1) for n in (24, 2))
     assert whole.shape == (6, 5, 24, 32) and not whole.requires_grad
     for heads, states, ends in zip(sets, whole, last, strict=True):
         with ph.evaluating(model), ablated(model, heads, means):
@@ -459,16 +406,16 @@ def test_sets_side_by_side_equal_plain_passes(monkeypatch, max_tokens):
     assert not any(block.attention.out_proj._forward_pre_hooks for block in model.blocks)
 
 
-@pytest.mark.parametrize("n_last", [None, 7])
+@pytest.mark.parametrize("n_last", [23, 7])
 def test_ablation_map_is_the_loss_of_plain_passes(n_last):
     model, idx = strong_model(), random_windows(5, 24)
     means = ph.mean_head_outputs(model, idx)
     table = ph.head_ablation_map(model, idx, means, n_last)
-    base = window_losses(model, idx, n_last or 0)
+    base = window_losses(model, idx, n_last)
     assert table["loss_increase"].abs().max() > 1e-2  # the heads of this model do something
     for row in table.itertuples():
         with ablated(model, [(row.layer, row.head)], means):
-            losses = window_losses(model, idx, n_last or 0)
+            losses = window_losses(model, idx, n_last)
         assert row.loss == pytest.approx(losses.mean(), abs=1e-4)
         assert row.loss_increase == pytest.approx((losses - base).mean(), abs=1e-4)
         assert row.standard_error == pytest.approx((losses - base).std(ddof=1) / np.sqrt(5), abs=1e-4)
@@ -485,15 +432,14 @@ def test_a_class_that_matters_is_ranked_first_among_random_sets():
         for _ in range(22):
             idx = torch.cat([idx, torch.multinomial(model(idx)[:, -1].softmax(-1), 1, generator=generator)], dim=1)
     means = ph.mean_head_outputs(model, idx)
-    heads = [(layer, head) for layer in range(2) for head in range(8)]
-    scores = pd.DataFrame(heads, columns=["layer", "head"]).assign(**{"class": "Mixed"})
+    scores = pd.DataFrame(list(np.ndindex(2, 8)), columns=["layer", "head"]).assign(**{"class": "Mixed"})
     scores.loc[scores["head"] == 0, "class"] = "Local Context"
     scores.loc[scores["head"] == 7, "class"] = "Token-Specific"
-    table = ph.class_ablation(model, idx, scores, means).set_index("class")
+    table = ph.class_ablation(model, idx, scores, means, 23).set_index("class")
     local, token = table.loc["Local Context"], table.loc["Token-Specific"]
     with ablated(model, [(0, 0), (1, 0)], means):
-        increase = window_losses(model, idx)
-    increase -= window_losses(model, idx)
+        increase = window_losses(model, idx, 23)
+    increase -= window_losses(model, idx, 23)
     assert (local["n_heads"], local["n_random_sets"]) == (2, 99)
     assert local["loss_increase"] == pytest.approx(increase.mean(), abs=1e-4)
     assert local["low"] < local["loss_increase"] < local["high"]
@@ -504,7 +450,7 @@ def test_a_class_that_matters_is_ranked_first_among_random_sets():
 def test_a_class_of_all_heads_has_no_random_set():
     scores = pd.DataFrame({"layer": [0, 0, 1, 1], "head": [0, 1, 0, 1], "class": ["Token-Specific"] * 4})
     model, idx = strong_model(), random_windows(4, 24)
-    table = ph.class_ablation(model, idx, scores, ph.mean_head_outputs(model, idx))
+    table = ph.class_ablation(model, idx, scores, ph.mean_head_outputs(model, idx), 23)
     assert table["n_random_sets"].tolist() == [0] and table["p_value"].tolist() == [1]
     assert table["random_loss_increase"].isna().all()
     assert table[["loss_increase", "compared_loss_increase"]].notna().all(axis=None)
@@ -523,17 +469,9 @@ def test_mean_head_outputs():
     assert model.training
 
 
-@pytest.mark.parametrize(
-    "ablate, message",
-    [
-        (lambda model: ph.head_ablation_map(model, random_windows(1, 16), torch.zeros(2, 2, 16)), "two windows"),
-        (lambda model: ph.head_ablation_map(model, random_windows(2, 16), torch.zeros(2, 2, 8)), "not of this model"),
-        (lambda model: list(ph.ablated_hidden_states(model, random_windows(2, 16), [((5, 0),)], None)), "head L5H0"),
-    ],
-)
-def test_bad_ablations_are_refused(ablate, message):
-    with pytest.raises(ph.PicoError, match=message):
-        ablate(ph.PicoLLM(CONFIG))
+def test_ablating_a_head_that_does_not_exist_is_refused():
+    with pytest.raises(ph.PicoError, match="head L5H0"):
+        list(ph.ablated_hidden_states(ph.PicoLLM(CONFIG), random_windows(2, 16), [((5, 0),)], None, 1))
 
 
 # ---- random sets ---------------------------------------------------------------------------------
@@ -606,11 +544,7 @@ def test_similarity_is_the_mean_jensen_shannon_distance():
     model = strong_model()
     idx = random_windows(3, 10)
     distances, floor = ph.head_similarity(model, idx)
-    maps = []
-    for ids in idx:
-        layers = []
-        ph.stream_attention(model, ids[None], lambda _, weights, layers=layers: layers.append(weights[0]))
-        maps.append(torch.cat(layers)[:, 2:].double().numpy())  # scipy normalises the rows
+    maps = [ph.attention_maps(model, ids).flatten(0, 1)[:, 2:].double().numpy() for ids in idx]  # scipy normalises
 
     def distance(p, q):
         return np.mean([jensenshannon(a, b, base=2) for a, b in zip(p, q, strict=True)])
@@ -666,8 +600,9 @@ def test_study_holds_every_baseline(study):
 
 def test_classes_of_a_category_are_those_of_its_sentences_alone(study):
     assert study.categories.groupby("category")["share"].sum().tolist() == pytest.approx([1, 1])
-    model = ph.PicoLLM(TEXT_CONFIG, 3)
-    own = ph.score_heads(model, SENTENCES[3:], token_counts=np.ones(50257), thresholds=study.thresholds)["class"]
+    texts = [torch.tensor(ph.get_tokenizer().encode(text)) for text in SENTENCES[3:]]
+    attend = functools.partial(ph.attention_maps, ph.PicoLLM(TEXT_CONFIG, 3))
+    own = ph.head_sums(attend, texts, ph.repeated_random_tokens(TEXT_CONFIG), None).table(study.thresholds)["class"]
     shares = study.categories.query("category == 'Two'").set_index("class")["share"]
     assert shares[shares > 0].to_dict() == own.value_counts(normalize=True).to_dict()
 
@@ -683,7 +618,7 @@ def test_uniform_baseline_is_exactly_chance(study):
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_untrained_model_has_no_findings(study, seed):
     windows = random_windows(6, 64, seed=seed, vocab_size=50257)
-    table = ph.score_heads(ph.PicoLLM(TEXT_CONFIG, seed), idx=windows, thresholds=study.thresholds)
+    table = ph.score_heads(ph.PicoLLM(TEXT_CONFIG, seed), windows)
     assert set(table["class"]) <= {"Global/Broad", "Mixed"}
     assert not table["sink_flag"].any() and not table["resting"].any()
     for name in ph.KAPPAS:
@@ -702,10 +637,21 @@ def test_the_smallest_model_passes_through_the_whole_study():
 
 
 @pytest.mark.parametrize("windows", [random_windows(1, 9), random_windows(5, 2)])
-def test_similarity_and_study_need_two_windows_of_three_tokens(windows):
-    for compare in (ph.head_similarity, lambda model, idx: ph.study_model(model, {"One": SENTENCES}, idx)):
+def test_comparisons_and_the_study_need_two_windows_of_three_tokens(windows):
+    model = strong_model()
+    for compare in (
+        lambda: ph.head_similarity(model, windows),
+        lambda: ph.head_ablation_map(model, windows, torch.zeros(2, 2, 16), 1),
+        lambda: ph.study_model(model, {"One": SENTENCES}, windows),
+    ):
         with pytest.raises(ph.PicoError, match="two windows of three"):
-            compare(strong_model(), windows)
+            compare()
+
+
+@pytest.mark.parametrize("text, message", [("", "is empty"), ("word " * 200, "the model reads 128")])
+def test_a_sentence_that_cannot_be_read_is_named_before_the_study(text, message):
+    with pytest.raises(ph.PicoError, match=message):
+        ph.study_model(ph.PicoLLM(TEXT_CONFIG), {"One": [text]}, random_windows(2, 24))
 
 
 def test_study_bounds_the_predictions_of_its_ablations(monkeypatch):
