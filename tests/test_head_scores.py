@@ -16,31 +16,22 @@ CONFIG = ph.ModelConfig(
 )
 TEXT_CONFIG = dataclasses.replace(CONFIG, vocab_size=50257)  # reads real sentences
 REPEATS = ph.repeated_random_tokens(CONFIG)
-SENTENCES = [
-    "The cat sat on the mat.",
-    "The old dog, which was tired, slept near the fire.",
-    "John said that he would come, but he did not come.",
-    "Why is the sky blue?",
-    "It is not the case that the bird sang.",
-]
+SENTENCES = ph.ALL_TEST_CATEGORIES["Coreference"]
 COMMA, PERIOD = 11, 13  # GPT-2 ids
+PUNCTUATION = {",": 1, " (": 1, "...": 1, " the": 0, "\n": 0, "5": 0, " --": 1}
 
 
-def strong_model(config=CONFIG, seed=0, scale=8.0):
+def strong_model(config=CONFIG):
     """An untrained model with weights so large that its heads do something."""
-    model = ph.PicoLLM(config, seed)
+    model = ph.PicoLLM(config)
     with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim == 2:
-                parameter.mul_(scale)
+        for parameter in (each for each in model.parameters() if each.ndim == 2):
+            parameter.mul_(8)
     return model
 
 
 def random_windows(n, length, seed=0, vocab_size=256):
     return torch.randint(0, vocab_size, (n, length), generator=torch.Generator().manual_seed(seed))
-
-
-# ---- synthetic heads -----------------------------------------------------------------------------
 
 
 def some_tokens(length, seed):
@@ -89,15 +80,13 @@ def synthetic_sums(heads, texts):
     return ph.head_sums(lambda ids: torch.stack([head(ids) for head in heads])[None], texts, REPEATS, COUNTS)
 
 
-def synthetic_table(heads, texts):
-    return synthetic_sums(heads, texts).table()
+def synthetic_table(heads, length=64, n_texts=6):
+    return synthetic_sums(heads, [some_tokens(length, seed) for seed in range(n_texts)]).table()
 
 
 @pytest.mark.parametrize("length", [8, 12, 33, 64, 128])
 def test_uniform_head_scores_zero_and_ideal_head_one_at_every_length(length):
-    table = synthetic_table(
-        [ideal("uniform"), *map(ideal, ph.KAPPAS)], [some_tokens(length, seed) for seed in range(6)]
-    )
+    table = synthetic_table([ideal("uniform"), *map(ideal, ph.KAPPAS)], length)
     uniform = table.iloc[0]
     assert uniform[list(ph.KAPPAS)].abs().max() < 1e-5 and abs(uniform["broad"] - 1) < 1e-5
     for row, name in enumerate(ph.KAPPAS, start=1):
@@ -107,18 +96,9 @@ def test_uniform_head_scores_zero_and_ideal_head_one_at_every_length(length):
 
 @pytest.mark.parametrize("length", [20, 64])
 def test_each_head_gets_its_class_with_and_without_a_sink(length):
-    expected = {
-        "self": "Diagonal/Self",
-        "previous": "Diagonal/Self",
-        "local": "Local Context",
-        "duplicate": "Token-Specific",
-        "induction": "Token-Specific",
-        "punctuation": "Token-Specific",
-        "rare": "Token-Specific",
-        "uniform": "Global/Broad",
-    }
-    heads = [mixture(share, "sink", name) for share in (0, 0.5) for name in expected]
-    table = synthetic_table(heads, [some_tokens(length, seed) for seed in range(6)])
+    expected = dict.fromkeys(["self", "previous"], "Diagonal/Self") | {"local": "Local Context"}
+    expected |= dict.fromkeys(ph.KAPPAS[4:], "Token-Specific") | {"uniform": "Global/Broad"}
+    table = synthetic_table([mixture(share, "sink", name) for share in (0, 0.5) for name in expected], length)
     assert table["class"].tolist() == 2 * list(expected.values())
     with_sink = table.iloc[len(expected) :]
     assert with_sink["sink_flag"].all() and not with_sink["resting"].any()
@@ -126,24 +106,17 @@ def test_each_head_gets_its_class_with_and_without_a_sink(length):
         assert name == "uniform" or row[name] == pytest.approx(1, abs=1e-5)
 
 
-def test_resting_head_is_resting_whatever_the_little_rest_does():
-    heads = [mixture(0.95, "sink", "previous"), ideal("sink"), mixture(0.85, "sink", "previous")]
-    table = synthetic_table(heads, [some_tokens(64, seed) for seed in range(3)])
-    assert table["class"].tolist() == ["Resting", "Resting", "Diagonal/Self"]
-    assert table["resting"].tolist() == [True, True, False]
+def test_resting_and_self_heads_and_what_is_not_corrected_for_chance():
+    """A resting head rests whatever its little rest does; attention to oneself is never attention to content."""
+    heads = [mixture(0.95, "sink", "previous"), ideal("sink"), mixture(0.85, "sink", "previous"), ideal("self")]
+    table = synthetic_table(heads)
+    assert table["class"].tolist() == ["Resting", "Resting", "Diagonal/Self", "Diagonal/Self"]
+    assert table["resting"].tolist() == [True, True, False, False]
     assert np.isfinite(table.drop(columns="class").to_numpy(float)).all()
     assert table["previous"][1] == 0  # no weight left to score
-
-
-def test_self_attention_is_never_attention_to_content():
-    """A diagonal head sits on punctuation, copies and rare tokens whenever it is there; that must not count."""
-    table = synthetic_table([ideal("self")], [some_tokens(64, seed) for seed in range(6)])
-    assert (table[["duplicate", "induction", "punctuation", "rare"]] < 0).all(axis=None)
-
-
-def test_mean_distance_and_entropy():
-    table = synthetic_table([ideal("self"), ideal("previous"), ideal("uniform")], [some_tokens(10, 0)])
-    assert table["mean_distance"].tolist() == pytest.approx([0, 0.9, np.mean([i / 2 for i in range(10)])], abs=1e-5)
+    assert (table.loc[3, list(ph.KAPPAS[4:])] < 0).all()
+    table = synthetic_table([ideal("self"), ideal("previous"), ideal("uniform")], 10, 1)
+    assert table["mean_distance"].tolist() == pytest.approx([0, 0.9, 2.25], abs=1e-5)  # i / 2 on average
     assert table["entropy"].tolist() == pytest.approx([0, 0, np.mean(np.log(np.arange(1, 11)))], abs=1e-5)
 
 
@@ -158,19 +131,15 @@ def kappa(weights, keys, without_sink):
     return numerator / denominator
 
 
-def test_kappa_with_and_without_the_sink():
+def test_kappa_with_and_without_the_sink_and_by_hand():
     maps = torch.stack([head(some_tokens(40, 0)) for head in (mixture(0.7, "sink", "previous"), ideal("uniform"))])
     previous = torch.ones(40, 40).tril(-1).triu(-1).bool()
     assert kappa(maps, previous, True).tolist() == pytest.approx([1, 0], abs=1e-5)
     raw = kappa(maps, previous, False)
     assert raw[0] == pytest.approx(0.3, abs=0.05) and raw[1] == pytest.approx(0, abs=1e-5)
-
-
-def test_kappa_by_hand():
-    """Three rows, key 1: chance 1/1 (skipped), 1/2, 1/3; (0.8 - 0.5 + 0.4 - 1/3) / (0.5 + 2/3)."""
-    weights = torch.tensor([[1, 0, 0], [0.8, 0.2, 0], [0.4, 0.3, 0.3]])
+    weights = torch.tensor([[[1, 0, 0], [0.8, 0.2, 0], [0.4, 0.3, 0.3]]])  # key 1: chance 1 (skipped), 1/2, 1/3
     expected = (0.8 - 0.5 + 0.4 - 1 / 3) / (0.5 + 2 / 3)
-    assert kappa(weights[None], torch.tensor([[True, False, False]] * 3), False).item() == pytest.approx(expected)
+    assert kappa(weights, torch.tensor([[True, False, False]] * 3), False).item() == pytest.approx(expected)
 
 
 def test_classes_follow_the_thresholds():
@@ -183,55 +152,34 @@ def test_classes_follow_the_thresholds():
     assert ph.classify_heads(scores, higher).tolist() == ["Mixed", "Local Context", "Mixed"]
     scores["induction"] = np.full(3, 0.6)
     assert ph.classify_heads(scores, base).tolist() == ["Token-Specific", "Local Context", "Token-Specific"]
+    low = pd.DataFrame(dict.fromkeys(ph.KAPPAS, np.linspace(-0.1, 0.1, 101)))
+    thresholds = ph.score_thresholds(low, low.assign(previous=np.linspace(0, 1, 101)))  # the largest percentile
+    assert thresholds.tau["previous"] == pytest.approx(0.99) and thresholds.tau["local"] == thresholds.floor == 0.3
 
 
-# ---- inputs --------------------------------------------------------------------------------------
+def test_repeated_tokens_are_known_and_cannot_be_followed_by_position():
+    def draw(**options):
+        return torch.stack(ph.repeated_random_tokens(dataclasses.replace(TEXT_CONFIG, context_length=128), **options))
 
-
-def test_repeated_tokens_cannot_be_followed_by_position():
-    config = dataclasses.replace(TEXT_CONFIG, context_length=128)
-    idx = torch.stack(ph.repeated_random_tokens(config, seed=1))
-    assert torch.equal(idx, torch.stack(ph.repeated_random_tokens(config, seed=1)))
-    assert not torch.equal(idx, torch.stack(ph.repeated_random_tokens(config, seed=2)))
+    idx, counts = draw(seed=1), np.zeros(50257, np.int64)
+    assert torch.equal(idx, draw(seed=1)) and not torch.equal(idx, draw(seed=2))
     keys = [ph.key_sets(ids, torch.ones(50257, dtype=torch.int64))[ph.KAPPAS.index("induction") - 1] for ids in idx]
     assert torch.stack(keys).any(-1).float().mean() > 0.3  # there is something to find
     for offset in range(0, 64):
         weights = torch.eye(128)[(torch.arange(128) - offset).clamp(min=0)]
         assert np.mean([kappa(weights[None], each, True) for each in keys]) < 0.15, offset
-
-
-def test_repeated_tokens_are_known_to_the_model():
-    counts = np.zeros(50257, np.int64)
     counts[2000:4000] = 60
-    idx = torch.stack(ph.repeated_random_tokens(TEXT_CONFIG, counts))
-    assert idx.shape == (9, 64) and idx.min() >= 2000 and idx.max() < 4000
+    idx = draw(counts=counts)
+    assert idx.shape == (9, 128) and idx.min() >= 2000 and idx.max() < 4000
 
 
-@pytest.mark.parametrize(
-    "text, expected", [(",", 1), (" (", 1), ("...", 1), (" the", 0), ("\n", 0), ("5", 0), (" --", 1)]
-)
-def test_punctuation_tokens(text, expected):
-    (token,) = ph.get_tokenizer().encode(text)
-    assert ph.punctuation_tokens()[token] == expected
-
-
-def test_token_counts(tmp_path):
-    tokens = np.array([5, 5, 7, 50256], np.uint16)
-    file = ph.TokenFile(tmp_path, "test", 4, tokens, np.array([0, 4]))
+def test_punctuation_and_counts_of_tokens(tmp_path):
+    marks = {text: int(ph.punctuation_tokens()[ph.get_tokenizer().encode(text)]) for text in PUNCTUATION}
+    assert marks == PUNCTUATION
+    file = ph.TokenFile(tmp_path, "test", 4, np.array([5, 5, 7, 50256], np.uint16), np.array([0, 4]))
     counts = ph.token_counts(file)
     assert counts.shape == (50257,) and counts.sum() == 4
     assert counts[5] == 2 and counts[7] == 1 and counts[50256] == 1
-
-
-# ---- scores of models ----------------------------------------------------------------------------
-
-
-def test_score_heads_table():
-    table = ph.score_heads(ph.PicoLLM(TEXT_CONFIG), random_windows(2, 30))
-    assert table.columns.tolist() == ["layer", "head", *ph.HEAD_SCORES, "resting", "sink_flag", "class"]
-    assert table[["layer", "head"]].to_numpy().tolist() == [[0, 0], [0, 1], [1, 0], [1, 1]]
-    assert table["resting"].dtype == bool and table["sink_flag"].dtype == bool
-    assert set(table["class"]) <= set(ph.HEAD_CLASSES)
 
 
 def test_sums_are_kept_in_the_order_of_the_texts():
@@ -246,34 +194,33 @@ def test_sums_are_kept_in_the_order_of_the_texts():
         assert all(alone.scores()[name].shape == (1, 4) for name in ph.HEAD_SCORES)
 
 
-def test_scoring_leaves_the_model_as_it_was():
+def test_scores_are_a_table_and_leave_the_model_as_it_was():
     model = ph.PicoLLM(CONFIG).train()
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    first, second = (ph.score_heads(model, random_windows(3, 64)) for _ in range(2))
-    pd.testing.assert_frame_equal(first, second)  # no dropout while scoring
+    table, again = (ph.score_heads(model, random_windows(3, 64)) for _ in range(2))
+    pd.testing.assert_frame_equal(table, again)  # no dropout while scoring
     assert model.training
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    assert table.columns.tolist() == ["layer", "head", *ph.HEAD_SCORES, "resting", "sink_flag", "class"]
+    assert table[["layer", "head"]].to_numpy().tolist() == [[0, 0], [0, 1], [1, 0], [1, 1]]
+    assert table["resting"].dtype == bool and table["sink_flag"].dtype == bool
+    assert set(table["class"]) <= set(ph.HEAD_CLASSES)
 
 
 @pytest.mark.parametrize(
-    "idx, options, limit",
-    [
-        (torch.arange(8), {}, "50,257"),
-        (torch.rand(2, 8), {}, "50,257"),
-        (torch.zeros(0, 8, dtype=torch.int64), {}, "50,257"),
-        (torch.full((2, 8), 50300), {}, "50,257"),
-        (torch.full((2, 8), 20), {"token_counts": np.ones(10)}, "10"),
-    ],
+    "idx", [torch.arange(8), torch.rand(2, 8), torch.zeros(0, 8, dtype=torch.int64), torch.full((2, 8), 50300)]
 )
-def test_bad_windows_are_refused(idx, options, limit):
-    with pytest.raises(ph.PicoError, match=rf"shape \(n_windows, T\), not be empty and hold token ids below {limit}\."):
-        ph.score_heads(ph.PicoLLM(TEXT_CONFIG), idx, **options)
+def test_bad_windows_are_refused(idx):
+    with pytest.raises(ph.PicoError, match=r"shape \(n_windows, T\), not be empty and hold token ids below 50,257\."):
+        ph.score_heads(ph.PicoLLM(TEXT_CONFIG), idx)
 
 
-def test_other_counts_make_another_token_rare():
+def test_other_counts_make_another_token_rare_and_too_few_are_refused():
     model, windows, counts = strong_model(), random_windows(2, 64), np.arange(256)
     one, other = (ph.score_heads(model, windows, each)["rare"] for each in (counts, counts[::-1].copy()))
     assert not np.allclose(one, other, atol=1e-3)
+    with pytest.raises(ph.PicoError, match="hold token ids below 10"):
+        ph.score_heads(model, windows, np.ones(10))
 
 
 def test_shares_interval_comes_from_resampling_texts():
@@ -299,14 +246,6 @@ def test_shares_interval_comes_from_resampling_texts():
     assert diagonal([sums(8), sums(0)]) == [0.5, 0, 1]  # two models: mean and range
 
 
-def test_thresholds_are_the_largest_percentile_but_at_least_the_floor():
-    low = pd.DataFrame(dict.fromkeys(ph.KAPPAS, np.linspace(-0.1, 0.1, 101)))
-    high = low.assign(previous=np.linspace(0, 1, 101))
-    thresholds = ph.score_thresholds(low, high)
-    assert thresholds.tau["previous"] == pytest.approx(0.99)
-    assert thresholds.tau["local"] == thresholds.floor == 0.3
-
-
 def induction_model():
     """A model with the circuit of Olsson et al. 2022 written into its weights; its other two heads are uniform.
 
@@ -318,26 +257,24 @@ def induction_model():
     token, before, constant = range(16), range(16, 32), 63
     slow = [*range(8, 16), *range(24, 32)]  # dimensions of a head that the rotation leaves almost as they are
     with torch.no_grad():
-        for parameter in model.blocks.parameters():
+        for parameter in (*model.blocks.parameters(), model.token_embedding.weight):
             parameter.zero_()
-        model.token_embedding.weight.zero_()
         signs = torch.randint(0, 2, (256, 16), generator=torch.Generator().manual_seed(0)) * 2.0 - 1
         model.token_embedding.weight[:, :16] = signs
         for block in model.blocks:
             block.attention_norm.weight.fill_(1)
-        first, second = (block.attention for block in model.blocks)
         model.blocks[0].attention_norm.weight[constant] = 0
         model.blocks[0].attention_norm.bias[constant] = 1
-        q, k, v = (first.qkv_proj.weight[part * 64 : part * 64 + 32] for part in range(3))  # head 0
+        first, second = (block.attention for block in model.blocks)
+        q, k, v = first.qkv_proj.weight.view(3, 64, 64)[:, :32]  # head 0
         q[:4, constant] = 20  # one constant query, whose product with the key is largest one position back
         k[:, constant] = ph.apply_rope(q[:, constant], model.rope_cos[1], model.rope_sin[1])
-        v[range(16), token] = 1
-        first.out_proj.weight[before, range(16)] = 0.5
-        q, k, v = (second.qkv_proj.weight[part * 64 : part * 64 + 32] for part in range(3))
-        q[slow, token] = 3
-        k[slow, before] = 3
-        v[range(16), token] = 1
-        second.out_proj.weight[token, range(16)] = 2
+        v[token, token] = 1
+        first.out_proj.weight[before, token] = 0.5
+        q, k, v = second.qkv_proj.weight.view(3, 64, 64)[:, :32]
+        q[slow, token] = k[slow, before] = 3
+        v[token, token] = 1
+        second.out_proj.weight[token, token] = 2
     return model
 
 
@@ -350,7 +287,7 @@ def test_a_built_in_induction_circuit_is_found_and_matters():
         assert table.loc[uniform, list(ph.KAPPAS)].abs().max() < 1e-5
         assert table.loc[uniform, "class"] == "Global/Broad"
     assert table["induction"].drop((1, 0)).max() < 0.1
-    with ablated(model, [(0, 0)]):  # the induction head reads what the previous-token head wrote
+    with ablated(model, [(0, 0)], torch.zeros(2, 2, 1)):  # the induction head reads what the previous-token head wrote
         assert ph.score_heads(model, windows)["induction"].max() < 0.1
     repeats = torch.stack(ph.repeated_random_tokens(CONFIG, seed=5)[:8])
     ablation = ph.head_ablation_map(model, repeats, ph.mean_head_outputs(model, repeats), 63)
@@ -360,26 +297,21 @@ def test_a_built_in_induction_circuit_is_found_and_matters():
     assert increase[[(0, 1), (1, 1)]].abs().max() < 1e-4 and ablation["matters"].tolist() == [True, False, True, False]
 
 
-# ---- ablation ------------------------------------------------------------------------------------
-
-
 @contextlib.contextmanager
-def ablated(model, heads, means=None):
+def ablated(model, heads, means):
     """The plain way: the heads' part of what the output projection reads is overwritten."""
 
-    def overwrite(layer, args):
+    def overwrite(layer, _, args):
         outputs = args[0].unflatten(-1, (model.config.n_head, -1)).clone()
-        for _, head in (chosen for chosen in heads if chosen[0] == layer):
-            outputs[..., head, :] = 0 if means is None else means[layer, head]
+        for head in (head for other, head in heads if other == layer):
+            outputs[..., head, :] = means[layer, head]
         return outputs.flatten(-2)
 
-    hooks = [
-        block.attention.out_proj.register_forward_pre_hook(lambda _, args, layer=layer: overwrite(layer, args))
-        for layer, block in enumerate(model.blocks)
-    ]
-    yield
-    for hook in hooks:
-        hook.remove()
+    with contextlib.ExitStack() as hooks:
+        for layer, block in enumerate(model.blocks):
+            hook = functools.partial(overwrite, layer)
+            hooks.enter_context(block.attention.out_proj.register_forward_pre_hook(hook))
+        yield
 
 
 def window_losses(model, idx, n_last):
@@ -404,14 +336,15 @@ def test_sets_side_by_side_equal_plain_passes(monkeypatch, max_tokens):
         torch.testing.assert_close(ends, expected[:, -2:], atol=1e-4, rtol=1e-4)
     assert (whole[0] - whole[1]).abs().max() > 0.1
     assert not any(block.attention.out_proj._forward_pre_hooks for block in model.blocks)
+    with pytest.raises(ph.PicoError, match="head L5H0"):
+        list(ph.ablated_hidden_states(model, idx, [((5, 0),)], means))
 
 
 @pytest.mark.parametrize("n_last", [23, 7])
 def test_ablation_map_is_the_loss_of_plain_passes(n_last):
     model, idx = strong_model(), random_windows(5, 24)
-    means = ph.mean_head_outputs(model, idx)
+    means, base = ph.mean_head_outputs(model, idx), window_losses(model, idx, n_last)
     table = ph.head_ablation_map(model, idx, means, n_last)
-    base = window_losses(model, idx, n_last)
     assert table["loss_increase"].abs().max() > 1e-2  # the heads of this model do something
     for row in table.itertuples():
         with ablated(model, [(row.layer, row.head)], means):
@@ -448,33 +381,22 @@ def test_a_class_that_matters_is_ranked_first_among_random_sets():
 
 
 def test_a_class_of_all_heads_has_no_random_set():
-    scores = pd.DataFrame({"layer": [0, 0, 1, 1], "head": [0, 1, 0, 1], "class": ["Token-Specific"] * 4})
+    scores = pd.DataFrame(np.ndindex(2, 2), columns=["layer", "head"]).assign(**{"class": "Token-Specific"})
     model, idx = strong_model(), random_windows(4, 24)
-    table = ph.class_ablation(model, idx, scores, ph.mean_head_outputs(model, idx), 23)
-    assert table["n_random_sets"].tolist() == [0] and table["p_value"].tolist() == [1]
-    assert table["random_loss_increase"].isna().all()
-    assert table[["loss_increase", "compared_loss_increase"]].notna().all(axis=None)
+    (row,) = ph.class_ablation(model, idx, scores, ph.mean_head_outputs(model, idx), 23).to_dict("records")
+    assert (row["n_random_sets"], row["p_value"]) == (0, 1) and np.isnan(row["random_loss_increase"])
+    assert np.isfinite([row["loss_increase"], row["compared_loss_increase"]]).all()
 
 
 def test_mean_head_outputs():
-    model, idx = strong_model().train(), random_windows(7, 16)
-    outputs = []
+    model, idx, outputs = strong_model().train(), random_windows(7, 16), []
     hook = model.blocks[1].attention.out_proj.register_forward_pre_hook(lambda _, args: outputs.append(args[0]))
     with ph.evaluating(model):
         model(idx)
     hook.remove()
     means = ph.mean_head_outputs(model, idx)
-    assert means.shape == (2, 2, 16)
+    assert means.shape == (2, 2, 16) and model.training
     assert torch.allclose(means[1].flatten(), outputs[0].mean((0, 1)), atol=1e-5)
-    assert model.training
-
-
-def test_ablating_a_head_that_does_not_exist_is_refused():
-    with pytest.raises(ph.PicoError, match="head L5H0"):
-        list(ph.ablated_hidden_states(ph.PicoLLM(CONFIG), random_windows(2, 16), [((5, 0),)], None, 1))
-
-
-# ---- random sets ---------------------------------------------------------------------------------
 
 
 def test_random_sets_are_distinct_and_of_the_same_layers():
@@ -490,14 +412,12 @@ def test_random_sets_are_distinct_and_of_the_same_layers():
 
 def test_rank_of_random_heads_is_uniform_and_a_planted_head_is_found():
     """Costs that differ much between heads, as they do: a set that is itself drawn at random seldom stands out."""
-    random = np.random.default_rng(0)
-    p_values = []
+    random, p_values = np.random.default_rng(0), []
     for seed in range(400):
         costs = random.gamma(0.3, 1, (3, 8))
         heads = tuple((layer, int(random.integers(8))) for layer in range(3))
-        own, *others = (
-            sum(costs[head] for head in heads) for heads in [heads, *ph.random_head_sets(heads, 3, 8, 99, seed)]
-        )
+        sets = [heads, *ph.random_head_sets(heads, 3, 8, 99, seed)]
+        own, *others = (sum(costs[head] for head in each) for each in sets)
         p_values.append(ph.rank_p(own, others))
     assert 0.025 < np.mean(np.array(p_values) < 0.05) < 0.075
     assert np.abs(np.quantile(p_values, [0.25, 0.5, 0.75]) - [0.25, 0.5, 0.75]).max() < 0.08
@@ -505,9 +425,6 @@ def test_rank_of_random_heads_is_uniform_and_a_planted_head_is_found():
     costs[3, 2] = 1  # the planted one
     own, *others = (costs[head] for ((head),) in [((3, 2),), *ph.random_head_sets(((3, 2),), 7, 8, 99, 0)])
     assert len(others) == 55 and ph.rank_p(own, others) == 1 / 56
-
-
-# ---- the strongest head --------------------------------------------------------------------------
 
 
 def noise_sums(strength, seed, n_texts=16):
@@ -524,25 +441,20 @@ def test_the_interval_of_the_strongest_head_covers_what_it_truly_scores(strength
     """With 56 heads of pure noise the largest score is never 0; the lower bound must be at most 0 all the same."""
     covered, values = [], []
     for seed in range(60):
-        table = ph.highest_scores(noise_sums(strength, seed), n_bootstrap=200).set_index("score")
-        row = table.loc["previous"]
+        row = ph.highest_scores(noise_sums(strength, seed), n_bootstrap=200).set_index("score").loc["previous"]
         covered.append(row["low"] <= strength <= row["high"] if strength else row["low"] <= 0)
         values.append(row["highest"])
     assert np.mean(covered) >= 0.95
     assert np.mean(values) > strength - 0.01 and (strength or min(values) > 0)
     assert not strength or row["low"] > 0.35  # it is no empty claim
-    one_text = ph.highest_scores(noise_sums(strength, 0, 1), n_bootstrap=50).set_index("score")
-    assert one_text.loc["previous", "low"] == pytest.approx(one_text.loc["previous", "highest"])
-
-
-# ---- similarity ----------------------------------------------------------------------------------
+    one_text = ph.highest_scores(noise_sums(strength, 0, 1), n_bootstrap=50).set_index("score").loc["previous"]
+    assert one_text["low"] == pytest.approx(one_text["highest"])
 
 
 def test_similarity_is_the_mean_jensen_shannon_distance():
     from scipy.spatial.distance import jensenshannon
 
-    model = strong_model()
-    idx = random_windows(3, 10)
+    model, idx = strong_model(), random_windows(3, 10)
     distances, floor = ph.head_similarity(model, idx)
     maps = [ph.attention_maps(model, ids).flatten(0, 1)[:, 2:].double().numpy() for ids in idx]  # scipy normalises
 
@@ -556,30 +468,21 @@ def test_similarity_is_the_mean_jensen_shannon_distance():
 
 
 def test_equal_heads_have_distance_zero_and_a_fixed_head_no_noise():
-    model = strong_model()
-    with torch.no_grad():
-        weight = model.blocks[0].attention.qkv_proj.weight.view(3, 2, 16, 32)
-        weight[:, 1] = weight[:, 0]
-    texts = [some_tokens(length, 0) for length in (20, 9, 20, 15)]
-    windows = torch.stack([ids[:9] for ids in texts])
+    model, windows = strong_model(), torch.stack([some_tokens(length, 0)[:9] for length in (20, 9, 20, 15)])
+    weight = model.blocks[0].attention.qkv_proj.weight.data.view(3, 2, 16, 32)
+    weight[:, 1] = weight[:, 0]
     distances, floor = ph.head_similarity(model, windows)
-    assert distances[0, 1] < 1e-3 < distances[0, 2]
-    assert floor > 1e-3
-    with torch.no_grad():
-        for block in model.blocks:
-            block.attention.qkv_proj.weight.zero_()  # uniform heads
+    assert distances[0, 1] < 1e-3 < min(distances[0, 2], floor)
+    for block in model.blocks:
+        block.attention.qkv_proj.weight.data.zero_()  # uniform heads
     distances, floor = ph.head_similarity(model, windows)
     assert distances.max() < 1e-3 and floor < 1e-3
-
-
-# ---- the study -----------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def study():
     """Of an untrained model whose seed is none of the baseline's."""
-    windows = random_windows(6, 64, vocab_size=50257)
-    categories = {"One": SENTENCES[:3], "Two": SENTENCES[3:]}
+    windows, categories = random_windows(6, 64, vocab_size=50257), {"One": SENTENCES[:3], "Two": SENTENCES[3:]}
     return ph.study_model(ph.PicoLLM(TEXT_CONFIG, 3), categories, windows, n_bootstrap=200, n_items=20)
 
 
@@ -593,6 +496,9 @@ def test_study_holds_every_baseline(study):
     highest = study.baselines.set_index(["model", "score"])["highest"]
     assert highest["trained", "previous"] == pytest.approx(study.scores["previous"].max())
     assert highest["trained", "entropy"] == pytest.approx(study.scores["entropy"].max())
+    uniform = highest["uniform"]
+    assert uniform[list(ph.KAPPAS)].abs().max() < 1e-5 and uniform["broad"] == pytest.approx(1, abs=1e-5)
+    assert uniform["entropy"] > 0.5
     assert len(study.ablation) == 4 and study.distances.shape == (4, 4)
     assert study.settings["window_length"] == 64 and study.settings["n_texts"] == len(SENTENCES)
     assert len(study.language) == len(ph.PHENOMENA) and study.class_ablation.empty and study.history.empty
@@ -607,45 +513,29 @@ def test_classes_of_a_category_are_those_of_its_sentences_alone(study):
     assert shares[shares > 0].to_dict() == own.value_counts(normalize=True).to_dict()
 
 
-def test_uniform_baseline_is_exactly_chance(study):
-    uniform = study.baselines[study.baselines["model"] == "uniform"].set_index("score")["highest"]
-    for name in ph.KAPPAS:
-        assert abs(uniform[name]) < 1e-5
-    assert np.allclose(uniform["broad"], 1, atol=1e-5)
-    assert uniform["entropy"] > 0.5
-
-
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_untrained_model_has_no_findings(study, seed):
-    windows = random_windows(6, 64, seed=seed, vocab_size=50257)
-    table = ph.score_heads(ph.PicoLLM(TEXT_CONFIG, seed), windows)
+    table = ph.score_heads(ph.PicoLLM(TEXT_CONFIG, seed), random_windows(6, 64, seed, 50257))
     assert set(table["class"]) <= {"Global/Broad", "Mixed"}
     assert not table["sink_flag"].any() and not table["resting"].any()
-    for name in ph.KAPPAS:
-        assert table[name].max() < study.thresholds.tau[name]
+    assert all(table[name].max() < study.thresholds.tau[name] for name in ph.KAPPAS)
     found = study.shares[~study.shares["class"].isin(["Global/Broad", "Mixed"])]
     assert (found["high"] == 0).all()
 
 
 def test_the_smallest_model_passes_through_the_whole_study():
-    config = dataclasses.replace(TEXT_CONFIG, n_layer=1, n_head=1)
-    study = ph.study_model(
-        ph.PicoLLM(config), {"One": SENTENCES[:1]}, random_windows(2, 24), n_seeds=1, n_bootstrap=10, n_items=20
-    )
+    model, options = ph.PicoLLM(dataclasses.replace(TEXT_CONFIG, n_layer=1, n_head=1)), {"n_seeds": 1, "n_items": 20}
+    study = ph.study_model(model, {"One": SENTENCES[:1]}, random_windows(2, 24), n_bootstrap=10, **options)
     assert len(study.scores) == 1 and study.distances.tolist() == [[0]]
     assert set(study.language["verdict"]) <= {"undecided", "not supported"}
 
 
 @pytest.mark.parametrize("windows", [random_windows(1, 9), random_windows(5, 2)])
 def test_comparisons_and_the_study_need_two_windows_of_three_tokens(windows):
-    model = strong_model()
-    for compare in (
-        lambda: ph.head_similarity(model, windows),
-        lambda: ph.head_ablation_map(model, windows, torch.zeros(2, 2, 16), 1),
-        lambda: ph.study_model(model, {"One": SENTENCES}, windows),
-    ):
+    given = {ph.head_similarity: (windows,), ph.head_ablation_map: (windows, torch.zeros(2, 2, 16), 1)}
+    for compare, args in (given | {ph.study_model: ({"One": SENTENCES}, windows)}).items():
         with pytest.raises(ph.PicoError, match="two windows of three"):
-            compare()
+            compare(strong_model(), *args)
 
 
 @pytest.mark.parametrize("text, message", [("", "is empty"), ("word " * 200, "the model reads 128")])
