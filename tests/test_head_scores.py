@@ -89,8 +89,7 @@ def test_uniform_head_scores_zero_and_ideal_head_one_at_every_length(length):
     table = synthetic_table([ideal("uniform"), *map(ideal, ph.KAPPAS)], length)
     uniform = table.iloc[0]
     assert uniform[list(ph.KAPPAS)].abs().max() < 1e-5 and abs(uniform["broad"] - 1) < 1e-5
-    for row, name in enumerate(ph.KAPPAS, start=1):
-        assert table.iloc[row][name] == pytest.approx(1, abs=1e-5), name
+    assert [table[name][row] for row, name in enumerate(ph.KAPPAS, start=1)] == pytest.approx([1] * 8, abs=1e-5)
     assert uniform["class"] == "Global/Broad" and not uniform["sink_flag"]
 
 
@@ -115,15 +114,11 @@ def test_resting_and_self_heads_and_what_is_not_corrected_for_chance():
     assert np.isfinite(table.drop(columns="class").to_numpy(float)).all()
     assert table["previous"][1] == 0  # no weight left to score
     assert (table.loc[3, list(ph.KAPPAS[4:])] < 0).all()
+    keys = ph.key_sets(torch.tensor([40, 41, 42, 43, 255, 44, 45]), torch.tensor(COUNTS))[-1]
+    assert keys[4:].nonzero().tolist() == [[1, 4], [2, 4]]  # rarest so far, not of the whole; it is not asked itself
     table = synthetic_table([ideal("self"), ideal("previous"), ideal("uniform")], 10, 1)
     assert table["mean_distance"].tolist() == pytest.approx([0, 0.9, 2.25], abs=1e-5)  # i / 2 on average
     assert table["entropy"].tolist() == pytest.approx([0, 0, np.mean(np.log(np.arange(1, 11)))], abs=1e-5)
-
-
-def test_rarest_token_so_far_not_of_the_whole_text():
-    keys = ph.key_sets(torch.tensor([40, 41, 42, 43, 255, 44, 45]), torch.tensor(COUNTS))[-1]
-    assert keys[5:].nonzero().tolist() == [[0, 4], [1, 4]]
-    assert not keys[4].any()  # the rarest token is not asked to look at itself
 
 
 def kappa(weights, keys, without_sink):
@@ -174,12 +169,11 @@ def test_repeated_tokens_are_known_and_cannot_be_followed_by_position():
 
 
 def test_punctuation_and_counts_of_tokens(tmp_path):
-    marks = {text: int(ph.punctuation_tokens()[ph.get_tokenizer().encode(text)]) for text in PUNCTUATION}
-    assert marks == PUNCTUATION
+    for text, is_mark in PUNCTUATION.items():
+        assert ph.punctuation_tokens()[ph.get_tokenizer().encode(text)].tolist() == [is_mark], text
     file = ph.TokenFile(tmp_path, "test", 4, np.array([5, 5, 7, 50256], np.uint16), np.array([0, 4]))
     counts = ph.token_counts(file)
-    assert counts.shape == (50257,) and counts.sum() == 4
-    assert counts[5] == 2 and counts[7] == 1 and counts[50256] == 1
+    assert counts.shape == (50257,) and counts.sum() == 4 and counts[[5, 7, 50256]].tolist() == [2, 1, 1]
 
 
 def test_sums_are_kept_in_the_order_of_the_texts():
@@ -203,8 +197,7 @@ def test_scores_are_a_table_and_leave_the_model_as_it_was():
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     assert table.columns.tolist() == ["layer", "head", *ph.HEAD_SCORES, "resting", "sink_flag", "class"]
     assert table[["layer", "head"]].to_numpy().tolist() == [[0, 0], [0, 1], [1, 0], [1, 1]]
-    assert table["resting"].dtype == bool and table["sink_flag"].dtype == bool
-    assert set(table["class"]) <= set(ph.HEAD_CLASSES)
+    assert table["resting"].dtype == table["sink_flag"].dtype == bool and set(table["class"]) <= set(ph.HEAD_CLASSES)
 
 
 @pytest.mark.parametrize(
@@ -216,11 +209,13 @@ def test_bad_windows_are_refused(idx):
 
 
 def test_other_counts_make_another_token_rare_and_too_few_are_refused():
-    model, windows, counts = strong_model(), random_windows(2, 64), np.arange(256)
-    one, other = (ph.score_heads(model, windows, each)["rare"] for each in (counts, counts[::-1].copy()))
+    counts = np.arange(256)
+    one, other = (
+        ph.score_heads(strong_model(), random_windows(2, 64), each)["rare"] for each in (counts, counts[::-1].copy())
+    )
     assert not np.allclose(one, other, atol=1e-3)
     with pytest.raises(ph.PicoError, match="hold token ids below 10"):
-        ph.score_heads(model, windows, np.ones(10))
+        ph.score_heads(strong_model(), random_windows(2, 64), np.ones(10))
 
 
 def test_shares_interval_comes_from_resampling_texts():
@@ -325,15 +320,23 @@ def test_sets_side_by_side_equal_plain_passes(monkeypatch, max_tokens):
     """Sets that share heads, nested and empty ones, in batches or all at once."""
     monkeypatch.setattr(ph, "_MAX_TOKENS", max_tokens)
     model, idx = strong_model(), random_windows(5, 24)
-    means = ph.mean_head_outputs(model, idx)
+    outputs = []
+    with (
+        ph.evaluating(model),
+        model.blocks[1].attention.out_proj.register_forward_pre_hook(
+            lambda _, args: outputs.append(args[0].mean((0, 1)))
+        ),
+    ):
+        model(idx)
+    means = ph.mean_head_outputs(model.train(), idx)
+    assert model.training and torch.allclose(means[1].flatten(), outputs[0], atol=1e-5)
     sets = [(), ((0, 1),), ((0, 1), (1, 0)), ((1, 0),), ((0, 0), (0, 1), (1, 1)), ((0, 1), (1, 0))]
     whole, last = (torch.cat(list(ph.ablated_hidden_states(model, idx, sets, means, n)), dim=1) for n in (24, 2))
     assert whole.shape == (6, 5, 24, 32) and not whole.requires_grad
-    for heads, states, ends in zip(sets, whole, last, strict=True):
+    for heads, *states in zip(sets, whole, last, strict=True):
         with ph.evaluating(model), ablated(model, heads, means):
             expected = model.hidden_states(idx)
-        torch.testing.assert_close(states, expected, atol=1e-4, rtol=1e-4)
-        torch.testing.assert_close(ends, expected[:, -2:], atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(states, [expected, expected[:, -2:]], atol=1e-4, rtol=1e-4)
     assert (whole[0] - whole[1]).abs().max() > 0.1
     assert not any(block.attention.out_proj._forward_pre_hooks for block in model.blocks)
     with pytest.raises(ph.PicoError, match="head L5H0"):
@@ -349,15 +352,14 @@ def test_ablation_map_is_the_loss_of_plain_passes(n_last):
     for row in table.itertuples():
         with ablated(model, [(row.layer, row.head)], means):
             losses = window_losses(model, idx, n_last)
-        assert row.loss == pytest.approx(losses.mean(), abs=1e-4)
-        assert row.loss_increase == pytest.approx((losses - base).mean(), abs=1e-4)
-        assert row.standard_error == pytest.approx((losses - base).std(ddof=1) / np.sqrt(5), abs=1e-4)
+        increase, error = (losses - base).mean(), (losses - base).std(ddof=1) / np.sqrt(5)
+        measured = row.loss, row.loss_increase, row.standard_error
+        assert measured == pytest.approx((losses.mean(), increase, error), abs=1e-4)
 
 
 def test_a_class_that_matters_is_ranked_first_among_random_sets():
     """Only head 0 of either layer writes anything; the text is what the model expects, so that it needs its heads."""
-    config = dataclasses.replace(CONFIG, n_head=8)
-    model, idx = strong_model(config), random_windows(60, 2)
+    model, idx = strong_model(dataclasses.replace(CONFIG, n_head=8)), random_windows(60, 2)
     generator = torch.Generator().manual_seed(0)
     with ph.evaluating(model):
         for block in model.blocks:
@@ -365,9 +367,8 @@ def test_a_class_that_matters_is_ranked_first_among_random_sets():
         for _ in range(22):
             idx = torch.cat([idx, torch.multinomial(model(idx)[:, -1].softmax(-1), 1, generator=generator)], dim=1)
     means = ph.mean_head_outputs(model, idx)
-    scores = pd.DataFrame(list(np.ndindex(2, 8)), columns=["layer", "head"]).assign(**{"class": "Mixed"})
-    scores.loc[scores["head"] == 0, "class"] = "Local Context"
-    scores.loc[scores["head"] == 7, "class"] = "Token-Specific"
+    scores = pd.DataFrame(np.ndindex(2, 8), columns=["layer", "head"])
+    scores["class"] = scores["head"].map({0: "Local Context", 7: "Token-Specific"}).fillna("Mixed")
     table = ph.class_ablation(model, idx, scores, means, 23).set_index("class")
     local, token = table.loc["Local Context"], table.loc["Token-Specific"]
     with ablated(model, [(0, 0), (1, 0)], means):
@@ -386,17 +387,6 @@ def test_a_class_of_all_heads_has_no_random_set():
     (row,) = ph.class_ablation(model, idx, scores, ph.mean_head_outputs(model, idx), 23).to_dict("records")
     assert (row["n_random_sets"], row["p_value"]) == (0, 1) and np.isnan(row["random_loss_increase"])
     assert np.isfinite([row["loss_increase"], row["compared_loss_increase"]]).all()
-
-
-def test_mean_head_outputs():
-    model, idx, outputs = strong_model().train(), random_windows(7, 16), []
-    hook = model.blocks[1].attention.out_proj.register_forward_pre_hook(lambda _, args: outputs.append(args[0]))
-    with ph.evaluating(model):
-        model(idx)
-    hook.remove()
-    means = ph.mean_head_outputs(model, idx)
-    assert means.shape == (2, 2, 16) and model.training
-    assert torch.allclose(means[1].flatten(), outputs[0].mean((0, 1)), atol=1e-5)
 
 
 def test_random_sets_are_distinct_and_of_the_same_layers():
@@ -494,8 +484,8 @@ def test_study_holds_every_baseline(study):
     assert (study.shares["low"] <= study.shares["high"]).all()
     assert len(study.baselines) == 4 * len(ph.HEAD_SCORES)
     highest = study.baselines.set_index(["model", "score"])["highest"]
-    assert highest["trained", "previous"] == pytest.approx(study.scores["previous"].max())
-    assert highest["trained", "entropy"] == pytest.approx(study.scores["entropy"].max())
+    for score in ("previous", "entropy"):
+        assert highest["trained", score] == pytest.approx(study.scores[score].max())
     uniform = highest["uniform"]
     assert uniform[list(ph.KAPPAS)].abs().max() < 1e-5 and uniform["broad"] == pytest.approx(1, abs=1e-5)
     assert uniform["entropy"] > 0.5
@@ -531,17 +521,14 @@ def test_the_smallest_model_passes_through_the_whole_study():
 
 
 @pytest.mark.parametrize("windows", [random_windows(1, 9), random_windows(5, 2)])
-def test_comparisons_and_the_study_need_two_windows_of_three_tokens(windows):
+def test_comparisons_and_the_study_need_two_windows_of_three_tokens_and_readable_sentences(windows):
     given = {ph.head_similarity: (windows,), ph.head_ablation_map: (windows, torch.zeros(2, 2, 16), 1)}
     for compare, args in (given | {ph.study_model: ({"One": SENTENCES}, windows)}).items():
         with pytest.raises(ph.PicoError, match="two windows of three"):
             compare(strong_model(), *args)
-
-
-@pytest.mark.parametrize("text, message", [("", "is empty"), ("word " * 200, "the model reads 128")])
-def test_a_sentence_that_cannot_be_read_is_named_before_the_study(text, message):
-    with pytest.raises(ph.PicoError, match=message):
-        ph.study_model(ph.PicoLLM(TEXT_CONFIG), {"One": [text]}, random_windows(2, 24))
+    for text, message in {"": "is empty", "word " * 200: "the model reads 128"}.items():
+        with pytest.raises(ph.PicoError, match=message):
+            ph.study_model(ph.PicoLLM(TEXT_CONFIG), {"One": [text]}, random_windows(2, 24))
 
 
 def test_study_bounds_the_predictions_of_its_ablations(monkeypatch):
