@@ -28,7 +28,7 @@ def make_capture(text: str, n_layer: int = 2, n_head: int = 2, seed: int = 0) ->
 def make_study(n_layer: int = 2, n_head: int = 2, trained: bool = True, seed: int = 0) -> pico.Study:
     """A Study. With `trained`, half of the heads have a kind; without, nothing stands out."""
     rng = np.random.default_rng(seed)
-    rows = []
+    rows, shares, baselines = [], [], []
     for layer, head in np.ndindex(n_layer, n_head):
         values = {name: rng.normal(0, 0.02) for name in KAPPAS} | {"broad": rng.uniform(0.95, 1.0)}
         name = "Global/Broad"
@@ -40,20 +40,17 @@ def make_study(n_layer: int = 2, n_head: int = 2, trained: bool = True, seed: in
         values |= {"mean_distance": rng.uniform(1, 20), "entropy": rng.uniform(1, 4), "resting": False}
         rows.append({"layer": layer, "head": head, **values, "sink_flag": values["sink"] > 0.3, "class": name})
     scores = pd.DataFrame(rows)
-    shares, baselines = [], []
     for model, name in itertools.product(pico.MODEL_NAMES, (*CLASSES, "Specialised")):
-        share = float((scores["class"].isin(CLASSES[:3] if name == "Specialised" else [name])).mean())
+        share, reach = scores["class"].isin(CLASSES[:3] if name == "Specialised" else [name]).mean(), 0.03
         if model in ("untrained", "uniform"):
-            share = float(name == "Global/Broad")
-        reach = 0.0 if model == "uniform" else 0.03
+            share, reach = float(name == "Global/Broad"), 0.03 * (model == "untrained")
         shares.append((model, name, share, max(0.0, share - reach), min(1.0, share + reach)))
     for model, score in itertools.product(pico.MODEL_NAMES, (*KAPPAS, "mean_distance", "entropy")):
-        value = float(scores[score].max())
-        if model in ("untrained", "uniform"):
-            value = {"broad": 0.98, "mean_distance": 30.0, "entropy": 4.1}.get(score, 0.01)
+        by_chance = {"broad": 0.98, "mean_distance": 30.0, "entropy": 4.1}.get(score, 0.01)
+        value = by_chance if model in ("untrained", "uniform") else float(scores[score].max())
         baselines.append((model, score, value, value - 0.02, value + 0.02))
-    increase = rng.normal(0.02 if trained else 0.0, 0.01 if trained else 1e-5, len(scores))
-    error = 0.001 if trained else 1e-4
+    mean, spread, error = (0.02, 0.01, 0.001) if trained else (0.0, 1e-5, 1e-4)
+    increase = rng.normal(mean, spread, len(scores))
     ablation = scores[["layer", "head"]].assign(loss_increase=increase, loss=4.0 + increase, standard_error=error)
     kinds = scores["class"].value_counts().reindex(CLASSES[:3]).dropna().astype(int).rename_axis("class")
     by_class = kinds.reset_index(name="n_heads").assign(loss_increase=0.3, low=0.2, high=0.4, n_random_sets=9)
