@@ -193,8 +193,7 @@ def test_scores_are_a_table_and_leave_the_model_as_it_was():
     before = {name: value.clone() for name, value in model.state_dict().items()}
     table, again = (ph.score_heads(model, random_windows(3, 64)) for _ in range(2))
     pd.testing.assert_frame_equal(table, again)  # no dropout while scoring
-    assert model.training
-    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    assert model.training and all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     assert table.columns.tolist() == ["layer", "head", *ph.HEAD_SCORES, "resting", "sink_flag", "class"]
     assert table[["layer", "head"]].to_numpy().tolist() == [[0, 0], [0, 1], [1, 0], [1, 1]]
     assert table["resting"].dtype == table["sink_flag"].dtype == bool and set(table["class"]) <= set(ph.HEAD_CLASSES)
@@ -274,9 +273,8 @@ def test_a_built_in_induction_circuit_is_found_and_matters():
     table = ph.score_heads(model, windows).set_index(["layer", "head"])
     assert table.loc[(0, 0), "previous"] > 0.95 and table.loc[(0, 0), "class"] == "Diagonal/Self"
     assert table.loc[(1, 0), "induction"] > 0.9 and table.loc[(1, 0), "class"] == "Token-Specific"
-    for uniform in [(0, 1), (1, 1)]:
-        assert table.loc[uniform, list(ph.KAPPAS)].abs().max() < 1e-5
-        assert table.loc[uniform, "class"] == "Global/Broad"
+    uniform = table.loc[[(0, 1), (1, 1)]]
+    assert (uniform[list(ph.KAPPAS)].abs() < 1e-5).all(axis=None) and (uniform["class"] == "Global/Broad").all()
     assert table["induction"].drop((1, 0)).max() < 0.1
     with ablated(model, [(0, 0)], torch.zeros(2, 2, 1)):  # the induction head reads what the previous-token head wrote
         assert ph.score_heads(model, windows)["induction"].max() < 0.1
@@ -459,8 +457,7 @@ def test_equal_heads_have_distance_zero_and_a_fixed_head_no_noise():
     assert distances[0, 1] < 1e-3 < min(distances[0, 2], floor)
     for block in model.blocks:
         block.attention.qkv_proj.weight.data.zero_()  # uniform heads
-    distances, floor = ph.head_similarity(model, windows)
-    assert distances.max() < 1e-3 and floor < 1e-3
+    assert max(ph.head_similarity(model, windows)[0].max(), ph.head_similarity(model, windows)[1]) < 1e-3
 
 
 @pytest.fixture(scope="module")
@@ -481,8 +478,7 @@ def test_study_holds_every_baseline(study):
     for score in ("previous", "entropy"):
         assert highest["trained", score] == pytest.approx(study.scores[score].max())
     uniform = highest["uniform"]
-    assert uniform[list(ph.KAPPAS)].abs().max() < 1e-5 and uniform["broad"] == pytest.approx(1, abs=1e-5)
-    assert uniform["entropy"] > 0.5
+    assert uniform[list(ph.KAPPAS)].abs().max() < 1e-5 and abs(uniform["broad"] - 1) < 1e-5 and uniform["entropy"] > 0.5
     assert len(study.ablation) == 4 and study.distances.shape == (4, 4)
     assert study.settings["window_length"] == 64 and study.settings["n_texts"] == len(SENTENCES)
     assert len(study.language) == len(ph.PHENOMENA) and study.class_ablation.empty and study.history.empty
@@ -503,8 +499,7 @@ def test_untrained_model_has_no_findings(study, seed):
     assert set(table["class"]) <= {"Global/Broad", "Mixed"}
     assert not table["sink_flag"].any() and not table["resting"].any()
     assert all(table[name].max() < study.thresholds.tau[name] for name in ph.KAPPAS)
-    found = study.shares[~study.shares["class"].isin(["Global/Broad", "Mixed"])]
-    assert (found["high"] == 0).all()
+    assert (study.shares.query("`class` not in ['Global/Broad', 'Mixed']")["high"] == 0).all()
 
 
 def test_the_smallest_model_passes_through_the_whole_study():
