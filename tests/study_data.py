@@ -1,5 +1,7 @@
 """Made-up results of a study with known truth, in the columns that the module's own measurements have."""
 
+import itertools
+
 import numpy as np
 import pandas as pd
 import torch
@@ -12,79 +14,58 @@ CLASSES = ("Diagonal/Self", "Local Context", "Token-Specific", "Global/Broad", "
 
 def make_capture(text: str, n_layer: int = 2, n_head: int = 2, seed: int = 0) -> pico.AttentionCapture:
     """Heads of clear kinds: head k of layer l looks mostly at itself, one back, the first token, or anywhere."""
-    tokenizer = pico.get_tokenizer()
-    ids = tokenizer.encode(text)
+    ids, rng = pico.get_tokenizer().encode(text), np.random.default_rng(seed)
     n = len(ids)
-    rng = np.random.default_rng(seed)
-    distance = np.subtract.outer(np.arange(n), np.arange(n))
-    scores = rng.normal(0, 1, (n_layer, n_head, n, n))
-    for layer in range(n_layer):
-        for head in range(n_head):
-            kind = (layer * n_head + head) % 5
-            scores[layer, head] += 4.0 * {0: distance == 0, 1: distance == 1, 2: np.arange(n) == 0}.get(kind, 0)
+    distance, scores = np.subtract.outer(np.arange(n), np.arange(n)), rng.normal(0, 1, (n_layer, n_head, n, n))
+    wanted = {0: distance == 0, 1: distance == 1, 2: np.arange(n) == 0}
+    for layer, head in np.ndindex(n_layer, n_head):
+        scores[layer, head] += 4.0 * wanted.get((layer * n_head + head) % 5, 0)
     weights = np.exp(scores) * np.tri(n)
-    weights /= weights.sum(-1, keepdims=True)
-    return pico.AttentionCapture(text, ids, tokenizer.labels(ids), torch.tensor(weights, dtype=torch.float32))
+    weights = torch.tensor(weights / weights.sum(-1, keepdims=True), dtype=torch.float32)
+    return pico.AttentionCapture(text, ids, pico.get_tokenizer().labels(ids), weights)
 
 
 def make_study(n_layer: int = 2, n_head: int = 2, trained: bool = True, seed: int = 0) -> pico.Study:
     """A Study. With `trained`, half of the heads have a kind; without, nothing stands out."""
     rng = np.random.default_rng(seed)
-    rows = []
+    rows, shares, baselines = [], [], []
     for layer, head in np.ndindex(n_layer, n_head):
         values = {name: rng.normal(0, 0.02) for name in KAPPAS} | {"broad": rng.uniform(0.95, 1.0)}
         name = "Global/Broad"
         if trained and head % 2 == 0:
-            kind = ("previous", "local", "induction")[layer % 3]
-            name = ("Diagonal/Self", "Local Context", "Token-Specific")[layer % 3]
+            kind, name = ("previous", "local", "induction")[layer % 3], CLASSES[layer % 3]
             values |= {kind: rng.uniform(0.5, 0.9), "broad": rng.uniform(0.2, 0.6)}
         elif trained and head == 1:
-            values |= {"sink": 0.8, "broad": 0.7}
-            name = "Mixed"
-        rows.append(
-            {"layer": layer, "head": head, **values}
-            | {"mean_distance": rng.uniform(1, 20), "entropy": rng.uniform(1, 4)}
-            | {"resting": False, "sink_flag": values["sink"] > 0.3, "class": name}
-        )
+            values, name = values | {"sink": 0.8, "broad": 0.7}, "Mixed"
+        values |= {"mean_distance": rng.uniform(1, 20), "entropy": rng.uniform(1, 4), "resting": False}
+        rows.append({"layer": layer, "head": head, **values, "sink_flag": values["sink"] > 0.3, "class": name})
     scores = pd.DataFrame(rows)
-    shares, baselines = [], []
-    for model in pico.MODEL_NAMES:
-        for name in (*CLASSES, "Specialised"):
-            share = float((scores["class"].isin(CLASSES[:3] if name == "Specialised" else [name])).mean())
-            if model in ("untrained", "uniform"):
-                share = float(name == "Global/Broad")
-            reach = 0.0 if model == "uniform" else 0.03
-            low, high = max(0.0, share - reach), min(1.0, share + reach)
-            shares.append({"model": model, "class": name, "share": share, "low": low, "high": high})
-        for score in (*KAPPAS, "mean_distance", "entropy"):
-            value = float(scores[score].max())
-            if model in ("untrained", "uniform"):
-                value = {"broad": 0.98, "mean_distance": 30.0, "entropy": 4.1}.get(score, 0.01)
-            baselines.append(
-                {"model": model, "score": score, "highest": value, "low": value - 0.02, "high": value + 0.02}
-            )
-    ablation = scores[["layer", "head"]].copy()
-    ablation["loss_increase"] = rng.normal(0.02 if trained else 0.0, 0.01 if trained else 1e-5, len(ablation))
-    ablation["loss"] = 4.0 + ablation["loss_increase"]
-    ablation["standard_error"] = 0.001 if trained else 1e-4
-    ablation["matters"] = ablation["loss_increase"] > 5 * ablation["standard_error"]
-    kinds = scores["class"].value_counts()
-    by_class = pd.DataFrame({"class": CLASSES[:3], "n_heads": [int(kinds.get(name, 0)) for name in CLASSES[:3]]})
-    by_class = by_class[by_class["n_heads"] > 0].assign(loss_increase=0.3, low=0.2, high=0.4, n_random_sets=9)
+    for model, name in itertools.product(pico.MODEL_NAMES, (*CLASSES, "Specialised")):
+        share, reach = scores["class"].isin(CLASSES[:3] if name == "Specialised" else [name]).mean(), 0.03
+        if model in ("untrained", "uniform"):
+            share, reach = float(name == "Global/Broad"), 0.03 * (model == "untrained")
+        shares.append((model, name, share, max(0.0, share - reach), min(1.0, share + reach)))
+    for model, score in itertools.product(pico.MODEL_NAMES, (*KAPPAS, "mean_distance", "entropy")):
+        by_chance = {"broad": 0.98, "mean_distance": 30.0, "entropy": 4.1}.get(score, 0.01)
+        value = by_chance if model in ("untrained", "uniform") else float(scores[score].max())
+        baselines.append((model, score, value, value - 0.02, value + 0.02))
+    mean, spread, error = (0.02, 0.01, 0.001) if trained else (0.0, 1e-5, 1e-4)
+    increase = rng.normal(mean, spread, len(scores))
+    ablation = scores[["layer", "head"]].assign(loss_increase=increase, loss=4.0 + increase, standard_error=error)
+    kinds = scores["class"].value_counts().reindex(CLASSES[:3]).dropna().astype(int).rename_axis("class")
+    by_class = kinds.reset_index(name="n_heads").assign(loss_increase=0.3, low=0.2, high=0.4, n_random_sets=9)
     by_class = by_class.assign(compared_loss_increase=0.25, random_loss_increase=0.01, p_value=0.01)
-    n = n_layer * n_head
-    points = rng.normal(0, 1, (n, 3)) + 3 * (np.arange(n) % 3)[:, None]
+    points = rng.normal(0, 1, (len(scores), 3)) + 3 * (np.arange(len(scores)) % 3)[:, None]
     distances = np.linalg.norm(points[:, None] - points[None], axis=-1)
-    distances /= 1.2 * distances.max()
     return pico.Study(
         scores=scores,
         thresholds=pico.ScoreThresholds(),
-        shares=pd.DataFrame(shares),
-        baselines=pd.DataFrame(baselines),
+        shares=pd.DataFrame(shares, columns=["model", "class", "share", "low", "high"]),
+        baselines=pd.DataFrame(baselines, columns=["model", "score", "highest", "low", "high"]),
         categories=make_categories(trained),
-        ablation=ablation.reset_index(drop=True),
-        class_ablation=by_class.reset_index(drop=True),
-        distances=distances,
+        ablation=ablation.assign(matters=increase > 5 * error),
+        class_ablation=by_class,
+        distances=distances / (1.2 * distances.max()),
         language=make_language(trained),
         history=make_history(scores),
         metrics=pd.DataFrame(METRICS),
@@ -115,44 +96,25 @@ def make_categories(trained: bool = True) -> pd.DataFrame:
         if trained:
             shares = dict.fromkeys(pico.HEAD_CLASSES, 0.1) | {"Diagonal/Self": 0.1 + index / 50}
             shares["Mixed"] = 1 - sum(share for name, share in shares.items() if name != "Mixed")
-        rows += [{"category": category, "class": name, "share": share} for name, share in shares.items()]
-    return pd.DataFrame(rows)
+        rows += [(category, *share) for share in shares.items()]
+    return pd.DataFrame(rows, columns=["category", "class", "share"])
 
 
 def make_language(trained: bool = True) -> pd.DataFrame:
-    rows = []
-    for index, phenomenon in enumerate(
-        ("Subject and verb", "Coreference", "Negation", "Questions", "Articles & nouns")
-    ):
-        accuracy = 0.8 - 0.1 * index if trained else 0.5
-        effect = 0.2 - 0.05 * index if trained else 0.0
-        rows.append(
-            {
-                "phenomenon": phenomenon,
-                "claim": f"The model handles {phenomenon.lower()}",
-                "n_items": 40,
-                "accuracy": accuracy,
-                "accuracy_low": accuracy - 0.08,
-                "accuracy_high": accuracy + 0.08,
-                "untrained_accuracy": 0.49,
-                "untrained_accuracy_highest": 0.52,
-                "heads": "L1H0, L1H1",
-                "attention_difference": effect,
-                "attention_low": effect - 0.05,
-                "attention_high": effect + 0.05,
-                "untrained_attention_highest": 0.03,
-                "p_value": 0.001 if effect > 0.1 else 0.4,
-                "loss_increase": effect / 10,
-                "margin_drop": 2 * effect,
-                "margin_low": 2 * effect - 0.1,
-                "margin_high": 2 * effect + 0.1,
-                "n_random_sets": 99 if index < 4 else 0,
-                "random_margin_drop": 0.02 if index < 4 else np.nan,
-                "random_margin_low": -0.01 if index < 4 else np.nan,
-                "random_margin_high": 0.06 if index < 4 else np.nan,
-                "needs_p_value": (0.01 if effect > 0.1 else 0.5) if index < 4 else np.nan,
-                "verdict": "supported" if effect > 0.1 else "undecided" if trained else "not supported",
-                "reason": "made up for a test",
-            }
-        )
-    return pd.DataFrame(rows)
+    names = ["Subject and verb", "Coreference", "Negation", "Questions", "Articles & nouns"]
+    claims = [f"The model handles {name.lower()}" for name in names]
+    table = pd.DataFrame({"phenomenon": names, "claim": claims, "n_items": 40})
+    accuracy = 0.8 - 0.1 * table.index if trained else 0.5
+    effect = (0.2 - 0.05 * table.index if trained else 0.0 * table.index).to_numpy().round(10)
+    drop, is_found, asked = 2 * effect, effect > 0.1, table.index < 4
+    table = table.assign(accuracy=accuracy, accuracy_low=accuracy - 0.08, accuracy_high=accuracy + 0.08)
+    table = table.assign(untrained_accuracy=0.49, untrained_accuracy_highest=0.52, heads="L1H0, L1H1")
+    table = table.assign(attention_difference=effect, attention_low=effect - 0.05, attention_high=effect + 0.05)
+    table = table.assign(untrained_attention_highest=0.03, p_value=np.where(is_found, 0.001, 0.4))
+    table = table.assign(loss_increase=effect / 10, margin_drop=drop, margin_low=drop - 0.1, margin_high=drop + 0.1)
+    table["n_random_sets"] = 99 * asked
+    for name, value in {"drop": 0.02, "low": -0.01, "high": 0.06}.items():
+        table[f"random_margin_{name}"] = np.where(asked, value, np.nan)
+    table["needs_p_value"] = np.where(asked, np.where(is_found, 0.01, 0.5), np.nan)
+    table["verdict"] = np.where(is_found, "supported", "undecided" if trained else "not supported")
+    return table.assign(reason="made up for a test")

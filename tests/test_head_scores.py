@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 
 import numpy as np
 import pandas as pd
@@ -14,31 +15,23 @@ CONFIG = ph.ModelConfig(
     vocab_size=256, d_model=32, n_layer=2, n_head=2, d_ff=32, context_length=64, max_positions=128, dropout=0.1
 )
 TEXT_CONFIG = dataclasses.replace(CONFIG, vocab_size=50257)  # reads real sentences
-SENTENCES = [
-    "The cat sat on the mat.",
-    "The old dog, which was tired, slept near the fire.",
-    "John said that he would come, but he did not come.",
-    "Why is the sky blue?",
-    "It is not the case that the bird sang.",
-]
+REPEATS = ph.repeated_random_tokens(CONFIG)
+SENTENCES = ph.ALL_TEST_CATEGORIES["Coreference"]
 COMMA, PERIOD = 11, 13  # GPT-2 ids
+PUNCTUATION = {",": 1, " (": 1, "...": 1, " the": 0, "\n": 0, "5": 0, " --": 1}
 
 
-def strong_model(config=CONFIG, seed=0, scale=8.0):
+def strong_model(config=CONFIG):
     """An untrained model with weights so large that its heads do something."""
-    model = ph.PicoLLM(config, seed)
+    model = ph.PicoLLM(config)
     with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim == 2:
-                parameter.mul_(scale)
+        for parameter in (each for each in model.parameters() if each.ndim == 2):
+            parameter.mul_(8)
     return model
 
 
 def random_windows(n, length, seed=0, vocab_size=256):
     return torch.randint(0, vocab_size, (n, length), generator=torch.Generator().manual_seed(seed))
-
-
-# ---- synthetic heads -----------------------------------------------------------------------------
 
 
 def some_tokens(length, seed):
@@ -52,150 +45,96 @@ def some_tokens(length, seed):
 
 COUNTS = np.full(256, 100)
 COUNTS[255] = 1
-
-
-def wanted_keys(name, ids):
-    """What the ideal head of that name looks at, row by row, written out plainly (positions from 0)."""
-    n = ids.tolist()
-    frequency = [COUNTS[t] for t in n]
-
-    def keys(i):
-        if name == "sink":
-            return [0]
-        if name == "self":
-            return [i]
-        if name == "previous":
-            return [i - 1]
-        if name == "local":
-            return [i - 2, i - 1, i]
-        if name == "duplicate":
-            return [j for j in range(1, i) if n[j] == n[i]]
-        if name == "induction":
-            return [j + 1 for j in range(i - 1) if n[j] == n[i]]
-        if name == "punctuation":
-            return [j for j in range(1, i) if n[j] in (COMMA, PERIOD)]
-        if name == "rare":
-            return [j for j in range(1, i) if frequency[j] == min(frequency[1 : i + 1])]
-        return list(range(i + 1))  # uniform
-
-    return [[j for j in keys(i) if j >= 0] for i in range(len(n))]
+WANTED = {  # what the ideal head of that name looks at in row i of the tokens n, written out plainly (from 0)
+    "sink": lambda n, i: [0],
+    "self": lambda n, i: [i],
+    "previous": lambda n, i: [i - 1],
+    "local": lambda n, i: [i - 2, i - 1, i],
+    "duplicate": lambda n, i: [j for j in range(1, i) if n[j] == n[i]],
+    "induction": lambda n, i: [j + 1 for j in range(i - 1) if n[j] == n[i]],
+    "punctuation": lambda n, i: [j for j in range(1, i) if n[j] in (COMMA, PERIOD)],
+    "rare": lambda n, i: [j for j in range(1, i) if COUNTS[n[j]] == min(COUNTS[n[1 : i + 1]])],
+    "uniform": lambda n, i: range(i + 1),
+}
 
 
 def ideal_map(name, ids):
     """(T, T): all weight on the wanted keys, alike; rows without any rest on the first token."""
     weights = torch.zeros(len(ids), len(ids))
-    for i, keys in enumerate(wanted_keys(name, ids)):
-        weights[i, keys or [0]] = 1 / len(keys or [0])
+    for i in range(len(ids)):
+        keys = [j for j in WANTED[name](ids.tolist(), i) if j >= 0] or [0]
+        weights[i, keys] = 1 / len(keys)
     return weights
 
 
-def synthetic_table(heads, sequences, repeats=None, thresholds=None):
-    """Scores of heads given as functions ids -> (T, T) map, through the code that scores a model."""
-
-    def attend(idx, reduce):
-        reduce(0, torch.stack([torch.stack([head(ids) for head in heads]) for ids in idx]))
-
-    counts = torch.tensor(COUNTS)
-    repeats = list(ph.repeated_random_tokens(4, 64, 256)) if repeats is None else repeats
-    sums = ph.HeadSums(*(ph.text_sums(attend, ids, counts) for ids in (sequences, repeats)))
-    return sums.table(thresholds)
-
-
 def ideal(name):
-    return lambda ids: ideal_map(name, ids)
+    return functools.partial(ideal_map, name)
 
 
 def mixture(share, one, other):
     return lambda ids: share * ideal_map(one, ids) + (1 - share) * ideal_map(other, ids)
 
 
+def synthetic_sums(heads, texts):
+    """Sums of heads given as functions ids -> (T, T) map, through the code that scores a model."""
+    return ph.head_sums(lambda ids: torch.stack([head(ids) for head in heads])[None], texts, REPEATS, COUNTS)
+
+
+def synthetic_table(heads, length=64, n_texts=6):
+    return synthetic_sums(heads, [some_tokens(length, seed) for seed in range(n_texts)]).table()
+
+
 @pytest.mark.parametrize("length", [8, 12, 33, 64, 128])
 def test_uniform_head_scores_zero_and_ideal_head_one_at_every_length(length):
-    sequences = [some_tokens(length, seed) for seed in range(6)]
-    table = synthetic_table([ideal("uniform"), *map(ideal, ph.KAPPAS)], sequences)
+    table = synthetic_table([ideal("uniform"), *map(ideal, ph.KAPPAS)], length)
     uniform = table.iloc[0]
-    for name in ph.KAPPAS:
-        assert abs(uniform[name]) < 1e-5, name
-    assert abs(uniform["broad"] - 1) < 1e-5
-    for row, name in enumerate(ph.KAPPAS, start=1):
-        assert table.iloc[row][name] == pytest.approx(1, abs=1e-5), name
+    assert uniform[list(ph.KAPPAS)].abs().max() < 1e-5 and abs(uniform["broad"] - 1) < 1e-5
+    assert [table[name][row] for row, name in enumerate(ph.KAPPAS, start=1)] == pytest.approx([1] * 8, abs=1e-5)
     assert uniform["class"] == "Global/Broad" and not uniform["sink_flag"]
 
 
 @pytest.mark.parametrize("length", [20, 64])
 def test_each_head_gets_its_class_with_and_without_a_sink(length):
-    expected = {
-        "self": "Diagonal/Self",
-        "previous": "Diagonal/Self",
-        "local": "Local Context",
-        "duplicate": "Token-Specific",
-        "induction": "Token-Specific",
-        "punctuation": "Token-Specific",
-        "rare": "Token-Specific",
-        "uniform": "Global/Broad",
-    }
-    sequences = [some_tokens(length, seed) for seed in range(6)]
-    heads = [mixture(share, "sink", name) for share in (0, 0.5) for name in expected]
-    table = synthetic_table(heads, sequences)
+    expected = dict.fromkeys(["self", "previous"], "Diagonal/Self") | {"local": "Local Context"}
+    expected |= dict.fromkeys(ph.KAPPAS[4:], "Token-Specific") | {"uniform": "Global/Broad"}
+    table = synthetic_table([mixture(share, "sink", name) for share in (0, 0.5) for name in expected], length)
     assert table["class"].tolist() == 2 * list(expected.values())
     with_sink = table.iloc[len(expected) :]
     assert with_sink["sink_flag"].all() and not with_sink["resting"].any()
-    for (_, row), name in zip(with_sink.iterrows(), expected, strict=True):  # the sink does not hide what the rest does
-        if name != "uniform":
-            assert row[name] == pytest.approx(1, abs=1e-5)
+    found = [table[name][len(expected) + row] for row, name in enumerate(expected) if name != "uniform"]
+    assert found == pytest.approx([1] * 7, abs=1e-5)  # the sink does not hide what the rest does
 
 
-def test_resting_head_is_resting_whatever_the_little_rest_does():
-    sequences = [some_tokens(64, seed) for seed in range(3)]
-    table = synthetic_table(
-        [mixture(0.95, "sink", "previous"), ideal("sink"), mixture(0.85, "sink", "previous")], sequences
-    )
-    assert table["class"].tolist() == ["Resting", "Resting", "Diagonal/Self"]
-    assert table["resting"].tolist() == [True, True, False]
+def test_resting_and_self_heads_and_what_is_not_corrected_for_chance():
+    """A resting head rests whatever its little rest does; attention to oneself is never attention to content."""
+    heads = [mixture(0.95, "sink", "previous"), ideal("sink"), mixture(0.85, "sink", "previous"), ideal("self")]
+    table = synthetic_table(heads)
+    assert table["class"].tolist() == ["Resting", "Resting", "Diagonal/Self", "Diagonal/Self"]
+    assert table["resting"].tolist() == [True, True, False, False]
     assert np.isfinite(table.drop(columns="class").to_numpy(float)).all()
     assert table["previous"][1] == 0  # no weight left to score
-
-
-def test_self_attention_is_never_attention_to_content():
-    """A diagonal head sits on punctuation, copies and rare tokens whenever it is there; that must not count."""
-    table = synthetic_table([ideal("self")], [some_tokens(64, seed) for seed in range(6)])
-    for name in ("duplicate", "induction", "punctuation", "rare"):
-        assert table[name][0] < 0, name
-
-
-def test_mean_distance_and_entropy():
-    table = synthetic_table([ideal("self"), ideal("previous"), ideal("uniform")], [some_tokens(10, 0)])
-    assert table["mean_distance"].tolist() == pytest.approx([0, 0.9, np.mean([i / 2 for i in range(10)])], abs=1e-5)
+    assert (table.loc[3, list(ph.KAPPAS[4:])] < 0).all()
+    keys = ph.key_sets(torch.tensor([40, 41, 42, 43, 255, 44, 45]), torch.tensor(COUNTS))[-1]
+    assert keys[4:].nonzero().tolist() == [[1, 4], [2, 4]]  # rarest so far, not of the whole; it is not asked itself
+    table = synthetic_table([ideal("self"), ideal("previous"), ideal("uniform")], 10, 1)
+    assert table["mean_distance"].tolist() == pytest.approx([0, 0.9, 2.25], abs=1e-5)  # i / 2 on average
     assert table["entropy"].tolist() == pytest.approx([0, 0, np.mean(np.log(np.arange(1, 11)))], abs=1e-5)
 
 
-def test_rarest_token_so_far_not_of_the_whole_text():
-    ids = torch.tensor([40, 41, 42, 43, 255, 44, 45])
-    keys = ph.key_sets(ids[None], torch.tensor(COUNTS))[0, -1]
-    assert keys[5:].nonzero().tolist() == [[0, 4], [1, 4]]
-    assert not keys[4].any()  # the rarest token is not asked to look at itself
-
-
 def kappa(weights, keys, without_sink):
-    numerator, denominator = ph.kappa_sums(weights, keys[:, None], without_sink)[..., 0]
+    numerator, denominator = ph.kappa_sums(weights, keys[None], without_sink)[..., 0]
     return numerator / denominator
 
 
-def test_kappa_with_and_without_the_sink():
-    maps = torch.stack([mixture(0.7, "sink", "previous")(some_tokens(40, 0)), ideal_map("uniform", some_tokens(40, 0))])
+def test_kappa_with_and_without_the_sink_and_by_hand():
+    maps = torch.stack([head(some_tokens(40, 0)) for head in (mixture(0.7, "sink", "previous"), ideal("uniform"))])
     previous = torch.ones(40, 40).tril(-1).triu(-1).bool()
-    assert kappa(maps[None], previous[None], True)[0].tolist() == pytest.approx([1, 0], abs=1e-5)
-    raw = kappa(maps[None], previous[None], False)[0]
+    assert kappa(maps, previous, True).tolist() == pytest.approx([1, 0], abs=1e-5)
+    raw = kappa(maps, previous, False)
     assert raw[0] == pytest.approx(0.3, abs=0.05) and raw[1] == pytest.approx(0, abs=1e-5)
-
-
-def test_kappa_by_hand():
-    """Three rows, key 1: chance 1/1 (skipped), 1/2, 1/3; (0.8 - 0.5 + 0.4 - 1/3) / (0.5 + 2/3)."""
-    weights = torch.tensor([[1, 0, 0], [0.8, 0.2, 0], [0.4, 0.3, 0.3]])
-    mask = torch.zeros(3, 3, dtype=torch.bool)
-    mask[:, 0] = True
+    weights = torch.tensor([[[1, 0, 0], [0.8, 0.2, 0], [0.4, 0.3, 0.3]]])  # key 1: chance 1 (skipped), 1/2, 1/3
     expected = (0.8 - 0.5 + 0.4 - 1 / 3) / (0.5 + 2 / 3)
-    assert kappa(weights[None, None], mask[None], False).item() == pytest.approx(expected)
+    assert kappa(weights, torch.tensor([[True, False, False]] * 3), False).item() == pytest.approx(expected)
 
 
 def test_classes_follow_the_thresholds():
@@ -208,136 +147,82 @@ def test_classes_follow_the_thresholds():
     assert ph.classify_heads(scores, higher).tolist() == ["Mixed", "Local Context", "Mixed"]
     scores["induction"] = np.full(3, 0.6)
     assert ph.classify_heads(scores, base).tolist() == ["Token-Specific", "Local Context", "Token-Specific"]
+    low = pd.DataFrame(dict.fromkeys(ph.KAPPAS, np.linspace(-0.1, 0.1, 101)))
+    thresholds = ph.score_thresholds(low, low.assign(previous=np.linspace(0, 1, 101)))  # the largest percentile
+    assert thresholds.tau["previous"] == pytest.approx(0.99) and thresholds.tau["local"] == thresholds.floor == 0.3
 
 
-# ---- inputs --------------------------------------------------------------------------------------
+def test_repeated_tokens_are_known_and_cannot_be_followed_by_position():
+    def draw(**options):
+        return torch.stack(ph.repeated_random_tokens(dataclasses.replace(TEXT_CONFIG, context_length=128), **options))
 
-
-def test_repeated_tokens_cannot_be_followed_by_position():
-    idx = ph.repeated_random_tokens(9, 128, 50257, seed=1)
-    assert torch.equal(idx, ph.repeated_random_tokens(9, 128, 50257, seed=1))
-    assert not torch.equal(idx, ph.repeated_random_tokens(9, 128, 50257, seed=2))
-    keys = ph.key_sets(idx, torch.ones(50257, dtype=torch.int64))[:, ph.KAPPAS.index("induction") - 1]
-    assert keys.any(-1).float().mean() > 0.3  # there is something to find
+    idx, counts = draw(seed=1), np.zeros(50257, np.int64)
+    assert torch.equal(idx, draw(seed=1)) and not torch.equal(idx, draw(seed=2))
+    keys = [ph.key_sets(ids, torch.ones(50257, dtype=torch.int64))[ph.KAPPAS.index("induction") - 1] for ids in idx]
+    assert torch.stack(keys).any(-1).float().mean() > 0.3  # there is something to find
     for offset in range(0, 64):
-        back = (torch.arange(128) - offset).clamp(min=0)
-        weights = torch.eye(128)[back].expand(9, 1, 128, 128)
-        assert kappa(weights, keys, True).mean() < 0.15, offset
-
-
-def test_repeated_tokens_are_known_to_the_model():
-    counts = np.zeros(50257, np.int64)
+        weights = torch.eye(128)[(torch.arange(128) - offset).clamp(min=0)]
+        assert np.mean([kappa(weights[None], each, True) for each in keys]) < 0.15, offset
     counts[2000:4000] = 60
-    idx = ph.repeated_random_tokens(4, 64, 50257, counts=counts)
-    assert idx.min() >= 2000 and idx.max() < 4000
+    idx = draw(counts=counts)
+    assert idx.shape == (9, 128) and idx.min() >= 2000 and idx.max() < 4000
 
 
-@pytest.mark.parametrize(
-    "text, expected", [(",", 1), (" (", 1), ("...", 1), (" the", 0), ("\n", 0), ("5", 0), (" --", 1)]
-)
-def test_punctuation_tokens(text, expected):
-    (token,) = ph.get_tokenizer().encode(text)
-    assert ph.punctuation_tokens()[token] == expected
-
-
-def test_token_counts(tmp_path):
-    tokens = np.array([5, 5, 7, 50256], np.uint16)
-    file = ph.TokenFile(tmp_path, "test", 4, tokens, np.array([0, 4]))
+def test_punctuation_and_counts_of_tokens(tmp_path):
+    for text, is_mark in PUNCTUATION.items():
+        assert ph.punctuation_tokens()[ph.get_tokenizer().encode(text)].tolist() == [is_mark], text
+    file = ph.TokenFile(tmp_path, "test", 4, np.array([5, 5, 7, 50256], np.uint16), np.array([0, 4]))
     counts = ph.token_counts(file)
-    assert counts.shape == (50257,) and counts.sum() == 4
-    assert counts[5] == 2 and counts[7] == 1 and counts[50256] == 1
+    assert counts.shape == (50257,) and counts.sum() == 4 and counts[[5, 7, 50256]].tolist() == [2, 1, 1]
 
 
-# ---- scores of models ----------------------------------------------------------------------------
+def test_sums_are_kept_in_the_order_of_the_texts():
+    """Texts of mixed lengths; what one adds does not depend on the others."""
+    attend = functools.partial(ph.attention_maps, strong_model())
+    texts = [some_tokens(length, seed) for seed, length in enumerate([9, 30, 9, 17, 30])]
+    together = ph.head_sums(attend, texts, REPEATS[:1], COUNTS).texts
+    assert together.shape == (2, 5, 2, 2, len(ph.HEAD_SCORES) + 1)
+    for place, ids in enumerate(texts):
+        alone = ph.head_sums(attend, [ids], REPEATS[:1], COUNTS)
+        np.testing.assert_allclose(together[:, [place]], alone.texts, atol=1e-5)
+        assert all(alone.scores()[name].shape == (1, 4) for name in ph.HEAD_SCORES)
 
 
-def test_score_heads_table():
-    table = ph.score_heads(ph.PicoLLM(TEXT_CONFIG), SENTENCES)
-    assert table.columns.tolist() == ["layer", "head", *ph.HEAD_SCORES, "resting", "sink_flag", "class"]
-    assert table[["layer", "head"]].to_numpy().tolist() == [[0, 0], [0, 1], [1, 0], [1, 1]]
-    assert table["resting"].dtype == bool and table["sink_flag"].dtype == bool
-    assert set(table["class"]) <= set(ph.HEAD_CLASSES)
-
-
-def test_batching_does_not_change_scores(monkeypatch):
-    """Texts of mixed lengths, in batches or one by one, in any order; a table is a ratio of sums over them."""
-    model = strong_model()
-    sequences = [some_tokens(length, seed) for seed, length in enumerate([9, 30, 9, 17, 9, 30])]
-    counts = torch.tensor(COUNTS)
-
-    def sums(sequences):
-        return ph.text_sums(lambda idx, reduce: ph.stream_attention(model, idx, reduce), sequences, counts)
-
-    batched = sums(sequences)
-    assert np.allclose(batched[:, ::-1], sums(sequences[::-1]), atol=1e-4)
-    monkeypatch.setattr(ph, "_MAX_MAP", 1)
-    assert np.allclose(batched, sums(sequences), atol=1e-4)
-    assert np.allclose(batched, np.concatenate([sums([ids]) for ids in sequences], axis=1), atol=1e-4)
-
-
-def test_scoring_leaves_the_model_as_it_was():
+def test_scores_are_a_table_and_leave_the_model_as_it_was():
     model = ph.PicoLLM(CONFIG).train()
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    first, second = (ph.score_heads(model, idx=random_windows(3, 64)) for _ in range(2))
-    pd.testing.assert_frame_equal(first, second)  # no dropout while scoring
-    assert model.training
-    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    table, again = (ph.score_heads(model, random_windows(3, 64)) for _ in range(2))
+    pd.testing.assert_frame_equal(table, again)  # no dropout while scoring
+    assert model.training and all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    assert table.columns.tolist() == ["layer", "head", *ph.HEAD_SCORES, "resting", "sink_flag", "class"]
+    assert table[["layer", "head"]].to_numpy().tolist() == [[0, 0], [0, 1], [1, 0], [1, 1]]
+    assert table["resting"].dtype == table["sink_flag"].dtype == bool and set(table["class"]) <= set(ph.HEAD_CLASSES)
 
 
-@pytest.mark.parametrize(
-    "arguments, message",
-    [
-        ({}, "either texts"),
-        ({"texts": SENTENCES, "idx": random_windows(1, 8)}, "either texts"),
-        ({"texts": []}, "no text"),
-        ({"texts": ["a", ""]}, "empty"),
-        ({"texts": "One sentence, not a list."}, "a list of them"),
-        ({"idx": torch.arange(8)}, "shape"),
-        ({"idx": torch.rand(2, 8)}, "whole numbers"),
-        ({"idx": torch.full((2, 8), 50300)}, "Token 50300 is not in the vocabulary"),
-        ({"idx": torch.full((2, 8), 20), "token_counts": np.ones(10)}, "Token 20 is not .* no entry in token_counts"),
-    ],
-)
-def test_bad_input_is_refused(arguments, message):
-    with pytest.raises(ph.PicoError, match=message):
-        ph.score_heads(ph.PicoLLM(TEXT_CONFIG), **arguments)
+def test_bad_windows_and_too_few_counts_are_refused():
+    windows = random_windows(2, 8)
+    bad = [(idx, None, "50,257") for idx in (windows[0], torch.rand(2, 8), windows[:0], windows + 50300)]
+    for idx, counts, limit in [*bad, (windows, np.ones(10), "10")]:
+        with pytest.raises(ph.PicoError, match=rf"\(n_windows, T\), not be empty and hold token ids below {limit}\."):
+            ph.score_heads(ph.PicoLLM(TEXT_CONFIG), idx, counts)
 
 
 def test_other_counts_make_another_token_rare():
-    windows = random_windows(2, 64)
-    model = strong_model()
     counts = np.arange(256)
-    one, other = (ph.score_heads(model, idx=windows, token_counts=c)["rare"] for c in (counts, counts[::-1].copy()))
-    assert not np.allclose(one, other, atol=1e-3)
-
-
-def test_only_a_few_windows_are_in_memory_at_once():
-    sizes = []
-
-    def attend(idx, reduce):
-        sizes.append(len(idx))
-        reduce(0, torch.eye(128).expand(len(idx), 1, 128, 128))
-
-    ph.text_sums(attend, list(random_windows(40, 128)), torch.tensor(COUNTS))
-    assert sum(sizes) == 40 and max(sizes) < 10
+    one, other = (ph.score_heads(strong_model(), random_windows(2, 64), each) for each in (counts, counts[::-1].copy()))
+    assert not np.allclose(one["rare"], other["rare"], atol=1e-3)
 
 
 def test_shares_interval_comes_from_resampling_texts():
     """Half the texts say previous-token, half uniform: the share is certain of neither; equal texts are certain."""
-    sequences = [some_tokens(40, seed) for seed in range(8)]
-    repeats = list(ph.repeated_random_tokens(4, 64, 256))
+    texts = [some_tokens(40, seed) for seed in range(8)]
 
-    def sums(previous_texts):
-        def attend(idx, reduce):
-            maps = [
-                ideal_map(
-                    "previous" if any(torch.equal(ids, s) for s in sequences[:previous_texts]) else "uniform", ids
-                )
-                for ids in idx
-            ]
-            reduce(0, torch.stack(maps)[:, None])
+    def sums(n_previous):
+        def head(ids):
+            is_previous = any(torch.equal(ids, each) for each in texts[:n_previous])
+            return ideal_map("previous" if is_previous else "uniform", ids)
 
-        return ph.HeadSums(*(ph.text_sums(attend, ids, torch.tensor(COUNTS)) for ids in (sequences, repeats)))
+        return synthetic_sums([head], texts)
 
     def diagonal(some_sums):
         shares = ph.class_shares(some_sums, ph.ScoreThresholds(), n_bootstrap=400).set_index("class")
@@ -351,14 +236,6 @@ def test_shares_interval_comes_from_resampling_texts():
     assert diagonal([sums(8), sums(0)]) == [0.5, 0, 1]  # two models: mean and range
 
 
-def test_thresholds_are_the_largest_percentile_but_at_least_the_floor():
-    low = pd.DataFrame(dict.fromkeys(ph.KAPPAS, np.linspace(-0.1, 0.1, 101)))
-    high = low.assign(previous=np.linspace(0, 1, 101))
-    thresholds = ph.score_thresholds(low, high)
-    assert thresholds.tau["previous"] == pytest.approx(0.99)
-    assert thresholds.tau["local"] == thresholds.floor == 0.3
-
-
 def induction_model():
     """A model with the circuit of Olsson et al. 2022 written into its weights; its other two heads are uniform.
 
@@ -370,74 +247,66 @@ def induction_model():
     token, before, constant = range(16), range(16, 32), 63
     slow = [*range(8, 16), *range(24, 32)]  # dimensions of a head that the rotation leaves almost as they are
     with torch.no_grad():
-        for parameter in model.blocks.parameters():
+        for parameter in (*model.blocks.parameters(), model.token_embedding.weight):
             parameter.zero_()
-        model.token_embedding.weight.zero_()
         signs = torch.randint(0, 2, (256, 16), generator=torch.Generator().manual_seed(0)) * 2.0 - 1
         model.token_embedding.weight[:, :16] = signs
         for block in model.blocks:
             block.attention_norm.weight.fill_(1)
-        first, second = (block.attention for block in model.blocks)
         model.blocks[0].attention_norm.weight[constant] = 0
         model.blocks[0].attention_norm.bias[constant] = 1
-        q, k, v = (first.qkv_proj.weight[part * 64 : part * 64 + 32] for part in range(3))  # head 0
+        first, second = (block.attention for block in model.blocks)
+        q, k, v = first.qkv_proj.weight.view(3, 64, 64)[:, :32]  # head 0
         q[:4, constant] = 20  # one constant query, whose product with the key is largest one position back
         k[:, constant] = ph.apply_rope(q[:, constant], model.rope_cos[1], model.rope_sin[1])
-        v[range(16), token] = 1
-        first.out_proj.weight[before, range(16)] = 0.5
-        q, k, v = (second.qkv_proj.weight[part * 64 : part * 64 + 32] for part in range(3))
-        q[slow, token] = 3
-        k[slow, before] = 3
-        v[range(16), token] = 1
-        second.out_proj.weight[token, range(16)] = 2
+        v[token, token] = 1
+        first.out_proj.weight[before, token] = 0.5
+        q, k, v = second.qkv_proj.weight.view(3, 64, 64)[:, :32]
+        q[slow, token] = k[slow, before] = 3
+        v[token, token] = 1
+        second.out_proj.weight[token, token] = 2
     return model
 
 
 def test_a_built_in_induction_circuit_is_found_and_matters():
-    model = induction_model()
-    windows = random_windows(6, 64)
-    table = ph.score_heads(model, idx=windows).set_index(["layer", "head"])
+    model, windows = induction_model(), random_windows(6, 64)
+    table = ph.score_heads(model, windows).set_index(["layer", "head"])
     assert table.loc[(0, 0), "previous"] > 0.95 and table.loc[(0, 0), "class"] == "Diagonal/Self"
     assert table.loc[(1, 0), "induction"] > 0.9 and table.loc[(1, 0), "class"] == "Token-Specific"
-    for uniform in [(0, 1), (1, 1)]:
-        assert table.loc[uniform, list(ph.KAPPAS)].abs().max() < 1e-5
-        assert table.loc[uniform, "class"] == "Global/Broad"
+    uniform = table.loc[[(0, 1), (1, 1)]]
+    assert (uniform[list(ph.KAPPAS)].abs() < 1e-5).all(axis=None) and (uniform["class"] == "Global/Broad").all()
     assert table["induction"].drop((1, 0)).max() < 0.1
-    with ablated(model, [(0, 0)]):  # the induction head reads what the previous-token head wrote
-        assert ph.score_heads(model, idx=windows)["induction"].max() < 0.1
-    repeats = ph.repeated_random_tokens(8, 64, 256, seed=5)
-    ablation = ph.head_ablation_map(model, repeats, ph.mean_head_outputs(model, repeats)).set_index(["layer", "head"])
+    with ablated(model, [(0, 0)], torch.zeros(2, 2, 1)):  # the induction head reads what the previous-token head wrote
+        assert ph.score_heads(model, windows)["induction"].max() < 0.1
+    repeats = torch.stack(ph.repeated_random_tokens(CONFIG, seed=5)[:8])
+    ablation = ph.head_ablation_map(model, repeats, ph.mean_head_outputs(model, repeats), 63)
+    ablation = ablation.set_index(["layer", "head"])
     increase, error = ablation["loss_increase"], ablation["standard_error"]
     assert increase[0, 0] > 5 * error[0, 0] and increase[1, 0] > 5 * error[1, 0]
-    assert increase[[(0, 1), (1, 1)]].abs().max() < 1e-4
-
-
-# ---- ablation ------------------------------------------------------------------------------------
+    assert increase[[(0, 1), (1, 1)]].abs().max() < 1e-4 and ablation["matters"].tolist() == [True, False, True, False]
 
 
 @contextlib.contextmanager
-def ablated(model, heads, means=None):
+def ablated(model, heads, means):
     """The plain way: the heads' part of what the output projection reads is overwritten."""
 
-    def overwrite(layer, args):
+    def overwrite(layer, _, args):
         outputs = args[0].unflatten(-1, (model.config.n_head, -1)).clone()
-        for _, head in (chosen for chosen in heads if chosen[0] == layer):
-            outputs[..., head, :] = 0 if means is None else means[layer, head]
+        for head in (head for other, head in heads if other == layer):
+            outputs[..., head, :] = means[layer, head]
         return outputs.flatten(-2)
 
-    hooks = [
-        block.attention.out_proj.register_forward_pre_hook(lambda _, args, layer=layer: overwrite(layer, args))
-        for layer, block in enumerate(model.blocks)
-    ]
-    yield
-    for hook in hooks:
-        hook.remove()
+    with contextlib.ExitStack() as hooks:
+        for layer, block in enumerate(model.blocks):
+            hook = functools.partial(overwrite, layer)
+            hooks.enter_context(block.attention.out_proj.register_forward_pre_hook(hook))
+        yield
 
 
-def window_losses(model, idx, n_last=0):
+def window_losses(model, idx, n_last):
     with ph.evaluating(model):
         logits = model(idx[:, :-1])[:, -n_last:]
-    return torch.nn.functional.cross_entropy(logits.mT, idx[:, 1:][:, -n_last:], reduction="none").mean(1).numpy()
+    return torch.nn.functional.cross_entropy(logits.mT, idx[:, -n_last:], reduction="none").mean(1).numpy()
 
 
 @pytest.mark.parametrize("max_tokens", [2**13, 100])
@@ -445,39 +314,46 @@ def test_sets_side_by_side_equal_plain_passes(monkeypatch, max_tokens):
     """Sets that share heads, nested and empty ones, in batches or all at once."""
     monkeypatch.setattr(ph, "_MAX_TOKENS", max_tokens)
     model, idx = strong_model(), random_windows(5, 24)
-    means = ph.mean_head_outputs(model, idx)
+    outputs = []
+    with (
+        ph.evaluating(model),
+        model.blocks[1].attention.out_proj.register_forward_pre_hook(
+            lambda _, args: outputs.append(args[0].mean((0, 1)))
+        ),
+    ):
+        model(idx)
+    means = ph.mean_head_outputs(model.train(), idx)
+    assert model.training and torch.allclose(means[1].flatten(), outputs[0], atol=1e-5)
     sets = [(), ((0, 1),), ((0, 1), (1, 0)), ((1, 0),), ((0, 0), (0, 1), (1, 1)), ((0, 1), (1, 0))]
-    whole = torch.cat(list(ph.ablated_hidden_states(model, idx, sets, means)), dim=1)
-    last = torch.cat(list(ph.ablated_hidden_states(model, idx, sets, means, n_last=2)), dim=1)
+    whole, last = (torch.cat(list(ph.ablated_hidden_states(model, idx, sets, means, n)), dim=1) for n in (24, 2))
     assert whole.shape == (6, 5, 24, 32) and not whole.requires_grad
-    for heads, states, ends in zip(sets, whole, last, strict=True):
+    for heads, *states in zip(sets, whole, last, strict=True):
         with ph.evaluating(model), ablated(model, heads, means):
             expected = model.hidden_states(idx)
-        torch.testing.assert_close(states, expected, atol=1e-4, rtol=1e-4)
-        torch.testing.assert_close(ends, expected[:, -2:], atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(states, [expected, expected[:, -2:]], atol=1e-4, rtol=1e-4)
     assert (whole[0] - whole[1]).abs().max() > 0.1
     assert not any(block.attention.out_proj._forward_pre_hooks for block in model.blocks)
+    with pytest.raises(ph.PicoError, match="head L5H0"):
+        list(ph.ablated_hidden_states(model, idx, [((5, 0),)], means))
 
 
-@pytest.mark.parametrize("n_last", [None, 7])
+@pytest.mark.parametrize("n_last", [23, 7])
 def test_ablation_map_is_the_loss_of_plain_passes(n_last):
     model, idx = strong_model(), random_windows(5, 24)
-    means = ph.mean_head_outputs(model, idx)
+    means, base = ph.mean_head_outputs(model, idx), window_losses(model, idx, n_last)
     table = ph.head_ablation_map(model, idx, means, n_last)
-    base = window_losses(model, idx, n_last or 0)
     assert table["loss_increase"].abs().max() > 1e-2  # the heads of this model do something
     for row in table.itertuples():
         with ablated(model, [(row.layer, row.head)], means):
-            losses = window_losses(model, idx, n_last or 0)
-        assert row.loss == pytest.approx(losses.mean(), abs=1e-4)
-        assert row.loss_increase == pytest.approx((losses - base).mean(), abs=1e-4)
-        assert row.standard_error == pytest.approx((losses - base).std(ddof=1) / np.sqrt(5), abs=1e-4)
+            losses = window_losses(model, idx, n_last)
+        increase, error = (losses - base).mean(), (losses - base).std(ddof=1) / np.sqrt(5)
+        measured = row.loss, row.loss_increase, row.standard_error
+        assert measured == pytest.approx((losses.mean(), increase, error), abs=1e-4)
 
 
 def test_a_class_that_matters_is_ranked_first_among_random_sets():
     """Only head 0 of either layer writes anything; the text is what the model expects, so that it needs its heads."""
-    config = dataclasses.replace(CONFIG, n_head=8)
-    model, idx = strong_model(config), random_windows(60, 2)
+    model, idx = strong_model(dataclasses.replace(CONFIG, n_head=8)), random_windows(60, 2)
     generator = torch.Generator().manual_seed(0)
     with ph.evaluating(model):
         for block in model.blocks:
@@ -485,15 +361,13 @@ def test_a_class_that_matters_is_ranked_first_among_random_sets():
         for _ in range(22):
             idx = torch.cat([idx, torch.multinomial(model(idx)[:, -1].softmax(-1), 1, generator=generator)], dim=1)
     means = ph.mean_head_outputs(model, idx)
-    heads = [(layer, head) for layer in range(2) for head in range(8)]
-    scores = pd.DataFrame(heads, columns=["layer", "head"]).assign(**{"class": "Mixed"})
-    scores.loc[scores["head"] == 0, "class"] = "Local Context"
-    scores.loc[scores["head"] == 7, "class"] = "Token-Specific"
-    table = ph.class_ablation(model, idx, scores, means).set_index("class")
+    scores = pd.DataFrame(np.ndindex(2, 8), columns=["layer", "head"])
+    scores["class"] = scores["head"].map({0: "Local Context", 7: "Token-Specific"}).fillna("Mixed")
+    table = ph.class_ablation(model, idx, scores, means, 23).set_index("class")
     local, token = table.loc["Local Context"], table.loc["Token-Specific"]
     with ablated(model, [(0, 0), (1, 0)], means):
-        increase = window_losses(model, idx)
-    increase -= window_losses(model, idx)
+        increase = window_losses(model, idx, 23)
+    increase -= window_losses(model, idx, 23)
     assert (local["n_heads"], local["n_random_sets"]) == (2, 99)
     assert local["loss_increase"] == pytest.approx(increase.mean(), abs=1e-4)
     assert local["low"] < local["loss_increase"] < local["high"]
@@ -502,49 +376,18 @@ def test_a_class_that_matters_is_ranked_first_among_random_sets():
 
 
 def test_a_class_of_all_heads_has_no_random_set():
-    scores = pd.DataFrame({"layer": [0, 0, 1, 1], "head": [0, 1, 0, 1], "class": ["Token-Specific"] * 4})
+    scores = pd.DataFrame(np.ndindex(2, 2), columns=["layer", "head"]).assign(**{"class": "Token-Specific"})
     model, idx = strong_model(), random_windows(4, 24)
-    table = ph.class_ablation(model, idx, scores, ph.mean_head_outputs(model, idx))
-    assert table["n_random_sets"].tolist() == [0] and table["p_value"].tolist() == [1]
-    assert table["random_loss_increase"].isna().all()
-    assert table[["loss_increase", "compared_loss_increase"]].notna().all(axis=None)
-
-
-def test_mean_head_outputs():
-    model, idx = strong_model().train(), random_windows(7, 16)
-    outputs = []
-    hook = model.blocks[1].attention.out_proj.register_forward_pre_hook(lambda _, args: outputs.append(args[0]))
-    with ph.evaluating(model):
-        model(idx)
-    hook.remove()
-    means = ph.mean_head_outputs(model, idx)
-    assert means.shape == (2, 2, 16)
-    assert torch.allclose(means[1].flatten(), outputs[0].mean((0, 1)), atol=1e-5)
-    assert model.training
-
-
-@pytest.mark.parametrize(
-    "ablate, message",
-    [
-        (lambda model: ph.head_ablation_map(model, random_windows(1, 16), torch.zeros(2, 2, 16)), "two windows"),
-        (lambda model: ph.head_ablation_map(model, random_windows(2, 16), torch.zeros(2, 2, 8)), "not of this model"),
-        (lambda model: list(ph.ablated_hidden_states(model, random_windows(2, 16), [((5, 0),)], None)), "head L5H0"),
-    ],
-)
-def test_bad_ablations_are_refused(ablate, message):
-    with pytest.raises(ph.PicoError, match=message):
-        ablate(ph.PicoLLM(CONFIG))
-
-
-# ---- random sets ---------------------------------------------------------------------------------
+    (row,) = ph.class_ablation(model, idx, scores, ph.mean_head_outputs(model, idx), 23).to_dict("records")
+    assert (row["n_random_sets"], row["p_value"]) == (0, 1) and np.isnan(row["random_loss_increase"])
+    assert np.isfinite([row["loss_increase"], row["compared_loss_increase"]]).all()
 
 
 def test_random_sets_are_distinct_and_of_the_same_layers():
     chosen = ((0, 1), (2, 0), (2, 3))
-    sets = ph.random_head_sets(chosen, 4, 7, 99, seed=3)
-    assert len(sets) == len(set(sets)) == 99 and chosen not in sets
+    sets, same, other = (ph.random_head_sets(chosen, 4, 7, 99, seed) for seed in (3, 3, 4))
+    assert len(sets) == len(set(sets)) == 99 and chosen not in sets and sets == same != other
     assert {tuple(layer for layer, _ in heads) for heads in sets} == {(0, 2, 2)}
-    assert sets == ph.random_head_sets(chosen, 4, 7, 99, seed=3) != ph.random_head_sets(chosen, 4, 7, 99, seed=4)
     few = ph.random_head_sets(((0, 0), (1, 1)), 2, 2, 99, seed=0)  # of six pairs of heads, four lie in two layers
     assert len(few) == 5 and all({layer for layer, _ in heads} == {0, 1} for heads in few[:3])
     assert ph.random_head_sets(((0, 0),), 1, 1, 99, seed=0) == []
@@ -552,14 +395,12 @@ def test_random_sets_are_distinct_and_of_the_same_layers():
 
 def test_rank_of_random_heads_is_uniform_and_a_planted_head_is_found():
     """Costs that differ much between heads, as they do: a set that is itself drawn at random seldom stands out."""
-    random = np.random.default_rng(0)
-    p_values = []
+    random, p_values = np.random.default_rng(0), []
     for seed in range(400):
         costs = random.gamma(0.3, 1, (3, 8))
         heads = tuple((layer, int(random.integers(8))) for layer in range(3))
-        own, *others = (
-            sum(costs[head] for head in heads) for heads in [heads, *ph.random_head_sets(heads, 3, 8, 99, seed)]
-        )
+        sets = [heads, *ph.random_head_sets(heads, 3, 8, 99, seed)]
+        own, *others = (sum(costs[head] for head in each) for each in sets)
         p_values.append(ph.rank_p(own, others))
     assert 0.025 < np.mean(np.array(p_values) < 0.05) < 0.075
     assert np.abs(np.quantile(p_values, [0.25, 0.5, 0.75]) - [0.25, 0.5, 0.75]).max() < 0.08
@@ -569,14 +410,10 @@ def test_rank_of_random_heads_is_uniform_and_a_planted_head_is_found():
     assert len(others) == 55 and ph.rank_p(own, others) == 1 / 56
 
 
-# ---- the strongest head --------------------------------------------------------------------------
-
-
 def noise_sums(strength, seed, n_texts=16):
     """Sums of 56 heads whose scores are 0 but for noise; the first has `strength`."""
-    random = np.random.default_rng(seed)
     sums = np.ones((2, n_texts, 8, 7, len(ph.HEAD_SCORES) + 1))
-    sums[0] = random.normal(0, 0.1, sums.shape[1:])
+    sums[0] = np.random.default_rng(seed).normal(0, 0.1, sums.shape[1:])
     sums[0, :, 0, 0] += strength
     return ph.HeadSums(sums, sums[:, :9])
 
@@ -586,31 +423,22 @@ def test_the_interval_of_the_strongest_head_covers_what_it_truly_scores(strength
     """With 56 heads of pure noise the largest score is never 0; the lower bound must be at most 0 all the same."""
     covered, values = [], []
     for seed in range(60):
-        table = ph.highest_scores(noise_sums(strength, seed), n_bootstrap=200).set_index("score")
-        row = table.loc["previous"]
+        row = ph.highest_scores(noise_sums(strength, seed), n_bootstrap=200).set_index("score").loc["previous"]
         covered.append(row["low"] <= strength <= row["high"] if strength else row["low"] <= 0)
         values.append(row["highest"])
     assert np.mean(covered) >= 0.95
     assert np.mean(values) > strength - 0.01 and (strength or min(values) > 0)
     assert not strength or row["low"] > 0.35  # it is no empty claim
-    one_text = ph.highest_scores(noise_sums(strength, 0, 1), n_bootstrap=50).set_index("score")
-    assert one_text.loc["previous", "low"] == pytest.approx(one_text.loc["previous", "highest"])
-
-
-# ---- similarity ----------------------------------------------------------------------------------
+    one_text = ph.highest_scores(noise_sums(strength, 0, 1), n_bootstrap=50).set_index("score").loc["previous"]
+    assert one_text["low"] == pytest.approx(one_text["highest"])
 
 
 def test_similarity_is_the_mean_jensen_shannon_distance():
     from scipy.spatial.distance import jensenshannon
 
-    model = strong_model()
-    idx = random_windows(3, 10)
+    model, idx = strong_model(), random_windows(3, 10)
     distances, floor = ph.head_similarity(model, idx)
-    maps = []
-    for ids in idx:
-        layers = []
-        ph.stream_attention(model, ids[None], lambda _, weights, layers=layers: layers.append(weights[0]))
-        maps.append(torch.cat(layers)[:, 2:].double().numpy())  # scipy normalises the rows
+    maps = [ph.attention_maps(model, ids).flatten(0, 1)[:, 2:].double().numpy() for ids in idx]  # scipy normalises
 
     def distance(p, q):
         return np.mean([jensenshannon(a, b, base=2) for a, b in zip(p, q, strict=True)])
@@ -622,30 +450,20 @@ def test_similarity_is_the_mean_jensen_shannon_distance():
 
 
 def test_equal_heads_have_distance_zero_and_a_fixed_head_no_noise():
-    model = strong_model()
-    with torch.no_grad():
-        weight = model.blocks[0].attention.qkv_proj.weight.view(3, 2, 16, 32)
-        weight[:, 1] = weight[:, 0]
-    texts = [some_tokens(length, 0) for length in (20, 9, 20, 15)]
-    windows = torch.stack([ids[:9] for ids in texts])
+    model, windows = strong_model(), torch.stack([some_tokens(length, 0)[:9] for length in (20, 9, 20, 15)])
+    weight = model.blocks[0].attention.qkv_proj.weight.data.view(3, 2, 16, 32)
+    weight[:, 1] = weight[:, 0]
     distances, floor = ph.head_similarity(model, windows)
-    assert distances[0, 1] < 1e-3 < distances[0, 2]
-    assert floor > 1e-3
-    with torch.no_grad():
-        for block in model.blocks:
-            block.attention.qkv_proj.weight.zero_()  # uniform heads
-    distances, floor = ph.head_similarity(model, windows)
-    assert distances.max() < 1e-3 and floor < 1e-3
-
-
-# ---- the study -----------------------------------------------------------------------------------
+    assert distances[0, 1] < 1e-3 < min(distances[0, 2], floor)
+    for block in model.blocks:
+        block.attention.qkv_proj.weight.data.zero_()  # uniform heads
+    assert max(ph.head_similarity(model, windows)[0].max(), ph.head_similarity(model, windows)[1]) < 1e-3
 
 
 @pytest.fixture(scope="module")
 def study():
     """Of an untrained model whose seed is none of the baseline's."""
-    windows = random_windows(6, 64, vocab_size=50257)
-    categories = {"One": SENTENCES[:3], "Two": SENTENCES[3:]}
+    windows, categories = random_windows(6, 64, vocab_size=50257), {"One": SENTENCES[:3], "Two": SENTENCES[3:]}
     return ph.study_model(ph.PicoLLM(TEXT_CONFIG, 3), categories, windows, n_bootstrap=200, n_items=20)
 
 
@@ -657,8 +475,10 @@ def test_study_holds_every_baseline(study):
     assert (study.shares["low"] <= study.shares["high"]).all()
     assert len(study.baselines) == 4 * len(ph.HEAD_SCORES)
     highest = study.baselines.set_index(["model", "score"])["highest"]
-    assert highest["trained", "previous"] == pytest.approx(study.scores["previous"].max())
-    assert highest["trained", "entropy"] == pytest.approx(study.scores["entropy"].max())
+    for score in ("previous", "entropy"):
+        assert highest["trained", score] == pytest.approx(study.scores[score].max())
+    uniform = highest["uniform"]
+    assert uniform[list(ph.KAPPAS)].abs().max() < 1e-5 and abs(uniform["broad"] - 1) < 1e-5 and uniform["entropy"] > 0.5
     assert len(study.ablation) == 4 and study.distances.shape == (4, 4)
     assert study.settings["window_length"] == 64 and study.settings["n_texts"] == len(SENTENCES)
     assert len(study.language) == len(ph.PHENOMENA) and study.class_ablation.empty and study.history.empty
@@ -666,46 +486,38 @@ def test_study_holds_every_baseline(study):
 
 def test_classes_of_a_category_are_those_of_its_sentences_alone(study):
     assert study.categories.groupby("category")["share"].sum().tolist() == pytest.approx([1, 1])
-    model = ph.PicoLLM(TEXT_CONFIG, 3)
-    own = ph.score_heads(model, SENTENCES[3:], token_counts=np.ones(50257), thresholds=study.thresholds)["class"]
+    texts = [torch.tensor(ph.get_tokenizer().encode(text)) for text in SENTENCES[3:]]
+    attend = functools.partial(ph.attention_maps, ph.PicoLLM(TEXT_CONFIG, 3))
+    own = ph.head_sums(attend, texts, ph.repeated_random_tokens(TEXT_CONFIG), None).table(study.thresholds)["class"]
     shares = study.categories.query("category == 'Two'").set_index("class")["share"]
     assert shares[shares > 0].to_dict() == own.value_counts(normalize=True).to_dict()
 
 
-def test_uniform_baseline_is_exactly_chance(study):
-    uniform = study.baselines[study.baselines["model"] == "uniform"].set_index("score")["highest"]
-    for name in ph.KAPPAS:
-        assert abs(uniform[name]) < 1e-5
-    assert np.allclose(uniform["broad"], 1, atol=1e-5)
-    assert uniform["entropy"] > 0.5
-
-
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_untrained_model_has_no_findings(study, seed):
-    windows = random_windows(6, 64, seed=seed, vocab_size=50257)
-    table = ph.score_heads(ph.PicoLLM(TEXT_CONFIG, seed), idx=windows, thresholds=study.thresholds)
+    table = ph.score_heads(ph.PicoLLM(TEXT_CONFIG, seed), random_windows(6, 64, seed, 50257))
     assert set(table["class"]) <= {"Global/Broad", "Mixed"}
     assert not table["sink_flag"].any() and not table["resting"].any()
-    for name in ph.KAPPAS:
-        assert table[name].max() < study.thresholds.tau[name]
-    found = study.shares[~study.shares["class"].isin(["Global/Broad", "Mixed"])]
-    assert (found["high"] == 0).all()
+    assert all(table[name].max() < study.thresholds.tau[name] for name in ph.KAPPAS)
+    assert (study.shares.query("`class` not in ['Global/Broad', 'Mixed']")["high"] == 0).all()
 
 
 def test_the_smallest_model_passes_through_the_whole_study():
-    config = dataclasses.replace(TEXT_CONFIG, n_layer=1, n_head=1)
-    study = ph.study_model(
-        ph.PicoLLM(config), {"One": SENTENCES[:1]}, random_windows(2, 24), n_seeds=1, n_bootstrap=10, n_items=20
-    )
+    model, options = ph.PicoLLM(dataclasses.replace(TEXT_CONFIG, n_layer=1, n_head=1)), {"n_seeds": 1, "n_items": 20}
+    study = ph.study_model(model, {"One": SENTENCES[:1]}, random_windows(2, 24), n_bootstrap=10, **options)
     assert len(study.scores) == 1 and study.distances.tolist() == [[0]]
     assert set(study.language["verdict"]) <= {"undecided", "not supported"}
 
 
 @pytest.mark.parametrize("windows", [random_windows(1, 9), random_windows(5, 2)])
-def test_similarity_and_study_need_two_windows_of_three_tokens(windows):
-    for compare in (ph.head_similarity, lambda model, idx: ph.study_model(model, {"One": SENTENCES}, idx)):
+def test_comparisons_and_the_study_need_two_windows_of_three_tokens_and_readable_sentences(windows):
+    given = {ph.head_similarity: (windows,), ph.head_ablation_map: (windows, torch.zeros(2, 2, 16), 1)}
+    for compare, args in (given | {ph.study_model: ({"One": SENTENCES}, windows)}).items():
         with pytest.raises(ph.PicoError, match="two windows of three"):
-            compare(strong_model(), windows)
+            compare(strong_model(), *args)
+    for text, message in {"": "is empty", "word " * 200: "the model reads 128"}.items():
+        with pytest.raises(ph.PicoError, match=message):
+            ph.study_model(ph.PicoLLM(TEXT_CONFIG), {"One": [text]}, random_windows(2, 24))
 
 
 def test_study_bounds_the_predictions_of_its_ablations(monkeypatch):

@@ -183,10 +183,7 @@ def test_margins_and_attention_are_those_at_the_decision(pairs):
         if pair.target is None:
             assert differences[index].isnan().all()
             continue
-        layers = []
-        idx = torch.tensor([[50256, *TOKENIZER.encode(pair.good)]])
-        pico.stream_attention(model, idx, lambda _, weights, layers=layers: layers.append(weights[0]))
-        row = torch.stack(layers)[:, :, -2]  # (layers, heads, keys), before the last word
+        row = pico.attention_maps(model, [50256, *TOKENIZER.encode(pair.good)])[:, :, -2]  # (layers, heads, keys)
         assert torch.allclose(differences[index], row[..., pair.target + 1] - row[..., pair.distractor + 1], atol=1e-6)
 
 
