@@ -1496,8 +1496,7 @@ def make_optimizer(model: PicoLLM, config: TrainConfig, dtype: torch.dtype = tor
     groups.append({"params": [p for p in named.values() if p.ndim >= 2], "weight_decay": config.weight_decay})
     groups.append({"params": [p for p in named.values() if p.ndim < 2], "weight_decay": 0.0})
     optimizer = Muon(groups, lr=config.learning_rate, betas=config.betas, fused=True)
-    is_slow = dtype == torch.float16 and model.rope_cos.device.type == "cpu"
-    optimizer.dtype = torch.float32 if is_slow else dtype
+    optimizer.dtype = dtype
     return optimizer
 
 
@@ -1893,8 +1892,13 @@ class TrainingRun:
         kind, snapshots = choose_loader(self.stream, self.device), []
         batches = make_loader(kind, self.stream, config.batch_size, steps, self.device)
         if rank == 0:
-            self.announce()
             check_writable(self.files.model.parent)  # better now than after hours
+            what = (
+                f"{'Resuming' if self.step else 'Training'} {config.name} at step {self.step:,} of {self.total_steps:,}"
+            )
+            size = f"{self.model.count_parameters()[1] / 1e6:.2f}M parameters from {self.started_from or 'scratch'}"
+            where = f"{self.device}, {n_ranks} processes, {str(self.dtype)[6:]}{', compiled' if self.compiled else ''}"
+            print(f"{what}: {size}, {config.batch_size} of {self.stream.n_sequences:,} sequences a step on {where}.")
             snapshots = snapshot_steps(self.total_steps) if on_snapshot else []
         if self.step == 0 in snapshots:
             with evaluating(self.model):
@@ -1936,17 +1940,6 @@ class TrainingRun:
                 if is_stopped:
                     break
         return self.step == self.total_steps
-
-    def announce(self) -> None:
-        (body, everything), n_ranks = self.model.count_parameters(), ranks()[1]
-        if self.step or self.started_from:
-            print(
-                f"Going on at step {self.step:,} of {self.total_steps:,} from {self.started_from or self.files.model}."
-            )
-        size = f"{body / 1e6:.2f}M parameters without embeddings, {everything / 1e6:.2f}M with them"
-        work = f"{self.total_steps:,} steps of {self.config.batch_size} of {self.stream.n_sequences:,} sequences"
-        how = f"on {self.device}, {n_ranks} processes in {str(self.dtype)[6:]}{', compiled' if self.compiled else ''}"
-        print(f"Model: {size}. {work} {how}.")
 
     def log(self, is_evaluated: bool, step: int, seconds: float) -> str:
         """Adds a line of metrics; its speed is that since a step and its time. Returns the essence of it."""
@@ -2003,8 +1996,8 @@ def train(
     with _process_group(torch.device(device or default_device())) as device, readable_errors(config):
         rank, n_ranks = ranks()
         if config.batch_size % (n_ranks * (config.micro_batch_size or 1)):
-            parts = f"{n_ranks} processes x {config.micro_batch_size or 1} sequences"
-            raise PicoError(f"batch_size {config.batch_size} is not a multiple of {parts}; change one of them.")
+            problem = f"is not a multiple of {n_ranks} processes x micro_batch_size"
+            raise PicoError(f"batch_size {config.batch_size} {problem}; change one of them.")
         if model_config.vocab_size <= Tokenizer.end_of_text:
             raise PicoError(f"vocab_size {model_config.vocab_size} is less than the tokenizer's; leave it at 50257.")
         final, partial = run_files(results, config.name), run_files(results, f"{config.name}.partial")

@@ -429,7 +429,7 @@ def test_a_run_goes_on_from_a_model_and_resumes_without_its_file(finished, data_
     assert began == pico.load_checkpoint(whole.checkpoint).environment["started_from"]
     assert (
         began.startswith(f"base.pt ({seen:,} tokens")
-        and "Going on at step 1 of 4 from base.pt" in capsys.readouterr().out
+        and "at step 1 of 4: 1.62M parameters from base.pt" in capsys.readouterr().out
     )
 
 
