@@ -1305,8 +1305,7 @@ def load_checkpoint(path: str | Path, must_be_finished: bool = False) -> Checkpo
         content = torch.load(path, map_location="cpu", weights_only=True)
         found = {key: content.get(key) for key in _CHECKPOINT_FORMAT}
     except Exception as error:  # foreign bytes, and code among the weights, make the reader fail in all kinds of ways
-        problem = "is not a Pico-LLM checkpoint, or is cut short, or holds more than weights"
-        raise PicoError(f"{path} {problem}; use another copy.") from error
+        raise PicoError(f"{path} is not a Pico-LLM checkpoint, is cut short, or holds more than weights.") from error
     if found != _CHECKPOINT_FORMAT:
         raise PicoError(f"{path} is not a Pico-LLM checkpoint of this code: it has {found}, not {_CHECKPOINT_FORMAT}.")
     try:
@@ -1351,8 +1350,7 @@ def newest_checkpoint(results: str | Path = "results") -> Path:
         return max(own, key=lambda path: (not path.name.endswith(".partial.pt"), path.stat().st_mtime))
     if SHIPPED_CHECKPOINT.is_file():
         return SHIPPED_CHECKPOINT
-    how = "train one (menu choice 1 or 3; `train` on the command line), or put the one of the project there"
-    raise PicoError(f"There is no model in {results}, nor is there {SHIPPED_CHECKPOINT}: {how}.")
+    raise PicoError(f"There is no model in {results}, nor {SHIPPED_CHECKPOINT}: train one first (menu choice 1 or 3).")
 
 
 # ======================================================================================================================
@@ -1428,10 +1426,7 @@ def kept_memory(device: torch.device) -> Iterator[None]:
 
 
 def orthogonalize(matrices: Tensor, dtype: torch.dtype = torch.float32, steps: int = 5) -> Tensor:
-    """The nearest matrices with all singular values near 1 (0.7 to 1.2), of (N, rows, columns).
-
-    Newton-Schulz iteration in `dtype` with the quintic of Jordan et al. 2024.
-    """
+    """The nearest (N, rows, columns) with singular values of 0.7 to 1.2: the Newton-Schulz of Jordan et al. 2024."""
     is_tall = matrices.shape[1] > matrices.shape[2]
     x = matrices.mT if is_tall else matrices
     x = (x / (torch.linalg.matrix_norm(x, keepdim=True) + 1e-7)).to(dtype)
@@ -1481,7 +1476,7 @@ class Muon(torch.optim.AdamW):
             gradients = [p.grad for p in group["params"]]
             self.update(group, gradients, state["momentum_buffer"], rate, self.dtype, found_inf)
             for p in group["params"]:
-                p.grad = None  # AdamW below leaves out what has no gradient
+                p.grad = None  # so that AdamW leaves it out
         super().step(closure)
 
 
@@ -1509,16 +1504,13 @@ def set_rates(optimizer: torch.optim.Optimizer, step: int, total_steps: int, con
         group["lr"] = peak * part / whole
 
 
-LOADERS = ("naive", "workers", "resident")
+LOADERS = ("naive", "workers", "resident")  # a DataLoader; one with other processes; all tokens lie on the device
 
 
 def make_loader(
     kind: str, stream: SequenceStream, batch_size: int, steps: Iterable[int], device: torch.device, workers: int = 2
 ) -> Iterator[Tensor]:
-    """This process's part of each step's batch, (part, context_length + 1) int64; every kind yields the same ones.
-
-    naive: a DataLoader in this process. workers: in others, with pinned memory. resident: all tokens are on the device.
-    """
+    """This process's part of each step's batch, (part, context_length + 1) int64; every kind yields the same ones."""
     rank, n_ranks = ranks()
     part = batch_size // n_ranks
     starts = (step * batch_size + rank * part for step in steps)
@@ -1727,7 +1719,7 @@ def readable_errors(config: TrainConfig) -> Iterator[None]:
         if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in text:
             part = config.batch_size // n_ranks
             size = config.micro_batch_size or part
-            smaller = max((n for n in range(1, size // 2 + 1) if part % n == 0), default=0)
+            smaller = max((n for n in range(1, size // 2 + 1) if part % n == 0), default=None)
             advice = f"set micro_batch_size to {smaller}" if smaller else "choose a smaller model"
             raise PicoError(f"Out of memory with {size} sequences at a time; {advice}.") from error
         if n_ranks > 1 and (isinstance(error, dist.DistError) or re.search("gloo|nccl|connection", text, re.I)):
@@ -1819,6 +1811,8 @@ class TrainingRun:
         self.guard = LossGuard(self.model_config.vocab_size, self.device)
         here, n_ranks = measured_on(self.device), ranks()[1]
         self.machine = here | {"device": f"{n_ranks} x {here['device']}" if n_ranks > 1 else here["device"]}
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
         if 16 * self.model_config.dropout % 1:  # cuDNN's attention drops 16ths only, and PyTorch 2.11 does not look
             torch.backends.cuda.enable_cudnn_sdp(False)
         self.make_forward()
@@ -1893,9 +1887,7 @@ class TrainingRun:
         batches = make_loader(kind, self.stream, config.batch_size, steps, self.device)
         if rank == 0:
             check_writable(self.files.model.parent)  # better now than after hours
-            what = (
-                f"{'Resuming' if self.step else 'Training'} {config.name} at step {self.step:,} of {self.total_steps:,}"
-            )
+            what = f"{'Resuming' if self.step else 'Training'} {config.name} at step {self.step:,} of {steps.stop:,}"
             size = f"{self.model.count_parameters()[1] / 1e6:.2f}M parameters from {self.started_from or 'scratch'}"
             where = f"{self.device}, {n_ranks} processes, {str(self.dtype)[6:]}{', compiled' if self.compiled else ''}"
             print(f"{what}: {size}, {config.batch_size} of {self.stream.n_sequences:,} sequences a step on {where}.")
@@ -1903,8 +1895,6 @@ class TrainingRun:
         if self.step == 0 in snapshots:
             with evaluating(self.model):
                 on_snapshot(self.model, 0)
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.device)
         saved_at, logged = time.monotonic(), (self.step, self.seconds)
         options = {"total": self.total_steps, "initial": self.step, "desc": f"train {config.name}", "unit": "step"}
         with progress(**options, disable=rank > 0) as bar:
@@ -1943,14 +1933,14 @@ class TrainingRun:
 
     def log(self, is_evaluated: bool, step: int, seconds: float) -> str:
         """Adds a line of metrics; its speed is that since a step and its time. Returns the essence of it."""
-        batch_size, n_ranks = self.config.batch_size, ranks()[1]
+        (rank, n_ranks), batch_size = ranks(), self.config.batch_size
         loss, skipped = self.guard.read()  # waits for the device
         per_step = batch_size * self.stream.context_length
         speed = (self.step - step) * per_step / (self.seconds - seconds)
         row = {"step": self.step, "tokens": self.step * per_step}
         row["tokens_total"] = self.tokens_before + row["tokens"]  # with those of the model that it started from
         row |= {"epoch": round(self.step * batch_size / self.stream.n_sequences, 4), "train_loss": loss}
-        found = evaluate(self.model, self.validation, dtype=self.dtype) if is_evaluated and ranks()[0] == 0 else None
+        found = evaluate(self.model, self.validation, dtype=self.dtype) if is_evaluated and rank == 0 else None
         row |= {"val_loss": found and found.loss, "word_perplexity": found and found.word_perplexity}
         row |= {"learning_rate": self.optimizer.param_groups[-1]["lr"], "tokens_per_second": round(speed, 1)}  # AdamW's
         # share of the devices' 16-bit peak; time of training over all parts of a resumed run, with compilation
