@@ -95,12 +95,6 @@ def test_schedules_reach_every_group(tiny_model):
         assert optimizer.param_groups[-1]["weight_decay"] == 0
 
 
-def test_unknown_choices_are_refused():
-    for field in ("optimizer", "precision"):
-        with pytest.raises(PicoError, match=f"Unknown {field} 'x'; choose one of"):
-            pico.TrainConfig(**{field: "x"})
-
-
 # --- bad steps and memory ---------------------------------------------------------------------------------------------
 
 
@@ -242,17 +236,14 @@ def test_a_lost_run_stands_still_until_it_is_noticed():
 
 def test_overflowing_fp16_gradients_lower_the_scale_and_skip_the_step(tiny_config):
     """The scaler works on the CPU as on a GPU: a gradient beyond 65,504 is infinite in fp16."""
-    config = pico.TrainConfig(batch_size=4)
-    model = pico.PicoLLM(tiny_config)
-    optimizer, guard = pico.make_optimizer(model, config), pico.LossGuard(50257, CPU)
-    scaler = torch.amp.GradScaler("cpu", init_scale=1e38)
-    before = [p.clone() for p in model.parameters()]
-    pico.train_step(model, optimizer, scaler, random_batch(4), config, 0, torch.float16, guard)
-    assert scaler.get_scale() == 5e37 or scaler.get_scale() == pytest.approx(5e37)
-    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
-    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
-    pico.train_step(model, optimizer, scaler, random_batch(4), config, 1, torch.float16, guard)
-    assert not torch.equal(before[0], next(model.parameters()))
+    config, model, guard = pico.TrainConfig(batch_size=4), pico.PicoLLM(tiny_config), pico.LossGuard(50257, CPU)
+    optimizer, before = pico.make_optimizer(model, config), [p.clone() for p in model.parameters()]
+    for scale, after in ((1e38, 5e37), (1024.0, 1024.0)):
+        scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+        pico.train_step(model, optimizer, scaler, random_batch(4), config, 0, torch.float16, guard)
+        assert scaler.get_scale() == pytest.approx(after)
+        is_same = all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+        assert is_same == (scale == 1e38)
 
 
 @pytest.mark.parametrize(
@@ -380,8 +371,6 @@ def test_a_run_keeps_to_its_precision_when_it_is_resumed(
     assert resumed.finished and {arguments[6] for arguments in steps} == {torch.bfloat16}
     assert all(torch.equal(v, whole.model.state_dict()[name]) for name, v in resumed.model.state_dict().items())
     assert {p.dtype for p in resumed.model.parameters()} == {torch.float32}
-    exact = pico.train(tiny_config, dataclasses.replace(config, precision="fp32"), tmp_path / "exact", data_folder)
-    assert resumed.metrics[-1]["val_loss"] == pytest.approx(exact.metrics[-1]["val_loss"], abs=0.02)
 
 
 def test_validation_computes_in_the_precision_of_the_run(tiny_config, tiny_train, data_folder, tmp_path, monkeypatch):
@@ -393,7 +382,6 @@ def test_validation_computes_in_the_precision_of_the_run(tiny_config, tiny_train
         return original(self, *args, **options)
 
     monkeypatch.setattr(pico.PicoLLM, "forward", forward)
-    monkeypatch.setattr(pico, "bf16_is_faster", lambda: True)
     for precision in ("fp32", "bf16"):
         config = dataclasses.replace(tiny_train, precision=precision, max_steps=1, checkpoint_seconds=1e9)
         seen.clear()
@@ -495,16 +483,14 @@ def test_too_many_compilations_fail_loudly():
             function(torch.ones(1), n)
 
 
-class ReadsBack(TorchDispatchMode):
-    """Finds operations that wait for the device."""
+class NoReadback(TorchDispatchMode):
+    """Fails on whatever would make the host wait for values on the device: `.item()`, `if tensor:`, `nonzero`."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.found: list[str] = []
+    WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "unique")
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default):
-            self.found.append(str(function))
+        name = function.overloadpacket.__name__
+        assert name not in self.WAITS, f"{name} reads a value back"
         return function(*args, **(kwargs or {}))
 
 
@@ -514,13 +500,12 @@ def test_nothing_in_a_step_reads_a_value_back(tiny_config, stream, optimizer_nam
     config = pico.TrainConfig(optimizer=optimizer_name, batch_size=4, micro_batch_size=2)
     run = pico.TrainingRun(tiny_config, config, "", CPU, dtype)
     batches = pico.make_loader("resident", stream, 4, range(3), CPU)
-    with ReadsBack() as mode:
+    with NoReadback():
         for step, batch in enumerate(batches):
             pico.set_rates(run.optimizer, step, 3, config)
             loss = run.take_step(batch)
-        assert mode.found == []
-        float(loss)
-    assert mode.found, "reading a loss is seen"
+        with pytest.raises(AssertionError, match="reads a value back"):
+            float(loss)  # it sees such things
 
 
 @pytest.mark.gpu
