@@ -50,6 +50,7 @@ import tempfile
 import textwrap
 import threading
 import time
+import timeit
 import types
 import unicodedata
 import urllib.request
@@ -1024,6 +1025,7 @@ def held_out_sequences(file: TokenFile, n: int, length: int, seed: int = 0) -> T
 # hostile file cannot run code. A run in progress also keeps its optimizer there; a finished one drops it.
 # ======================================================================================================================
 
+SHIPPED_CHECKPOINT = Path(__file__).resolve().parent / "results" / "pretrained" / "pico_llm.pt"  # if it came along
 _CHECKPOINT_FORMAT = {"format": "pico-llm", "version": 1, "tokenizer": Tokenizer.name}
 
 
@@ -1038,80 +1040,50 @@ class Checkpoint:
     metrics: list[dict]  # the rows of the metrics CSV
     weights: dict[str, Tensor]
     training_state: dict | None = None  # optimizer and scaler of an unfinished run
-    tokenizer: str = Tokenizer.name
-    environment: dict[str, str | None] = field(default_factory=dict)  # see `measured_on`; none in older files
+    environment: dict[str, str | None] = field(default_factory=dict)  # see `measured_on`
 
 
 def save_checkpoint(path: str | Path, checkpoint: Checkpoint) -> Path:
     """Writes the file atomically. Raises PicoError when it cannot be written; an older file then stays as it was."""
     configs = {name: asdict(getattr(checkpoint, name)) for name in ("model_config", "train_config")}
-    content = _CHECKPOINT_FORMAT | vars(checkpoint) | configs
     with atomic_write(path) as temporary, open(temporary, "wb") as file:
         try:
-            torch.save(content, file)
+            torch.save(_CHECKPOINT_FORMAT | vars(checkpoint) | configs, file)
         except RuntimeError as error:  # torch wraps the OSError of a full disk
             raise OSError(str(error).splitlines()[0]) from error
     return Path(path)
 
 
-def load_checkpoint(path: str | Path) -> Checkpoint:
+def load_checkpoint(path: str | Path, must_be_finished: bool = False) -> Checkpoint:
     """Reads a file of `save_checkpoint`. Raises PicoError for anything else; code inside the file never runs."""
     path = Path(path).expanduser()
     if not path.is_file():
         raise PicoError(f"There is no checkpoint {path}; train a model first or name another file.")
     try:
-        content = {"environment": {}} | torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise PicoError(f"Cannot read {path}: {error.strerror or error}.") from error
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        found = {key: content.get(key) for key in _CHECKPOINT_FORMAT}
     except Exception as error:  # foreign bytes, and code among the weights, make the reader fail in all kinds of ways
-        raise PicoError(
-            f"{path} is not a Pico-LLM checkpoint, or is cut short, or holds more than weights; use another copy."
-        ) from error
-    if (found := {key: content.get(key) for key in _CHECKPOINT_FORMAT}) != _CHECKPOINT_FORMAT:
-        raise PicoError(
-            f"{path} is not a Pico-LLM checkpoint of this code: it has {found}, not {_CHECKPOINT_FORMAT}. "
-            "Choose a file that `train` made."
-        )
-    retired = {"init", "average", "average_steps", "future_loss", "weight_decay_schedule"}  # gone; no model needs them
-    before = {"text_style": "stored"}  # there was a choice
+        raise PicoError(f"{path} is not a Pico-LLM checkpoint, is cut short, or holds more than weights.") from error
+    if found != _CHECKPOINT_FORMAT:
+        raise PicoError(f"{path} is not a Pico-LLM checkpoint of this code: it has {found}, not {_CHECKPOINT_FORMAT}.")
     try:
         fields = {item.name: content[item.name] for item in dataclasses.fields(Checkpoint)}
-        for name, kind, older in (("model_config", ModelConfig, {}), ("train_config", TrainConfig, before)):
-            settings = {key: value for key, value in fields[name].items() if key not in retired}
-            fields[name] = kind(**older | settings)
-        is_finite = all(weight.isfinite().all() for weight in fields["weights"].values())
-        if not (isinstance(fields["step"], int) and isinstance(fields["metrics"], list)):
-            raise TypeError("step or metrics")
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise PicoError(f"{path} lacks a field or has a wrong one ({error}); it was made by other code.") from error
-    except PicoError as error:
-        raise PicoError(f"{path} has impossible settings: {error}") from error
-    if not is_finite:
-        raise PicoError(f"{path} holds weights that are not numbers (NaN); the training that made it went wrong.")
-    return Checkpoint(**fields)
-
-
-def finished_checkpoint(path: str | Path) -> Checkpoint:
-    """As `load_checkpoint`. Raises PicoError for an unfinished run too."""
-    found = load_checkpoint(path)
-    if found.training_state:
+        fields["model_config"] = ModelConfig(**fields["model_config"])
+        fields["train_config"] = TrainConfig(**fields["train_config"])
+        if not all(weight.isfinite().all() for weight in fields["weights"].values()):
+            raise ValueError("weights that are not numbers (NaN)")
+    except (KeyError, TypeError, ValueError, AttributeError, PicoError) as error:
+        raise PicoError(f"{path} is of other code, it lacks a field or has impossible settings: {error}") from error
+    if must_be_finished and fields["training_state"]:
         raise PicoError(f"{path} is an unfinished run; finish it by its training command, or name a finished model.")
-    return found
+    return Checkpoint(**fields)
 
 
 def model_from_checkpoint(checkpoint: Checkpoint) -> PicoLLM:
     """The trained model on the CPU, in evaluation mode. Raises PicoError when weights and configuration disagree."""
-    config, weights = checkpoint.model_config, checkpoint.weights
-    expected = {
-        "token_embedding.weight": (config.padded_vocab_size, config.d_model),
-        f"blocks.{config.n_layer - 1}.mlp.down_proj.weight": (config.d_model, config.d_ff),
-    }
-    found = {name: tuple(weights[name].shape) for name in expected if name in weights}
-    if found != expected:  # before a model of that size is built
-        raise PicoError(f"The checkpoint does not fit its configuration: it holds {found}, not {expected}.")
-    model = PicoLLM(config)
+    model = PicoLLM(checkpoint.model_config)
     try:
-        model.load_state_dict(weights)
+        model.load_state_dict(checkpoint.weights)
     except RuntimeError as error:
         problem = str(error).splitlines()[1].strip()
         raise PicoError(f"The checkpoint does not fit its configuration: {problem}") from error
@@ -1120,8 +1092,8 @@ def model_from_checkpoint(checkpoint: Checkpoint) -> PicoLLM:
 
 def tokens_at(saved: Checkpoint, step: int) -> int:
     """Tokens seen by a step of the run that made a checkpoint, with those of the models that it started from."""
-    last, state = saved.metrics[-1] if saved.metrics else {}, saved.training_state or {}
-    before = state.get("tokens_before", last["tokens_total"] - last["tokens"] if "tokens_total" in last else 0)
+    last, state = saved.metrics[-1:], saved.training_state
+    before = state["tokens_before"] if state else sum(row["tokens_total"] - row["tokens"] for row in last)
     return before + step * saved.train_config.batch_size * saved.model_config.context_length
 
 
@@ -1130,29 +1102,19 @@ def load_model(path: str | Path, device: torch.device | str | None = None) -> Pi
     return model_from_checkpoint(load_checkpoint(path)).to(device or default_device())
 
 
-def shipped_checkpoint() -> Path:
-    """Where the trained model that comes with the project lies, if it came along."""
-    return Path(__file__).resolve().parent / "results" / "pretrained" / "pico_llm.pt"
-
-
 def newest_checkpoint(results: str | Path = "results") -> Path:
     """The newest finished model in `results`, else the newest unfinished one, else the shipped one, else PicoError."""
-    shipped = shipped_checkpoint()
     if own := list(Path(results).glob("pico_llm_*.pt")):
         return max(own, key=lambda path: (not path.name.endswith(".partial.pt"), path.stat().st_mtime))
-    if shipped.is_file():
-        return shipped
-    raise PicoError(
-        f"There is no model in {results}, and the trained one of the project is not at {shipped}: train one first "
-        "(menu choice 1 or 3; `train` on the command line), or put pico_llm.pt there."
-    )
+    if SHIPPED_CHECKPOINT.is_file():
+        return SHIPPED_CHECKPOINT
+    raise PicoError(f"There is no model in {results}, nor {SHIPPED_CHECKPOINT}: train one first (menu choice 1 or 3).")
 
 
 # ======================================================================================================================
 # TRAINING
-# `train` sets a run up and `_Loop.go` is its loop. Every random choice follows from (seed, step), the order of the
-# data and the dropout of each micro-batch: so a resumed run repeats the uninterrupted one, and N processes repeat one.
-# Nothing in a step waits for the device; losses are read back with the lines of metrics.
+# `train` sets a run up, `TrainingRun.go` is its loop. Every random choice follows from (seed, step), so a resumed run
+# repeats the uninterrupted one, and N processes repeat one. Nothing in a step waits for the device.
 # ======================================================================================================================
 
 
@@ -1161,9 +1123,6 @@ def profiler_range(name: str) -> Iterator[None]:
     """Names a stretch of work in the timelines of Nsight Systems (NVTX) and of the PyTorch profiler."""
     with nvtx.annotate(name), torch.profiler.record_function(name):
         yield
-
-
-# -- How this machine computes
 
 
 def choose_precision(name: str, device: torch.device) -> torch.dtype:
@@ -1176,43 +1135,28 @@ def choose_precision(name: str, device: torch.device) -> torch.dtype:
 
 
 @functools.cache
-def bf16_is_faster(n: int = 512, repeats: int = 5) -> bool:
-    """Whether this CPU multiplies n x n matrices at least 1.3 times as fast in bf16 as in fp32. Timed once a process.
-
-    With AMX the ratio is about 8, with AVX-512 BF16 about 2; without instructions bf16 was measured 19 times slower.
-    """
-    matrices = [torch.ones(n, n, dtype=dtype) for dtype in (torch.float32, torch.bfloat16)]
-    seconds = [math.inf, math.inf]
-    for _ in range(1 + repeats):  # in turn, so that other work on the machine hits both
-        for index, matrix in enumerate(matrices):
-            started = time.perf_counter()
-            matrix @ matrix
-            seconds[index] = min(seconds[index], time.perf_counter() - started)
-    return seconds[0] > 1.3 * seconds[1]
-
-
-@functools.cache
-def compiler_problem(device_type: str) -> str | None:
-    """Why torch.compile does not work here, or None. A tiny function is compiled to find out, once a process."""
-    try:
-        torch.compile(lambda x: x.sin() + 1)(torch.zeros(64, device=device_type))
-    except Exception as error:  # compilers and their absence raise all kinds
-        return (str(error).strip().splitlines() or [type(error).__name__])[0]
-    return None
+def bf16_is_faster() -> bool:
+    """Whether this CPU multiplies matrices at least 1.3 times as fast in bf16 (with AMX: 8 times) as in fp32."""
+    matrices = (torch.ones(512, 512, dtype=dtype) for dtype in (torch.float32, torch.bfloat16))
+    options = {"timer": time.perf_counter, "number": 1, "repeat": 6}
+    fp32, bf16 = (min(timeit.repeat("m @ m", globals={"m": matrix}, **options)) for matrix in matrices)
+    return fp32 > 1.3 * bf16
 
 
 def choose_compile(asked: bool | None, device: torch.device, flops: float) -> bool:
     """Whether so many FLOPs go through torch.compile: as asked (None: where it pays), else a line says why not."""
-    if asked is False:
-        return False
+    problem = ""
     # two cores without AMX compute some 1e11 FLOP/s, a third more when compiled, and compile for one or two minutes
     if asked is None and device.type == "cpu" and flops < 1e14:
         problem = "a run this short would not win the compilation back"
-    else:
-        problem = compiler_problem(device.type)
+    elif asked is not False:
+        try:
+            compile_function(lambda x: x.sin() + 1)(torch.zeros(64, device=device))
+        except Exception as error:  # compilers and their absence raise all kinds
+            problem = (str(error).strip().splitlines() or [type(error).__name__])[0]
     if problem:
         print(f"The model is not compiled: {problem}.")
-    return problem is None
+    return asked is not False and not problem
 
 
 def compile_function(function: Callable) -> Callable:
@@ -1223,72 +1167,24 @@ def compile_function(function: Callable) -> Callable:
 
 
 @contextlib.contextmanager
-def repeatable(device: torch.device) -> Iterator[None]:
-    """Inside, a CPU adds in a fixed order, which costs it next to nothing; compiled threads would race.
-
-    A GPU is left as it is, where some kernels have no fixed order.
-    """
-    before, filled = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
-    if device.type == "cpu":
-        torch.use_deterministic_algorithms(True)
-        torch.utils.deterministic.fill_uninitialized_memory = False  # slow, and nothing here reads such memory
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before)
-        torch.utils.deterministic.fill_uninitialized_memory = filled
-
-
-@contextlib.contextmanager
 def kept_memory(device: torch.device) -> Iterator[None]:
-    """Inside, a CPU's allocator keeps what is freed; the system would give and clear it anew in each step.
-
-    For glibc's allocator (mallopt(3)); others are left as they are. Afterwards it is given back.
-    """
-    libc = ctypes.CDLL(None) if sys.platform == "linux" and device.type == "cpu" else None
-    if not hasattr(libc, "mallopt"):
+    """Inside, glibc's allocator keeps what a CPU frees; the system would give and clear it anew in each step."""
+    if device.type != "cpu" or platform.libc_ver()[0] != "glibc":
         yield
         return
-    map_limit, trim_threshold, map_threshold = -4, -1, -3
+    libc, trim_threshold, map_threshold, map_limit = ctypes.CDLL(None), -1, -3, -4  # mallopt(3)
     libc.mallopt(trim_threshold, -1)  # never
     libc.mallopt(map_limit, 0)
     try:
         yield
-    finally:
-        libc.mallopt(map_limit, 65536)
-        libc.mallopt(map_threshold, 2**25)  # where glibc's own adaptation ends
-        libc.mallopt(trim_threshold, 2**26)
+    finally:  # the default, and the thresholds at which glibc's own adaptation ends
+        for option, value in ((map_limit, 2**16), (map_threshold, 2**25), (trim_threshold, 2**26)):
+            libc.mallopt(option, value)
         libc.malloc_trim(0)
 
 
-@contextlib.contextmanager
-def exact_dropout(p: float) -> Iterator[None]:
-    """Inside, a GPU's attention drops the share p: cuDNN's kernels know 16ths only, and PyTorch 2.11 does not look."""
-    before = torch.backends.cuda.cudnn_sdp_enabled()
-    torch.backends.cuda.enable_cudnn_sdp(before and 16 * p % 1 == 0)
-    try:
-        yield
-    finally:
-        torch.backends.cuda.enable_cudnn_sdp(before)
-
-
-def make_forward(model: PicoLLM, device: torch.device, compiled: bool) -> nn.Module:
-    """The model as a step calls it: shared between processes, compiled."""
-    forward: nn.Module = model
-    if ranks()[1] > 1:
-        ids = [device] if device.type == "cuda" else None
-        forward = nn.parallel.DistributedDataParallel(model, ids, gradient_as_bucket_view=True)
-    return compile_function(forward) if compiled else forward
-
-
-# -- Optimizer
-
-
 def orthogonalize(matrices: Tensor, dtype: torch.dtype = torch.float32, steps: int = 5) -> Tensor:
-    """The nearest matrices with all singular values near 1 (0.7 to 1.2), of (N, rows, columns).
-
-    Newton-Schulz iteration in `dtype` with the quintic of Jordan et al. 2024.
-    """
+    """The nearest (N, rows, columns) with singular values of 0.7 to 1.2: the Newton-Schulz of Jordan et al. 2024."""
     is_tall = matrices.shape[1] > matrices.shape[2]
     x = matrices.mT if is_tall else matrices
     x = (x / (torch.linalg.matrix_norm(x, keepdim=True) + 1e-7)).to(dtype)
@@ -1299,162 +1195,122 @@ def orthogonalize(matrices: Tensor, dtype: torch.dtype = torch.float32, steps: i
 
 
 def muon_update(
-    parameters: list[Tensor],
-    gradients: list[Tensor],
-    momentum: Tensor,
-    rate: Tensor,
-    weight_decay: float,
-    inertia: float,
-    split: int,
-    dtype: torch.dtype,
-    found_inf: Tensor | None,
+    group: dict, gradients: list[Tensor], momentum: Tensor, rate: Tensor, dtype: torch.dtype, found_inf: Tensor
 ) -> None:
-    """One step of Muon for n parameters (rows, columns) with `momentum` (n, rows, columns); all change in place."""
-    gradient = torch.stack(gradients)
-    if found_inf is not None:
-        gradient = torch.where(found_inf > 0, momentum, gradient)  # which leaves the momentum as it is
-        rate = rate * (1 - found_inf)
-    momentum.lerp_(gradient, 1 - inertia)
-    update = gradient.lerp(momentum, inertia)  # Nesterov
-    pieces = update.unflatten(1, (split, -1)).flatten(0, 1)  # (n x split, rows / split, columns)
+    """One step of Muon for a group's n parameters (rows, columns), with `momentum` (n, rows, columns), in place."""
+    gradient = torch.where(found_inf > 0, momentum, torch.stack(gradients))  # a bad step leaves the momentum as it is
+    rate = rate * (1 - found_inf)
+    momentum.lerp_(gradient, 1 - group["momentum"])
+    update = gradient.lerp(momentum, group["momentum"])  # Nesterov
+    pieces = update.unflatten(1, (group["split"], -1)).flatten(0, 1)  # (n x split, rows / split, columns)
     scale = math.sqrt(max(1.0, pieces.shape[1] / pieces.shape[2]))
     update = orthogonalize(pieces, dtype).reshape(update.shape) * (scale * rate)
-    torch._foreach_mul_(parameters, 1 - rate * weight_decay)
-    torch._foreach_sub_(parameters, list(update))
+    torch._foreach_mul_(group["params"], 1 - rate * group["weight_decay"])
+    torch._foreach_sub_(group["params"], list(update))
 
 
 class Muon(torch.optim.AdamW):
     """Muon (Jordan et al. 2024) for the groups that have a key `split`, AdamW for the others.
 
-    W -= lr x sqrt(max(1, rows / columns)) x orthogonalize(momentum of the gradient). The parameters of a group have
-    one shape and are one batched product, where torch.optim.Muon takes matrix by matrix. `split` counts the matrices
-    that lie stacked in a parameter (query, key and value; gate and up): each is orthogonalised by itself.
+    W -= lr x sqrt(max(1, rows / columns)) x orthogonalize(momentum of the gradient), for a group's parameters at once.
+    `split` counts the matrices of equal shape that lie stacked in each of them (query, key and value; gate and up).
     """
 
     found_inf: Tensor | None = None  # 1 on the device: leave everything as it is; PyTorch's own name for this
-    dtype = torch.float32  # of Newton-Schulz
-    update = staticmethod(muon_update)  # or the same compiled
+    dtype, update = torch.float32, staticmethod(muon_update)  # of Newton-Schulz; or the same compiled
 
     @torch.no_grad()
     def step(self, closure: Callable | None = None) -> None:
         for group in self.param_groups:
             if "split" not in group:
                 continue
-            parameters = group["params"]
-            gradients = [p.grad for p in parameters]
-            state = self.state[parameters[0]]  # holds the momentum of the whole group
+            first = group["params"][0]
+            state = self.state[first]  # holds the momentum of the whole group
             if not state:
-                state["momentum_buffer"] = torch.stack([torch.zeros_like(p) for p in parameters])
-                state["step"] = torch.zeros((), device=parameters[0].device)  # AdamW's load_state_dict looks for it
-            rate = torch.full((), group["lr"], device=parameters[0].device)  # a tensor, or each rate would be compiled
-            settings = group["weight_decay"], group["momentum"], group["split"], self.dtype, self.found_inf
-            self.update(parameters, gradients, state["momentum_buffer"], rate, *settings)
-            for p in parameters:
-                p.grad = None  # AdamW below leaves out what has no gradient
+                state["momentum_buffer"] = first.new_zeros(len(group["params"]), *first.shape)
+                state["step"] = first.new_zeros(())  # AdamW's load_state_dict looks for it
+            rate = first.new_full((), group["lr"])  # a tensor, or each rate would be compiled
+            found_inf = torch.zeros_like(rate) if self.found_inf is None else self.found_inf
+            gradients = [p.grad for p in group["params"]]
+            self.update(group, gradients, state["momentum_buffer"], rate, self.dtype, found_inf)
+            for p in group["params"]:
+                p.grad = None  # so that AdamW leaves it out
         super().step(closure)
 
 
-def make_optimizer(
-    model: PicoLLM, config: TrainConfig, dtype: torch.dtype = torch.float32, compiled: bool = False
-) -> Muon:
-    """AdamW, or Muon for the blocks' matrices and AdamW for the rest. Norms do not decay.
-
-    `dtype` is that of the matrix products; `compiled` puts Muon's many small kernels together.
-    """
+def make_optimizer(model: PicoLLM, config: TrainConfig, dtype: torch.dtype = torch.float32) -> Muon:
+    """AdamW, or Muon (in `dtype`) for the blocks' matrices and AdamW for the rest. Norms do not decay."""
     named, groups = dict(model.named_parameters()), []
     if config.optimizer == "muon":
+        options = {"momentum": 0.95, "lr": config.matrix_learning_rate, "weight_decay": config.matrix_weight_decay}
         for kind, split in {"qkv_proj": 3, "out_proj": 1, "gate_up_proj": 2, "down_proj": 1}.items():
             matrices = [named.pop(name) for name in list(named) if name.endswith(f".{kind}.weight")]
-            groups.append({"params": matrices, "split": split, "momentum": 0.95, "lr": config.matrix_learning_rate})
-            groups[-1]["weight_decay"] = config.matrix_weight_decay
+            groups.append({"params": matrices, "split": split, **options})
     groups.append({"params": [p for p in named.values() if p.ndim >= 2], "weight_decay": config.weight_decay})
     groups.append({"params": [p for p in named.values() if p.ndim < 2], "weight_decay": 0.0})
     optimizer = Muon(groups, lr=config.learning_rate, betas=config.betas, fused=True)
-    is_slow = dtype == torch.float16 and model.rope_cos.device.type == "cpu"
-    optimizer.dtype = torch.float32 if is_slow else dtype
-    optimizer.update = compile_function(muon_update) if compiled else muon_update
-    for group in optimizer.param_groups:
-        group["peak_lr"] = group["lr"]
+    optimizer.dtype = dtype
     return optimizer
 
 
 def set_rates(optimizer: torch.optim.Optimizer, step: int, total_steps: int, config: TrainConfig) -> None:
     """Each group's rate for a step: linear warm-up, then linear decay to zero (Bergsma et al. 2025)."""
     warmup = min(config.warmup_steps, total_steps // 2)
+    part, whole = (step + 1, warmup) if step < warmup else (total_steps - step, max(1, total_steps - warmup))
     for group in optimizer.param_groups:
-        if step < warmup:
-            group["lr"] = group["peak_lr"] * (step + 1) / warmup
-        else:
-            group["lr"] = group["peak_lr"] * (total_steps - step) / max(1, total_steps - warmup)
+        peak = config.matrix_learning_rate if "split" in group else config.learning_rate
+        group["lr"] = peak * part / whole
 
 
-# -- Loaders
-
-LOADERS = ("naive", "workers", "resident")
+LOADERS = ("naive", "workers", "resident")  # a DataLoader; one with other processes; all tokens lie on the device
 
 
 def make_loader(
     kind: str, stream: SequenceStream, batch_size: int, steps: Iterable[int], device: torch.device, workers: int = 2
 ) -> Iterator[Tensor]:
-    """This process's part of each step's batch, (part, context_length + 1) int64; every kind yields the same ones.
-
-    naive: a DataLoader in this process. workers: a DataLoader with worker processes and pinned memory, so that the
-    copy to the GPU can overlap. resident: all tokens lie on the device, where batches are cut; nothing is copied.
-    """
+    """This process's part of each step's batch, (part, context_length + 1) int64; every kind yields the same ones."""
     rank, n_ranks = ranks()
     part = batch_size // n_ranks
     starts = (step * batch_size + rank * part for step in steps)
-    places = (range(start, start + part) for start in starts)
     if kind == "resident":
         there = SequenceStream(stream.file, stream.context_length, stream.n_sequences, stream.seed, str(device))
-        return (there.batch(place.start, part) for place in places)
+        return (there.batch(start, part) for start in starts)
     options = {}
     if kind == "workers":
         options = {"num_workers": workers, "pin_memory": device.type == "cuda", "worker_init_fn": ignore_signals}
+    places = (range(start, start + part) for start in starts)
     # a generator of its own, or starting the loader would draw from the global one
-    loader = torch.utils.data.DataLoader(stream, batch_sampler=places, generator=torch.Generator(), **options)
-    return iter(loader)
+    return iter(torch.utils.data.DataLoader(stream, batch_sampler=places, generator=torch.Generator(), **options))
 
 
-def ignore_signals(_: int = 0) -> None:
+def ignore_signals(_: int) -> None:
     """For worker processes: a signal to the whole group must not kill them, this process ends them in time."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
 
 
 def choose_loader(stream: SequenceStream, device: torch.device) -> str:
-    """`resident` on a GPU when the tokens (2 bytes each) take at most a tenth of its memory, else `workers`.
-
-    A CPU has nothing to overlap with, all its cores compute: `naive`.
-    """
+    """`naive` on a CPU; `resident` where the tokens (2 bytes each) take at most a tenth of a GPU, else `workers`."""
     if device.type != "cuda":
         return "naive"
     size = 2 * stream.n_sequences * stream.context_length
     return "resident" if size <= 0.1 * torch.cuda.get_device_properties(device).total_memory else "workers"
 
 
-# -- One step
-
-
 class LossGuard:
-    """Keeps bad steps from the weights, and decides on the device, which nothing has to wait for.
-
-    A step is good when its loss is below the running mean plus `margin` nats and its gradient is finite (with fp16 a
-    few at the start are not, while the scaler looks for its scale). After `patience` bad steps in a row none is good
-    any more: a run that is lost stays as it was until `train` notices.
+    """Keeps bad steps from the weights, without waiting for the device. A good step has a finite gradient and a loss
+    below the running mean plus `margin` nats; after `patience` bad steps in a row none is good, and the run is lost.
     """
 
-    patience = 10
-    margin = 3.0
+    patience, margin = 10, 3.0
 
     def __init__(self, vocab_size: int, device: torch.device) -> None:
-        # running mean (at first that of guessing), bad steps in a row and in all; sum and number of good losses unread
+        # running mean (at first that of guessing), bad steps in a row and in all, sum and number of good losses unread
         self.state = torch.tensor([math.log(vocab_size), 0, 0, 0, 0], device=device)
 
     def is_good(self, loss: Tensor, gradient_norm: Tensor | float = 0.0, patience: int = patience) -> Tensor:
         """Whether a step with this loss and gradient is good: a boolean scalar on the device."""
-        mean, in_a_row = self.state[0], self.state[1]
-        return (loss < mean + self.margin) & (gradient_norm < math.inf) & (in_a_row < patience)
+        return (loss < self.state[0] + self.margin) & (gradient_norm < math.inf) & (self.state[1] < patience)
 
     def count(self, loss: Tensor, gradient_norm: Tensor) -> Tensor:
         """Takes a step into account; 0.0 for a good one, 1.0 for a bad one, a scalar on the device."""
@@ -1471,10 +1327,8 @@ class LossGuard:
         """Mean loss since the last call, bad steps so far; waits for the device. PicoError when the run is lost."""
         _, in_a_row, skipped, loss_sum, n_good = self.state.tolist()
         if in_a_row >= self.patience:
-            raise PicoError(
-                f"The loss is NaN or has exploded: {self.patience} steps in a row were skipped. The last good "
-                "checkpoint is kept; lower the learning rate or choose precision fp32."
-            )
+            advice = "The last good checkpoint is kept; lower the learning rate or choose precision fp32"
+            raise PicoError(f"The loss is NaN or has exploded: {self.patience} steps in a row were skipped. {advice}.")
         self.state[3:] = 0
         return loss_sum / n_good if n_good else math.nan, int(skipped)
 
@@ -1487,12 +1341,9 @@ def train_step(
     config: TrainConfig,
     step: int,
     dtype: torch.dtype,
-    guard: LossGuard | None = None,
+    guard: LossGuard,
 ) -> Tensor:
-    """One update from this process's part of a batch, (B, context_length + 1) on the model's device.
-
-    Returns the mean loss over all processes, a scalar there. `guard` keeps bad steps out.
-    """
+    """One update from this process's part of a batch, (B, context_length + 1); the mean loss of all, on the device."""
     rank, n_ranks = ranks()
     micro_batches = batch.split(min(config.micro_batch_size or len(batch), len(batch)))
     total = torch.zeros((), device=batch.device)
@@ -1513,33 +1364,23 @@ def train_step(
     with profiler_range("optimizer"):
         scaler.unscale_(optimizer)
         norm = nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
-        # fused optimizers read this on the device; it is what GradScaler.step sets too
-        optimizer.found_inf = guard.count(total, norm) if guard else (~norm.isfinite()).float()
+        optimizer.found_inf = guard.count(total, norm)  # fused optimizers read it on the device
         optimizer.step()
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
     return total
 
 
-@dataclass(frozen=True)
-class Evaluation:
-    """Loss over a whole split, in a fixed order."""
+class Evaluation(NamedTuple):
+    """How well a whole split is foreseen."""
 
     loss: float  # nats per token
+    word_perplexity: float  # exp(loss x tokens / words), comparable between tokenizers; words as WikiText counts them
     n_tokens: int
-    n_words: int  # counted the WikiText way
-
-    @property
-    def word_perplexity(self) -> float:
-        """exp(loss x tokens / words), comparable between tokenizers."""
-        return math.exp(min(self.loss * self.n_tokens / self.n_words, 700.0))
 
 
 def evaluate(model: PicoLLM, file: TokenFile, batch_size: int = 16, dtype: torch.dtype = torch.float32) -> Evaluation:
-    """Mean loss over the whole file in windows of the model's `context_length`, the last one as long as is left.
-
-    `dtype` is that of the matrix products.
-    """
+    """Mean loss over the whole file in windows of `context_length` (the last: what is left), products in `dtype`."""
     device, context_length, targets = model.rope_cos.device, model.config.context_length, len(file.tokens) - 1
     total = torch.zeros((), dtype=torch.float64, device=device)
     in_windows = targets // context_length * context_length
@@ -1549,31 +1390,18 @@ def evaluate(model: PicoLLM, file: TokenFile, batch_size: int = 16, dtype: torch
             tokens = torch.from_numpy(file.tokens[start : stop + 1].astype(np.int64)).to(device)
             x, y = (t.view(-1, min(context_length, stop - start)) for t in (tokens[:-1], tokens[1:]))
             total += model(x, y).double() * (stop - start)
-    return Evaluation(float(total) / targets, targets, file.n_words)
+    loss = float(total) / targets
+    return Evaluation(loss, math.exp(min(loss * targets / file.n_words, 700.0)), targets)
 
 
-# -- Speed
-
-_PEAKS = {  # a GPU's name, the first that fits: dense TFLOP/s of 16-bit matrices (the vendors' data sheets)
-    r"\bB200": 2250,
-    r"\bH[12]00 NVL": 835,
-    r"\bH100 PCIe": 756,
-    r"H[12]00": 989,  # GH200 too
-    r"\bA100": 312,
-    r"\bL40S": 362,
-    r"\bL4\b": 121,
-    r"\bA10G": 70,
-    r"\bA10\b": 125,
-    r"\bV100": 125,
-    r"\bT4\b": 65,
-    r"RTX 4090": 165,
-    r"RTX 3090": 71,
-}
+# a GPU's name, the first that fits: dense TFLOP/s of 16-bit matrices (the vendors' data sheets)
+_PEAKS = {"B200": 2250, "H[12]00 NVL": 835, "H100 PCIe": 756, "G?H[12]00": 989, "A100": 312, "L40S": 362, "L4": 121}
+_PEAKS |= {"A10G": 70, "A10": 125, "V100": 125, "T4": 65, "RTX 4090": 165, "RTX 3090": 71}
 
 
 def peak_flops(device_name: str) -> float | None:
     """FLOP/s of dense 16-bit matrix products by the data sheet, or None for an unknown device."""
-    fits = (1e12 * peak for pattern, peak in _PEAKS.items() if re.search(pattern, device_name))
+    fits = (1e12 * peak for name, peak in _PEAKS.items() if re.search(rf"\b{name}\b", device_name))
     return None if "CPU, " in device_name else next(fits, None)
 
 
@@ -1586,13 +1414,10 @@ def flops_per_token(model: PicoLLM) -> float:
 @functools.cache
 def cpu_name() -> str:
     """The processor and its instructions for bf16, such as "AMD EPYC 9554 (avx512_bf16)"."""
-    text = ""
-    with contextlib.suppress(OSError):
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    text = Path("/proc/cpuinfo").read_text(errors="replace") if sys.platform == "linux" else ""
     name = re.search(r"^model name\s*: (.+)", text, re.M)
     flags = [flag for flag in ("amx_bf16", "avx512_bf16", "bf16") if re.search(rf"\b{flag}\b", text)]
-    about = ", ".join(flags) or ("no bf16 instructions" if text else "instructions unknown")
-    return f"{name[1].strip() if name else platform.processor() or platform.machine()} ({about})"
+    return f"{name[1].strip() if name else platform.machine()} ({', '.join(flags) or 'no bf16 instructions known'})"
 
 
 def measured_on(device: torch.device) -> dict[str, str | None]:
@@ -1600,12 +1425,12 @@ def measured_on(device: torch.device) -> dict[str, str | None]:
     n, driver = torch.get_num_threads(), None
     name = f"CPU, {n} thread{'s' if n > 1 else ''} of {cpu_name()}"
     if device.type == "cuda":
-        name, command = torch.cuda.get_device_name(device), ["nvidia-smi", "--query-gpu=driver_version"]
+        name, ask = torch.cuda.get_device_name(device), "nvidia-smi --query-gpu=driver_version --format=csv,noheader"
         with contextlib.suppress(OSError, subprocess.SubprocessError):  # nvidia-smi may be missing or refuse
-            answer = subprocess.run([*command, "--format=csv,noheader"], capture_output=True, timeout=20, check=True)
+            answer = subprocess.run(ask.split(), capture_output=True, timeout=20, check=True)
             driver = answer.stdout.decode().split("\n")[0].strip()  # all GPUs of a machine share it
-    version = str(torch.__version__)  # a plain string, as a checkpoint holds
-    return {"device": name, "driver": driver, "torch": version, "date": datetime.date.today().isoformat()}
+    # a checkpoint holds plain strings
+    return {"device": name, "driver": driver, "torch": str(torch.__version__), "date": str(datetime.date.today())}
 
 
 def wait_for(device: torch.device) -> None:
@@ -1614,32 +1439,27 @@ def wait_for(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-# -- Several processes, signals, errors
-
-
 def ranks() -> tuple[int, int]:
     """(number of this process, number of processes)."""
-    is_group = dist.is_available() and dist.is_initialized()
-    return (dist.get_rank(), dist.get_world_size()) if is_group else (0, 1)
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
 @contextlib.contextmanager
 def _process_group(device: torch.device) -> Iterator[torch.device]:
     """Joins the processes that torchrun announces in the environment, if any; yields this process's device."""
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
-        yield device
-        return
-    if device.type == "cuda":
+    is_group, on_gpu = int(os.environ.get("WORLD_SIZE", 1)) > 1, device.type == "cuda"
+    if is_group and on_gpu:
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
-    # the others wait while the first one tokenises the corpus
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(hours=1))
+    if is_group:  # the others wait while the first one tokenises the corpus
+        dist.init_process_group("nccl" if on_gpu else "gloo", timeout=datetime.timedelta(hours=1))
     yield device
-    dist.destroy_process_group()  # not after an error: it could wait for a process that is gone
+    if is_group:
+        dist.destroy_process_group()  # not after an error: it could wait for a process that is gone
 
 
 def _from_first(make: Callable[[], object]) -> object:
-    """What the first process makes, in all processes."""
+    """What the first process makes, in all processes; all must ask at the same step."""
     rank, n_ranks = ranks()
     result = [make() if rank == 0 else None]
     if n_ranks > 1:
@@ -1657,49 +1477,32 @@ def readable_errors(config: TrainConfig) -> Iterator[None]:
         if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in text:
             part = config.batch_size // n_ranks
             size = config.micro_batch_size or part
-            smaller = [n for n in range(1, size // 2 + 1) if part % n == 0]
-            advice = f"set micro_batch_size to {smaller[-1]}" if smaller else "choose a smaller model"
+            smaller = max((n for n in range(1, size // 2 + 1) if part % n == 0), default=None)
+            advice = f"set micro_batch_size to {smaller}" if smaller else "choose a smaller model"
             raise PicoError(f"Out of memory with {size} sequences at a time; {advice}.") from error
         if n_ranks > 1 and (isinstance(error, dist.DistError) or re.search("gloo|nccl|connection", text, re.I)):
-            raise PicoError(
-                "Another process of this run has ended, so this one stops too. The last checkpoint is kept; run the "
-                "same command again to go on from there."
-            ) from error
+            advice = "run the same command again to go on from the last checkpoint"
+            raise PicoError(f"Another process of this run has ended, so this one stops too; {advice}.") from error
         raise
 
 
 @contextlib.contextmanager
 def _stop_requests() -> Iterator[threading.Event]:
-    """Inside, the first Ctrl-C (or SIGTERM) sets the event instead of breaking into a step; a second Ctrl-C breaks in.
+    """Inside, Ctrl-C and SIGTERM set the event; a second Ctrl-C breaks in (torchrun repeats signals: not there)."""
+    event = threading.Event()
 
-    Under torchrun it never does, since every signal comes twice there, from the terminal and from torchrun.
-    """
-    event, previous = threading.Event(), {}
-
-    def request(number: int, frame) -> None:
-        if event.is_set() and number == signal.SIGINT and ranks()[1] == 1:
-            raise KeyboardInterrupt
+    def request(*_) -> None:
         event.set()
+        if ranks()[1] == 1:
+            signal.signal(signal.SIGINT, previous[signal.SIGINT])
 
-    if threading.current_thread() is threading.main_thread():  # no other one gets signals
-        previous = {number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)}
+    is_main = threading.current_thread() is threading.main_thread()  # no other one gets signals
+    previous = {number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM) if is_main}
     try:
         yield event
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
-
-
-def _any_process(flag: bool, device: torch.device) -> bool:
-    """Whether `flag` is set in any process; all must ask at the same step."""
-    if ranks()[1] == 1:
-        return flag
-    box = torch.tensor(int(flag), device=device)
-    dist.all_reduce(box, dist.ReduceOp.MAX)
-    return bool(box)
-
-
-# -- The run
 
 
 class RunFiles(NamedTuple):
@@ -1709,12 +1512,6 @@ class RunFiles(NamedTuple):
     metrics: Path
     heads: Path
 
-    def move(self, target: RunFiles) -> None:
-        """Renames what is there of the three."""
-        for old, new in zip(self, target, strict=True):
-            if old.exists():
-                os.replace(old, new)
-
 
 def run_files(results: str | Path, name: str) -> RunFiles:
     """The files of the run of that name; while it is unfinished, of the name with `.partial` behind it."""
@@ -1722,14 +1519,17 @@ def run_files(results: str | Path, name: str) -> RunFiles:
     return RunFiles(*(Path(results) / file for file in files))
 
 
-def unused_files(results: str | Path, name: str) -> RunFiles:
-    """Files of the first name that no model has yet; `name` holds a place {} for a number from 1 on."""
-    numbered = (run_files(results, name.format(n)) for n in itertools.count(1))
-    return next(files for files in numbered if not files.model.exists())
+def move_run(files: RunFiles, name: str) -> str:
+    """Renames what is there of them; for a place {} in `name` stands the first number from 1 on that no model has."""
+    numbered = (run_files(files.model.parent, name.format(n)) for n in itertools.count(1))
+    target = next(target for target in numbered if not target.model.exists())
+    for old, new in zip(files, target, strict=True):
+        if old.exists():
+            os.replace(old, new)
+    return target.model.name
 
 
-@dataclass(frozen=True)
-class TrainResult:
+class TrainResult(NamedTuple):
     """A run's outcome. `finished` is False after Ctrl-C; calling `train` again then goes on."""
 
     model: PicoLLM
@@ -1746,85 +1546,189 @@ def snapshot_steps(total_steps: int, n: int = 12) -> list[int]:
 
 @dataclass
 class TrainingRun:
-    """What changes from step to step, and how a checkpoint keeps it."""
+    """A model in training: its steps, the loop around them, and how a checkpoint keeps what changes."""
 
     model_config: ModelConfig
     config: TrainConfig
-    corpus: str
+    corpus: str  # for the reader
     device: torch.device
     dtype: torch.dtype  # of the matrix products
     compiled: bool = False
-    rows: list[dict] = field(default_factory=list)  # of metrics
-    step: int = 0  # steps done
-    seconds: float = 0.0  # of training
-    started_from: str | None = None  # the model whose weights it began with, for the reader
-    tokens_before: int = 0  # that this model had seen
+    corpus_key: str = ""  # from here on: for the loop
+    total_steps: int = 0
+    stream: SequenceStream | None = None
+    validation: TokenFile | None = None
+    files: RunFiles | None = None  # while it is unfinished
 
     def __post_init__(self) -> None:
-        on_gpu = self.device.type == "cuda"
+        self.step, self.seconds, self.metrics = 0, 0.0, []  # steps done, time in them, rows of the CSV
+        self.started_from, self.tokens_before = None, 0  # the model whose weights it began with, what that had seen
         self.model = PicoLLM(self.model_config, self.config.seed).to(self.device).train()
         self.model.loss_chunk = self.config.loss_chunk
-        self.forward = make_forward(self.model, self.device, self.compiled)
-        self.optimizer = make_optimizer(self.model, self.config, self.dtype, self.compiled and on_gpu)
+        self.optimizer = make_optimizer(self.model, self.config, self.dtype)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         self.guard = LossGuard(self.model_config.vocab_size, self.device)
-
-    @functools.cached_property
-    def machine(self) -> dict[str, str | None]:
-        """See `measured_on`. Asked once and on need: on a GPU it starts nvidia-smi."""
         here, n_ranks = measured_on(self.device), ranks()[1]
-        return here | {"device": f"{n_ranks} x {here['device']}" if n_ranks > 1 else here["device"]}
+        self.machine = here | {"device": f"{n_ranks} x {here['device']}" if n_ranks > 1 else here["device"]}
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+        self.make_forward()
+
+    def make_forward(self) -> None:
+        """Sets `forward`, the model as a step calls it: shared between processes, compiled."""
+        on_gpu, self.forward = self.device.type == "cuda", self.model
+        if ranks()[1] > 1:
+            ids = [self.device] if on_gpu else None
+            self.forward = nn.parallel.DistributedDataParallel(self.model, ids, gradient_as_bucket_view=True)
+        if self.compiled:
+            self.forward = compile_function(self.forward)
+        self.optimizer.update = compile_function(muon_update) if self.compiled and on_gpu else muon_update
 
     def take_step(self, batch: Tensor) -> Tensor:
-        """One step (see `train_step`). When the compiler fails, one line says so and the run goes on without it."""
-        rest = self.optimizer, self.scaler, batch, self.config, self.step, self.dtype, self.guard
-        with repeatable(self.device), exact_dropout(self.model_config.dropout):
-            try:
-                loss = train_step(self.forward, *rest)
-            except Exception as error:
-                if not self.compiled or not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
-                    raise
-                print(f"The compiler failed, training goes on without it: {str(error).strip().splitlines()[0]}")
-                self.compiled, self.forward = False, make_forward(self.model, self.device, False)
-                self.optimizer.update = muon_update
-                self.optimizer.zero_grad()
-                loss = train_step(self.forward, *rest)
+        """One `train_step`. A CPU adds in a fixed order; when the compiler fails, the run goes on without it."""
+        is_fixed, has_cudnn = torch.are_deterministic_algorithms_enabled(), torch.backends.cuda.cudnn_sdp_enabled()
+        # cuDNN's attention drops 16ths only, and PyTorch 2.11 does not look
+        torch.backends.cuda.enable_cudnn_sdp(has_cudnn and 16 * self.model_config.dropout % 1 == 0)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # slow, and nothing here reads such memory
+        torch.use_deterministic_algorithms(is_fixed or self.device.type == "cpu")  # else compiled threads would race
+        state = self.optimizer, self.scaler, batch, self.config, self.step, self.dtype, self.guard
+        try:
+            loss = train_step(self.forward, *state)
+        except Exception as error:
+            if not self.compiled or not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+                raise
+            print(f"The compiler failed, training goes on without it: {str(error).strip().splitlines()[0]}")
+            self.compiled = False
+            self.make_forward()
+            self.optimizer.zero_grad()
+            loss = train_step(self.forward, *state)
+        finally:
+            torch.use_deterministic_algorithms(is_fixed)
+            torch.backends.cuda.enable_cudnn_sdp(has_cudnn)
         self.step += 1
         return loss
 
-    def checkpoint(self, corpus_key: str | None = None) -> Checkpoint:
-        """With `corpus_key` a checkpoint to resume from."""
+    def checkpoint(self, is_finished: bool = False) -> Checkpoint:
         weights = {name: value.detach().cpu() for name, value in self.model.state_dict().items()}
-        state = {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(), "corpus": corpus_key}
-        state |= {"guard": self.guard.state, "seconds": self.seconds, "tokens_before": self.tokens_before}
+        state = {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
+        state |= {"guard": self.guard.state, "seconds": self.seconds}
+        state |= {"corpus": self.corpus_key, "tokens_before": self.tokens_before}
         here = self.machine | {"precision": str(self.dtype)[6:], "compiled": "yes" if self.compiled else "no"}
         here |= {"started_from": self.started_from} if self.started_from else {}
-        content = self.model_config, self.config, self.corpus, self.step, self.rows, weights
-        return Checkpoint(*content, state if corpus_key else None, environment=here)
+        content = self.model_config, self.config, self.corpus, self.step, self.metrics, weights
+        return Checkpoint(*content, None if is_finished else state, here)
 
-    def restore(self, checkpoint: Checkpoint) -> None:
-        state = checkpoint.training_state
-        self.model.load_state_dict(checkpoint.weights)
-        self.optimizer.load_state_dict(state["optimizer"])
-        if state["scaler"]:  # empty from a machine that trains in bf16
-            self.scaler.load_state_dict(state["scaler"])
-        self.guard.state.copy_(state["guard"])
-        self.step, self.rows, self.seconds = checkpoint.step, checkpoint.metrics, state.get("seconds", 0.0)
-        self.tokens_before = state.get("tokens_before", 0)
-        self.started_from = checkpoint.environment.get("started_from")
+    def restore(self, saved: Checkpoint) -> None:
+        self.model.load_state_dict(saved.weights)
+        self.step, self.metrics, self.tokens_before = saved.step, saved.metrics, tokens_at(saved, 0)
+        self.started_from = saved.environment.get("started_from")
+        if state := saved.training_state:  # else it is finished, only its files were not renamed
+            self.optimizer.load_state_dict(state["optimizer"])
+            if state["scaler"]:  # empty from a machine that trains in bf16
+                self.scaler.load_state_dict(state["scaler"])
+            self.guard.state.copy_(state["guard"])
+            self.seconds = state["seconds"]
 
     def start_from(self, path: str | Path) -> None:
         """Takes the weights of a finished checkpoint. Raises PicoError for any other file and for another shape."""
-        found = finished_checkpoint(path)
+        found = load_checkpoint(path, must_be_finished=True)
         free = {"context_length": 1, "max_positions": 1, "dropout": 0.0}  # no weights depend on these
         ours, theirs = (asdict(dataclasses.replace(c, **free)) for c in (self.model_config, found.model_config))
         if other := [f"{name} {value}, not {ours[name]}" for name, value in theirs.items() if value != ours[name]]:
             raise PicoError(f"{path} has another shape ({'; '.join(other)}); train a model of the same shape.")
-        if (found.corpus, found.train_config.seed) == (self.corpus, self.config.seed) and ranks()[0] == 0:
-            print(f"{path} has read these texts in this order; give the run another seed to read others first.")
         self.model.load_state_dict(model_from_checkpoint(found).state_dict())
         self.tokens_before = tokens_at(found, found.step)
         self.started_from = f"{Path(path).name} ({self.tokens_before:,} tokens, the last of them of {found.corpus})"
+
+    def go(self, stop: threading.Event, on_log: Callable | None, on_snapshot: Callable | None) -> bool:
+        """The loop (see `train`). True at the end of the run, False when a stop was asked for."""
+        config, steps, (rank, n_ranks) = self.config, range(self.step, self.total_steps), ranks()
+        kind, snapshots = choose_loader(self.stream, self.device), []
+        batches = make_loader(kind, self.stream, config.batch_size, steps, self.device)
+        if rank == 0:
+            check_writable(self.files.model.parent)  # better now than after hours
+            what = f"{'Resuming' if self.step else 'Training'} {config.name} at step {self.step:,} of {steps.stop:,}"
+            body, everything = (f"{n / 1e6:.2f}M" for n in self.model.count_parameters())
+            size = f"{body} parameters, {everything} with embeddings, from {self.started_from or 'scratch'}"
+            where = f"{self.device}, {n_ranks} processes, {str(self.dtype)[6:]}{', compiled' if self.compiled else ''}"
+            read = f"{self.stream.n_sequences:,} sequences out of {len(self.stream.file.tokens):,} tokens"
+            print(f"{what}: {size}; {config.batch_size} of {read} a step on {where}.")
+            snapshots = snapshot_steps(self.total_steps) if on_snapshot else []
+        if self.step == 0 in snapshots:
+            with evaluating(self.model):
+                on_snapshot(self.model, 0)
+        saved_at, logged = time.monotonic(), (self.step, self.seconds)
+        options = {"total": self.total_steps, "initial": self.step, "desc": f"train {config.name}", "unit": "step"}
+        with progress(**options, disable=rank > 0) as bar:
+            for step in steps:
+                started = time.perf_counter()
+                with profiler_range("data"):
+                    batch = next(batches)
+                with profiler_range("host-to-device"):
+                    batch = batch.to(self.device, non_blocking=True)
+                set_rates(self.optimizer, step, self.total_steps, config)
+                self.take_step(batch)
+                is_last = self.step == self.total_steps
+                is_evaluated = is_last or self.step % config.eval_interval == 0
+                is_logged = is_evaluated or self.step % config.log_interval == 0
+                # several processes can only stop together; they agree on it with the metrics
+                is_stopped = (n_ranks == 1 or is_logged) and _from_first(stop.is_set)
+                is_saved = is_stopped or time.monotonic() - saved_at > config.checkpoint_seconds
+                if is_logged or is_saved or self.step in snapshots:
+                    wait_for(self.device)  # what it has yet to do is training; what follows is not
+                self.seconds += time.perf_counter() - started
+                bar.update()
+                if is_logged:
+                    bar.set_postfix_str(self.log(is_evaluated, *logged))
+                    logged = self.step, self.seconds
+                    if on_log and rank == 0:
+                        on_log(self.metrics)
+                if self.step in snapshots:
+                    with evaluating(self.model):
+                        on_snapshot(self.model, self.step)
+                if is_saved and not is_last:
+                    self.save(batch)
+                    saved_at = time.monotonic()
+                if is_stopped:
+                    break
+        return self.step == self.total_steps
+
+    def log(self, is_evaluated: bool, step: int, seconds: float) -> str:
+        """Adds a line of metrics; its speed is that since a step and its time. Returns the essence of it."""
+        (rank, n_ranks), batch_size = ranks(), self.config.batch_size
+        loss, skipped = self.guard.read()  # waits for the device
+        per_step = batch_size * self.stream.context_length
+        speed = (self.step - step) * per_step / (self.seconds - seconds)
+        row = {"step": self.step, "tokens": self.step * per_step}
+        row["tokens_total"] = self.tokens_before + row["tokens"]  # with those of the model that it started from
+        row |= {"epoch": round(self.step * batch_size / self.stream.n_sequences, 4), "train_loss": loss}
+        found = evaluate(self.model, self.validation, dtype=self.dtype) if is_evaluated and rank == 0 else None
+        row |= {"val_loss": found and found.loss, "word_perplexity": found and found.word_perplexity}
+        row |= {"learning_rate": self.optimizer.param_groups[-1]["lr"], "tokens_per_second": round(speed, 1)}  # AdamW's
+        # share of the devices' 16-bit peak; time of training over all parts of a resumed run, with compilation
+        peak, memory = peak_flops(self.machine["device"]), torch.cuda.max_memory_allocated()
+        row["mfu"] = peak and round(speed * flops_per_token(self.model) / (peak * n_ranks), 4)
+        row |= {"seconds": round(self.seconds, 2), "peak_memory_mb": round(memory / 1e6, 1) or None}
+        row["skipped_steps"] = skipped  # so far, see LossGuard
+        self.metrics.append(row)
+        return f"loss {loss:.3f}, {speed:,.0f} tokens/s"
+
+    def save(self, batch: Tensor | None = None, is_finished: bool = False) -> None:
+        """Saves the run, unless the update from `batch` spoilt its weights, which only the loss after it tells."""
+        if ranks()[0] > 0:
+            return
+        if batch is not None:
+            with evaluating(self.model):
+                loss = self.model(batch[:4, :-1], batch[:4, 1:])
+            if not self.guard.is_good(loss, patience=1):
+                return
+        try:
+            save_checkpoint(self.files.model, self.checkpoint(is_finished))
+            write_csv(self.files.metrics, self.metrics)
+        except PicoError as error:  # a full disk costs this checkpoint, not the run
+            if is_finished:
+                raise
+            print(f"{error} Training goes on without this checkpoint.", file=sys.stderr)
 
 
 def train(
@@ -1840,266 +1744,83 @@ def train(
 ) -> TrainResult:
     """Trains a model and writes its checkpoint and metrics CSV to `results` (see `run_files`).
 
-    An unfinished run with the same settings is resumed; on a CPU its weights end up bit-for-bit equal to those of an
-    uninterrupted run. Ctrl-C saves and returns. A finished run of the same name is kept under another one.
-
-    `on_log(rows)` is called after each line of metrics (their columns: `_Loop.log`), `on_snapshot(model, step)` at
-    `snapshot_steps`, in evaluation mode and without gradients; neither changes the run. `corpus`: if chosen already.
-
-    Under torchrun the processes share each batch (DistributedDataParallel); the first one alone prints and writes. The
-    losses are those of one process up to rounding; with dropout only if `micro_batch_size` is set, since its random
-    numbers belong to a micro-batch. Raises PicoError when memory runs out, another process is lost, or the loss is NaN
-    or explodes for several steps in a row; the last good checkpoint then stays.
+    An unfinished run with the same settings is resumed, on a CPU bit for bit. Ctrl-C saves and returns. `on_log(rows)`
+    is called after each line of metrics, `on_snapshot(model, step)` at `snapshot_steps`, in evaluation mode and without
+    gradients. Under torchrun the processes share each batch; the losses are those of one process up to rounding, with
+    dropout only if `micro_batch_size` is set. Raises PicoError when memory runs out, another process is lost, a file
+    cannot be written, or the loss is NaN or explodes; the last good checkpoint then stays.
     """
     with _process_group(torch.device(device or default_device())) as device, readable_errors(config):
         rank, n_ranks = ranks()
         if config.batch_size % (n_ranks * (config.micro_batch_size or 1)):
-            raise PicoError(
-                f"batch_size {config.batch_size} is not a multiple of {n_ranks} processes x "
-                f"{config.micro_batch_size or 1} sequences; change batch_size or micro_batch_size."
-            )
+            problem = f"is not a multiple of {n_ranks} processes x micro_batch_size"
+            raise PicoError(f"batch_size {config.batch_size} {problem}; change one of them.")
         if model_config.vocab_size <= Tokenizer.end_of_text:
             raise PicoError(f"vocab_size {model_config.vocab_size} is less than the tokenizer's; leave it at 50257.")
-        about, corpus_key, training, validation = _from_first(lambda: _open_corpus(config, data_folder, corpus))
-        stream = SequenceStream(training, model_config.context_length, config.max_sequences, config.seed)
-        steps = int(config.epochs * stream.n_sequences / config.batch_size)
-        steps = max(1, min(steps, config.max_steps or steps))
         final, partial = run_files(results, config.name), run_files(results, f"{config.name}.partial")
-        found = _from_first(lambda: _unfinished(partial, model_config, config, corpus_key))
-        with torch.device("meta"):
-            flops = flops_per_token(PicoLLM(model_config)) * steps * config.batch_size * model_config.context_length
-        dtype, compiled = _from_first(lambda: _numerics(config, device, flops, found))
-        run = TrainingRun(model_config, config, about, device, dtype, compiled)
+        found, plan = _from_first(lambda: _plan(model_config, config, partial, corpus, Path(data_folder), device))
+        run = TrainingRun(model_config, config, device=device, files=partial, **plan)
         if found:
             run.restore(found)
         elif config.init_from:
             run.start_from(config.init_from)
-        loop = _Loop(run, steps, stream, validation, partial, corpus_key, on_log, on_snapshot)
         with _stop_requests() as stop, torch.random.fork_rng([device] if device.type == "cuda" else []):
             with kept_memory(device):
-                is_finished = loop.go(stop)
-            if is_finished and rank == 0:
-                _finish(run, results, partial, final)
+                is_finished = run.go(stop, on_log, on_snapshot)
+            if rank == 0 and not is_finished:
+                print(f"Stopped at step {run.step:,}; the same command goes on from its last checkpoint.")
+            if rank == 0 and is_finished:
+                run.save(is_finished=True)
+                if final.model.exists():
+                    kept = move_run(final, f"{config.name}.previous-{{}}")
+                    print(f"The model that was {final.model.name} is now {kept}.")
+                move_run(partial, config.name)
         if is_finished and stop.is_set():  # asked for during the last step; all is saved
             raise KeyboardInterrupt
-        return TrainResult(run.model.eval(), (final if is_finished else partial).model, run.rows, is_finished)
+        return TrainResult(run.model.eval(), (final if is_finished else partial).model, run.metrics, is_finished)
 
 
-def _open_corpus(
-    config: TrainConfig, data_folder: str | Path, corpus: Corpus | None
-) -> tuple[str, str, TokenFile, TokenFile]:
-    """(description, key, training tokens, validation tokens)."""
-    corpus = corpus or choose_corpus(config.corpus, config.corpus_fraction, data_folder, config.text_style)
+def _plan(
+    shape: ModelConfig, config: TrainConfig, files: RunFiles, corpus: Corpus | None, data: Path, device: torch.device
+) -> tuple[Checkpoint | None, dict]:
+    """What the first process finds out for all: the unfinished run to go on with, and fields of the `TrainingRun`."""
+    corpus = corpus or choose_corpus(config.corpus, config.corpus_fraction, data, config.text_style)
     print(f"Corpus: {corpus.about}, because {corpus.reason}.")
-    training, validation = (prepare_tokens(corpus, split, data_folder) for split in ("train", "validation"))
-    return corpus.about, corpus.key, training, validation
+    training, validation = (prepare_tokens(corpus, split, data) for split in ("train", "validation"))
+    stream = SequenceStream(training, shape.context_length, config.max_sequences, config.seed)
+    steps = int(config.epochs * stream.n_sequences / config.batch_size)
+    steps = max(1, min(steps, config.max_steps or steps))
+    plan = {"corpus": corpus.about, "corpus_key": corpus.key, "stream": stream, "validation": validation}
+    found = _unfinished(files, shape, config, corpus)
+    dtype, asked = choose_precision(config.precision, device), config.compile
+    if found and found.environment["device"].endswith(measured_on(device)["device"]):  # there it goes on bit for bit
+        dtype = getattr(torch, found.environment["precision"]) if config.precision == "auto" else dtype
+        asked = found.environment["compiled"] == "yes" if asked is None else asked
+    with torch.device("meta"):
+        flops = flops_per_token(PicoLLM(shape)) * steps * config.batch_size * shape.context_length
+    return found, plan | {"total_steps": steps, "dtype": dtype, "compiled": choose_compile(asked, device, flops)}
 
 
-def _unfinished(files: RunFiles, model_config: ModelConfig, config: TrainConfig, corpus_key: str) -> Checkpoint | None:
+def _unfinished(files: RunFiles, model_config: ModelConfig, config: TrainConfig, corpus: Corpus) -> Checkpoint | None:
     """The unfinished run there if it has these settings; one with other settings is moved aside, never lost."""
     if not files.model.exists():
         return None
-    problem = "it has other settings"
     # may change, as another machine asks; the key of the corpus tells its content and the style of its text
     free = {"checkpoint_seconds": 0.0, "text_style": "natural", "corpus": "auto", "name": "run"}
     free |= dict.fromkeys(("micro_batch_size", "compile", "loss_chunk"))
     try:
-        found = load_checkpoint(files.model)
-        state, theirs = found.training_state or {}, dataclasses.replace(found.train_config, **free)
-        settings = state.get("corpus"), found.model_config, theirs
-        if settings == (corpus_key, model_config, dataclasses.replace(config, **free)):
+        found, problem = load_checkpoint(files.model), "it has other settings"
+        ours, theirs = (dataclasses.replace(each, **free) for each in (config, found.train_config))
+        state = found.training_state or {"corpus": corpus.key if found.corpus == corpus.about else None}
+        if (state["corpus"], found.model_config, theirs) == (corpus.key, model_config, ours):
             return found
-        if state and found.step == 0:  # nothing to lose
-            return None
     except PicoError as error:
         problem = str(error)
     if config.init_from:
-        finished_checkpoint(config.init_from)  # an error in it comes before anything is moved
-    kept = unused_files(files.model.parent, f"{config.name}.unfinished-{{}}.partial")
-    files.move(kept)
-    print(f"The unfinished run {files.model} is not resumed, {problem}; it was moved to {kept.model.name}.")
+        load_checkpoint(config.init_from, must_be_finished=True)  # an error in it comes before anything is moved
+    kept = move_run(files, f"{config.name}.unfinished-{{}}.partial")
+    print(f"The unfinished run {files.model} is not resumed, {problem}; it was moved to {kept}.")
     return None
-
-
-def _numerics(
-    config: TrainConfig, device: torch.device, flops: float, found: Checkpoint | None
-) -> tuple[torch.dtype, bool]:
-    """(data type of the matrix products, whether a run of so many FLOPs is compiled)."""
-    dtype, asked = choose_precision(config.precision, device), config.compile
-    before = found.environment if found else {}
-    if before and before["device"].endswith(measured_on(device)["device"]):  # there the run goes on bit for bit
-        dtype = getattr(torch, before["precision"]) if config.precision == "auto" else dtype
-        asked = before.get("compiled") == "yes" if asked is None else asked
-    return dtype, choose_compile(asked, device, flops)
-
-
-@dataclass
-class _Loop:
-    """The steps of a run and what happens between them."""
-
-    run: TrainingRun
-    total_steps: int
-    stream: SequenceStream
-    validation: TokenFile
-    files: RunFiles  # while it is unfinished
-    corpus_key: str
-    on_log: Callable[[list[dict]], None] | None
-    on_snapshot: Callable[[PicoLLM, int], None] | None
-
-    def __post_init__(self) -> None:
-        self.rank, self.n_ranks = ranks()
-        self.snapshots = snapshot_steps(self.total_steps) if self.on_snapshot and self.rank == 0 else []
-        self.logged = self.run.step, self.run.seconds
-        if self.run.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.run.device)
-
-    def announce(self) -> None:
-        """Says what the run is."""
-        run, training, (body, everything) = self.run, self.stream.file, self.run.model.count_parameters()
-        print(
-            f"Read {len(training.tokens):,} tokens in {len(training.starts) - 1:,} documents; using "
-            f"{self.stream.n_sequences:,} sequences of {self.stream.context_length}. Held out: "
-            f"{len(self.validation.tokens):,} tokens."
-        )
-        if run.step:
-            print(f"Resuming {run.config.name} at step {run.step:,} of {self.total_steps:,}.")
-        if run.started_from:
-            print(f"Going on from {run.started_from}.")
-        print(
-            f"Model: {body / 1e6:.2f}M parameters without embeddings, {everything / 1e6:.2f}M with them. "
-            f"{self.total_steps:,} steps of {run.config.batch_size} sequences on {run.device}"
-            f"{f', {self.n_ranks} processes' if self.n_ranks > 1 else ''} in {str(run.dtype)[6:]}"
-            f"{', compiled' if run.compiled else ''}."
-        )
-
-    def go(self, stop: threading.Event) -> bool:
-        """True at the end of the run, False when a stop was asked for."""
-        run, config, steps = self.run, self.run.config, range(self.run.step, self.total_steps)
-        if self.rank == 0:
-            self.announce()
-            self.save()  # a folder that cannot be written is found now, not after hours
-        kind = choose_loader(self.stream, run.device)
-        batches = make_loader(kind, self.stream, config.batch_size, steps, run.device)
-        saved_at = time.monotonic()
-        self.started = time.perf_counter() - run.seconds  # moved on by each pause
-        options = {"total": self.total_steps, "initial": run.step, "desc": f"train {config.name}", "unit": "step"}
-        with progress(**options, disable=self.rank > 0) as bar:
-            if run.step == 0:
-                self.snapshot()
-            for step in steps:
-                with profiler_range("data"):
-                    batch = next(batches)
-                with profiler_range("host-to-device"):
-                    batch = batch.to(run.device, non_blocking=True)
-                set_rates(run.optimizer, step, self.total_steps, config)
-                run.take_step(batch)
-                bar.update()
-                is_last = run.step == self.total_steps
-                is_evaluated = is_last or run.step % config.eval_interval == 0
-                is_logged = is_evaluated or run.step % config.log_interval == 0
-                if is_logged:
-                    bar.set_postfix_str(self.log(is_evaluated))
-                self.snapshot()
-                if is_last:
-                    break
-                # several processes can only stop together; they agree on it with the metrics
-                is_stopped = (self.n_ranks == 1 or is_logged) and _any_process(stop.is_set(), run.device)
-                if is_stopped or time.monotonic() - saved_at > config.checkpoint_seconds:
-                    self.save_if_good(batch, is_stopped)
-                    saved_at = time.monotonic()
-                if is_stopped:
-                    if self.rank == 0:
-                        print(f"Stopped at step {run.step:,}; the same command goes on from its last checkpoint.")
-                    return False
-        return True
-
-    def log(self, is_evaluated: bool) -> str:
-        """Adds a line of metrics, with losses in nats per token; returns the essence of it."""
-        run, batch_size, context_length = self.run, self.run.config.batch_size, self.run.model_config.context_length
-        loss, skipped = run.guard.read()  # the only wait for the device
-        with self.pause():
-            tokens, peak = run.step * batch_size * context_length, peak_flops(run.machine["device"])
-            (step, seconds), self.logged = self.logged, (run.step, run.seconds)
-            speed = (run.step - step) * batch_size * context_length / (run.seconds - seconds)
-            is_evaluated = is_evaluated and self.rank == 0
-            evaluation = evaluate(run.model, self.validation, dtype=run.dtype) if is_evaluated else None
-            memory = torch.cuda.max_memory_allocated(run.device) if run.device.type == "cuda" else None
-            row = {
-                "step": run.step,
-                "tokens": tokens,
-                "tokens_total": run.tokens_before + tokens,  # with those of the model that it started from
-                "epoch": round(run.step * batch_size / self.stream.n_sequences, 4),
-                "train_loss": loss,
-                "val_loss": evaluation and evaluation.loss,  # where it was measured
-                "word_perplexity": evaluation and evaluation.word_perplexity,
-                "learning_rate": run.optimizer.param_groups[-1]["lr"],  # AdamW's
-                "tokens_per_second": round(speed, 1),
-                # share of the devices' 16-bit peak
-                "mfu": peak and round(speed * flops_per_token(run.model) / (peak * self.n_ranks), 4),
-                # of training so far, over all parts of a resumed run, with compilation; the rest counts in no time
-                "seconds": round(run.seconds, 2),
-                "peak_memory_mb": memory and round(memory / 1e6, 1),  # of PyTorch on the GPU since this part began
-                "skipped_steps": skipped,  # so far, see LossGuard
-            }
-            run.rows.append(row)
-            if self.on_log and self.rank == 0:
-                self.on_log(run.rows)
-        return f"loss {loss:.3f}, {speed:,.0f} tokens/s"
-
-    @contextlib.contextmanager
-    def pause(self) -> Iterator[None]:
-        """Brings the run's seconds up to date; the time inside does not count."""
-        wait_for(self.run.device)  # what it has yet to do is training
-        paused = time.perf_counter()
-        self.run.seconds = paused - self.started
-        yield
-        wait_for(self.run.device)
-        self.started += time.perf_counter() - paused
-
-    def snapshot(self) -> None:
-        if self.run.step in self.snapshots:
-            with self.pause(), evaluating(self.run.model):
-                self.on_snapshot(self.run.model, self.run.step)
-
-    def save(self) -> None:
-        save_checkpoint(self.files.model, self.run.checkpoint(self.corpus_key))
-        write_csv(self.files.metrics, self.run.rows)
-
-    def save_if_good(self, batch: Tensor, is_stopped: bool) -> None:
-        """Saves the run unless an update spoilt its weights. A full disk costs this checkpoint, not the run."""
-        if self.rank > 0:
-            return
-        with self.pause():
-            with evaluating(self.run.model):  # only the loss after it tells what an update did
-                loss = self.run.model(batch[:4, :-1], batch[:4, 1:])
-                is_good = self.run.guard.is_good(loss, patience=1)
-            try:
-                if is_good:
-                    self.save()
-            except PicoError as error:
-                if is_stopped:
-                    raise
-                print(f"{error} Training goes on without this checkpoint.", file=sys.stderr)
-
-
-def _finish(run: TrainingRun, results: str | Path, partial: RunFiles, final: RunFiles) -> None:
-    """Puts the finished model in its place. What lay there is kept under another name, and only when all is written."""
-    done = run_files(results, f"{run.config.name}.finished")
-    try:
-        save_checkpoint(done.model, run.checkpoint())
-        write_csv(done.metrics, run.rows)
-    except PicoError as error:
-        rescue = save_checkpoint(Path(tempfile.gettempdir()) / final.model.name, run.checkpoint())
-        raise PicoError(f"{error} The trained model is safe in {rescue}.") from error
-    if final.model.exists():
-        kept = unused_files(results, f"{run.config.name}.previous-{{}}")
-        final.move(kept)
-        print(f"The model that was {final.model.name} is now {kept.model.name}.")
-    if partial.heads.exists():
-        os.replace(partial.heads, done.heads)
-    done.move(final)
-    for path in partial:
-        path.unlink(missing_ok=True)
 
 
 # ======================================================================================================================
@@ -4697,7 +4418,7 @@ def publish(
     the data. Replaces what was published there before; raises PicoError where the folder holds other files.
     """
     path, folder = Path(checkpoint or newest_checkpoint()), Path(results)
-    saved, card, model = finished_checkpoint(path), folder / "README.md", folder / "pico_llm.pt"
+    saved, card, model = load_checkpoint(path, must_be_finished=True), folder / "README.md", folder / "pico_llm.pt"
     config, tables = saved.train_config, (saved.metrics, head_history(path, saved))
     weights = {name: value.half() for name, value in saved.weights.items()}
     if not all(value.isfinite().all() for value in weights.values()):
@@ -5280,7 +5001,7 @@ document.querySelectorAll(".pico-explorer:not([data-started])").forEach((root) =
 _MODEL_CARD = """# Pico-LLM, {parameters[0]:,} parameters
 
 A decoder-only transformer of {parameters[0]:,} parameters without embeddings, {parameters[1]:,} with them:
-{saved.model_config.n_layer} layers of {saved.model_config.n_head} heads, {saved.tokenizer} vocabulary. `pico_llm.pt`
+{saved.model_config.n_layer} layers of {saved.model_config.n_head} heads, GPT-2's vocabulary. `pico_llm.pt`
 holds its weights in FP16.
 
 ## Training

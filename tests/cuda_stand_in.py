@@ -199,8 +199,8 @@ def compile_muon(precision: str) -> dict:
                 momentum = torch.empty(n, *shape, device="cuda:0")
                 weights, gradients = (list(torch.empty_like(momentum).unbind()) for _ in range(2))
                 rate, found_inf = (torch.empty((), device="cuda:0") for _ in range(2))
-                settings = rate, 0.1, 0.95, group["split"], dtype, found_inf
-                torch.compile(pico.muon_update, backend=backend)(weights, gradients, momentum, *settings)
+                group |= {"params": weights}
+                torch.compile(pico.muon_update, backend=backend)(group, gradients, momentum, rate, dtype, found_inf)
     kernels = [_launches(code) for code in made.codes]
     return {"graphs": len(made.graphs), "kernels": kernels, "compiled": made.compiled}
 

@@ -19,7 +19,7 @@ def random_ids(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 def test_parameter_counts_of_the_full_model_as_shipped():
-    body, everything = pico.load_model(pico.shipped_checkpoint(), "cpu").count_parameters()
+    body, everything = pico.load_model(pico.SHIPPED_CHECKPOINT, "cpu").count_parameters()
     assert body == 8 * (4 * 448**2 + 3 * 448 * 512 + 4 * 448) + 2 * 448 == 11_942_784
     assert everything == body + 50257 * 448 == 34_457_920
 

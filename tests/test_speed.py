@@ -96,12 +96,6 @@ def test_schedules_reach_every_group(tiny_model):
         assert optimizer.param_groups[-1]["weight_decay"] == 0
 
 
-def test_unknown_choices_are_refused():
-    for field in ("optimizer", "precision"):
-        with pytest.raises(PicoError, match=f"Unknown {field} 'x'; choose one of"):
-            pico.TrainConfig(**{field: "x"})
-
-
 # --- bad steps and memory ---------------------------------------------------------------------------------------------
 
 
@@ -148,7 +142,7 @@ def test_a_run_begun_in_bf16_goes_on_in_fp16(tiny_config):
     config = pico.TrainConfig(batch_size=4)
     begun = pico.TrainingRun(tiny_config, config, "", CPU, torch.bfloat16)
     resumed = pico.TrainingRun(tiny_config, config, "", CPU, torch.float16)
-    resumed.restore(begun.checkpoint("key"))
+    resumed.restore(begun.checkpoint())
     before = resumed.model.token_embedding.weight.detach().clone()
     args = resumed.optimizer, resumed.scaler, random_batch(4), config, 0, torch.float16, resumed.guard
     loss = pico.train_step(resumed.model, *args)
@@ -156,7 +150,7 @@ def test_a_run_begun_in_bf16_goes_on_in_fp16(tiny_config):
     assert not torch.equal(before, resumed.model.token_embedding.weight), "the step was taken"
     again = pico.TrainingRun(tiny_config, config, "", CPU, torch.float16)
     resumed.scaler.update(128.0)
-    again.restore(resumed.checkpoint("key"))
+    again.restore(resumed.checkpoint())
     assert again.scaler.state_dict()["scale"] == 128.0
 
 
@@ -216,22 +210,19 @@ def test_a_few_nan_steps_are_counted_and_the_run_goes_on(tiny_config, tiny_train
 
 @pytest.mark.parametrize("optimizer_name", ["adamw", "muon"])
 def test_an_exploding_run_stops_and_keeps_the_last_good_checkpoint(
-    tiny_config, tiny_train, data_folder, tmp_path, optimizer_name
+    tiny_config, tiny_train, data_folder, tmp_path, optimizer_name, monkeypatch
 ):
-    config = dataclasses.replace(
-        tiny_train,
-        optimizer=optimizer_name,
-        learning_rate=1e4,
-        matrix_learning_rate=1e4,
-        warmup_steps=0,
-        max_steps=60,
-        log_interval=1,
-    )
+    def set_rates(optimizer, step, *_):
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-3 if step < 3 else 1e4
+
+    monkeypatch.setattr(pico, "set_rates", set_rates)
+    config = dataclasses.replace(tiny_train, optimizer=optimizer_name, max_steps=60, log_interval=1)
     with pytest.raises(PicoError, match=r"has exploded: 10 steps in a row were skipped.*lower the learning rate"):
         pico.train(tiny_config, config, tmp_path, data_folder)
     kept = pico.load_checkpoint(pico.run_files(tmp_path, "tiny.partial").model)
     file = pico.prepare_tokens(pico.choose_corpus(config.corpus), "validation", data_folder)
-    assert pico.evaluate(pico.model_from_checkpoint(kept), file).loss < 14
+    assert kept.step == 3 and pico.evaluate(pico.model_from_checkpoint(kept), file).loss < 11
     assert not pico.run_files(tmp_path, "tiny").model.exists()
 
 
@@ -246,17 +237,14 @@ def test_a_lost_run_stands_still_until_it_is_noticed():
 
 def test_overflowing_fp16_gradients_lower_the_scale_and_skip_the_step(tiny_config):
     """The scaler works on the CPU as on a GPU: a gradient beyond 65,504 is infinite in fp16."""
-    config = pico.TrainConfig(batch_size=4)
-    model = pico.PicoLLM(tiny_config)
-    optimizer, guard = pico.make_optimizer(model, config), pico.LossGuard(50257, CPU)
-    scaler = torch.amp.GradScaler("cpu", init_scale=1e38)
-    before = [p.clone() for p in model.parameters()]
-    pico.train_step(model, optimizer, scaler, random_batch(4), config, 0, torch.float16, guard)
-    assert scaler.get_scale() == 5e37 or scaler.get_scale() == pytest.approx(5e37)
-    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
-    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
-    pico.train_step(model, optimizer, scaler, random_batch(4), config, 1, torch.float16, guard)
-    assert not torch.equal(before[0], next(model.parameters()))
+    config, model, guard = pico.TrainConfig(batch_size=4), pico.PicoLLM(tiny_config), pico.LossGuard(50257, CPU)
+    optimizer, before = pico.make_optimizer(model, config), [p.clone() for p in model.parameters()]
+    for scale, after in ((1e38, 5e37), (1024.0, 1024.0)):
+        scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+        pico.train_step(model, optimizer, scaler, random_batch(4), config, 0, torch.float16, guard)
+        assert scaler.get_scale() == pytest.approx(after)
+        is_same = all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+        assert is_same == (scale == 1e38)
 
 
 @pytest.mark.parametrize(
@@ -265,9 +253,10 @@ def test_overflowing_fp16_gradients_lower_the_scale_and_skip_the_step(tiny_confi
         (torch.OutOfMemoryError("CUDA out of memory."), None, "with 12 sequences at a time; set micro_batch_size to 6"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 4, "with 4 .*; set micro_batch_size to 2"),
         (MemoryError(), 1, "with 1 .*; choose a smaller model"),
+        (RuntimeError("a defect"), None, None),
     ],
 )
-def test_out_of_memory_names_the_batch_size_to_try(
+def test_out_of_memory_names_the_batch_size_to_try_and_other_errors_pass_through(
     tiny_config, tiny_train, data_folder, tmp_path, monkeypatch, error, micro, advice
 ):
     def fail(*_):
@@ -275,17 +264,9 @@ def test_out_of_memory_names_the_batch_size_to_try(
 
     monkeypatch.setattr(pico, "train_step", fail)
     config = dataclasses.replace(tiny_train, batch_size=12, micro_batch_size=micro)
-    with pytest.raises(PicoError, match=f"Out of memory {advice}"):
+    expected = (PicoError, f"Out of memory {advice}") if advice else (RuntimeError, "a defect")
+    with pytest.raises(expected[0], match=expected[1]):
         pico.train(tiny_config, config, tmp_path, data_folder)
-
-
-def test_other_errors_pass_through(tiny_config, tiny_train, data_folder, tmp_path, monkeypatch):
-    def fail(*_):
-        raise RuntimeError("a defect")
-
-    monkeypatch.setattr(pico, "train_step", fail)
-    with pytest.raises(RuntimeError, match="a defect"):
-        pico.train(tiny_config, tiny_train, tmp_path, data_folder)
 
 
 def test_a_run_goes_on_with_smaller_micro_batches(tiny_config, tiny_train, data_folder, tmp_path, monkeypatch, capsys):
@@ -315,8 +296,9 @@ def stream(corpus_folder, data_folder) -> pico.SequenceStream:
 
 @pytest.mark.parametrize("kind", pico.LOADERS)
 def test_all_loaders_yield_the_same_batches(stream, kind, monkeypatch):
-    steps = range(4, 21)  # as after a resume; over three epochs
+    steps, before = range(4, 21), torch.get_rng_state()  # as after a resume; over three epochs
     batches = list(pico.make_loader(kind, stream, 8, steps, CPU))
+    assert torch.equal(before, torch.get_rng_state()), "the global generator is left alone"
     assert len(batches) == len(steps)
     for step, batch in zip(steps, batches, strict=True):
         assert batch.dtype == torch.int64 and torch.equal(batch, stream.batch(step * 8, 8))
@@ -342,24 +324,13 @@ def test_resident_batches_hold_the_highest_tokens(tmp_path):
         assert torch.equal(batch, stream.batch(step * 4, 4))
 
 
-def test_loaders_leave_the_global_random_state_alone(stream):
-    before = torch.get_rng_state()
-    for kind in pico.LOADERS:
-        next(pico.make_loader(kind, stream, 4, range(2), CPU))
-    assert torch.equal(before, torch.get_rng_state())
-
-
 def test_a_large_corpus_is_not_made_resident(stream, monkeypatch):
     assert pico.choose_loader(stream, CPU) == "naive"
-    size = 2 * stream.n_sequences * 32
-
-    class Properties:
-        total_memory = size * 10
-
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Properties)
-    assert pico.choose_loader(stream, torch.device("cuda")) == "resident"
-    Properties.total_memory = size * 10 - 1
-    assert pico.choose_loader(stream, torch.device("cuda")) == "workers"
+    limit = 2 * stream.n_sequences * 32 * 10
+    for memory, kind in ((limit, "resident"), (limit - 1, "workers")):
+        properties = SimpleNamespace(total_memory=memory)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device, properties=properties: properties)
+        assert pico.choose_loader(stream, torch.device("cuda")) == kind
 
 
 # --- precision and compilation ----------------------------------------------------------------------------------------
@@ -401,8 +372,6 @@ def test_a_run_keeps_to_its_precision_when_it_is_resumed(
     assert resumed.finished and {arguments[6] for arguments in steps} == {torch.bfloat16}
     assert all(torch.equal(v, whole.model.state_dict()[name]) for name, v in resumed.model.state_dict().items())
     assert {p.dtype for p in resumed.model.parameters()} == {torch.float32}
-    exact = pico.train(tiny_config, dataclasses.replace(config, precision="fp32"), tmp_path / "exact", data_folder)
-    assert resumed.metrics[-1]["val_loss"] == pytest.approx(exact.metrics[-1]["val_loss"], abs=0.02)
 
 
 def test_validation_computes_in_the_precision_of_the_run(tiny_config, tiny_train, data_folder, tmp_path, monkeypatch):
@@ -414,7 +383,6 @@ def test_validation_computes_in_the_precision_of_the_run(tiny_config, tiny_train
         return original(self, *args, **options)
 
     monkeypatch.setattr(pico.PicoLLM, "forward", forward)
-    monkeypatch.setattr(pico, "bf16_is_faster", lambda: True)
     for precision in ("fp32", "bf16"):
         config = dataclasses.replace(tiny_train, precision=precision, max_steps=1, checkpoint_seconds=1e9)
         seen.clear()
@@ -424,27 +392,26 @@ def test_validation_computes_in_the_precision_of_the_run(tiny_config, tiny_train
 
 
 def test_a_run_is_compiled_where_it_pays_and_a_compiler_works(monkeypatch, capsys):
-    monkeypatch.setattr(pico, "compiler_problem", lambda kind: None)
+    monkeypatch.setattr(pico, "compile_function", lambda function: function)
     assert pico.choose_compile(None, CPU, 1e15) and pico.choose_compile(True, CPU, 1.0)
     assert not pico.choose_compile(False, CPU, 1e15) and capsys.readouterr().out == ""
     assert not pico.choose_compile(None, CPU, 1e9) and "not compiled: a run this short" in capsys.readouterr().out
+    monkeypatch.setattr(torch, "zeros", lambda n, device: torch.ones(n))
     assert pico.choose_compile(None, torch.device("cuda"), 1.0)
-    monkeypatch.setattr(pico, "compiler_problem", lambda kind: "No working C++ compiler found")
-    assert not pico.choose_compile(True, CPU, 1e15)
-    assert capsys.readouterr().out == "The model is not compiled: No working C++ compiler found.\n"
 
 
 def test_a_missing_compiler_is_found_before_training():
     """In a process of its own: PyTorch remembers that no compiler was found."""
     script = """
+import torch
 import torch._inductor.config as config
 import pico_helpers as pico
 config.cpp.cxx, config.force_disable_caches = (None, "no-such-compiler"), True
-print(pico.compiler_problem("cpu"))
+assert not pico.choose_compile(True, torch.device("cpu"), 1e15)
 """
     answer = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
     (problem,) = answer.stdout.splitlines()
-    assert "ompiler" in problem, "not None, and one line"
+    assert problem.startswith("The model is not compiled: ") and "ompiler" in problem
 
 
 def test_a_compiler_that_fails_half_way_costs_a_line(
@@ -464,7 +431,7 @@ def test_a_compiler_that_fails_half_way_costs_a_line(
         failing.parameters = function.parameters
         return failing
 
-    monkeypatch.setattr(pico, "compiler_problem", lambda kind: None)
+    monkeypatch.setattr(pico, "choose_compile", lambda asked, *_: asked)
     monkeypatch.setattr(pico, "compile_function", compile_function)
     result = pico.train(tiny_config, dataclasses.replace(config, compile=True), tmp_path / "parts", data_folder)
     assert capsys.readouterr().out.count("The compiler failed, training goes on without it: ") == 1
@@ -475,7 +442,6 @@ def test_a_compiler_that_fails_half_way_costs_a_line(
 
 def test_a_compiled_run_resumes_bit_for_bit(tiny_config, tiny_train, data_folder, tmp_path, monkeypatch, interrupt):
     config = dataclasses.replace(tiny_train, compile=True, max_steps=4)
-    monkeypatch.setattr(pico, "compiler_problem", lambda kind: None)
     monkeypatch.setattr(pico, "compile_function", functools.partial(torch.compile, backend="aot_eager", dynamic=False))
     torch.compiler.reset()
     whole = pico.train(tiny_config, config, tmp_path / "whole", data_folder)
@@ -518,16 +484,14 @@ def test_too_many_compilations_fail_loudly():
             function(torch.ones(1), n)
 
 
-class ReadsBack(TorchDispatchMode):
-    """Finds operations that wait for the device."""
+class NoReadback(TorchDispatchMode):
+    """Fails on whatever would make the host wait for values on the device: `.item()`, `if tensor:`, `nonzero`."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.found: list[str] = []
+    WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "unique")
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default):
-            self.found.append(str(function))
+        name = function.overloadpacket.__name__
+        assert name not in self.WAITS, f"{name} reads a value back"
         return function(*args, **(kwargs or {}))
 
 
@@ -537,13 +501,12 @@ def test_nothing_in_a_step_reads_a_value_back(tiny_config, stream, optimizer_nam
     config = pico.TrainConfig(optimizer=optimizer_name, batch_size=4, micro_batch_size=2)
     run = pico.TrainingRun(tiny_config, config, "", CPU, dtype)
     batches = pico.make_loader("resident", stream, 4, range(3), CPU)
-    with ReadsBack() as mode:
+    with NoReadback():
         for step, batch in enumerate(batches):
             pico.set_rates(run.optimizer, step, 3, config)
             loss = run.take_step(batch)
-        assert mode.found == []
-        float(loss)
-    assert mode.found, "reading a loss is seen"
+        with pytest.raises(AssertionError, match="reads a value back"):
+            float(loss)  # it sees such things
 
 
 @pytest.mark.gpu
@@ -633,11 +596,9 @@ def test_two_processes_have_the_losses_of_one(tiny_config, tiny_train, tmp_path,
 
 
 def wait_for_rows(folder: Path, n: int, process: subprocess.Popen) -> None:
+    metrics = pico.run_files(folder / "results", "tiny.partial").metrics
     for _ in range(1200):
-        if (
-            pico.run_files(folder / "results", "tiny.partial").metrics.exists()
-            and len(read_metrics(folder, "tiny.partial")) >= n
-        ):
+        if metrics.exists() and len(read_metrics(folder, "tiny.partial")) >= n:
             return
         assert process.poll() is None, process.stdout.read()
         time.sleep(0.05)
@@ -664,8 +625,8 @@ def test_killing_one_process_ends_the_run_and_one_process_resumes_it(
 def test_an_interrupt_stops_both_processes_at_the_same_step(tiny_config, tiny_train, data_folder, tmp_path):
     config = dataclasses.replace(tiny_train, checkpoint_seconds=1e9)
     with torchrun(driver(tmp_path, data_folder, tiny_config, config, slow=0.3), 2, start_new_session=True) as process:
-        wait_for_rows(tmp_path, 0, process)
-        time.sleep(1.0)
+        while "snapshot 1" not in process.stdout.readline():
+            assert process.poll() is None
         os.killpg(process.pid, signal.SIGINT)  # as a terminal does
         output = process.communicate(timeout=60)[0]
     assert "the same command goes on from its last checkpoint" in output, output
