@@ -377,22 +377,22 @@ def test_a_full_disk_keeps_the_old_file(finished, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["model.pt"]
 
 
-def test_a_disk_that_fills_up_ends_the_run_and_costs_no_training(finished, data_folder, tmp_path, monkeypatch):
+def test_a_disk_that_fills_up_costs_checkpoints_and_no_training(finished, data_folder, tmp_path, monkeypatch, capsys):
     config, train, expected = finished
     there = pico.train(config, dataclasses.replace(train, seed=1, max_steps=1), tmp_path, data_folder)
-    for n in (3, 9):  # another checkpoint, then the finished model
-        original, calls = pico.save_checkpoint, []
+    original, calls = pico.save_checkpoint, []
 
-        def failing(path, checkpoint, n=n, calls=calls, original=original):
-            calls.append(path)
-            if len(calls) == n:
-                raise PicoError(f"Cannot write {path}: No space left on device.")
-            return original(path, checkpoint)
+    def failing(path, checkpoint):
+        calls.append(path)
+        if len(calls) > 1:  # all but the first checkpoint, the finished model too
+            raise PicoError(f"Cannot write {path}: No space left on device.")
+        return original(path, checkpoint)
 
-        with monkeypatch.context() as patch, pytest.raises(PicoError, match="No space left"):
-            patch.setattr(pico, "save_checkpoint", failing)
-            pico.train(config, train, tmp_path, data_folder)
-        assert weights_equal(pico.load_checkpoint(there.checkpoint).weights, there.model.state_dict()), "as it was"
+    with monkeypatch.context() as patch, pytest.raises(PicoError, match="No space left"):
+        patch.setattr(pico, "save_checkpoint", failing)
+        pico.train(config, train, tmp_path, data_folder)
+    assert len(calls) > 2 and "Training goes on without this checkpoint" in capsys.readouterr().err
+    assert weights_equal(pico.load_checkpoint(there.checkpoint).weights, there.model.state_dict()), "as it was"
     resumed = pico.train(config, train, tmp_path, data_folder)
     assert weights_equal(resumed.model.state_dict(), expected.model.state_dict())
 
@@ -522,7 +522,8 @@ def test_compiled_gradients_add_in_a_fixed_order(tiny_config, tiny_train, monkey
 def test_cudnn_attention_gets_only_the_dropout_that_it_knows(tiny_config, tiny_train, monkeypatch):
     settings = []
     monkeypatch.setattr(torch.backends.cuda, "enable_cudnn_sdp", settings.append)
+    monkeypatch.setattr(pico, "train_step", lambda *arguments: settings.append("step"))
     for p in (0, 0.125, 0.1):
         config = dataclasses.replace(tiny_config, dropout=p)
-        pico.TrainingRun(config, tiny_train, "", torch.device("cpu"), torch.float32)
-    assert settings == [False], "for 0.1"
+        pico.TrainingRun(config, tiny_train, "", torch.device("cpu"), torch.float32).take_step(None)
+    assert settings == [True, "step", True, True, "step", True, False, "step", True], "for 0.1 it is off, then on again"
