@@ -62,7 +62,7 @@ from dataclasses import asdict, dataclass, field
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from random import Random
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import networkx
 import numpy as np
@@ -71,14 +71,14 @@ import pandas as pd
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter
+from PIL import Image  # which matplotlib needs
 from pyarrow.parquet import ParquetFile
 from torch import Tensor, nn
 from tqdm import tqdm
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
 
 # ======================================================================================================================
 # CONFIGURATION
@@ -199,41 +199,35 @@ class TrainConfig:
         check_choice("text_style", self.text_style, TEXT_STYLES)
 
 
-@dataclass(frozen=True)
-class Preset:
+class Preset(NamedTuple):
     """A model and the run that trains it."""
 
     model: ModelConfig
     train: TrainConfig
-    about: str
 
     def with_changes(self, changes: Mapping[str, object]) -> Preset:
         """The preset with these changes to its two configurations, whose fields have different names."""
         of_model = {name: value for name, value in changes.items() if name in vars(self.model)}
         of_train = {name: value for name, value in changes.items() if name not in of_model}
-        replace = dataclasses.replace
-        return Preset(replace(self.model, **of_model), replace(self.train, **of_train), self.about)
+        return Preset(dataclasses.replace(self.model, **of_model), dataclasses.replace(self.train, **of_train))
 
 
 _OFFLINE = {"corpus": "offline", "max_sequences": None, "batch_size": 8}
 _RECIPE = {"learning_rate": 2.4e-2, "matrix_learning_rate": 0.04, "matrix_weight_decay": 0.4, "warmup_steps": 40}
 _OFTEN = {"log_interval": 10, "eval_interval": 100, "checkpoint_seconds": 20.0}
 PRESETS: dict[str, Preset] = {
-    "wikitext103": Preset(
+    "wikitext103": Preset(  # the original study: 12M parameters, 45,363 sequences of 384 tokens, 10 epochs
         ModelConfig(),
         TrainConfig(optimizer="muon", learning_rate=3e-3),  # both measured at full width, for 60 steps
-        "the original study: 12M parameters, 45,363 sequences of 384 tokens, 10 epochs",
     ),
-    "quick": Preset(
+    "quick": Preset(  # a small model that learns visibly in about 3 minutes on two CPU cores
         ModelConfig(d_model=128, n_layer=4, n_head=4, d_ff=256, context_length=128, dropout=0.0),
         # the recipe and the batch size are the best of results/benchmarks/recipes.csv
         TrainConfig("quick", max_steps=500, optimizer="muon", **_RECIPE, **_OFTEN, **_OFFLINE),
-        "a small model that learns visibly in about 3 minutes on two CPU cores",
     ),
-    "tiny": Preset(
+    "tiny": Preset(  # a check in seconds that everything works; it learns next to nothing
         ModelConfig(d_model=32, n_layer=2, n_head=2, d_ff=64, context_length=64, dropout=0.0),
         TrainConfig("tiny", max_steps=20, learning_rate=1e-2, warmup_steps=5, **_OFTEN, **_OFFLINE),
-        "a check in seconds that everything works; it learns next to nothing",
     ),
 }
 
@@ -702,8 +696,7 @@ class Tokenizer:
 get_tokenizer = functools.cache(Tokenizer)  # building it takes a second
 
 
-@dataclass(frozen=True)
-class Corpus:
+class Corpus(NamedTuple):
     """A source of texts. Words are counted as in WikiText: split at white space, plus one <eos> for each line."""
 
     name: str
@@ -1902,7 +1895,7 @@ ALL_TEST_CATEGORIES: dict[str, list[str]] = {
         "The church was built in the twelfth century and was later destroyed by fire.",
     ],
 }
-_MAX_TOKENS = 2**13  # in one forward pass of a study, ablated copies counted; this bounds its memory
+MAX_TOKENS = 2**13  # in one forward pass of a study, ablated copies counted; this bounds its memory
 Heads = Sequence[tuple[int, int]]  # (layer, head) pairs
 
 
@@ -1920,8 +1913,7 @@ def attention_maps(model: PicoLLM, ids: Sequence[int] | Tensor) -> Tensor:
     return torch.stack(layers)
 
 
-@dataclass(frozen=True)
-class AttentionCapture:
+class AttentionCapture(NamedTuple):
     """What a model attends to in one text of T tokens."""
 
     text: str
@@ -1930,7 +1922,7 @@ class AttentionCapture:
     weights: Tensor  # (n_layer, H, T, T) float32 on the CPU; row = query, column = key
 
 
-def _encode_sentence(text: str, model: PicoLLM, name: str = "The sentence") -> list[int]:
+def encode_sentence(text: str, model: PicoLLM, name: str = "The sentence") -> list[int]:
     """Token ids of a text for the model to read; an error calls it by `name`."""
     if not isinstance(text, str) or not text.strip():
         raise PicoError(f"{name} is empty or no text ({text!r}); write at least one word.")
@@ -1942,7 +1934,7 @@ def _encode_sentence(text: str, model: PicoLLM, name: str = "The sentence") -> l
 
 def capture_attention(model: PicoLLM, text: str) -> AttentionCapture:
     """Attention patterns of every layer and head for one text of at most `max_positions` tokens, else PicoError."""
-    ids = _encode_sentence(text, model)
+    ids = encode_sentence(text, model)
     return AttentionCapture(text, ids, get_tokenizer().labels(ids), attention_maps(model, ids).cpu())
 
 
@@ -1964,7 +1956,7 @@ def mean_head_outputs(model: PicoLLM, idx: Tensor) -> Tensor:
     """Each head's output averaged over windows and positions of ids (n_windows, T): (n_layer, n_head, head_dim)."""
     total = 0
     with evaluating(model), _head_outputs(model) as outputs:
-        for windows in idx.split(max(1, _MAX_TOKENS // idx.shape[1])):
+        for windows in idx.split(max(1, MAX_TOKENS // idx.shape[1])):
             outputs.clear()
             model.hidden_states(windows.to(model.token_embedding.weight.device))
             total += torch.stack([each.sum((0, 1), dtype=torch.float32) for each in outputs]).double().cpu()
@@ -1985,7 +1977,7 @@ def ablated_hidden_states(
             raise PicoError(f"There is no head {head_name(layer, head)} in {n_layer} layers of {n_head}.")
     means = means.to(model.token_embedding.weight)
     cos, sin = model.rope_cos[: idx.shape[1]], model.rope_sin[: idx.shape[1]]
-    for batch in idx.to(means.device).split(max(1, _MAX_TOKENS // (len(sets) * idx.shape[1]))):
+    for batch in idx.to(means.device).split(max(1, MAX_TOKENS // (len(sets) * idx.shape[1]))):
         with evaluating(model), _head_outputs(model) as outputs:
             x = model.token_embedding(batch)[None]  # (states, B, T, D): what sets have in common is kept once
             state_of = [0] * len(sets)
@@ -2017,14 +2009,6 @@ SIGNIFICANCE = 0.05  # of every p-value here, adjusted for the number of tests
 def number(value: float, digits: int = 2) -> str:
     """The value with as many decimals, and no minus before a zero."""
     return f"{round(float(value), digits) + 0.0:.{digits}f}"
-
-
-def t_interval(values: np.ndarray) -> tuple[float, float, float]:
-    """Mean of independent values with its 95 % t interval."""
-    from scipy.stats import t
-
-    mean, reach = values.mean(), t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / math.sqrt(len(values))
-    return float(mean), float(mean - reach), float(mean + reach)
 
 
 def bootstrap_interval(values: np.ndarray, seed: int, n: int = 2000) -> tuple[float, float, float]:
@@ -2091,7 +2075,7 @@ KAPPAS = ("sink", "self", "previous", "local", "duplicate", "induction", "punctu
 HEAD_SCORES = (*KAPPAS, "broad", "mean_distance", "entropy")
 _RATIOS = (*HEAD_SCORES, "rest")  # `rest`: the share of attention that is not on the first token
 MIN_LOSS_INCREASE = 0.001  # nats per token; an ablation that costs less is of no consequence
-_MAX_PREDICTIONS = 50_000  # of an ablation map in a study: their logits are most of its time
+MAX_PREDICTIONS = 50_000  # of an ablation map in a study: their logits are most of its time
 
 
 @dataclass(frozen=True)
@@ -2210,8 +2194,7 @@ def repeated_random_tokens(config: ModelConfig, counts: np.ndarray | None = None
     return sequences
 
 
-@dataclass(frozen=True)
-class HeadSums:
+class HeadSums(NamedTuple):
     """Numerators and denominators of every score, text by text, for one model on one set of texts; see `head_sums`."""
 
     texts: np.ndarray  # (2, n_texts, n_layer, n_head, ratios)
@@ -2372,7 +2355,7 @@ def highest_scores(sums: Sums, n_bootstrap: int = 1000, seed: int = 0) -> pd.Dat
     return _estimates(sums, ["score", "highest"], highest, n_bootstrap, seed)
 
 
-def _ablated_losses(model: PicoLLM, idx: Tensor, sets: Sequence[Heads], means: Tensor, n_last: int = 0) -> np.ndarray:
+def ablated_losses(model: PicoLLM, idx: Tensor, sets: Sequence[Heads], means: Tensor, n_last: int = 0) -> np.ndarray:
     """Mean loss of each window (sets, n_windows), nats per token of its n_last last predictions, each set ablated."""
     targets, losses = idx[:, 1:][:, -n_last:].to(model.token_embedding.weight.device), []
     for hidden in ablated_hidden_states(model, idx[:, :-1], sets, means, n_last):
@@ -2395,7 +2378,7 @@ def head_ablation_map(model: PicoLLM, idx: Tensor, means: Tensor, n_last: int) -
     """
     check_windows(idx)
     heads = list(np.ndindex(model.config.n_layer, model.config.n_head))
-    losses = _ablated_losses(model, idx, [(), *((head,) for head in heads)], means, n_last)
+    losses = ablated_losses(model, idx, [(), *((head,) for head in heads)], means, n_last)
     increase = losses[1:] - losses[0]
     error = increase.std(1, ddof=1) / math.sqrt(len(idx))
     table = pd.DataFrame(heads, columns=["layer", "head"])
@@ -2421,15 +2404,19 @@ def class_ablation(
     On the first quarter of the windows, up to 64 tokens and 16 predictions of each, compared_loss_increase is that of
     the class, random_loss_increase the mean of n_random_sets (`random_head_sets`), p_value its rank (`rank_p`, Holm).
     """
+    from scipy.stats import t
+
     short, rows = idx[: max(1, len(idx) // 4), :65], []
     for name, members in scores[scores["class"].isin(SPECIALISED_CLASSES)].groupby("class"):
         heads = tuple(members[["layer", "head"]].itertuples(index=False, name=None))
-        base, own = _ablated_losses(model, idx, [(), heads], means, n_last)
+        base, own = ablated_losses(model, idx, [(), heads], means, n_last)
         sets = random_head_sets(heads, model.config.n_layer, model.config.n_head, 99, seed)
-        losses = _ablated_losses(model, short, [(), heads, *sets], means, min(n_last, 16)).mean(axis=1)
+        losses = ablated_losses(model, short, [(), heads, *sets], means, min(n_last, 16)).mean(axis=1)
         cost, *random_costs = losses[1:] - losses[0]
         average = float(np.mean(random_costs)) if sets else math.nan
-        rows.append((name, len(heads), *t_interval(own - base), len(sets), cost, average, rank_p(cost, random_costs)))
+        interval = t.interval(0.95, len(idx) - 1, (own - base).mean(), (own - base).std(ddof=1) / math.sqrt(len(idx)))
+        found = (own - base).mean(), *interval, len(sets), cost, average, rank_p(cost, random_costs)
+        rows.append((name, len(heads), *found))
     columns = "class n_heads loss_increase low high n_random_sets compared_loss_increase random_loss_increase p_value"
     return pd.DataFrame(rows, columns=columns.split()).assign(p_value=lambda table: holm(table["p_value"]))
 
@@ -2492,11 +2479,11 @@ def minimal_pair_accuracy(model: PicoLLM, pairs: Sequence[tuple[str, str]], seed
         if isinstance(pair, str) or len(pair) != 2:
             raise PicoError(f"Pair {index} is {pair!r}; it must be two sentences, (good, bad).")
         for name, sentence in zip(("good", "bad"), pair, strict=True):
-            sequences.append(tuple(_encode_sentence(sentence, model, f"The {name} sentence of pair {index}")))
+            sequences.append(tuple(encode_sentence(sentence, model, f"The {name} sentence of pair {index}")))
     with evaluating(model):
         for length, equal in itertools.groupby(sorted(set(sequences), key=len), key=len):
             idx = torch.tensor([[Tokenizer.end_of_text, *ids] for ids in equal])
-            for rows in idx.to(model.token_embedding.weight.device).split(max(1, _MAX_TOKENS // length)):
+            for rows in idx.to(model.token_embedding.weight.device).split(max(1, MAX_TOKENS // length)):
                 log_probs = -model.token_losses(model.hidden_states(rows[:, :-1]), rows[:, 1:]).sum(dim=1)
                 scores |= zip(map(tuple, rows[:, 1:].tolist()), log_probs.cpu(), strict=True)
     good, bad = torch.stack([scores[ids] for ids in sequences]).view(-1, 2).unbind(1)
@@ -2771,11 +2758,10 @@ def study_language(
 
     Held-out `windows` (N, T) give the mean output that ablated heads are set to, 128 positions of the first four the
     loss. Heads are chosen on one half of the items; what they look at and are needed for is measured on the other.
-    Lows and highs are 95 % bootstrap intervals over items and p-values are Holm-adjusted: both speak of new items of
-    the same templates. attention_difference is target minus distractor, mean of the heads, p_value that of a sign-flip
-    test; margin_drop is what the right word loses of its lead without the heads; random_margin_drop is the mean of
-    n_random_sets of as many heads, low and high where 95 % of them lie, and needs_p_value the rank among them. There
-    are none where accuracy or attention fails or too few exist. verdict and reason: see `verdict`.
+    Lows and highs are 95 % bootstrap intervals over items, p-values are Holm-adjusted: both speak of new items of these
+    templates. attention_difference: target minus distractor, with a sign-flip test; margin_drop: what the right word
+    loses of its lead without the heads; random_margin_drop: the mean of n_random_sets of as many heads (none where
+    accuracy or attention fails), low and high where 95 % of them lie, needs_p_value the rank among them.
     """
     if n_items < 20:
         raise PicoError(f"{n_items} items are too few for a half that chooses heads and one that tests them; use 40.")
@@ -2785,7 +2771,7 @@ def study_language(
     choices, heads, attention = map(list, zip(*own, strict=True))
     baseline = np.array([[(items.mean(), looks.mean()) for items, _, looks in other] for other in others])
     means, estimate = mean_head_outputs(model, windows), functools.partial(bootstrap_interval, seed=seed)
-    losses = _ablated_losses(model, windows[:4, :129], [(), *heads], means).mean(axis=1)
+    losses = ablated_losses(model, windows[:4, :129], [(), *heads], means).mean(axis=1)
     claims = [(name, each.claim, n_items) for name, each in PHENOMENA.items()]
     table = pd.DataFrame(claims, columns=["phenomenon", "claim", "n_items"])
     table[["accuracy", "accuracy_low", "accuracy_high"]] = list(map(estimate, choices))
@@ -2850,11 +2836,6 @@ def _study_scores(
     }
 
 
-def untrained_models(model: PicoLLM, seeds: Iterable[int]) -> Iterator[PicoLLM]:
-    """Untrained models of the same configuration, one at a time."""
-    return (PicoLLM(model.config, seed).to(model.token_embedding.weight.device) for seed in seeds)
-
-
 def study_model(
     model: PicoLLM,
     sentences: Mapping[str, Sequence[str]],
@@ -2878,33 +2859,32 @@ def study_model(
     check_windows(windows)  # now, not after minutes
     ablated = windows[: max(2, 2048 // windows.shape[1])]
     seeds = range(1000, 1000 + n_seeds)  # the model's own is hardly among them
+
+    def untrained() -> Iterator[PicoLLM]:
+        return (PicoLLM(model.config, each).to(model.token_embedding.weight.device) for each in seeds)
+
     with progress(total=5, desc="Study", unit="step") as bar:
-        texts = [torch.tensor(_encode_sentence(text, model)) for text in itertools.chain(*sentences.values())]
+        texts = [torch.tensor(encode_sentence(text, model)) for text in itertools.chain(*sentences.values())]
         sums = [
-            baseline_sums(model, sequences, token_counts, untrained_models(model, seeds), seed, controls)
+            baseline_sums(model, sequences, token_counts, untrained(), seed, controls)
             for sequences, controls in ((list(windows), True), (texts, False))
         ]
         parts = _study_scores(*sums, sentences, n_bootstrap, seed)
         bar.update()
         means, n_ablations = mean_head_outputs(model, windows), len(ablated) * len(parts["scores"])
-        n_last = min(windows.shape[1] - 1, max(1, _MAX_PREDICTIONS // n_ablations))
+        n_last = min(windows.shape[1] - 1, max(1, MAX_PREDICTIONS // n_ablations))
         parts["ablation"] = head_ablation_map(model, ablated, means, n_last)
         bar.update()
         parts["class_ablation"] = class_ablation(model, ablated, parts["scores"], means, n_last, seed)
         bar.update()
         parts["distances"], parts["noise_floor"] = head_similarity(model, windows[:8])
         bar.update()
-        parts["language"] = study_language(model, windows, untrained_models(model, seeds), n_items, seed=seed)
+        parts["language"] = study_language(model, windows, untrained(), n_items, seed=seed)
         bar.update()
-    settings = {
-        "n_texts": len(texts),
-        "n_windows": len(windows),
-        "window_length": windows.shape[1],
-        "ablation_windows": len(ablated),
-        "ablation_predictions": len(ablated) * n_last,
-        "untrained_seeds": list(seeds),
-        "rare_by": "training counts" if token_counts is not None else "counts within the texts",
-    }
+    settings = {"n_texts": len(texts), "n_windows": len(windows), "window_length": windows.shape[1]}
+    settings |= {"ablation_windows": len(ablated), "ablation_predictions": len(ablated) * n_last}
+    settings["untrained_seeds"] = list(seeds)
+    settings["rare_by"] = "counts within the texts" if token_counts is None else "training counts"
     return Study(**parts, history=pd.DataFrame(history), metrics=pd.DataFrame(metrics), settings=settings)
 
 
@@ -2924,14 +2904,14 @@ MODEL_NAMES = {  # the models of Study.shares and .baselines
 }
 MODEL_COLORS = {"trained": "#000000", "shuffled": "#8a5a00", "untrained": "#a3347f", "uniform": "#007a8a"}
 GREY = "#767676"  # thresholds and random sets
-_SCORES = {  # a score, what it looks at, and the class that heads of a high score belong to
-    "previous": ("one token back", "Diagonal/Self"),
+LOOKS_AT = {  # a score, what a head of a high score looks at, and the class that it belongs to
+    "previous": ("the previous token", "Diagonal/Self"),
     "self": ("the token itself", "Diagonal/Self"),
-    "local": ("up to two tokens back", "Local Context"),
-    "induction": ("what followed before", "Token-Specific"),
-    "duplicate": ("an earlier copy", "Token-Specific"),
-    "punctuation": ("punctuation marks", "Token-Specific"),
-    "rare": ("the rarest token so far", "Token-Specific"),
+    "local": ("the last three tokens", "Local Context"),
+    "induction": ("what followed earlier copies of the token", "Token-Specific"),
+    "duplicate": ("earlier copies of the token", "Token-Specific"),
+    "punctuation": ("punctuation", "Token-Specific"),
+    "rare": ("the least frequent token so far", "Token-Specific"),
     "sink": ("the first token", "Resting"),
     "broad": ("all tokens alike", "Global/Broad"),
 }
@@ -2941,8 +2921,6 @@ _ATTENTION = {"vmin": 0, "vmax": 1, "cmap": "viridis", "square": True}  # the sc
 
 def new_figure(width: float, height: float, title: str = "", **subplots) -> tuple[Figure, Axes | np.ndarray]:
     """A white figure in inches and its axes, which `subplots` tells Figure.subplots; a bold title is wrapped to fit."""
-    from matplotlib.figure import Figure
-
     warnings.filterwarnings("ignore", r"Glyph \d+ .* missing from")  # a box stands for what the font lacks
     lines = textwrap.wrap(title, int(9.5 * width), max_lines=4, placeholder=" …")
     figure = Figure(figsize=(width, height + 0.2 * len(lines)), facecolor="white", layout="constrained")
@@ -2952,8 +2930,6 @@ def new_figure(width: float, height: float, title: str = "", **subplots) -> tupl
 
 def save_figure(figure: Figure, path: str | Path, svg: bool = True) -> list[Path]:
     """Writes `path`.png (200 dots per inch, 256 colours) and, if wanted, `path`.svg atomically; returns the paths."""
-    from PIL import Image  # which matplotlib needs
-
     paths = [Path(f"{path}.{kind}") for kind in ("png", "svg")[: 1 + svg]]
     for each in paths:
         with atomic_write(each) as temporary:
@@ -3007,7 +2983,7 @@ def head_kinds(scores: pd.DataFrame) -> pd.DataFrame:
 
     `scores` as in Study or of `score_heads`. A mixed head has the kind of its largest score.
     """
-    of_class = {name: [kind for kind in _SCORES if _SCORES[kind][1] == name] for name in HEAD_CLASSES}
+    of_class = {name: [kind for kind in LOOKS_AT if LOOKS_AT[kind][1] == name] for name in HEAD_CLASSES}
     of_class["Mixed"] = [kind for kind in KAPPAS if kind != "sink"]
     table = scores.set_index(["layer", "head"]).sort_index()
     kinds = table.apply(lambda row: max(of_class[row["class"]], key=row.get), axis=1)
@@ -3159,8 +3135,6 @@ def plot_rollout(capture: AttentionCapture) -> Figure:
 
 def plot_loss_curve(metrics: Sequence[dict] | pd.DataFrame) -> Figure:
     """How wrong the guesses of the next token were; lower is better."""
-    from matplotlib.ticker import EngFormatter
-
     table = pd.DataFrame(metrics).reindex(columns=["step", "tokens_total", "train_loss", "val_loss"])
     place = "tokens_total" if table["tokens_total"].any() else "step"
     figure, axes = new_figure(7, 4)
@@ -3183,8 +3157,8 @@ def plot_head_emergence(history: Sequence[dict] | pd.DataFrame, thresholds: Scor
     kinds, summary = ["previous", "self", "induction", "duplicate", "sink"], describe_emergence(history, thresholds)
     best = best_heads(history)[kinds]
     figure, axes = new_figure(8, 4.3, summary)
-    named = best[best.index > 0].rename(columns=lambda kind: f"{kind}: {_SCORES[kind][0]}")
-    seaborn.lineplot(named, palette=[CLASS_COLORS[_SCORES[kind][1]] for kind in kinds], markers=True, ax=axes)
+    named = best[best.index > 0].rename(columns=lambda kind: f"{kind}: {LOOKS_AT[kind][0]}")
+    seaborn.lineplot(named, palette=[CLASS_COLORS[LOOKS_AT[kind][1]] for kind in kinds], markers=True, ax=axes)
     for tau in sorted({thresholds.tau[kind] for kind in kinds}):
         axes.axhline(tau, color=GREY, linestyle="--", linewidth=1, label=f"threshold ({tau:.2f})")
     for before in best[best.index == 0].max(axis=1):
@@ -3242,11 +3216,11 @@ def plot_score_maps(scores: pd.DataFrame, thresholds: ScoreThresholds) -> Figure
     n_layer, n_head = scores[["layer", "head"]].max() + 1
     size = 1.2 + 3 * max(2.5, 0.42 * n_head), 3 * max(1.4, 0.75 + 0.28 * n_layer)
     figure, panels = new_figure(*size, nrows=3, ncols=3)
-    kinds = sorted(_SCORES, key=lambda kind: scores[kind].max() < limits[kind])  # what was found comes first
+    kinds = sorted(LOOKS_AT, key=lambda kind: scores[kind].max() < limits[kind])  # what was found comes first
     for axes, kind in zip(panels.flat, kinds, strict=True):
         grid = scores.pivot(index="layer", columns="head", values=kind)
         style = {"annot": grid.map(number), "vmin": 0, "vmax": 1, "cmap": "mako_r"}
-        _draw_heatmap(axes, grid, f"{kind.capitalize()}: {_SCORES[kind][0]}", grid >= limits[kind], **style)
+        _draw_heatmap(axes, grid, f"{kind.capitalize()}: {LOOKS_AT[kind][0]}", grid >= limits[kind], **style)
     return _finish(figure, f"Maps. Highest scores: {_in_words(scores[kinds].max())}", "score (0: chance, 1: ideal)")
 
 
@@ -3317,8 +3291,7 @@ def plot_language(language: pd.DataFrame) -> Figure:
     return _finish(figure, f"Three panels. Accuracy: {_in_words(language.set_index('phenomenon')['accuracy'])}")
 
 
-@dataclass(frozen=True)
-class Picture:
+class Picture(NamedTuple):
     """A file of the study: `path` is the PNG; beside pictures of the model lies an SVG."""
 
     path: Path
@@ -3384,16 +3357,6 @@ def draw_study(study: Study, captures: Mapping[str, Sequence[AttentionCapture]],
 
 VERDICTS = ("supported", "not supported", "undecided")
 _ORIGINAL_BROAD = 0.857  # the original study: "85.7% broad, 14.3% specialised"
-HEAD_ACTIONS = {  # what a head does whose score of this name is high
-    "sink": "parks its attention on the first token",
-    "self": "looks at the token itself",
-    "previous": "looks at the previous token",
-    "local": "looks at the last three tokens",
-    "duplicate": "looks at earlier copies of the token",
-    "induction": "looks at what followed earlier copies of the token (induction)",
-    "punctuation": "looks at punctuation",
-    "rare": "looks at the least frequent token so far",
-}
 _CLASS_ACTIONS = {  # what the heads of a class do
     "Diagonal/Self": "look at the token itself or the one before it",
     "Local Context": "look at the last three tokens",
@@ -3474,7 +3437,7 @@ def _class_statements(study: Study) -> Iterator[tuple[str, str, str]]:
 
 
 def _score_statements(study: Study) -> Iterator[tuple[str, str, str]]:
-    for score, action in HEAD_ACTIONS.items():
+    for score in KAPPAS:
         rows = study.baselines.query("score == @score").set_index("model").to_dict("index")
         own, limit, tau = rows["trained"], rows["untrained"]["high"], study.thresholds.tau[score]
         best = study.scores.loc[study.scores[score].idxmax()]
@@ -3482,7 +3445,7 @@ def _score_statements(study: Study) -> Iterator[tuple[str, str, str]]:
         evidence = "No head does this. " if fails else ""
         evidence += f"The best head, {head_name(best['layer'], best['head'])}, scores {_interval(own, 'highest', 2)}; "
         evidence += f"the threshold is {number(tau)}, and no untrained head exceeds {number(limit)}."
-        yield f"A head {action}", _verdict(holds, fails), evidence
+        yield f"A head looks at {LOOKS_AT[score][0]}", _verdict(holds, fails), evidence
 
 
 def _ablation_statements(study: Study) -> Iterator[tuple[str, str, str]]:
@@ -3528,7 +3491,7 @@ def _headline(study: Study, statements: Sequence[dict]) -> list[str]:
     targets = kinds["kind"][kinds["class"] == "Token-Specific"]
     if len(targets):
         mostly = "" if targets.nunique() == 1 else "certain tokens, mostly at "
-        actions["Token-Specific"] = HEAD_ACTIONS[targets.mode()[0]].replace("looks at ", f"look at {mostly}")
+        actions["Token-Specific"] = f"look at {mostly}{LOOKS_AT[targets.mode()[0]][0]}"
     special = [f"{counts[name]} {actions[name]}" for name in SPECIALISED_CLASSES if counts[name]]
     special = ", ".join(re.sub("^1 look", "1 looks", words) for words in special)
     untrained, shuffled = round(n * shares["untrained"]["high"]), round(n * shares["shuffled"]["share"])
@@ -3551,11 +3514,6 @@ def _headline(study: Study, statements: Sequence[dict]) -> list[str]:
     original += f"short sentences and found {_ORIGINAL_BROAD:.1%} of them to attend broadly. By scores corrected for "
     original += f"chance, {counts['Global/Broad']} of {n} spread their attention almost evenly; {counts['Mixed']} are "
     return [*lines, original + "mixed: no score reaches its threshold."]
-
-
-def write_findings(path: str | Path, findings: dict) -> Path:
-    """Writes the findings as JSON, which every reader of the standard accepts (no NaN)."""
-    return write_text(path, json.dumps(findings, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 # -- Report
@@ -3614,10 +3572,9 @@ def write_report(path: str | Path, findings: dict, pictures: Sequence[Picture]) 
     return write_text(path, _render(_PAGE_HTML, title=title, style=style, body=_render(_REPORT_HTML, **values)))
 
 
-_STUDY_PICTURE = re.compile(  # the names that studies, also earlier ones, give their pictures
-    r"(model/(loss_curve|head_emergence|ablation|language|categories|class_grid|similarity(_without_sink)?"
-    r"|(class_baselines|class_shares|entropy_distance|score_maps)(_windows|_sentences)?)"
-    r"|\d\d_[a-z0-9_]*/(category_grid|(\d\d_)?(every_head|heads|chosen_heads|flow|rollout)))\.(png|svg)"
+_STUDY_PICTURE = re.compile(  # the names that studies give their pictures
+    r"(model/(loss_curve|head_emergence|class_grid|class_baselines|categories|score_maps|ablation|similarity|language)"
+    r"|\d\d_[a-z0-9_]*/(category_grid|every_head|chosen_heads|flow|rollout))\.(png|svg)"
 )
 
 
@@ -3647,8 +3604,6 @@ def explorer_html(captures: Captures, scores: pd.DataFrame | None = None, addres
     `scores`, of `score_heads` with classes, makes it say what each head does and open on the most telling one;
     `address` keeps what is shown in the address of a page that holds nothing else. Needs a browser of 2023 or newer.
     """
-    from matplotlib import colormaps
-
     captures = captures if isinstance(captures, Mapping) else {"Sentences": captures}
     texts = [capture for members in captures.values() for capture in members]
     if not texts:
@@ -3665,7 +3620,11 @@ def explorer_html(captures: Captures, scores: pd.DataFrame | None = None, addres
             text = int(np.argmin([len(set(each.token_ids)) / len(each.token_ids) for each in texts]))
     data = {"heads": heads, "colors": colormaps["viridis"](range(256), bytes=True).tolist()}
     data |= {"telling": order[:2], "text": text}  # what the page opens on, two heads if they stand side by side
-    data["texts"] = [{"labels": number_repeats(each.labels), "maps": _pack_maps(each.weights)} for each in texts]
+    data["texts"] = []
+    for each in texts:  # lower triangles of (n_layer, H, T, T) as bytes 0..255 in base64
+        lower = np.asarray(each.weights)[..., np.tri(len(each.labels), dtype=bool)]
+        maps = base64.b64encode(np.rint(255 * lower).astype(np.uint8).tobytes()).decode()
+        data["texts"].append({"labels": number_repeats(each.labels), "maps": maps})
     shown = json.dumps(data, ensure_ascii=False).replace("<", "\\u003c")  # no text can end the script element
     values = {"captures": captures, "heads": heads, "n_head": n_head, "address": address}
     return _render(_EXPLORER_HTML, style=_EXPLORER_CSS, data=shown, script=_EXPLORER_JS, **values)
@@ -3674,16 +3633,9 @@ def explorer_html(captures: Captures, scores: pd.DataFrame | None = None, addres
 def _describe_head(row: Mapping[str, object]) -> dict[str, str]:
     """What a head does in words, and the score that says so."""
     is_special = row["class"] in SPECIALISED_CLASSES
-    does = HEAD_ACTIONS[row["kind"]] if is_special else f"is {CLASS_LABELS[row['class']].lower()}"
-    does += f" and {HEAD_ACTIONS['sink']}" if row["sink_flag"] else ""
+    does = f"looks at {LOOKS_AT[row['kind']][0]}" if is_special else f"is {CLASS_LABELS[row['class']].lower()}"
+    does += " and parks its attention on the first token" if row["sink_flag"] else ""
     return {"does": does, "scores": f"{row['words']} (0 is chance, 1 ideal)"}
-
-
-def _pack_maps(weights: Tensor) -> str:
-    """Lower triangles of (n_layer, H, T, T) as bytes 0..255 in base64."""
-    rows, columns = np.tril_indices(weights.shape[-1])
-    lower = np.rint(255 * np.asarray(weights)[:, :, rows, columns]).astype(np.uint8)
-    return base64.b64encode(lower.tobytes()).decode()
 
 
 def write_explorer(path: str | Path, captures: Captures, scores: pd.DataFrame | None = None) -> Path:
@@ -4091,12 +4043,10 @@ def benchmark(
 
 def plot_benchmark(frame: pd.DataFrame) -> Figure:
     """Latency of each row of `benchmark`, a panel for each shape: bars to the median, lines to p99."""
-    from matplotlib.figure import Figure
-
     names, shapes = frame.variant.unique()[::-1], list(frame.groupby(["batch", "length"], sort=False))
-    figure = Figure(figsize=(3 + 3.4 * len(shapes), 1.8 + 0.3 * len(names)), layout="constrained")
-    panels = figure.subplots(1, len(shapes), sharey=True, squeeze=False)[0]
-    for axes, ((batch, length), rows) in zip(panels, shapes, strict=True):
+    size = 3 + 3.4 * len(shapes), 1.8 + 0.3 * len(names)
+    figure, panels = new_figure(*size, ncols=len(shapes), sharey=True, squeeze=False)
+    for axes, ((batch, length), rows) in zip(panels.flat, shapes, strict=True):
         p50, p99, speedup = rows.set_index("variant")[["p50_ms", "p99_ms", "speedup"]].reindex(names).T.to_numpy()
         bars = axes.barh(names, p50, xerr=[0 * p50, p99 - p50], color=["C3" if TENSORRT in n else "C0" for n in names])
         texts = [f"{ms:.3g} ms, {x:.2g}×" for ms, x in zip(p50, speedup, strict=True)]
@@ -4291,7 +4241,7 @@ def run_training(
     chosen = get_preset(preset).with_changes(changes)
     if chosen.train.init_from:
         origin = load_checkpoint(chosen.train.init_from)
-        chosen = dataclasses.replace(chosen, model=origin.model_config).with_changes(changes)  # the shape is the same
+        chosen = chosen._replace(model=origin.model_config).with_changes(changes)  # the shape is the same
         before, earlier = tokens_at(origin, origin.step), head_history(Path(chosen.train.init_from), origin)
     config, partial = chosen.train, run_files(results, f"{chosen.train.name}.partial")
     if int(os.environ.get("RANK", 0)) > 0:
@@ -4394,7 +4344,9 @@ def run_analysis(
     return [
         write_report(results / "attention_report.html", findings, pictures),
         write_explorer(results / "attention_explorer.html", captures, study.scores),
-        write_findings(results / "findings.json", findings),
+        write_text(
+            results / "findings.json", json.dumps(findings, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+        ),
         write_csv(results / "head_scores.csv", study.scores.to_dict("records")),
         *(picture.path for picture in pictures),
     ]
@@ -5008,11 +4960,9 @@ holds its weights in FP16.
 
 Trained on {saved.corpus}. {note}
 
-| | |
+| | losses in nats per token |
 | --- | --- |
 {table}
-
-Losses are in nats per token.
 
 ## What its attention heads do
 

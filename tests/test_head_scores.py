@@ -312,7 +312,7 @@ def window_losses(model, idx, n_last):
 @pytest.mark.parametrize("max_tokens", [2**13, 100])
 def test_sets_side_by_side_equal_plain_passes(monkeypatch, max_tokens):
     """Sets that share heads, nested and empty ones, in batches or all at once."""
-    monkeypatch.setattr(ph, "_MAX_TOKENS", max_tokens)
+    monkeypatch.setattr(ph, "MAX_TOKENS", max_tokens)
     model, idx = strong_model(), random_windows(5, 24)
     outputs = []
     with (
@@ -521,7 +521,7 @@ def test_comparisons_and_the_study_need_two_windows_of_three_tokens_and_readable
 
 
 def test_study_bounds_the_predictions_of_its_ablations(monkeypatch):
-    monkeypatch.setattr(ph, "_MAX_PREDICTIONS", 4 * 3 * 10)  # heads, windows, predictions of each
+    monkeypatch.setattr(ph, "MAX_PREDICTIONS", 4 * 3 * 10)  # heads, windows, predictions of each
     monkeypatch.setattr(ph, "study_language", lambda *args, **options: pd.DataFrame())
     model, windows = ph.PicoLLM(TEXT_CONFIG, 3), random_windows(3, 64, vocab_size=50257)
     short = ph.study_model(model, {"One": SENTENCES}, windows, n_seeds=1, n_bootstrap=10)

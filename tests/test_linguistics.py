@@ -44,7 +44,7 @@ def naive_log_prob(model, text):
 
 @pytest.mark.parametrize("max_tokens", [2**13, 1])
 def test_margins_are_differences_of_sentence_log_probabilities_one_by_one(max_tokens, monkeypatch):
-    monkeypatch.setattr(pico, "_MAX_TOKENS", max_tokens)
+    monkeypatch.setattr(pico, "MAX_TOKENS", max_tokens)
     model = tiny_model()
     pairs = [("The cat sat.", "The cat sat on."), ("A", "B"), ("One two three four five", "Two"), ("Same", "Same")]
     pairs += [(" a" * 64, " a")]  # the longest that fits

@@ -718,7 +718,7 @@ def test_flops_rates_and_peaks(monkeypatch):
 @pytest.fixture
 def tiny_preset(tiny_config, tiny_train, monkeypatch, tmp_path, data_folder):
     """Options that make `main` run the tiny model."""
-    monkeypatch.setitem(pico.PRESETS, "quick", pico.Preset(tiny_config, tiny_train, "tiny"))
+    monkeypatch.setitem(pico.PRESETS, "quick", pico.Preset(tiny_config, tiny_train))
     monkeypatch.setattr(profile, "matrix_rate", lambda *_: 1e12)
     common = ["--preset", "quick", "--corpus", tiny_train.corpus, "--out", str(tmp_path), "--data", str(data_folder)]
     return [*common, "--steps", "2", "--warmup", "1", "--precision", "fp32", "--no-compile"]
@@ -786,7 +786,7 @@ def test_a_plain_loop_takes_micro_batches_on_a_small_gpu(tiny_train, monkeypatch
     for memory, given, size in ((80e9, None, 64), (15e9, None, 16), (1e9, None, 1), (15e9, 2, 2)):
         gpu = SimpleNamespace(total_memory=memory)
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device, gpu=gpu: gpu)
-        preset = pico.Preset(pico.ModelConfig(), dataclasses.replace(train, micro_batch_size=given), "full")
+        preset = pico.Preset(pico.ModelConfig(), dataclasses.replace(train, micro_batch_size=given))
         assert profile.PlainLoop("x", "naive", preset).config.micro_batch_size == size
 
 
@@ -801,7 +801,7 @@ def test_what_identifies_a_measurement_on_a_gpu(monkeypatch):
 
 def test_all_contestants_learn_the_same(tiny_config, tiny_train, stream):
     """The plain loops differ in speed only: with equal data and no dropout their weights move alike."""
-    preset = pico.Preset(dataclasses.replace(tiny_config, dropout=0.0), tiny_train, "tiny")
+    preset = pico.Preset(dataclasses.replace(tiny_config, dropout=0.0), tiny_train)
     start, moved = pico.PicoLLM(preset.model, tiny_train.seed).token_embedding.weight.detach()[:50257], []
     for kind, size in ((profile.Contestant, None), (profile.PlainLoop, None), (profile.PlainLoop, 1)):
         contestant = kind("x", "naive", preset.with_changes({"micro_batch_size": size}), stream, CPU, 0)
