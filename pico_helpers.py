@@ -1267,7 +1267,6 @@ def held_out_sequences(file: TokenFile, n: int, length: int, seed: int = 0) -> T
 # hostile file cannot run code. A run in progress also keeps its optimizer there; a finished one drops it.
 # ======================================================================================================================
 
-SHIPPED_CHECKPOINT = Path(__file__).resolve().parent / "results" / "pretrained" / "pico_llm.pt"  # if it came along
 _CHECKPOINT_FORMAT = {"format": "pico-llm", "version": 1, "tokenizer": Tokenizer.name}
 
 
@@ -1344,13 +1343,18 @@ def load_model(path: str | Path, device: torch.device | str | None = None) -> Pi
     return model_from_checkpoint(load_checkpoint(path)).to(device or default_device())
 
 
+def shipped_checkpoint() -> Path:
+    """Where the trained model that comes with the project lies, if it came along."""
+    return Path(__file__).resolve().parent / "results" / "pretrained" / "pico_llm.pt"
+
+
 def newest_checkpoint(results: str | Path = "results") -> Path:
     """The newest finished model in `results`, else the newest unfinished one, else the shipped one, else PicoError."""
     if own := list(Path(results).glob("pico_llm_*.pt")):
         return max(own, key=lambda path: (not path.name.endswith(".partial.pt"), path.stat().st_mtime))
-    if SHIPPED_CHECKPOINT.is_file():
-        return SHIPPED_CHECKPOINT
-    raise PicoError(f"There is no model in {results}, nor {SHIPPED_CHECKPOINT}: train one first (menu choice 1 or 3).")
+    if (shipped := shipped_checkpoint()).is_file():
+        return shipped
+    raise PicoError(f"There is no model in {results}, nor {shipped}: train one first (menu choice 1 or 3).")
 
 
 # ======================================================================================================================
@@ -5469,7 +5473,7 @@ def run_analysis(
     results, path, here = Path(results), Path(checkpoint or newest_checkpoint(results)), measured_on(default_device())
     check_writable(results)
     saved = load_checkpoint(path)
-    shipped = ", the model that comes with the project" if path.resolve() == SHIPPED_CHECKPOINT else ""
+    shipped = ", the model that comes with the project" if path.resolve() == shipped_checkpoint() else ""
     tokens = f"{tokens_at(saved, saved.step):,} tokens"
     print(f"Analyzing {path}{shipped}, trained on {tokens}, the last of them of {saved.corpus}.")
     held_out, training, validation = text or open_corpus(saved, corpus, data_folder)

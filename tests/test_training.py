@@ -341,7 +341,7 @@ def test_impossible_settings_are_one_line(name, values):
 
 def test_newest_checkpoint_prefers_finished_models(tmp_path, monkeypatch):
     shipped = tmp_path / "shipped.pt"
-    monkeypatch.setattr(pico, "SHIPPED_CHECKPOINT", shipped)
+    monkeypatch.setattr(pico, "shipped_checkpoint", lambda: shipped)
     with pytest.raises(PicoError, match="train one"):
         pico.newest_checkpoint(tmp_path)
     shipped.touch()
