@@ -227,9 +227,7 @@ PRESETS: dict[str, Preset] = {
     ),
     "tiny": Preset(  # a check in seconds that everything works; it learns next to nothing
         ModelConfig(d_model=32, n_layer=2, n_head=2, d_ff=64, context_length=64, dropout=0.0),
-        TrainConfig(
-            "tiny", max_steps=20, warmup_steps=5, **_OFTEN | {"learning_rate": 1e-2, "eval_interval": 10}, **_OFFLINE
-        ),
+        TrainConfig("tiny", max_steps=20, learning_rate=1e-2, warmup_steps=5, eval_interval=10, **_OFFLINE),
     ),
 }
 

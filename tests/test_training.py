@@ -6,6 +6,7 @@ import itertools
 import math
 import os
 import pickle
+import re
 import resource
 import shutil
 import subprocess
