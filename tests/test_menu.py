@@ -57,7 +57,7 @@ def published(short_study, trained, data_folder, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def menu(monkeypatch, tmp_path) -> tuple:
-    """A function that types texts, and what the menu has done: ("train", whether with a study) or the path it studied."""
+    """A function that types texts, and what the menu has done: ("train", whether with a study) or the studied path."""
     done = []
 
     def typing(*texts: str) -> None:
