@@ -227,7 +227,9 @@ PRESETS: dict[str, Preset] = {
     ),
     "tiny": Preset(  # a check in seconds that everything works; it learns next to nothing
         ModelConfig(d_model=32, n_layer=2, n_head=2, d_ff=64, context_length=64, dropout=0.0),
-        TrainConfig("tiny", max_steps=20, learning_rate=1e-2, warmup_steps=5, **_OFTEN, **_OFFLINE),
+        TrainConfig(
+            "tiny", max_steps=20, warmup_steps=5, **_OFTEN | {"learning_rate": 1e-2, "eval_interval": 10}, **_OFFLINE
+        ),
     ),
 }
 
@@ -842,7 +844,8 @@ def _parquet_corpus(folder: Path, fraction: float, text_style: str) -> Corpus:
         data = np.memmap(path, mode="r")  # its end describes all of it
         ends = data[: 2**16].tobytes() + data[-(2**16) :].tobytes() + str(len(data)).encode()
         state.append([path.relative_to(folder).as_posix(), hashlib.sha256(ends).hexdigest()])
-    notes = [f"{fraction:.0%} of its training rows"] + ["every 50th document is held out"] * (not validation)
+    notes = [f"{fraction:.0%} of its training rows"]
+    notes += [f"validation: {'its validation files' if validation else 'every 50th document'}"]
     notes += [f"{len(test)} test files not read"] * bool(test) + [TEXT_STYLES[text_style]] * is_moses
     title = folder.resolve().name
     name = re.sub(r"\W+", "-", title).strip("-") or "folder"

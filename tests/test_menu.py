@@ -97,7 +97,7 @@ def test_a_typo_and_a_wrong_path_are_asked_again(menu, trained, tmp_path, monkey
     typing("2", "")
     assert pico.main_menu(results=tmp_path)[0] == newest
     assert done == [trained, newest]
-    monkeypatch.setattr(pico, "__file__", str(tmp_path / "elsewhere" / "pico_helpers.py"))
+    monkeypatch.setattr(pico, "SHIPPED_CHECKPOINT", tmp_path / "elsewhere.pt")
     typing("2", "")
     with pytest.raises(pico.PicoError, match=r"train one first \(menu choice 1 or 3"):
         pico.main_menu(results=tmp_path / "empty")
@@ -111,7 +111,7 @@ def test_a_newcomer_studies_the_shipped_model_into_a_folder_of_their_own(
     published, short_study, data_folder, monkeypatch, capsys, corpus_folder
 ):
     """`published` lies where a copy of the project has it; its training corpus is not on this machine."""
-    monkeypatch.setattr(pico, "__file__", str(published.parent.parent / "pico_helpers.py"))
+    monkeypatch.setattr(pico, "SHIPPED_CHECKPOINT", published / "pico_llm.pt")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("PICO_MENU", "2")
     before = {path: path.stat().st_mtime_ns for path in published.rglob("*")}

@@ -378,7 +378,7 @@ def test_a_run_goes_on_from_a_model_and_resumes_without_its_file(
     assert [row["tokens_total"] - row["tokens"] for row in resumed.metrics] == [seen] * len(resumed.metrics)
     began, same = (pico.load_checkpoint(run.checkpoint).environment["started_from"] for run in (resumed, whole))
     assert began == same and began.startswith(f"base.pt ({seen:,} tokens")
-    assert re.search(r"at step 1 of 4: .*1\.62M .*from base\.pt", capsys.readouterr().out)
+    assert re.search("at step 1 of 4: .*1.62M with embeddings, from base.pt", capsys.readouterr().out)
 
 
 def test_what_a_run_cannot_begin_with_is_found_before_it_and_costs_nothing(
