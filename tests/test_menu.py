@@ -7,6 +7,7 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -239,18 +240,15 @@ def test_publish_writes_the_model_its_study_and_a_card_that_says_what_these_say(
 
 def test_the_command_on_the_card_gives_the_same_settings(published, monkeypatch):
     (line,) = [line for line in (published / "README.md").read_text().splitlines() if "pico_helpers.py train" in line]
-    saved, seen = pico.load_checkpoint(published / "pico_llm.pt"), []
-
-    def train(*args, **options):
-        seen.extend(args[:2])
-        raise pico.PicoError("That is enough.")
-
+    saved, train = pico.load_checkpoint(published / "pico_llm.pt"), Mock(side_effect=pico.PicoError("That is enough."))
     monkeypatch.setattr(pico, "train", train)
     monkeypatch.setattr(pico, "choose_corpus", lambda *args: None)
     monkeypatch.chdir(published.parent)  # the card's folder is relative
-    assert pico.main(shlex.split(line)[2:]) == 2 and seen == [saved.model_config, saved.train_config]
+    assert pico.main(shlex.split(line)[2:]) == 2
+    assert train.call_args.args[:2] == (saved.model_config, saved.train_config)
     assert pico.main([*shlex.split(line)[2:], "--seed", "7", "--dropout", "0.5"]) == 2
-    assert (seen[3].seed, seen[2].dropout, seen[2].d_model) == (7, 0.5, 32)
+    model, run = train.call_args.args[:2]
+    assert (run.seed, model.dropout, model.d_model) == (7, 0.5, 32)
 
 
 def test_what_cannot_be_published_leaves_the_folder_as_it_was(trained, tmp_path, data_folder):
