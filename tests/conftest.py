@@ -5,6 +5,8 @@ import signal
 from collections.abc import Callable
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -30,24 +32,19 @@ def tiny_model(tiny_config) -> pico.PicoLLM:
 @pytest.fixture(scope="session")
 def corpus_folder(tmp_path_factory) -> Path:
     """A parquet folder in WikiText's schema: 60 training articles and 5 validation articles of made-up lines."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     folder = tmp_path_factory.mktemp("corpus")
 
-    def rows(articles: range) -> list[str]:
+    def write(name: str, articles: range) -> None:
         lines = []
         for n in articles:
-            lines += ["", f" = Article {n} = \n", ""]
-            lines += [
-                f" The number {n} is followed by {n + k} , as line {k} of article {n} says . \n" for k in range(6)
-            ]
+            body = [f" The number {n} is followed by {n + k} , as line {k} of article {n} says . \n" for k in range(6)]
+            lines += ["", f" = Article {n} = \n", "", *body]
             lines += ["", " = = A section = = \n", "", f" Its last line repeats {n} . \n"]
-        return lines
+        pq.write_table(pa.table({"text": lines}), folder / f"{name}.parquet")
 
-    pq.write_table(pa.table({"text": rows(range(40))}), folder / "train-00000-of-00002.parquet")
-    pq.write_table(pa.table({"text": rows(range(40, 60))}), folder / "train-00001-of-00002.parquet")
-    pq.write_table(pa.table({"text": rows(range(100, 105))}), folder / "validation-00000-of-00001.parquet")
+    write("train-00000-of-00002", range(40))
+    write("train-00001-of-00002", range(40, 60))
+    write("validation-00000-of-00001", range(100, 105))
     return folder
 
 
@@ -59,18 +56,9 @@ def data_folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_train(corpus_folder) -> pico.TrainConfig:
-    return pico.TrainConfig(
-        name="tiny",
-        corpus=str(corpus_folder),
-        max_steps=12,
-        batch_size=4,
-        warmup_steps=2,
-        log_interval=3,
-        eval_interval=6,
-        checkpoint_seconds=0.0,
-        precision="fp32",
-        compile=False,
-    )
+    steps = {"max_steps": 12, "warmup_steps": 2, "log_interval": 3, "eval_interval": 6}
+    options = {"batch_size": 4, "checkpoint_seconds": 0.0, "precision": "fp32", "compile": False}
+    return pico.TrainConfig(name="tiny", corpus=str(corpus_folder), **steps, **options)
 
 
 @pytest.fixture(autouse=True)

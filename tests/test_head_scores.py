@@ -8,17 +8,16 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from scipy.spatial.distance import jensenshannon
 
 import pico_helpers as ph
 
-CONFIG = ph.ModelConfig(
-    vocab_size=256, d_model=32, n_layer=2, n_head=2, d_ff=32, context_length=64, max_positions=128, dropout=0.1
-)
+SHAPE = {"d_model": 32, "n_layer": 2, "n_head": 2, "d_ff": 32, "context_length": 64, "max_positions": 128}
+CONFIG = ph.ModelConfig(vocab_size=256, dropout=0.1, **SHAPE)
 TEXT_CONFIG = dataclasses.replace(CONFIG, vocab_size=50257)  # reads real sentences
 REPEATS = ph.repeated_random_tokens(CONFIG)
 SENTENCES = ph.ALL_TEST_CATEGORIES["Coreference"]
 COMMA, PERIOD = 11, 13  # GPT-2 ids
-PUNCTUATION = {",": 1, " (": 1, "...": 1, " the": 0, "\n": 0, "5": 0, " --": 1}
 
 
 def strong_model(config=CONFIG):
@@ -58,21 +57,21 @@ WANTED = {  # what the ideal head of that name looks at in row i of the tokens n
 }
 
 
-def ideal_map(name, ids):
-    """(T, T): all weight on the wanted keys, alike; rows without any rest on the first token."""
-    weights = torch.zeros(len(ids), len(ids))
-    for i in range(len(ids)):
-        keys = [j for j in WANTED[name](ids.tolist(), i) if j >= 0] or [0]
-        weights[i, keys] = 1 / len(keys)
-    return weights
-
-
 def ideal(name):
-    return functools.partial(ideal_map, name)
+    """A function ids -> (T, T): all weight on the wanted keys, alike; rows without any rest on the first token."""
+
+    def head(ids):
+        weights = torch.zeros(len(ids), len(ids))
+        for i in range(len(ids)):
+            keys = [j for j in WANTED[name](ids.tolist(), i) if j >= 0] or [0]
+            weights[i, keys] = 1 / len(keys)
+        return weights
+
+    return head
 
 
 def mixture(share, one, other):
-    return lambda ids: share * ideal_map(one, ids) + (1 - share) * ideal_map(other, ids)
+    return lambda ids: share * ideal(one)(ids) + (1 - share) * ideal(other)(ids)
 
 
 def synthetic_sums(heads, texts):
@@ -169,7 +168,7 @@ def test_repeated_tokens_are_known_and_cannot_be_followed_by_position():
 
 
 def test_punctuation_and_counts_of_tokens(tmp_path):
-    for text, is_mark in PUNCTUATION.items():
+    for text, is_mark in {",": 1, " (": 1, "...": 1, " the": 0, "\n": 0, "5": 0, " --": 1}.items():
         assert ph.punctuation_tokens()[ph.get_tokenizer().encode(text)].tolist() == [is_mark], text
     file = ph.TokenFile(tmp_path, "test", 4, np.array([5, 5, 7, 50256], np.uint16), np.array([0, 4]))
     counts = ph.token_counts(file)
@@ -188,7 +187,7 @@ def test_sums_are_kept_in_the_order_of_the_texts():
         assert all(alone.scores()[name].shape == (1, 4) for name in ph.HEAD_SCORES)
 
 
-def test_scores_are_a_table_and_leave_the_model_as_it_was():
+def test_scores_are_a_table_of_what_is_rare_by_the_counts_and_leave_the_model_as_it_was():
     model = ph.PicoLLM(CONFIG).train()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     table, again = (ph.score_heads(model, random_windows(3, 64)) for _ in range(2))
@@ -197,6 +196,9 @@ def test_scores_are_a_table_and_leave_the_model_as_it_was():
     assert table.columns.tolist() == ["layer", "head", *ph.HEAD_SCORES, "resting", "sink_flag", "class"]
     assert table[["layer", "head"]].to_numpy().tolist() == [[0, 0], [0, 1], [1, 0], [1, 1]]
     assert table["resting"].dtype == table["sink_flag"].dtype == bool and set(table["class"]) <= set(ph.HEAD_CLASSES)
+    counts = np.arange(256)
+    one, other = (ph.score_heads(strong_model(), random_windows(2, 64), each) for each in (counts, counts[::-1].copy()))
+    assert not np.allclose(one["rare"], other["rare"], atol=1e-3)
 
 
 def test_bad_windows_and_too_few_counts_are_refused():
@@ -207,12 +209,6 @@ def test_bad_windows_and_too_few_counts_are_refused():
             ph.score_heads(ph.PicoLLM(TEXT_CONFIG), idx, counts)
 
 
-def test_other_counts_make_another_token_rare():
-    counts = np.arange(256)
-    one, other = (ph.score_heads(strong_model(), random_windows(2, 64), each) for each in (counts, counts[::-1].copy()))
-    assert not np.allclose(one["rare"], other["rare"], atol=1e-3)
-
-
 def test_shares_interval_comes_from_resampling_texts():
     """Half the texts say previous-token, half uniform: the share is certain of neither; equal texts are certain."""
     texts = [some_tokens(40, seed) for seed in range(8)]
@@ -220,7 +216,7 @@ def test_shares_interval_comes_from_resampling_texts():
     def sums(n_previous):
         def head(ids):
             is_previous = any(torch.equal(ids, each) for each in texts[:n_previous])
-            return ideal_map("previous" if is_previous else "uniform", ids)
+            return ideal("previous" if is_previous else "uniform")(ids)
 
         return synthetic_sums([head], texts)
 
@@ -314,13 +310,9 @@ def test_sets_side_by_side_equal_plain_passes(monkeypatch, max_tokens):
     """Sets that share heads, nested and empty ones, in batches or all at once."""
     monkeypatch.setattr(ph, "MAX_TOKENS", max_tokens)
     model, idx = strong_model(), random_windows(5, 24)
-    outputs = []
-    with (
-        ph.evaluating(model),
-        model.blocks[1].attention.out_proj.register_forward_pre_hook(
-            lambda _, args: outputs.append(args[0].mean((0, 1)))
-        ),
-    ):
+    outputs, projection = [], model.blocks[1].attention.out_proj
+    hook = projection.register_forward_pre_hook(lambda _, args: outputs.append(args[0].mean((0, 1))))
+    with ph.evaluating(model), hook:
         model(idx)
     means = ph.mean_head_outputs(model.train(), idx)
     assert model.training and torch.allclose(means[1].flatten(), outputs[0], atol=1e-5)
@@ -351,7 +343,7 @@ def test_ablation_map_is_the_loss_of_plain_passes(n_last):
         assert measured == pytest.approx((losses.mean(), increase, error), abs=1e-4)
 
 
-def test_a_class_that_matters_is_ranked_first_among_random_sets():
+def test_a_class_that_matters_is_ranked_first_among_random_sets_and_one_of_all_heads_has_none():
     """Only head 0 of either layer writes anything; the text is what the model expects, so that it needs its heads."""
     model, idx = strong_model(dataclasses.replace(CONFIG, n_head=8)), random_windows(60, 2)
     generator = torch.Generator().manual_seed(0)
@@ -373,17 +365,13 @@ def test_a_class_that_matters_is_ranked_first_among_random_sets():
     assert local["low"] < local["loss_increase"] < local["high"]
     assert local["random_loss_increase"] < min(local["loss_increase"], local["compared_loss_increase"]) / 2
     assert local["p_value"] == pytest.approx(2 / 100) and token["p_value"] > 0.9  # Holm doubles the smaller one
-
-
-def test_a_class_of_all_heads_has_no_random_set():
-    scores = pd.DataFrame(np.ndindex(2, 2), columns=["layer", "head"]).assign(**{"class": "Token-Specific"})
-    model, idx = strong_model(), random_windows(4, 24)
-    (row,) = ph.class_ablation(model, idx, scores, ph.mean_head_outputs(model, idx), 23).to_dict("records")
+    everything = scores.assign(**{"class": "Token-Specific"})
+    (row,) = ph.class_ablation(model, idx, everything, means, 23).to_dict("records")
     assert (row["n_random_sets"], row["p_value"]) == (0, 1) and np.isnan(row["random_loss_increase"])
     assert np.isfinite([row["loss_increase"], row["compared_loss_increase"]]).all()
 
 
-def test_random_sets_are_distinct_and_of_the_same_layers():
+def test_random_sets_are_distinct_and_of_the_same_layers_and_ranks_among_them_uniform_but_for_a_planted_head():
     chosen = ((0, 1), (2, 0), (2, 3))
     sets, same, other = (ph.random_head_sets(chosen, 4, 7, 99, seed) for seed in (3, 3, 4))
     assert len(sets) == len(set(sets)) == 99 and chosen not in sets and sets == same != other
@@ -391,10 +379,7 @@ def test_random_sets_are_distinct_and_of_the_same_layers():
     few = ph.random_head_sets(((0, 0), (1, 1)), 2, 2, 99, seed=0)  # of six pairs of heads, four lie in two layers
     assert len(few) == 5 and all({layer for layer, _ in heads} == {0, 1} for heads in few[:3])
     assert ph.random_head_sets(((0, 0),), 1, 1, 99, seed=0) == []
-
-
-def test_rank_of_random_heads_is_uniform_and_a_planted_head_is_found():
-    """Costs that differ much between heads, as they do: a set that is itself drawn at random seldom stands out."""
+    # costs differ much between heads, as they do; yet a set that is itself drawn at random seldom stands out
     random, p_values = np.random.default_rng(0), []
     for seed in range(400):
         costs = random.gamma(0.3, 1, (3, 8))
@@ -433,9 +418,7 @@ def test_the_interval_of_the_strongest_head_covers_what_it_truly_scores(strength
     assert one_text["low"] == pytest.approx(one_text["highest"])
 
 
-def test_similarity_is_the_mean_jensen_shannon_distance():
-    from scipy.spatial.distance import jensenshannon
-
+def test_similarity_is_the_mean_jensen_shannon_distance_and_zero_for_equal_heads():
     model, idx = strong_model(), random_windows(3, 10)
     distances, floor = ph.head_similarity(model, idx)
     maps = [ph.attention_maps(model, ids).flatten(0, 1)[:, 2:].double().numpy() for ids in idx]  # scipy normalises
@@ -447,10 +430,7 @@ def test_similarity_is_the_mean_jensen_shannon_distance():
     assert np.allclose(distances, expected, atol=1e-4)
     assert np.allclose(distances, distances.T) and (np.diag(distances) == 0).all() and distances.max() > 0.05
     assert floor == pytest.approx(np.mean([distance(maps[0][a], maps[1][a]) for a in range(4)]), abs=1e-4)
-
-
-def test_equal_heads_have_distance_zero_and_a_fixed_head_no_noise():
-    model, windows = strong_model(), torch.stack([some_tokens(length, 0)[:9] for length in (20, 9, 20, 15)])
+    windows = torch.stack([some_tokens(length, 0)[:9] for length in (20, 9, 20, 15)])
     weight = model.blocks[0].attention.qkv_proj.weight.data.view(3, 2, 16, 32)
     weight[:, 1] = weight[:, 0]
     distances, floor = ph.head_similarity(model, windows)
@@ -467,7 +447,7 @@ def study():
     return ph.study_model(ph.PicoLLM(TEXT_CONFIG, 3), categories, windows, n_bootstrap=200, n_items=20)
 
 
-def test_study_holds_every_baseline(study):
+def test_study_holds_every_baseline_and_the_classes_of_each_category_by_its_sentences_alone(study):
     assert len(study.scores) == 4
     groups = study.shares.groupby("model")
     assert set(groups.groups) == {"trained", "shuffled", "untrained", "uniform"}
@@ -482,9 +462,6 @@ def test_study_holds_every_baseline(study):
     assert len(study.ablation) == 4 and study.distances.shape == (4, 4)
     assert study.settings["window_length"] == 64 and study.settings["n_texts"] == len(SENTENCES)
     assert len(study.language) == len(ph.PHENOMENA) and study.class_ablation.empty and study.history.empty
-
-
-def test_classes_of_a_category_are_those_of_its_sentences_alone(study):
     assert study.categories.groupby("category")["share"].sum().tolist() == pytest.approx([1, 1])
     texts = [torch.tensor(ph.get_tokenizer().encode(text)) for text in SENTENCES[3:]]
     attend = functools.partial(ph.attention_maps, ph.PicoLLM(TEXT_CONFIG, 3))

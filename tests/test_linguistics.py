@@ -17,10 +17,6 @@ WINDOWS = torch.randint(50257, (4, 24), generator=torch.Generator().manual_seed(
 UNTRAINED = [pico.PicoLLM(TINY, 100 + seed) for seed in range(3)]
 
 
-def tiny_model(seed=0, config=TINY):
-    return pico.PicoLLM(config, seed)
-
-
 def token(word):
     (only,) = TOKENIZER.encode(word)
     return only
@@ -45,7 +41,7 @@ def naive_log_prob(model, text):
 @pytest.mark.parametrize("max_tokens", [2**13, 1])
 def test_margins_are_differences_of_sentence_log_probabilities_one_by_one(max_tokens, monkeypatch):
     monkeypatch.setattr(pico, "MAX_TOKENS", max_tokens)
-    model = tiny_model()
+    model = pico.PicoLLM(TINY)
     pairs = [("The cat sat.", "The cat sat on."), ("A", "B"), ("One two three four five", "Two"), ("Same", "Same")]
     pairs += [(" a" * 64, " a")]  # the longest that fits
     result = pico.minimal_pair_accuracy(model, pairs)
@@ -56,7 +52,7 @@ def test_margins_are_differences_of_sentence_log_probabilities_one_by_one(max_to
 
 def unigram_model(liked):
     """A model that ignores its input: every logit is the same at every position, one word's is higher."""
-    model = tiny_model()
+    model = pico.PicoLLM(TINY)
     with torch.no_grad():
         model.final_norm.weight.zero_()
         model.final_norm.bias.copy_(torch.eye(32)[0])
@@ -90,7 +86,7 @@ def test_accuracy_of_a_rigged_scorer_counts_ties_one_half():
 )
 def test_unusable_pairs_are_named(pairs, message):
     with pytest.raises(pico.PicoError, match=message):
-        pico.minimal_pair_accuracy(tiny_model(), pairs)
+        pico.minimal_pair_accuracy(pico.PicoLLM(TINY), pairs)
 
 
 @pytest.fixture(scope="module", params=list(pico.PHENOMENA))
@@ -102,7 +98,7 @@ def word_at(pair, position):
     return pair.good.split()[position]
 
 
-def test_pairs_are_reproducible_and_distinct_and_every_word_is_one_token(pairs):
+def test_pairs_are_reproducible_and_distinct_in_words_of_one_token_and_swap_roles_with_their_partners(pairs):
     name = pairs[0].phenomenon
     assert pico.make_pairs(name, 60) == pairs and pico.make_pairs(name, 60, seed=1) != pairs
     assert pico.make_pairs(name, 40) == [pair for pair in pairs if pair.item < 40]
@@ -111,10 +107,7 @@ def test_pairs_are_reproducible_and_distinct_and_every_word_is_one_token(pairs):
     for pair in pairs:
         good, bad = TOKENIZER.encode(pair.good), TOKENIZER.encode(pair.bad)
         assert len(good) == len(bad) == len(pair.good.split()) and good[:-1] == bad[:-1] and good[-1] != bad[-1]
-
-
-def test_partners_swap_the_roles_and_the_words(pairs):
-    n = len(pairs) // 60
+    n = len(pairs) // 60  # partners swap the roles and the words
     assert [pair.item for pair in pairs] == np.repeat(range(60), n).tolist()
     for group in (pairs[start : start + n] for start in range(0, len(pairs), n)):
         first, second, *controls = group
@@ -155,7 +148,7 @@ def test_unknown_phenomena_exhausted_templates_and_too_few_items_are_errors(monk
     with pytest.raises(pico.PicoError, match="Unknown phenomenon 'tense'"):
         pico.make_pairs("tense")
     with pytest.raises(pico.PicoError, match="19 items are too few"):
-        pico.study_language(tiny_model(), WINDOWS, UNTRAINED, n_items=19)
+        pico.study_language(pico.PicoLLM(TINY), WINDOWS, UNTRAINED, n_items=19)
     monkeypatch.setitem(pico.PHENOMENA, "one", pico.Phenomenon("claim", "about", "", "The [cat] (dog) <a / b|b / a>"))
     pairs = [("one", 0, "The cat dog a", "The cat dog b", 1, 2), ("one", 1, "The cat dog b", "The cat dog a", 1, 2)]
     assert pico.make_pairs("one", 2) == pairs
@@ -164,7 +157,7 @@ def test_unknown_phenomena_exhausted_templates_and_too_few_items_are_errors(monk
 
 
 def test_a_model_that_ignores_the_context_scores_one_half_in_every_item(pairs):
-    bigram = tiny_model()
+    bigram = pico.PicoLLM(TINY)
     with torch.no_grad():
         for block in bigram.blocks:  # layers add nothing, so that the prediction follows from the last token alone
             block.attention.out_proj.weight.zero_()
@@ -174,7 +167,7 @@ def test_a_model_that_ignores_the_context_scores_one_half_in_every_item(pairs):
 
 
 def test_margins_and_attention_are_those_at_the_decision(pairs):
-    model = tiny_model(4)
+    model = pico.PicoLLM(TINY, 4)
     margins, differences = pico.measure_pairs(model, pairs)
     result = pico.minimal_pair_accuracy(model, [(pair.good, pair.bad) for pair in pairs])
     assert torch.allclose(margins, result.margins, atol=1e-4) and margins.abs().max() > 0.01
@@ -189,7 +182,7 @@ def test_margins_and_attention_are_those_at_the_decision(pairs):
 
 def test_ablated_margins_are_those_of_the_ablated_model(pairs):
     """A head that writes nothing but its mean, and the mean of each item over its pairs."""
-    model = tiny_model(5)
+    model = pico.PicoLLM(TINY, 5)
     with torch.no_grad():
         model.blocks[0].attention.out_proj.weight.mul_(30)
     intact, ablated = pico.ablated_margins(model, pairs[: len(pairs) // 10], [(), ((0, 0),)], torch.zeros(2, 2, 16))
@@ -201,8 +194,8 @@ def test_ablated_margins_are_those_of_the_ablated_model(pairs):
     assert ablated == pytest.approx(expected.tolist(), abs=1e-4) and abs(intact - ablated).max() > 1e-3
 
 
-def test_heads_are_tested_on_items_that_did_not_choose_them():
-    """Pure noise: the best of 64 heads stands out on the items that chose it and nowhere else."""
+def test_heads_are_tested_on_items_that_did_not_choose_them_and_planted_ones_are_found():
+    """In pure noise the best of 64 heads stands out on the items that chose it and nowhere else."""
     generator, chosen, tested = torch.Generator().manual_seed(0), [], []
     for _ in range(100):
         differences = torch.randn(40, 8, 8, generator=generator)
@@ -211,22 +204,15 @@ def test_heads_are_tested_on_items_that_did_not_choose_them():
         tested += [values.mean()]
         assert len(heads) == len(set(heads)) == 3 and values.shape == (20,)
     assert np.mean(chosen) > 0.3 and abs(np.mean(tested)) < 0.06
-
-
-def test_choosing_finds_planted_heads_and_both_halves_hold_both_variants():
     differences = torch.randn(41, 4, 5, generator=torch.Generator().manual_seed(1)) * 0.1
-    for layer, head, effect in (
-        (2, 4, 1.0),
-        (0, 3, 2.0),
-        (1, 1, -3.0),
-    ):  # one that prefers the distractor is no support
-        differences[:, layer, head] += effect
+    for (layer, head), effect in {(2, 4): 1.0, (0, 3): 2.0, (1, 1): -3.0}.items():
+        differences[:, layer, head] += effect  # the last one prefers the distractor: it is no support
     heads, values = pico.choose_and_test(differences, 2)
     assert heads == ((0, 3), (2, 4)) and values.mean() == pytest.approx(1.5, abs=0.1)
     assert list(Counter((pico.is_test_item(item), item % 2) for item in range(40)).values()) == [10] * 4
 
 
-def test_sign_flip_finds_an_effect_of_either_sign_and_is_uniform_without_one():
+def test_sign_flip_is_uniform_without_an_effect_bootstrap_covers_the_truth_and_holm_is_the_textbooks():
     random = np.random.default_rng(0)
     p = np.array([pico.sign_flip_p(random.normal(size=20), seed, n=500) for seed in range(400)])
     assert np.abs(np.quantile(p, [0.1, 0.25, 0.5, 0.75, 0.9]) - [0.1, 0.25, 0.5, 0.75, 0.9]).max() < 0.08
@@ -235,9 +221,6 @@ def test_sign_flip_finds_an_effect_of_either_sign_and_is_uniform_without_one():
     assert pico.sign_flip_p(values, 0) == pico.sign_flip_p(-values, 0) < 0.01
     assert pico.sign_flip_p(np.zeros(20), 0) == 1.0
     assert pico.sign_flip_p(np.ones(20), 0, n=99) == 0.01  # never zero (Phipson & Smyth 2010)
-
-
-def test_bootstrap_interval_covers_the_truth_and_holm_adjusts_as_in_a_textbook():
     assert pico.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
     assert pico.holm([0.6, 0.7]) == pytest.approx([1.0, 1.0])
     random = np.random.default_rng(2)
@@ -282,7 +265,7 @@ def test_verdict_needs_every_link_and_names_the_one_that_fails(changes, expected
 def did_model():
     """A model built by hand: head L0H0 looks at ` did` and makes bare verbs likely; without ` did`, past forms."""
     # dimension 0 is 1 after the norm, dimension 1 marks ` did`; query and key meet in the slowest rotary pair
-    model = tiny_model(0, pico.ModelConfig(d_model=64, n_layer=2, n_head=16, d_ff=32, context_length=32, dropout=0.0))
+    model = pico.PicoLLM(pico.ModelConfig(d_model=64, n_layer=2, n_head=16, d_ff=32, context_length=32, dropout=0.0))
     attention, norm, embedding = model.blocks[0].attention, model.blocks[0].attention_norm, model.token_embedding.weight
     verbs = [[token(" " + form) for form in both.split(":")] for both in pico.WORDS["work:worked"]]
     base, past = torch.tensor(verbs).unbind(1)
@@ -302,7 +285,7 @@ def did_model():
 
 
 def study_did(model, windows=WINDOWS):
-    table = pico.study_language(model, windows, [tiny_model(seed, model.config) for seed in (7, 8)], n_heads=1)
+    table = pico.study_language(model, windows, [pico.PicoLLM(model.config, seed) for seed in (7, 8)], n_heads=1)
     question = table.set_index("phenomenon").loc["question"]
     assert question.attention_difference > 0.9 and question.p_value < 0.05
     return table, question
@@ -338,7 +321,7 @@ def test_a_head_that_looks_but_is_not_needed_is_not_enough():
 
 @pytest.mark.parametrize("seed", range(3))
 def test_nothing_is_supported_on_an_untrained_model_which_stays_as_it_was(seed):
-    model = tiny_model(seed)
+    model = pico.PicoLLM(TINY, seed)
     before = copy.deepcopy(model.state_dict())
     table, again = (pico.study_language(model, WINDOWS, UNTRAINED, 24, n_heads=1, seed=seed) for _ in range(2))
     assert set(table.verdict) <= {"not supported", "undecided"} and table.reason.str.len().min() > 20

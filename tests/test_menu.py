@@ -7,13 +7,13 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
 from study_data import make_language
 
 import pico_helpers as pico
-from pico_helpers import PicoError
 
 ROOT = Path(__file__).parent.parent
 TINY = {"d_model": 32, "n_layer": 2, "n_head": 2, "d_ff": 32, "context_length": 32, "max_positions": 64}
@@ -57,45 +57,37 @@ def published(short_study, trained, data_folder, tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def typing(monkeypatch):
-    """Somebody is there, who types `typing(...)`."""
+def menu(monkeypatch, tmp_path) -> tuple:
+    """A function that types texts, and what the menu has done: ("train", whether with a study) or the studied path."""
+    done = []
 
-    def type_in(*texts: str) -> None:
+    def typing(*texts: str) -> None:
         answers = iter(texts)
         monkeypatch.setattr("builtins.input", lambda prompt: next(answers))
 
-    monkeypatch.setattr(pico, "is_unattended", lambda: False)
-    return type_in
-
-
-# --- the menu ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def chosen(monkeypatch, tmp_path) -> list:
-    """What the menu has done so far: ("train", whether with a study) or the path of the model that it studied."""
-    calls = []
-
     def run_training(preset, results, data_folder, study) -> list[Path]:
-        calls.append(("train", study is not None))
+        done.append(("train", study is not None))
         return [tmp_path / "pico_llm_new.pt"]
 
+    monkeypatch.setattr(pico, "is_unattended", lambda: False)
     monkeypatch.setattr(pico, "run_training", run_training)
-    monkeypatch.setattr(pico, "run_analysis", lambda path, *args, **options: calls.append(path) or [])
-    return calls
+    monkeypatch.setattr(pico, "run_analysis", lambda path, *args, **options: done.append(path) or [])
+    return typing, done
 
 
 @pytest.mark.parametrize(("typed", "study"), [("1", False), (" 3 ", True), ("", True)])
-def test_a_choice_is_taken_at_the_keyboard_and_from_the_variable(typing, chosen, tmp_path, monkeypatch, typed, study):
+def test_a_choice_is_taken_at_the_keyboard_and_from_the_variable(menu, tmp_path, monkeypatch, typed, study):
+    typing, done = menu
     typing(typed)  # and then nothing
     assert pico.main_menu(results=tmp_path)[0] == tmp_path / "pico_llm_new.pt"
     monkeypatch.setattr(pico, "is_unattended", lambda: True)
     monkeypatch.setenv("PICO_MENU", typed)
     pico.main_menu(results=tmp_path)
-    assert chosen == [("train", study)] * 2
+    assert done == [("train", study)] * 2
 
 
-def test_a_typo_and_a_wrong_path_are_asked_again(typing, chosen, trained, tmp_path, monkeypatch, capsys):
+def test_a_typo_and_a_wrong_path_are_asked_again(menu, trained, tmp_path, monkeypatch, capsys):
+    typing, done = menu
     newest = pico.save_checkpoint(tmp_path / "pico_llm_a.pt", pico.load_checkpoint(trained))
     (tmp_path / "text.pt").write_text("no model")
     typing("4", "trian", "2", "no-such.pt", str(tmp_path / "text.pt"), str(trained))
@@ -105,14 +97,14 @@ def test_a_typo_and_a_wrong_path_are_asked_again(typing, chosen, trained, tmp_pa
         assert problem in line
     typing("2", "")
     assert pico.main_menu(results=tmp_path)[0] == newest
-    assert chosen == [trained, newest]
+    assert done == [trained, newest]
     monkeypatch.setattr(pico, "SHIPPED_CHECKPOINT", tmp_path / "elsewhere.pt")
     typing("2", "")
-    with pytest.raises(PicoError, match=r"train one first \(menu choice 1 or 3"):
+    with pytest.raises(pico.PicoError, match=r"train one first \(menu choice 1 or 3"):
         pico.main_menu(results=tmp_path / "empty")
     monkeypatch.setattr(pico, "is_unattended", lambda: True)
     monkeypatch.setenv("PICO_MENU", "7")
-    with pytest.raises(PicoError, match="Unknown choice '7'; choose one of: 1, 2, 3"):
+    with pytest.raises(pico.PicoError, match="Unknown choice '7'; choose one of: 1, 2, 3"):
         pico.main_menu()
 
 
@@ -134,9 +126,6 @@ def test_a_newcomer_studies_the_shipped_model_into_a_folder_of_their_own(
     assert {path: path.stat().st_mtime_ns for path in published.rglob("*")} == before
 
 
-# --- what a study reads -----------------------------------------------------------------------------------------------
-
-
 def test_bad_sentences_are_left_out_and_named(tiny_model, capsys):
     sentences = {"Mine": ["A good one.", "", "word " * 100], "One": "Not a list.", "Bad": ["Two words"]}
     captures = pico.capture_sentences(tiny_model, sentences)
@@ -144,7 +133,7 @@ def test_bad_sentences_are_left_out_and_named(tiny_model, capsys):
     assert found == {"Mine": ["A good one."], "One": ["Not a list."]}
     output = capsys.readouterr().out
     assert output.count("Left out of 'Mine'") == 2 and "'Two words' has fewer than three tokens" in output
-    with pytest.raises(PicoError, match="None of the sentences"):
+    with pytest.raises(pico.PicoError, match="None of the sentences"):
         pico.capture_sentences(tiny_model, {"Mine": ["", None]})
 
 
@@ -160,10 +149,10 @@ def test_a_model_whose_corpus_is_gone_is_studied_on_another(monkeypatch, tmp_pat
     assert len(training.tokens) > 1e6
     assert "No corpus or folder '/gone/corpus'" in capsys.readouterr().out
     assert f"folder {corpus_folder.name} (" in pico.open_corpus(checkpoint, str(corpus_folder), tmp_path)[0]
-    with pytest.raises(PicoError, match="No corpus or folder 'nowhere'"):
+    with pytest.raises(pico.PicoError, match="No corpus or folder 'nowhere'"):
         pico.open_corpus(checkpoint, "nowhere", tmp_path)
     monkeypatch.setattr(pico, "study_model", lambda *args, **options: pytest.fail("studied first"))
-    with pytest.raises(PicoError, match="Choose another folder"):  # that is found out before the study
+    with pytest.raises(pico.PicoError, match="Choose another folder"):  # that is found out before the study
         pico.run_analysis(trained, results=trained / "results")
 
 
@@ -212,10 +201,7 @@ def test_a_run_from_another_model_goes_on_with_its_rows(trained, corpus_folder, 
     assert sorted({row["tokens"] for row in rows[len(before) - 4 :]}) == [(20 + n) * 4 * 32 for n in range(4)]
 
 
-# --- publishing -------------------------------------------------------------------------------------------------------
-
-
-def test_publish_writes_the_model_and_its_study(published, trained, corpus_folder):
+def test_publish_writes_the_model_its_study_and_a_card_that_says_what_these_say(published, trained, corpus_folder):
     saved, shipped = pico.load_checkpoint(trained), pico.load_checkpoint(published / "pico_llm.pt")
     assert shipped.training_state is None and (shipped.metrics, shipped.step) == (saved.metrics, saved.step)
     assert all(torch.equal(shipped.weights[name], value.half()) for name, value in saved.weights.items())
@@ -228,10 +214,7 @@ def test_publish_writes_the_model_and_its_study(published, trained, corpus_folde
     assert str(corpus_folder.parent).encode() not in (published / "pico_llm.pt").read_bytes()
     about = json.loads((published / "findings.json").read_text())["about"]
     assert about["Held-out text"] == saved.corpus, "it is studied on its own text"
-
-
-def test_the_model_card_says_what_checkpoint_and_study_say(published, trained, corpus_folder):
-    card, saved = (published / "README.md").read_text(), pico.load_checkpoint(published / "pico_llm.pt")
+    card, saved = (published / "README.md").read_text(), shipped
     for fact in (
         "1,622,880 with them:\n2 layers of 2 heads",
         f"Trained on the parquet folder {corpus_folder.name} (100% of its training rows",
@@ -257,38 +240,32 @@ def test_the_model_card_says_what_checkpoint_and_study_say(published, trained, c
 
 def test_the_command_on_the_card_gives_the_same_settings(published, monkeypatch):
     (line,) = [line for line in (published / "README.md").read_text().splitlines() if "pico_helpers.py train" in line]
-    saved, seen = pico.load_checkpoint(published / "pico_llm.pt"), []
-
-    def train(*args, **options):
-        seen.extend(args[:2])
-        raise PicoError("That is enough.")
-
+    saved, train = pico.load_checkpoint(published / "pico_llm.pt"), Mock(side_effect=pico.PicoError("That is enough."))
     monkeypatch.setattr(pico, "train", train)
     monkeypatch.setattr(pico, "choose_corpus", lambda *args: None)
     monkeypatch.chdir(published.parent)  # the card's folder is relative
-    assert pico.main(shlex.split(line)[2:]) == 2 and seen == [saved.model_config, saved.train_config]
+    assert pico.main(shlex.split(line)[2:]) == 2
+    assert train.call_args.args[:2] == (saved.model_config, saved.train_config)
     assert pico.main([*shlex.split(line)[2:], "--seed", "7", "--dropout", "0.5"]) == 2
-    assert (seen[3].seed, seen[2].dropout, seen[2].d_model) == (7, 0.5, 32)
+    model, run = train.call_args.args[:2]
+    assert (run.seed, model.dropout, model.d_model) == (7, 0.5, 32)
 
 
 def test_what_cannot_be_published_leaves_the_folder_as_it_was(trained, tmp_path, data_folder):
     saved, out = pico.load_checkpoint(trained), tmp_path / "out"
     path = pico.save_checkpoint(tmp_path / "a.pt", dataclasses.replace(saved, training_state={"optimizer": {}}))
-    with pytest.raises(PicoError, match="is an unfinished run"):
+    with pytest.raises(pico.PicoError, match="is an unfinished run"):
         pico.publish(path, out)
     assert not out.exists()
-    with pytest.raises(PicoError, match="holds other files"):
+    with pytest.raises(pico.PicoError, match="holds other files"):
         pico.publish(trained, trained.parent)
     out.mkdir()
     for name, problem in (("README.md", "holds other files"), ("pico_llm.pt", "is not a Pico-LLM checkpoint")):
         (out / name).write_text("# My thesis\n")
-        with pytest.raises(PicoError, match=problem):
+        with pytest.raises(pico.PicoError, match=problem):
             pico.publish(trained, out)
         assert [path.name for path in out.iterdir()] == [name] and (out / name).read_text() == "# My thesis\n"
         (out / name).unlink()
-
-
-# --- the command line -------------------------------------------------------------------------------------------------
 
 
 def test_command_line_trains_explores_and_generates(tmp_path, corpus_folder, capsys):

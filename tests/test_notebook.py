@@ -14,6 +14,10 @@ from packaging.requirements import Requirement
 ROOT = Path(__file__).parent.parent
 
 
+def cells(notebook: Path = ROOT / "pico_llm.ipynb") -> list[dict]:
+    return [cell for cell in json.loads(notebook.read_bytes())["cells"] if cell["cell_type"] == "code"]
+
+
 def test_notebook_runs_end_to_end(tmp_path):
     """In a folder of its own, so that its results are known to come from this run."""
     for name in ("pico_llm.ipynb", "pico_helpers.py", "profile_training.py", "requirements.txt"):
@@ -28,8 +32,7 @@ def test_notebook_runs_end_to_end(tmp_path):
     names = "pico_llm_tiny.pt tiny_metrics.csv loss_curve.png loss_curve.svg head_scores.csv findings.json profile.csv"
     names += " attention_report.html attention_explorer.html inference_benchmark.csv huggingface/model.safetensors"
     assert all((results / name).stat().st_size > 0 for name in names.split())
-    cells = json.loads((tmp_path / "executed.ipynb").read_text())["cells"]
-    outputs = [output for cell in cells for output in cell.get("outputs", [])]
+    outputs = [output for cell in cells(tmp_path / "executed.ipynb") for output in cell["outputs"]]
     assert not [output for output in outputs if output["output_type"] == "error"]
     assert sum("image/png" in output.get("data", {}) for output in outputs) >= 8
     text = "".join("".join(output.get("text", "")) for output in outputs)
@@ -44,8 +47,7 @@ def live(monkeypatch):
     monkeypatch.delenv("CI", raising=False)
     monkeypatch.delenv("PICO_MENU", raising=False)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    start_new_kernel = pytest.importorskip("jupyter_client.manager").start_new_kernel
-    manager, client = start_new_kernel(cwd=str(ROOT))
+    run_kernel = pytest.importorskip("jupyter_client.manager").run_kernel
 
     def run(code: str, *answers: str) -> list[tuple[str, dict]]:
         remaining, outputs = list(answers), []
@@ -55,9 +57,8 @@ def live(monkeypatch):
         assert not remaining, "not every answer was asked for"
         return outputs
 
-    yield run
-    client.stop_channels()
-    manager.shutdown_kernel(now=True)
+    with run_kernel(cwd=str(ROOT)) as client:
+        yield run
 
 
 def test_a_person_at_the_notebook_is_asked_and_sees_the_loss_fall(live, tmp_path, data_folder):
@@ -73,10 +74,6 @@ def test_a_person_at_the_notebook_is_asked_and_sees_the_loss_fall(live, tmp_path
     assert any("image/png" in content.get("data", {}) for _, content in outputs), "a figure must show as a picture"
     (error,) = [content for kind, content in live("pico.get_preset('huge')") if kind == "error"]
     assert len(error["traceback"]) == 1 and "Unknown preset 'huge'" in error["traceback"][0]
-
-
-def cells() -> list[dict]:
-    return [cell for cell in json.loads((ROOT / "pico_llm.ipynb").read_bytes())["cells"] if cell["cell_type"] == "code"]
 
 
 def test_the_first_cell_fetches_the_project_or_says_how_to_get_it(tmp_path, monkeypatch):
@@ -109,13 +106,9 @@ def test_the_first_cell_fetches_the_project_or_says_how_to_get_it(tmp_path, monk
     assert [command[0] for command in commands] == ["git", sys.executable, sys.executable]
     assert commands[1][1:6] == ["-m", "pip", "install", "--quiet", "torch>=2.9"], "a newer one that is there is kept"
     lines = (project / "requirements.txt").read_text().splitlines()[1:]
-    listed = [Requirement(line.split("#")[0]).name for line in lines]
-    assert [Requirement(wanted).name for wanted in commands[1][5:]] == listed
-
-
-def test_requirements_keep_a_torch_that_is_there():
-    (torch,) = [line for line in (ROOT / "requirements.txt").read_text().splitlines() if line.startswith("torch")]
-    allowed = Requirement(torch.split("#")[0]).specifier
+    listed = [Requirement(line.split("#")[0]) for line in lines]
+    assert [Requirement(wanted).name for wanted in commands[1][5:]] == [wanted.name for wanted in listed]
+    (allowed,) = [wanted.specifier for wanted in listed if wanted.name == "torch"]
     assert "2.9.1+cu128" in allowed and "2.13.0" in allowed and "2.8.0" not in allowed
 
 
