@@ -2028,7 +2028,7 @@ def sign_flip_p(values: np.ndarray, seed: int, n: int = 10_000) -> float:
 def holm(p_values: Sequence[float]) -> np.ndarray:
     """p-values adjusted for the number of tests (Holm 1979)."""
     p = pd.Series(np.asarray(p_values, dtype=float)).sort_values()
-    return (p * range(len(p), 0, -1)).cummax().clip(upper=1).sort_index().to_numpy()
+    return (p * np.arange(len(p), 0, -1)).cummax().clip(upper=1).sort_index().to_numpy()
 
 
 def rank_p(cost: float, random_costs: Sequence[float]) -> float:
