@@ -4400,13 +4400,14 @@ def model_card(saved: Checkpoint, folder: Path, note: str = "") -> str:
     if saved.train_config.corpus in ("wikitext103", "offline"):
         note = note or "The text is by the contributors of English Wikipedia, CC BY-SA."
     facts = dict(*saved.metrics[-1:]) | vars(saved.model_config) | vars(saved.train_config) | saved.environment
-    facts = {name: f"{fact:,.6g}" if type(fact) in (int, float) else fact for name, fact in facts.items()}
+    shown = {int: "{:,}", float: "{:,.6g}"}
+    facts = {name: shown.get(type(fact), "{}").format(fact) for name, fact in facts.items() if fact is not None}
     findings = json.loads((folder / "findings.json").read_text(encoding="utf-8"))
     return _MODEL_CARD.format(
         saved=saved,
         parameters=model_from_checkpoint(saved).count_parameters(),
         note=note or "The checkpoint does not say where that text is from.",
-        table="\n".join(f"| {name.replace('_', ' ')} | {fact} |" for name, fact in facts.items() if fact is not None),
+        table="\n".join(f"| {name.replace('_', ' ')} | {fact} |" for name, fact in facts.items()),
         findings="\n".join(f"- {line}" for line in findings["headline"]),
         place=folder.name if folder.is_absolute() else folder.as_posix(),
     )
