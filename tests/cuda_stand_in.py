@@ -153,7 +153,6 @@ def recorder() -> tuple[Callable, types.SimpleNamespace]:
 def compile_step(precision: str, batch: int = 64) -> dict:
     """Compiles forward, loss and backward of a small model with the full vocabulary, as training does."""
     import torch
-    from torch import nn
     from torch._subclasses import FakeTensorMode
 
     import pico_helpers as pico
@@ -162,20 +161,18 @@ def compile_step(precision: str, batch: int = 64) -> dict:
     model = pico.PicoLLM(pico.ModelConfig(d_model=64, n_layer=2, n_head=1, d_ff=64)).train()
     with FakeTensorMode():
         for part in model.modules():
-            for values, kind in ((part._parameters, nn.Parameter), (part._buffers, lambda tensor: tensor)):
+            for values, kind in ((part._parameters, torch.nn.Parameter), (part._buffers, lambda tensor: tensor)):
                 for name, value in values.items():
                     values[name] = value if value is None else kind(torch.empty(value.shape, device="cuda:0"))
         idx = torch.zeros(batch, 385, dtype=torch.int64, device="cuda:0")
         dtype = pico.choose_precision(precision, idx.device)
         with torch.autocast("cuda", dtype, enabled=dtype != torch.float32):
             torch.compile(model, backend=backend)(idx[:, :-1], idx[:, 1:])
-    buffers = [re.findall(r"empty_strided_cuda\(\(([\d, ]*)\), .*?, torch\.(\w+)\)", code) for code in made.codes]
+    buffers = re.findall(r"empty_strided_cuda\(\(([\d, ]*)\), .*?, torch\.(\w+)\)", "\n".join(made.codes))
     return {
         "graphs": len(made.graphs),
         "kernels": [_launches(code) for code in made.codes],
-        "buffers": [
-            [[int(n) for n in shape.split(",") if n.strip()], kind] for found in buffers for shape, kind in found
-        ],
+        "buffers": [[[int(n) for n in shape.split(",") if n.strip()], kind] for shape, kind in buffers],
         "peaks": [_peak(code) for code in made.codes],
         "compiled": made.compiled,
         "attention": re.findall(r"aten\.(_scaled_dot_product_\w+)\.default\(", "".join(map(_calls, made.codes))),
@@ -201,8 +198,7 @@ def compile_muon(precision: str) -> dict:
                 rate, found_inf = (torch.empty((), device="cuda:0") for _ in range(2))
                 group |= {"params": weights}
                 torch.compile(pico.muon_update, backend=backend)(group, gradients, momentum, rate, dtype, found_inf)
-    kernels = [_launches(code) for code in made.codes]
-    return {"graphs": len(made.graphs), "kernels": kernels, "compiled": made.compiled}
+    return {"graphs": len(made.graphs), "kernels": [_launches(code) for code in made.codes], "compiled": made.compiled}
 
 
 def _launches(code: str) -> int:

@@ -14,19 +14,17 @@ import gpu_programme
 import pandas as pd
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 
 import pico_helpers as pico
 
-# ---- compilation for CUDA ----
-
-slow = pytest.mark.slow
 can_compile = pytest.mark.skipif(
     not (importlib.util.find_spec("triton") and shutil.which("g++")) or torch.version.cuda is not None,
     reason="needs PyTorch's CPU build, Triton and g++",
 )
 
 
-@slow
+@pytest.mark.slow
 @can_compile
 @pytest.mark.parametrize("capability, attention", [("7 5", "efficient"), ("9 0", "flash")])
 def test_the_training_step_compiles_for_cuda(capability, attention):
@@ -58,14 +56,14 @@ def test_the_training_step_compiles_for_cuda(capability, attention):
 def test_what_users_vary_is_compiled_once_each(tiny_config):
     """Batch size, length, evaluation and dropout cost one graph each, whole, and the second time none."""
     torch._dynamo.reset()
-    graphs, model = [], pico.PicoLLM(dataclasses.replace(tiny_config, n_layer=1))
-    compiled = torch.compile(model, backend=lambda graph, inputs: graphs.append(graph) or graph, fullgraph=True)
+    counter, model = CompileCounter(), pico.PicoLLM(dataclasses.replace(tiny_config, n_layer=1))
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
 
     def sweep() -> int:
         for batch, length in ((2, 32), (2, 32), (3, 16)):
             idx = torch.zeros(batch, length + 1, dtype=torch.int64)
             compiled(idx[:, :-1], idx[:, 1:])
-        return len(graphs)
+        return counter.frame_count
 
     model.train()
     assert sweep() <= 2
@@ -92,8 +90,6 @@ def test_the_programme_goes_on_after_a_failure_and_in_parts(tmp_path, monkeypatc
         gpu_programme.main(["--out", str(tmp_path), "--only", "tow"])
 
 
-# ---- pip ----
-
 PAIRS = [("2.11.0+cu128", "12.8"), ("2.11.0+cu130", "13.0"), ("2.13.0+cu130", "13.0")]  # Colab's first
 PIP = ["pip", "install", "--dry-run", "--quiet", "--no-deps", "--retries=0", "--timeout=5", "--target=unused"]
 PIP += ["--python-version=3.12", "--platform=manylinux_2_28_x86_64", "--only-binary=:all:", "--report=-"]
@@ -107,7 +103,7 @@ def would_install(*arguments: str) -> dict[str, dict]:
     return {item["metadata"]["name"]: item["metadata"] for item in json.loads(answer.stdout)["install"]}
 
 
-@slow
+@pytest.mark.slow
 @pytest.mark.parametrize("torch_version, cuda", PAIRS)
 def test_pip_would_install_one_tensorrt_and_no_torch(torch_version, cuda):
     _, release = next(pico.tensorrt_packages(torch_version, cuda, list))

@@ -151,12 +151,13 @@ def test_an_engine_that_cannot_work_here_is_refused_before_it_is_read(tmp_path, 
         load_engine(tmp_path / "absent.ts")
 
 
-COLAB = ["torch<2.12.0,>=2.11.0", "tensorrt<10.16.0,>=10.15.1", "numpy", "dllist", "psutil"]
-COLAB += [f"tensorrt-cu12{part}<10.16.0,>=10.15.1" for part in ("", "-bindings", "-libs")]
-
-
-def test_install_takes_the_release_first_and_then_what_it_requires(monkeypatch):
-    commands, package = [], ModuleType("torch_tensorrt")
+@pytest.mark.parametrize("cuda, option", [("12.8", "--index-url"), ("13.0", "--extra-index-url")])
+def test_install_takes_the_release_first_and_then_what_it_requires(monkeypatch, cuda, option):
+    """Never the libraries of two CUDA versions; PyPI has no builds for CUDA 12."""
+    commands, package, other = [], ModuleType("torch_tensorrt"), {"12.8": "13.0", "13.0": "12.8"}[cuda]
+    wanted = ["dllist", "psutil"]
+    wanted += [f"tensorrt-cu{cuda[:2]}{part}<10.16.0,>=10.15.1" for part in ("", "-bindings", "-libs")]
+    required = ["torch<2.12.0,>=2.11.0", "tensorrt<10.16.0,>=10.15.1", "numpy", *wanted]
 
     def run(command, **_):
         commands.append(command)
@@ -167,30 +168,22 @@ def test_install_takes_the_release_first_and_then_what_it_requires(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setitem(sys.modules, "torch_tensorrt", None)
     monkeypatch.setattr(torch, "__version__", "2.11.0+cu128")
-    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    monkeypatch.setattr(torch.version, "cuda", cuda)
     monkeypatch.setattr(pico.subprocess, "run", run)
-    monkeypatch.setattr(pico.importlib.metadata, "requires", lambda package: COLAB)
+    monkeypatch.setattr(pico.importlib.metadata, "requires", lambda package: required)
     with pytest.raises(PicoError, match="run install_tensorrt"):
         pico.install_tensorrt(install=False)
     assert not commands, "pip is not asked"
     for _ in range(2):
         assert pico.install_tensorrt() is package and len(commands) == 2, "what works is left alone"
-    assert commands[0][-2:] == ["--index-url=https://download.pytorch.org/whl/cu128", "torch-tensorrt==2.11.*"]
-    assert commands[1][-5:] == COLAB[3:]
+    index = f"{option}=https://download.pytorch.org/whl/cu{cuda.replace('.', '')}"
+    assert commands[0][-2:] == [index, "torch-tensorrt==2.11.*"] and commands[1][-5:] == wanted
     assert all({"--no-deps", "--retries=0", "--timeout=5"} <= set(command) for command in commands)
     monkeypatch.setitem(sys.modules, "torch_tensorrt", None)
     with pytest.raises(PicoError, match=r"PyTorch 2.11.0\+cu128: ERROR: No matching distribution$"):
         pico.install_tensorrt()
-
-
-def test_never_the_libraries_of_two_cuda_versions():
-    thirteen = [requirement.replace("cu12", "cu13") for requirement in COLAB]
-    for requirements, cuda in ((COLAB, "12.8"), (thirteen, "13.0")):
-        release, libraries = pico.tensorrt_packages("2.11.0", cuda, {"torch_tensorrt": requirements}.get)
-        assert release[0].startswith("--extra-index-url=") == (cuda == "13.0"), "PyPI has no builds for CUDA 12"
-        assert [name[:13] for name in libraries if "tensorrt" in name] == [f"tensorrt-cu{cuda[:2]}"] * 3
-    with pytest.raises(PicoError, match=r"not for CUDA 12\.8"):
-        list(pico.tensorrt_packages("2.11.0", "12.8", lambda package: thirteen))  # what PyPI alone would give
+    with pytest.raises(PicoError, match=f"not for CUDA {other}"):  # as what PyPI alone would give for CUDA 12
+        list(pico.tensorrt_packages("2.11.0", other, lambda package: required))
 
 
 @pytest.fixture
