@@ -22,7 +22,7 @@ import pandas as pd
 ROOT = Path(__file__).parents[1]
 TINY = ["--n-layer=1", "--n-head=2", "--d-model=32", "--d-ff=32", "--context-length=32", "--batch-size=2"]
 QUICK = ["--steps", "1", "--warmup", "0", "--repeats", "1", "--no-compile", "--no-measure-peak"]
-ONE_ROW = ["--batch-sizes=1", "--lengths=16", "--seconds=0.01", "--variants=PyTorch FP32", "--no-install"]
+ONE_ROW = ["--batch-sizes=1", "--lengths=16", "--seconds=0.01", "--variants=TensorRT", "--no-install"]
 
 
 def steps(options: argparse.Namespace) -> list[tuple[str, list[str]]]:
