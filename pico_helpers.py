@@ -4077,14 +4077,14 @@ def advanced_tensorrt_optimization_demo(
     results, on_gpu, longest = Path(results), torch.cuda.is_available(), max(sequence_lengths)
     batch_sizes = batch_sizes or ((1, 8, 32) if on_gpu else (1,))
     model = copy.deepcopy(model).to(default_device(), torch.float32)
-    baseline, *ways = make_variants(model, max(batch_sizes), longest, install)
-    names = [way.name for way in ways]
-    ways = [way for way in ways if any(word.lower() in way.name.lower() for word in variants or [""])]
-    if not ways:
-        raise PicoError(f"No row is called {' or '.join(variants)}; choose words of: {'; '.join(names)}.")
+    ways = make_variants(model, max(batch_sizes), longest, install)
+    wanted = [way for way in ways if any(word.lower() in way.name.lower() for word in variants or [""])]
+    if not wanted:
+        raise PicoError(f"No row is called {' or '.join(variants)}; choose of: {'; '.join(w.name for w in ways)}.")
+    ways = [way for way in ways if way in wanted or way.name == BASELINE]
     headline, path = (min(batch_sizes), longest), results / "inference_benchmark.csv"
     shapes = sorted(itertools.product(batch_sizes, sequence_lengths), key=lambda shape: shape != headline)
-    frame = benchmark(model, file, [baseline, *ways], shapes, seconds or (1.0 if on_gpu else 0.5), path)
+    frame = benchmark(model, file, ways, shapes, seconds or (1.0 if on_gpu else 0.5), path)
     save_figure(plot_benchmark(frame), path.with_suffix(""))
     for best in frame[(frame.batch == headline[0]) & (frame.length == longest)].nsmallest(1, "p50_ms").itertuples():
         speed = f"{best.p50_ms:.3g} ms, {best.speedup:.2f} times as fast as {BASELINE}"
