@@ -162,7 +162,7 @@ def test_emergence_shows_the_best_heads_by_tokens_what_it_means_and_a_legend_of_
     assert axes.get_xscale() == "log" and "tokens" in axes.get_xlabel()
     legend = [text.get_text() for text in axes.get_legend().get_texts()]
     assert len(legend) == len(drawn) + 2
-    assert {"previous: one token back", "threshold (0.30)", "highest before training (0.02)"} <= set(legend)
+    assert {"previous: the previous token", "threshold (0.30)", "highest before training (0.02)"} <= set(legend)
     words = figure.get_suptitle().replace("\n", " ")
     assert words.startswith("The first previous-token head appears between 640 and 6,400 tokens of training (score")
     assert words.endswith("(score 0.30); no induction head appears (highest score 0.20, threshold 0.30).")

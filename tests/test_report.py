@@ -39,7 +39,7 @@ def test_verdicts_and_lead_of_a_study_with_known_truth():
     study = make_study(3, 4)
     heads = statements(study, "Heads")
     found = [claim for claim, row in heads.items() if row["verdict"] == "supported"]
-    names = ("first token", "previous token", "last three", "(induction)")
+    names = ("first token", "previous token", "last three", "what followed earlier copies")
     assert len(found) == len(names) and all(any(name in claim for claim in found) for name in names)
     classes, ablation = (statements(study, topic).values() for topic in ("Classes", "Ablation"))
     assert [row["verdict"] for row in classes] == ["supported", "undecided", "not supported"]
@@ -49,7 +49,7 @@ def test_verdicts_and_lead_of_a_study_with_known_truth():
     assert re.fullmatch(r"The best head, L0H\d, scores 0\.\d\d \(0\.\d\d to 0\.\d\d\); .* 0\.30, .* 0\.03\.", previous)
     lead = pico.study_findings(study)["headline"]
     assert lead[0].startswith("6 of the 12 heads specialise on held-out text: 2 look at the token itself or the one")
-    assert lead[0].endswith(", 2 look at what followed earlier copies of the token (induction).")
+    assert lead[0].endswith(", 2 look at what followed earlier copies of the token.")
     assert "untrained models of the same shape none do" in lead[1] and "shuffled, 6 do." in lead[1]
     assert lead[2].startswith("Without the heads that look at the token itself or the one before it, the loss")
     assert "rises by 0.25 nats per token, without as many at random by 0.01." in lead[2]  # of the same text
@@ -225,7 +225,7 @@ def test_explorer_says_what_each_head_does_and_opens_on_the_most_telling():
     heads = {head["name"]: head["does"] for head in data["heads"]}
     assert heads["L0H0"] == "looks at the previous token" and heads["L1H2"] == "looks at the last three tokens"
     assert heads["L0H1"].endswith("and parks its attention on the first token")
-    assert heads[data["heads"][data["telling"][0]]["name"]].endswith("(induction)")  # though others score higher
+    assert heads[data["heads"][data["telling"][0]]["name"]].endswith("what followed earlier copies of the token")  # though others score higher
     assert data["text"] == 1  # where induction can be seen
     study.scores.loc[study.scores["class"] == "Token-Specific", "class"] = "Mixed"
     assert explorer_data(captures, study.scores)["text"] == 0
