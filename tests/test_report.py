@@ -225,7 +225,8 @@ def test_explorer_says_what_each_head_does_and_opens_on_the_most_telling():
     heads = {head["name"]: head["does"] for head in data["heads"]}
     assert heads["L0H0"] == "looks at the previous token" and heads["L1H2"] == "looks at the last three tokens"
     assert heads["L0H1"].endswith("and parks its attention on the first token")
-    assert heads[data["heads"][data["telling"][0]]["name"]].endswith("what followed earlier copies of the token")  # though others score higher
+    telling = data["heads"][data["telling"][0]]["name"]
+    assert heads[telling].endswith("what followed earlier copies of the token"), "though others score higher"
     assert data["text"] == 1  # where induction can be seen
     study.scores.loc[study.scores["class"] == "Token-Specific", "class"] = "Mixed"
     assert explorer_data(captures, study.scores)["text"] == 0
