@@ -2410,13 +2410,13 @@ def class_ablation(
     short, rows = idx[: max(1, len(idx) // 4), :65], []
     for name, members in scores[scores["class"].isin(SPECIALISED_CLASSES)].groupby("class"):
         heads = tuple(members[["layer", "head"]].itertuples(index=False, name=None))
-        base, own = ablated_losses(model, idx, [(), heads], means, n_last)
+        increase = np.diff(ablated_losses(model, idx, [(), heads], means, n_last), axis=0)[0]
         sets = random_head_sets(heads, model.config.n_layer, model.config.n_head, 99, seed)
         losses = ablated_losses(model, short, [(), heads, *sets], means, min(n_last, 16)).mean(axis=1)
         cost, *random_costs = losses[1:] - losses[0]
         average = float(np.mean(random_costs)) if sets else math.nan
-        interval = t.interval(0.95, len(idx) - 1, (own - base).mean(), (own - base).std(ddof=1) / math.sqrt(len(idx)))
-        found = (own - base).mean(), *interval, len(sets), cost, average, rank_p(cost, random_costs)
+        mean, reach = increase.mean(), t.ppf(0.975, len(idx) - 1) * increase.std(ddof=1) / math.sqrt(len(idx))
+        found = mean, mean - reach, mean + reach, len(sets), cost, average, rank_p(cost, random_costs)
         rows.append((name, len(heads), *found))
     columns = "class n_heads loss_increase low high n_random_sets compared_loss_increase random_loss_increase p_value"
     return pd.DataFrame(rows, columns=columns.split()).assign(p_value=lambda table: holm(table["p_value"]))
@@ -2866,10 +2866,8 @@ def study_model(
 
     with progress(total=5, desc="Study", unit="step") as bar:
         texts = [torch.tensor(encode_sentence(text, model)) for text in itertools.chain(*sentences.values())]
-        sums = [
-            baseline_sums(model, sequences, token_counts, untrained(), seed, controls)
-            for sequences, controls in ((list(windows), True), (texts, False))
-        ]
+        sums = [baseline_sums(model, list(windows), token_counts, untrained(), seed, controls=True)]
+        sums += [baseline_sums(model, texts, token_counts, untrained(), seed, controls=False)]
         parts = _study_scores(*sums, sentences, n_bootstrap, seed)
         bar.update()
         means, n_ablations = mean_head_outputs(model, windows), len(ablated) * len(parts["scores"])
@@ -4252,17 +4250,20 @@ def run_training(
     if config.corpus == "auto":  # a checkpoint names the one that it was
         config = dataclasses.replace(config, corpus=corpus.name)
 
-    def score(model: PicoLLM, step: int) -> None:
-        tokens = before + step * config.batch_size * model.config.context_length
+    @functools.cache  # the same for every snapshot
+    def texts() -> tuple[Tensor, np.ndarray]:
         training, validation = (prepare_tokens(corpus, split, data_folder) for split in ("train", "validation"))
-        windows, counts = study_windows(validation, model.config), token_counts(training)
+        return study_windows(validation, chosen.model), token_counts(training)
+
+    def score(model: PicoLLM, step: int) -> None:
+        (windows, counts), tokens = texts(), before + step * config.batch_size * model.config.context_length
         scores = score_heads(model, idx=windows, token_counts=counts).round(4).to_dict("records")
         rows = read_head_rows(partial.heads, tokens - 1) if step else earlier
         with contextlib.suppress(PicoError):  # a full disk costs the rows, not the run
             write_csv(partial.heads, [*rows, *({"step": step, "tokens": tokens} | row for row in scores)])
 
-    draw = _live_loss_curve()
-    result = train(chosen.model, config, results, data_folder, corpus=corpus, on_log=draw, on_snapshot=score)
+    hooks = {"on_log": _live_loss_curve(), "on_snapshot": score}
+    result = train(chosen.model, config, results, data_folder, corpus=corpus, **hooks)
     written = run_files(results, config.name) if result.finished else partial
     files = [path for path in written if path.exists()]
     if result.metrics:
