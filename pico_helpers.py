@@ -97,9 +97,9 @@ def check_choice(kind: str, value: object, choices: Iterable[str]) -> None:
 
 def _check_settings(config: object, rules: Iterable[tuple[str, str, Callable[..., object]]]) -> None:
     """Raises PicoError for a setting that breaks a rule: (names, what they must, a test of the value)."""
-    for name, value in vars(config).items():
-        if isinstance(value, np.generic):  # a checkpoint with numpy's numbers could not be read again
-            object.__setattr__(config, name, value.item())
+    for name, value in vars(config).items():  # a checkpoint with numpy's numbers or paths could not be read again
+        plain = value.item() if isinstance(value, np.generic) else value
+        object.__setattr__(config, name, os.fspath(plain) if isinstance(plain, os.PathLike) else plain)
     for names, must, is_good in rules:
         for name in names.split():
             if not is_good(value := getattr(config, name)):
@@ -178,7 +178,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "betas", tuple(map(float, self.betas)))
-        is_name = re.compile(r"[\w.-]+(?<!\.partial)(?<!\.finished)").fullmatch
+        is_name = re.compile(r"[\w.-]+(?<!\.partial)").fullmatch
         count, optional = "be a whole number, at least 1", "max_sequences max_steps micro_batch_size loss_chunk"
         positive = "epochs learning_rate matrix_learning_rate grad_clip"
         not_negative = "warmup_steps weight_decay matrix_weight_decay checkpoint_seconds"
@@ -287,7 +287,8 @@ def check_writable(folder: str | Path) -> None:
     """Raises PicoError when nothing can be written to the folder: better now than after an hour of work."""
     with explained(f"Cannot write to {folder}", "Choose another folder.", OSError):
         Path(folder).mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(bytes(1024))  # a full disk still takes empty files
 
 
 def write_text(path: str | Path, text: str) -> Path:
@@ -298,8 +299,8 @@ def write_text(path: str | Path, text: str) -> Path:
 
 
 def write_csv(path: str | Path, rows: Sequence[dict]) -> Path:
-    """Writes rows as CSV atomically; the columns are all keys in the order of their first appearance."""
-    return write_text(path, pd.DataFrame(rows, dtype=object).to_csv(index=False))  # objects: a column may mix kinds
+    """Writes rows as CSV atomically; the columns are all keys in the order of their first appearance, of any kind."""
+    return write_text(path, pd.DataFrame(rows, dtype=object).to_csv(index=False, lineterminator="\n"))
 
 
 def is_unattended() -> bool:
@@ -389,7 +390,7 @@ class _CausalAttention(torch.autograd.Function):
 
 
 class CausalSelfAttention(nn.Module):
-    """Attention of several heads to earlier positions, with rotary positions on queries and keys."""
+    """Attention of several heads to earlier positions, with RoPE. Dropout is of weights, on a CPU of positions."""
 
     backward_by_products = torch.cpu._is_amx_tile_supported()  # matrix instructions for 16 bits; see _CausalAttention
 
@@ -461,7 +462,7 @@ class Block(nn.Module):
 def loss_by_rows(
     hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, chunk: int, needs_grad: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Losses (N,), and the gradients of their sum over the rows whose target is not negative; by chunks of rows."""
+    """Losses (N,) of hidden (N, D) and, if asked, gradients of their sum where targets are >= 0; by chunks of rows."""
     counts, targets = targets >= 0, targets.clamp(min=0)
     target_logits = (hidden.float() * weight[targets].float()).sum(dim=-1, keepdim=True)
     target_logits = target_logits.to(hidden.dtype).float()  # rounded as a chunk's
@@ -588,7 +589,7 @@ class PicoLLM(nn.Module):
             self.token_embedding.weight[config.vocab_size :] = 0.0
 
     def forward(self, idx: Tensor, targets: Tensor | None = None, **options) -> Tensor:
-        """Logits (B, T, V) of token ids (B, T), or the mean loss in nats over the targets (B, T) from 0 on."""
+        """Logits (B, T, V) of token ids (B, T), or the mean loss in nats over targets (B, T) >= 0. See hidden_states."""
         x, weight, vocab_size = self.hidden_states(idx, **options), self.token_embedding.weight, self.config.vocab_size
         if targets is None:
             return F.linear(x, weight)[..., :vocab_size]
@@ -605,7 +606,7 @@ class PicoLLM(nn.Module):
     def hidden_states(
         self, idx: Tensor, *, cache: KVCache | None = None, on_attention: OnAttention | None = None
     ) -> Tensor:
-        """(B, T, D) after the final norm; extends `cache`, tells `on_attention` each layer's pattern."""
+        """(B, T, D) after the final norm; extends `cache`, tells `on_attention` patterns. Limit: max_positions."""
         past = cache.length if cache is not None else 0
         stop = past + idx.shape[1]
         if stop > self.config.max_positions:
@@ -750,7 +751,7 @@ def natural_text(text: str) -> str:
 
 def group_rows(rows: Iterable[str | None], is_natural: bool = False) -> Iterator[tuple[str, int]]:
     """Joins rows in WikiText's style (one line each) to one document an article, of at most 1M characters."""
-    rows = (row or "" for row in rows)
+    rows = ((row or "")[i : i + 1_000_000] for row in rows for i in range(0, len(row or "") or 1, 1_000_000))
     first = list(itertools.islice(rows, 1000))
     has_titles = any(map(_TITLE.fullmatch, first))  # else, and where it is no single line, a row is a document
     parts, size, goes_on = [], 0, False
@@ -817,7 +818,7 @@ def _parquet_rows(paths: Iterable[Path]) -> Iterator[str | None]:
 
 def _parquet_corpus(folder: Path, fraction: float, text_style: str) -> Corpus:
     files: dict[str, dict[Path, int]] = {"train": {}, "validation": {}, "test": {}}  # with their numbers of rows
-    for path in sorted(folder.glob("**/*.parquet")):
+    for path in sorted(filter(Path.is_file, folder.glob("**/*.parquet"))):
         with explained(f"Cannot read {path} as parquet", "Replace or remove it."), ParquetFile(path) as file:
             columns = {item.name: str(item.type) for item in file.schema_arrow}
             files[split_of(path.relative_to(folder))][path] = file.metadata.num_rows
@@ -871,7 +872,7 @@ def _offline_corpus(fraction: float, reason: str) -> Corpus:
 def choose_corpus(
     name: str = "auto", fraction: float | None = None, data_folder: str | Path = "data", text_style: str = "natural"
 ) -> Corpus:
-    """The corpus of a name or folder; `auto` is wikitext103 where the hub answers or its tokens exist, else offline."""
+    """The corpus of a name or folder, else PicoError; `auto`: wikitext103 if the hub or tokens are there, or offline."""
     check_choice("text_style", text_style, TEXT_STYLES)
     if fraction is not None and not 0 < fraction <= 1:
         raise PicoError(f"The corpus fraction must lie in (0, 1], not {fraction}.")
@@ -902,6 +903,9 @@ class TokenFile:
     tokens: np.ndarray  # a memory map of uint16
     starts: np.ndarray  # (documents + 1,) int64
 
+    def __reduce__(self) -> tuple:  # another process opens the file, where it would receive gigabytes
+        return open_tokens, (self.folder,)
+
 
 def _token_folder(corpus: Corpus, split: str, data_folder: str | Path) -> Path:
     key = json.dumps([3, corpus.key, split, Tokenizer.name])  # 3: raise it when the files change
@@ -920,7 +924,7 @@ def open_tokens(folder: Path) -> TokenFile:
 
 
 def prepare_tokens(corpus: Corpus, split: str, data_folder: str | Path = "data") -> TokenFile:
-    """Tokenises a split once and opens the result; later calls find the files and check them; damaged ones go."""
+    """Tokenises a split once and opens it; later calls open the files, damaged ones go. PicoError if it is empty."""
     folder = _token_folder(corpus, split, data_folder)
     if (folder / "meta.json").is_file():  # which is written last
         try:
@@ -946,16 +950,16 @@ def prepare_tokens(corpus: Corpus, split: str, data_folder: str | Path = "data")
     begins = np.array(starts, np.int64)
     with atomic_write(folder / "starts.bin") as temporary:
         begins.tofile(temporary)
-    meta = {"about": corpus.about, "n_words": n_words, "key": corpus.key, "checksums": [checksum, zlib.crc32(begins)]}
+    meta = {"about": corpus.about, "n_words": n_words, "checksums": [checksum, zlib.crc32(begins)]}
     write_text(folder / "meta.json", json.dumps(meta))
     return open_tokens(folder)
 
 
 def _batches(corpus: Corpus, split: str) -> Iterator[list[tuple]]:
-    """256 texts and their numbers of words at a time."""
+    """32 texts, 32M characters at most, and their numbers of words at a time."""
     with explained(f"Reading {corpus.about} failed", "Try again or choose another corpus."):
         documents = corpus.documents(split)
-        while batch := list(itertools.islice(documents, 256)):
+        while batch := list(itertools.islice(documents, 32)):
             yield list(zip(*batch, strict=True))
 
 
@@ -963,12 +967,12 @@ def count_sequences(file: TokenFile, context_length: int, max_sequences: int | N
     """Sequences in an epoch. Raises PicoError when the file is too short for one."""
     n = (len(file.tokens) - 1) // context_length
     if n < 1:
-        raise PicoError(f"{file.about} has only {len(file.tokens)} tokens; one sequence needs {context_length + 1}.")
+        raise PicoError(f"{file.about} has {len(file.tokens)} tokens, a sequence needs {context_length + 1}: add text.")
     return min(n, max_sequences or n)
 
 
 class SequenceStream(torch.utils.data.Dataset):
-    """Epoch after epoch as one endless list of sequences; item k is (context_length + 1,) int64, on `device`."""
+    """Epochs as one endless list of sequences; item k is (context_length + 1,) int64, inputs and the last target."""
 
     def __init__(
         self, file: TokenFile, context_length: int, max_sequences: int | None, seed: int, device: str = "cpu"
@@ -1056,6 +1060,8 @@ def load_checkpoint(path: str | Path, must_be_finished: bool = False) -> Checkpo
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
         found = {key: content.get(key) for key in _CHECKPOINT_FORMAT}
+    except OSError as error:
+        raise PicoError(f"Cannot read {path} ({error.strerror or error}); name a file that you may read.") from error
     except Exception as error:  # foreign bytes, and code among the weights, make the reader fail in all kinds of ways
         raise PicoError(f"{path} is not a Pico-LLM checkpoint, is cut short, or holds more than weights.") from error
     if found != _CHECKPOINT_FORMAT:
@@ -1098,7 +1104,7 @@ def load_model(path: str | Path, device: torch.device | str | None = None) -> Pi
 
 def newest_checkpoint(results: str | Path = "results") -> Path:
     """The newest finished model in `results`, else the newest unfinished one, else the shipped one, else PicoError."""
-    if own := list(Path(results).glob("pico_llm_*.pt")):
+    if own := list(Path(results).glob("pico_llm*.pt")):
         return max(own, key=lambda path: (not path.name.endswith(".partial.pt"), path.stat().st_mtime))
     if SHIPPED_CHECKPOINT.is_file():
         return SHIPPED_CHECKPOINT
@@ -1321,7 +1327,7 @@ class LossGuard:
         """Mean loss since the last call, bad steps so far; waits for the device. PicoError when the run is lost."""
         _, in_a_row, skipped, loss_sum, n_good = self.state.tolist()
         if in_a_row >= self.patience:
-            advice = "The last good checkpoint is kept; lower the learning rate or choose precision fp32"
+            advice = "The last good checkpoint is kept; a lower learning rate or precision fp32 begins anew"
             raise PicoError(f"The loss is NaN or has exploded: {self.patience} steps in a row were skipped. {advice}.")
         self.state[3:] = 0
         return loss_sum / n_good if n_good else math.nan, int(skipped)
@@ -1339,7 +1345,7 @@ def train_step(
 ) -> Tensor:
     """One update from this process's part of a batch, (B, context_length + 1); the mean loss of all, on the device."""
     rank, n_ranks = ranks()
-    micro_batches = batch.split(min(config.micro_batch_size or len(batch), len(batch)))
+    micro_batches = batch.split(config.micro_batch_size or len(batch))
     total = torch.zeros((), device=batch.device)
     for index, micro_batch in enumerate(micro_batches):
         number = rank * len(micro_batches) + index  # in the whole batch
@@ -1640,7 +1646,7 @@ class TrainingRun:
         kind, snapshots = choose_loader(self.stream, self.device), []
         batches = make_loader(kind, self.stream, config.batch_size, steps, self.device)
         if rank == 0:
-            check_writable(self.files.model.parent)  # better now than after hours
+            save_checkpoint(self.files.model, self.checkpoint())  # a full disk is found now, not after hours
             what = f"{'Resuming' if self.step else 'Training'} {config.name} at step {self.step:,} of {steps.stop:,}"
             body, everything = (f"{n / 1e6:.2f}M" for n in self.model.count_parameters())
             size = f"{body} parameters, {everything} with embeddings, from {self.started_from or 'scratch'}"
@@ -1700,7 +1706,8 @@ class TrainingRun:
         row |= {"val_loss": found and found.loss, "word_perplexity": found and found.word_perplexity}
         row |= {"learning_rate": self.optimizer.param_groups[-1]["lr"], "tokens_per_second": round(speed, 1)}  # AdamW's
         # share of the devices' 16-bit peak; time of training over all parts of a resumed run, with compilation
-        peak, memory = peak_flops(self.machine["device"]), torch.cuda.max_memory_allocated()
+        peak = peak_flops(self.machine["device"])
+        memory = torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else 0
         row["mfu"] = peak and round(speed * flops_per_token(self.model) / (peak * n_ranks), 4)
         row |= {"seconds": round(self.seconds, 2), "peak_memory_mb": round(memory / 1e6, 1) or None}
         row["skipped_steps"] = skipped  # so far, see LossGuard
@@ -1722,7 +1729,7 @@ class TrainingRun:
         except PicoError as error:  # a full disk costs this checkpoint, not the run
             if is_finished:
                 raise
-            print(f"{error} Training goes on without this checkpoint.", file=sys.stderr)
+            print(f"{error} Training goes on without this checkpoint; the one before stays.", file=sys.stderr)
 
 
 def train(
@@ -1803,11 +1810,16 @@ def _unfinished(files: RunFiles, model_config: ModelConfig, config: TrainConfig,
     free = {"checkpoint_seconds": 0.0, "text_style": "natural", "corpus": "auto", "name": "run"}
     free |= dict.fromkeys(("micro_batch_size", "compile", "loss_chunk"))
     try:
-        found, problem = load_checkpoint(files.model), "it has other settings"
+        found = load_checkpoint(files.model)
         ours, theirs = (dataclasses.replace(each, **free) for each in (config, found.train_config))
+        settings = vars(ours) | vars(model_config)
         state = found.training_state or {"corpus": corpus.key if found.corpus == corpus.about else None}
         if (state["corpus"], found.model_config, theirs) == (corpus.key, model_config, ours):
             return found
+        if not found.step:  # nothing to lose
+            return None
+        other = [name for name, value in (vars(theirs) | vars(found.model_config)).items() if value != settings[name]]
+        problem = f"it has other settings ({', '.join(other) or 'corpus'})"
     except PicoError as error:
         problem = str(error)
     if config.init_from:
@@ -2014,7 +2026,8 @@ def number(value: float, digits: int = 2) -> str:
 
 def bootstrap_interval(values: np.ndarray, seed: int, n: int = 2000) -> tuple[float, float, float]:
     """Mean of independent values with the 95 % percentile interval of the mean over resamples (Efron 1979)."""
-    means = values[np.random.default_rng(seed).integers(len(values), size=(n, len(values)))].mean(axis=1)
+    random = np.random.default_rng(seed)
+    means = [values[random.integers(len(values), size=len(values))].mean() for _ in range(n)]
     return float(values.mean()), *map(float, np.quantile(means, [0.025, 0.975]))
 
 
@@ -2038,7 +2051,7 @@ def rank_p(cost: float, random_costs: Sequence[float]) -> float:
 
 
 def random_head_sets(heads: Heads, n_layer: int, n_head: int, n: int, seed: int) -> list[Heads]:
-    """Up to n other sets of as many heads in each layer as `heads`; where fewer exist, sets in any layers follow."""
+    """Up to n other sets of as many heads in each layer, which may share some; after all of these, in any layers."""
     random, wanted = Random(seed), Counter(layer for layer, _ in heads)
     everything = list(np.ndindex(n_layer, n_head))
     found = {tuple(sorted(heads)): None}  # a dictionary keeps the order of drawing
@@ -2177,7 +2190,8 @@ def repeated_random_tokens(config: ModelConfig, counts: np.ndarray | None = None
     Only the content tells where the continuation is (Olsson et al. 2022), no fixed distance does. With the training
     tokens' `counts` only those seen at least 50 times are drawn (or the 1000 most frequent): others mean nothing yet.
     """
-    length, random, candidates = min(128, config.context_length), np.random.default_rng(seed), config.vocab_size
+    length, random = min(128, config.context_length), np.random.default_rng(seed)
+    candidates = min(config.vocab_size, Tokenizer.end_of_text + 1)
     if counts is not None:
         counts = np.asarray(counts[:candidates])
         candidates = np.argsort(-counts, kind="stable")[: max(1000, int((counts >= 50).sum()))]
@@ -2253,7 +2267,7 @@ def classify_heads(scores: Mapping[str, np.ndarray], thresholds: ScoreThresholds
     conditions = {
         "Resting": scores["rest"] < thresholds.resting,
         "Token-Specific": content > np.maximum(diagonal, local),
-        "Diagonal/Self": (diagonal > 0) & (diagonal >= thresholds.diagonal_share * scores["local"]),
+        "Diagonal/Self": (diagonal > 0) & (diagonal >= thresholds.diagonal_share * local),
         "Local Context": local > 0,
         "Global/Broad": scores["broad"] >= thresholds.broad,
     }
@@ -2278,7 +2292,7 @@ def score_heads(model: PicoLLM, idx: Tensor, token_counts: np.ndarray | None = N
     `token_counts` are those of the training tokens; those within the windows, the default, are a weak stand-in.
     """
     n_known = min(model.config.vocab_size, len(punctuation_tokens() if token_counts is None else token_counts))
-    if idx.ndim != 2 or idx.is_floating_point() or not idx.numel() or idx.max() >= n_known:
+    if idx.ndim != 2 or idx.is_floating_point() or not idx.numel() or not 0 <= idx.min() <= idx.max() < n_known:
         raise PicoError(f"idx must have the shape (n_windows, T), not be empty and hold token ids below {n_known:,}.")
     attend, repeats = functools.partial(attention_maps, model), repeated_random_tokens(model.config, token_counts)
     return head_sums(attend, list(idx.cpu()), repeats, token_counts).table()
@@ -2311,8 +2325,9 @@ def describe_emergence(history: pd.DataFrame, thresholds: ScoreThresholds) -> st
         tau, part = thresholds.tau[score], f"no {kind} appears (highest score {best[score].max():.2f}, threshold "
         reached = best.index[best[score] >= tau]
         if len(reached):
-            before = max(best.index[best.index < reached[0]], default=0)
-            part = f"the first {kind} appears between {before:,} and {reached[0]:,} {unit} (score "
+            before = best.index[best.index < reached[0]]
+            when = f"appears between {before[-1]:,} and" if len(before) else "is there when scoring begins, after"
+            part = f"the first {kind} {when} {reached[0]:,} {unit} (score "
         parts.append(f"{part}{tau:.2f})")
     return "; ".join(parts).capitalize() + "."
 
@@ -2498,8 +2513,7 @@ _LISTS = """John David James Robert Peter Paul George Henry Thomas William Richa
     | London Paris Boston Chicago Toronto Moscow Seattle Dallas Houston Atlanta Philadelphia Miami Detroit
     | river bridge church house lake station school castle forest market hospital garden village camp harbor tower gate
     road beach mountain palace museum temple hotel
-    | dog house book ship horse bird tree stone car bridge boat road tower table map letter tool machine painting
-    picture coin gun ring wall door plant animal
+    | dog house book ship horse bird tree bridge boat road tower table map letter tool painting picture coin animal
     | small large old new great simple famous common strange heavy red white young important rare strong beautiful early
     useful empty ordinary expensive | these those two three several many | near behind beside
     | often always sometimes usually still | really truly clearly actually certainly | now today here there
@@ -2509,9 +2523,9 @@ _LISTS = """John David James Robert Peter Paul George Henry Thomas William Richa
     | blamed hurt killed saved helped defended described praised protected trusted | found seen heard sent brought lost
     | work:worked live:lived play:played sing:sang stop:stopped wait:waited stay:stayed rest:rested build:built
     help:helped walk:walked hunt:hunted study:studied travel:traveled train:trained look:looked
-    | any:some anything:something anyone:someone | knowledge fear awareness lack love | importance {knowledge}
-    | interest:in belief:in faith:in confidence:in reliance:on emphasis:on focus:on dependence:on resistance:to
-    opposition:to access:to need:for demand:for desire:for support:for respect:for"""
+    | any:some anything:something anyone:someone | knowledge fear awareness lack | importance {knowledge}
+    | interest:in belief:in faith:in confidence:in reliance:on emphasis:on focus:on dependence:on opposition:to
+    access:to need:for demand:for desire:for"""
 # what a {word} of a sentence is drawn from, by its first word; each is one GPT-2 token, a colon joins two drawn as one
 WORDS = {words.split()[0]: words.split() for words in _LISTS.split("|")}
 WORDS["Anna"] = WORDS["John"] + WORDS["Mary"]
@@ -2534,8 +2548,8 @@ class Phenomenon(NamedTuple):
 PHENOMENA: dict[str, Phenomenon] = {
     "determiner-noun": Phenomenon(
         "Determiners and nouns are linked: a noun agrees with its determiner in number, across an adjective.",
-        "'What Anna saw was a really old car / *cars'. A causal model can only look back from the noun. The distractor "
-        "is an adverb: the test tells a determiner from an adverb, not from every function word.",
+        "'What Anna saw was a really old ship / *ships'. After a plural the wrong word might begin a compound ('ship "
+        "parts'). The distractor is an adverb: the test tells determiners from adverbs, not from all function words.",
         "Anna small saw really dog these",
         """What {Anna} {saw} was <[a] ({really})|({really}) [a]> {small} {dog} / {dog}s
         What {Anna} {saw} was <({really}) [{these}]|[{these}] ({really})> {small} {dog}s / {dog}""",
@@ -2549,7 +2563,7 @@ PHENOMENA: dict[str, Phenomenon] = {
     ),
     "coreference": Phenomenon(
         "Pronouns look at the people they stand for: 'John said that he'.",
-        "'John from London said that he / *she': with a city as distractor, it shows no choice between two people.",
+        "'John from London said that he / she': 'she' is unusual rather than wrong, and a city no rival for a pronoun.",
         "London said writer John Mary",
         """[{<John|Mary>}] from ({London}) {said} that <he|she> / <she|he>
         ({London}) {writer} [{<Mary|John>}] {said} that <she|he> / <he|she>""",
@@ -2574,7 +2588,7 @@ PHENOMENA: dict[str, Phenomenon] = {
     "question": Phenomenon(
         "Questions keep track of their auxiliary: after 'did' the verb is bare.",
         "'Where did the boy near the river often work / *worked', 'Where near the river did the boy often work'. The "
-        "distractor, a preposition, has no bearing on the verb. The first word alone tells questions from statements.",
+        "distractor, a preposition, has no bearing. A 'did' near the verb is enough for 75%, the first word for all.",
         "boy river near often work:worked Where",
         """{Where} [did] the {boy} ({near}) the {river} {often} {work} / {worked}
         {Where} ({near}) the {river} [did] the {boy} {often} {work} / {worked}
@@ -2723,9 +2737,8 @@ def verdict(e: NamedTuple) -> tuple[str, str]:
     looks += f"p = {e.p_value:.2g}; untrained models at most {untrained})"
     drop, low, high, at_random = map(number, (e.margin_drop, e.margin_low, e.margin_high, e.random_margin_drop))
     needs = f"without them the right word loses {drop} nats of its lead ({low} to {high}), "
-    needs += f"without as many random heads {at_random} (p = {e.needs_p_value:.2g} by rank among {e.n_random_sets})"
-    if not e.n_random_sets:
-        needs = "there are too few other sets of as many heads to compare what ablating them costs"
+    ranked = f"without as many random heads {at_random} (p = {e.needs_p_value:.2g} by rank among {e.n_random_sets})"
+    needs += ranked if e.n_random_sets else "and there are too few other sets of as many heads to compare with"
     links = [(prefers, _prefers(e), e.accuracy_high < NULL_ACCURACY)]  # (found, whether it holds, is refuted if not)
     links += [(looks, _looks(e), e.attention_high < NULL_ATTENTION)]
     if _prefers(e) and _looks(e):
@@ -2822,7 +2835,7 @@ def _study_scores(
     thresholds, own, categories = score_thresholds(*untrained), on_sentences["trained"], []
     ends = np.cumsum([len(members) for members in sentences.values()])
     for category, of_texts in zip(sentences, np.split(own.texts, ends[:-1], axis=1), strict=True):
-        classes = HeadSums(of_texts, own.repeats).table(thresholds)["class"]  # on this category's sentences alone
+        classes = HeadSums(of_texts, 0 * own.repeats).table(thresholds)["class"]  # without repeats, so no induction
         categories += [(category, name, float((classes == name).mean())) for name in HEAD_CLASSES]
 
     def of_models(tables: Iterable[pd.DataFrame]) -> pd.DataFrame:
@@ -2858,6 +2871,8 @@ def study_model(
     Ablations read about 2,000 tokens and predict the last ones of each window. Raises PicoError for too little text.
     """
     check_windows(windows)  # now, not after minutes
+    if not sentences or not all(texts and not isinstance(texts, str) for texts in sentences.values()) or n_seeds < 1:
+        raise PicoError("A study needs a list of sentences for each category, and one untrained model or more.")
     ablated = windows[: max(2, 2048 // windows.shape[1])]
     seeds = range(1000, 1000 + n_seeds)  # the model's own is hardly among them
 
@@ -2895,13 +2910,9 @@ def study_model(
 # ======================================================================================================================
 
 CLASS_COLORS = dict(zip(HEAD_CLASSES, ("#0d3a86", "#3d78e6", "#d05a00", "#00763a", "#7a7a7a", "#222222"), strict=True))
-MODEL_NAMES = {  # the models of Study.shares and .baselines
-    "trained": "this model",
-    "shuffled": "this model, shuffled tokens",
-    "uniform": "uniform head",
-    "untrained": "untrained models",
-}
-MODEL_COLORS = {"trained": "#000000", "shuffled": "#8a5a00", "untrained": "#a3347f", "uniform": "#007a8a"}
+MODEL_NAMES = {"trained": "this model", "shuffled": "this model, shuffled tokens"}  # of Study.shares and .baselines
+MODEL_NAMES |= {"uniform": "uniform head", "untrained": "untrained models"}
+MODEL_COLORS = {"shuffled": "#8a5a00", "untrained": "#a3347f", "uniform": "#007a8a"}
 GREY = "#767676"  # thresholds and random sets
 LOOKS_AT = {  # a score, what a head of a high score looks at, and the class that it belongs to
     "previous": ("the previous token", "Diagonal/Self"),
@@ -3188,11 +3199,12 @@ def plot_class_grid(scores: pd.DataFrame) -> Figure:
 
 def plot_class_bars(shares: pd.DataFrame) -> Figure:
     """Black line below a bar: where the first three classes, the specialised heads, may end (95% interval over texts;
-    for untrained models the range over seeds). Few short sentences tell classes apart less well than held-out text.
+    for untrained models the range over seeds). Few short sentences tell classes apart less well, induction not at all.
     """
     by = "category" if "category" in shares else "model"
     names = shares[by].unique()
     table = shares.pivot(index=by, columns="class", values=["share", "low", "high"]).loc[names].rename(MODEL_NAMES)
+    table = table.rename(lambda name: name.replace("$", r"\$"))  # no formula
     figure, axes = new_figure(8, 1.5 + 0.38 * len(names))
     shares, start = table["share"].reindex(columns=HEAD_CLASSES).fillna(0), np.zeros(len(names))
     for name, widths in shares.items():
@@ -3331,10 +3343,7 @@ def sentence_pictures(captures: Sequence[AttentionCapture], heads: Heads, scores
 
 
 def draw_study(study: Study, captures: Mapping[str, Sequence[AttentionCapture]], folder: str | Path) -> list[Picture]:
-    """Draws every picture of the study into `folder`, with a progress bar; pictures of the model first.
-
-    `captures` maps each category to its sentences.
-    """
+    """Draws every picture of the study, with a progress bar: those of the model first, then by category of captures."""
     heads, pictures = choose_heads(study.scores), []
     plans = [("Model", "model", *plan) for plan in model_pictures(study)]
     for index, (category, members) in enumerate(captures.items(), start=1):
@@ -3547,17 +3556,15 @@ def _links_in_words(row: Mapping) -> dict[str, str]:
 
 def write_report(path: str | Path, findings: dict, pictures: Sequence[Picture]) -> Path:
     """Writes the report as one HTML page. `findings` as of `study_findings`, `pictures` as of `draw_study`."""
-    limits = pd.json_normalize(findings["thresholds"] | findings["settings"]).iloc[0]
-    limits = [
-        {"name": re.sub(r"^tau\.", "threshold of ", n).replace("_", " "), "value": str(v)} for n, v in limits.items()
-    ]
+    limits = pd.json_normalize(findings["thresholds"] | findings["settings"]).iloc[0].map(str).rename_axis("name")
+    limits = limits.rename(lambda name: re.sub(r"^tau\.", "threshold of ", name).replace("_", " "))
     order = {name: place for place, name in enumerate(HEAD_CLASSES)}
     heads = sorted(findings["head_scores"], key=lambda row: (order[row["class"]], -max(row[k] or 0 for k in KAPPAS)))
     losses = sorted(findings["ablation"], key=lambda row: -row["loss_increase"])
     losses = [row | {"beyond_noise": "yes" * row["matters"], "nats_per_token": row["loss_increase"]} for row in losses]
     language = "phenomenon verdict prefers_the_right_word heads look_at_the_target margin_lost_without_them n_items"
     tables = {  # title and HTML, by the section that folds them
-        "run": ("Thresholds and settings", _table(limits, "name value", 3)),
+        "run": ("Thresholds and settings", _table(limits.reset_index(name="value"), "name value", 3)),
         "Heads": ("Scores of every head", _table(heads, f"head class {' '.join(HEAD_SCORES)}")),
         "Ablation": ("Loss without each head", _table(losses, "head nats_per_token standard_error beyond_noise", 3)),
     }
@@ -3794,7 +3801,7 @@ def tensorrt_packages(torch_version: str, cuda: str, requires: Callable[[str], l
     yield [f"{option}=https://download.pytorch.org/whl/cu{cuda.replace('.', '')}", f"torch-tensorrt=={minor}.*"]
     wanted = [r for r in requires("torch_tensorrt") if re.match(rf"tensorrt-cu{cuda[:2]}|dllist|psutil|filelock", r)]
     if not any("-libs" in requirement for requirement in wanted):
-        raise PicoError(f"This Torch-TensorRT is not for CUDA {cuda}: pip uninstall torch-tensorrt, then try again.")
+        raise PicoError(f"Torch-TensorRT is not for CUDA {cuda}: uninstall it, then try again (ARM: install tensorrt).")
     yield ["--extra-index-url=https://pypi.nvidia.com", *wanted]
 
 
@@ -3857,10 +3864,10 @@ def compile_tensorrt(
             parts = [name for name, _ in module.named_children() if "_run_on_" in name]
             if parts and not any("_run_on_gpu" in name for name in parts):
                 return Engine(module, longest, model.config.vocab_size)
-            reason = f"TensorRT did not take the whole model, parts: {parts}"
+            reason += f" Exported on {device}: TensorRT did not take the whole model, parts: {parts}."
         except Exception as error:  # builders raise all kinds
-            reason = first_line(error)
-    raise PicoError(f"The TensorRT engine cannot be built. {reason}")
+            reason += f" Exported on {device}: {first_line(error)[:120]}"
+    raise PicoError(f"The TensorRT engine cannot be built.{reason}")
 
 
 def save_engine(engine: Engine | torch.export.ExportedProgram, path: str | Path) -> Path:
@@ -3869,19 +3876,19 @@ def save_engine(engine: Engine | torch.export.ExportedProgram, path: str | Path)
     with atomic_write(path) as temporary:
         if isinstance(engine, Engine):
             about = {"built_for": engine_target(), "shape": engine.shape, "vocab_size": engine.vocab_size}
-            write_text(path.with_suffix(".json"), json.dumps(about))
             example = torch.zeros(engine.shape, dtype=torch.int64, device="cuda")
             trt = importlib.import_module("torch_tensorrt")
             trt.save(engine.module, str(temporary), output_format="torchscript", arg_inputs=[example], retrace=False)
+            write_text(path.with_suffix(".json"), json.dumps(about))
         else:
             torch.export.save(engine, str(temporary))
     return path
 
 
-def load_engine(path: Path) -> Engine:
+def load_engine(path: str | Path) -> Engine:
     """Loads what `save_engine` wrote. Raises PicoError for a missing or damaged file and an engine for elsewhere."""
     try:
-        if path.suffix == ".pt2":
+        if (path := Path(path)).suffix == ".pt2":
             return Engine(torch.export.load(path).module())
         about = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
         if about["built_for"] != engine_target():
@@ -4017,7 +4024,7 @@ def benchmark(
 
     All pass the accuracy gate first, or the reason is their `status`. Then they take turns, so that heat and clocks hit
     them alike, for `seconds` each at each shape. The table so far is written to `path` after each shape; `speedup` is
-    over the baseline, `vs_best_pytorch` over the fastest PyTorch row, `build_s` has the first call.
+    over the baseline, `vs_best_pytorch` over the fastest PyTorch row; `build_s` has installation and first call.
     """
     device, limit, longest = model.rope_cos.device, model.config.max_positions, max(length for _, length in shapes)
     if min(map(min, shapes)) < 1 or longest > limit or not 0 < seconds < math.inf:
@@ -4073,16 +4080,18 @@ def advanced_tensorrt_optimization_demo(
     be asked for TensorRT. In `results`: inference_benchmark.*, pico_llm_*.pt2 (exported), pico_llm_trt_*.ts (engines).
     """
     results, on_gpu, longest = Path(results), torch.cuda.is_available(), max(sequence_lengths)
+    check_writable(results)
     batch_sizes = batch_sizes or ((1, 8, 32) if on_gpu else (1,))
     model = copy.deepcopy(model).to(default_device(), torch.float32)
     ways = make_variants(model, max(batch_sizes), longest, install)
-    wanted = [way for way in ways if any(word.lower() in way.name.lower() for word in variants or [""])]
-    if not wanted:
-        raise PicoError(f"No row is called {' or '.join(variants)}; choose of: {'; '.join(w.name for w in ways)}.")
-    ways = [way for way in ways if way in wanted or way.name == BASELINE]
+    words = [word.lower() for word in variants or [""]]
+    if unknown := [word for word in words if not any(word in way.name.lower() for way in ways)]:
+        raise PicoError(f"No row is called {' or '.join(unknown)}; choose of: {'; '.join(w.name for w in ways)}.")
+    ways = [way for way in ways if way.name == BASELINE or any(word in way.name.lower() for word in words)]
     headline, path = (min(batch_sizes), longest), results / "inference_benchmark.csv"
-    shapes = sorted(itertools.product(batch_sizes, sequence_lengths), key=lambda shape: shape != headline)
-    frame = benchmark(model, file, ways, shapes, seconds or (1.0 if on_gpu else 0.5), path)
+    shapes = sorted({*itertools.product(batch_sizes, sequence_lengths)}, key=lambda shape: (shape != headline, shape))
+    seconds = (1.0 if on_gpu else 0.5) if seconds is None else seconds
+    frame = benchmark(model, file, ways, shapes, seconds, path)
     save_figure(plot_benchmark(frame), path.with_suffix(""))
     for best in frame[(frame.batch == headline[0]) & (frame.length == longest)].nsmallest(1, "p50_ms").itertuples():
         speed = f"{best.p50_ms:.3g} ms, {best.speedup:.2f} times as fast as {BASELINE}"
@@ -4192,7 +4201,7 @@ def _live_loss_curve() -> Callable[[list[dict]], None] | None:
         return None
     from IPython.display import HTML, display
 
-    handle = display(HTML(), display_id=True)
+    handle = display(HTML(""), display_id=True)
 
     def draw(rows: list[dict]) -> None:
         if rows[-1]["val_loss"] is not None:
@@ -4223,7 +4232,7 @@ def head_history(path: Path, saved: Checkpoint) -> list[dict]:
 
 
 def run_training(
-    preset: str | None = None,
+    preset: str | Path | None = None,
     results: str | Path = "results",
     data_folder: str | Path = "data",
     study: Sentences | None = None,
@@ -4234,15 +4243,18 @@ def run_training(
     `study`: sentences for `run_analysis`, which then follows. Under torchrun only the first process has files.
     """
     results, before, earlier = Path(results), 0, []
-    if preset and preset.endswith(".pt"):
+    if preset and str(preset).endswith(".pt"):
         saved, preset = load_checkpoint(preset), None
-        changes = vars(saved.model_config) | vars(saved.train_config) | changes
+        changes = vars(saved.model_config) | vars(saved.train_config) | {"init_from": None} | changes
     chosen = get_preset(preset).with_changes(changes)
-    if chosen.train.init_from:
-        origin = load_checkpoint(chosen.train.init_from)
+    partial = run_files(results, f"{chosen.train.name}.partial")
+    if start := chosen.train.init_from:
+        under_way = partial.model.exists() and not Path(start).expanduser().exists()  # then it is needed no more
+        origin = load_checkpoint(partial.model if under_way else start, must_be_finished=not under_way)
         chosen = chosen._replace(model=origin.model_config).with_changes(changes)  # the shape is the same
-        before, earlier = tokens_at(origin, origin.step), head_history(Path(chosen.train.init_from), origin)
-    config, partial = chosen.train, run_files(results, f"{chosen.train.name}.partial")
+        before = tokens_at(origin, 0 if under_way else origin.step)
+        earlier = [] if under_way else [row for row in head_history(Path(start), origin) if row["tokens"] < before]
+    config = chosen.train
     if int(os.environ.get("RANK", 0)) > 0:
         train(chosen.model, config, results, data_folder)
         return []
@@ -4303,8 +4315,9 @@ def open_corpus(
     None is what the model was trained on or, where that is out of reach, what this machine has, which a line then says.
     """
     config = checkpoint.train_config
+    fraction = None if corpus in ("auto", "wikitext103", "offline") else config.corpus_fraction
     try:
-        chosen = choose_corpus(corpus or config.corpus, config.corpus_fraction, data_folder, config.text_style)
+        chosen = choose_corpus(corpus or config.corpus, fraction, data_folder, config.text_style)
     except PicoError as error:
         if corpus:
             raise
@@ -4340,31 +4353,32 @@ def run_analysis(
     about = {"Model": f"{path.name}: {n / 1e6:.2f}M parameters without embeddings, {heads}", "Trained on": trained_on}
     about["Held-out text"] = held_out
     findings = study_findings(study, about) | {"measured": measured_on(default_device())}
+    text = json.dumps(findings, indent=1, ensure_ascii=False, allow_nan=False)
+    tables = [write_text(results / "findings.json", text + "\n")]
+    tables += [write_csv(results / "head_scores.csv", study.scores.to_dict("records"))]
     remove_old_pictures(results / "attention")
     pictures = draw_study(study, captures, results / "attention")
     print(*findings["headline"], sep="\n")
     return [
         write_report(results / "attention_report.html", findings, pictures),
         write_explorer(results / "attention_explorer.html", captures, study.scores),
-        write_text(
-            results / "findings.json", json.dumps(findings, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-        ),
-        write_csv(results / "head_scores.csv", study.scores.to_dict("records")),
+        *tables,
         *(picture.path for picture in pictures),
     ]
 
 
 def explore(texts: Sequence[str], checkpoint: str | Path | None = None, results: str | Path = "results") -> list[Path]:
-    """Writes the interactive page of any sentences. Raises PicoError for one that is empty or too long."""
+    """Writes the interactive page of any sentences, or one. Raises PicoError for one that is empty or too long."""
     saved = load_checkpoint(path := Path(checkpoint or newest_checkpoint(results)))
     model = model_from_checkpoint(saved)
+    texts = [texts] if isinstance(texts, str) else texts
     captures = {"Your sentences": [capture_attention(model, text) for text in texts]}
     rows = [row for row in head_history(path, saved) if row["tokens"] == tokens_at(saved, saved.step)]
     return [write_explorer(Path(results) / "my_explorer.html", captures, pd.DataFrame(rows) if rows else None)]
 
 
 def publish(
-    checkpoint: str | Path | None = None, results: str | Path = "results/pretrained", data_note: str = "", **source
+    checkpoint: str | Path | None = None, results: str | Path = "results/published", data_note: str = "", **source
 ) -> list[Path]:
     """Writes all that a reader of a trained model (default: the newest) needs to the folder `results`.
 
@@ -4470,7 +4484,8 @@ def offer_download(results: str | Path = "results") -> None:
 
 def _generate(prompt: str, checkpoint: str | None, results: str, **sampling) -> None:
     model = load_model(checkpoint or newest_checkpoint(results))
-    for piece in itertools.chain([prompt], stream_text(model, prompt, **sampling), ["\n"]):
+    pieces = stream_text(model, prompt, **sampling)
+    for piece in itertools.chain([prompt + next(pieces, "")], pieces, ["\n"]):  # after an error nothing
         print(piece, end="", flush=True)
 
 
@@ -4537,7 +4552,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         for name, (run, about, names) in _COMMANDS.items():
             sub = commands.add_parser(name, help=about, description=about, usage=argparse.SUPPRESS)
-            sub.set_defaults(run=run, results="results/pretrained" if name == "publish" else "results")
+            sub.set_defaults(run=run, results="results/published" if name == "publish" else "results")
             sub.add_argument("--results", "--out", help="folder for the files [%(default)s]")
             names += " --preset" if name in ("train", "both") else " --checkpoint"
             names += " --data-folder" if "--preset" in names or "--corpus" in names else ""
@@ -4572,8 +4587,7 @@ _PAGE_HTML = """<!doctype html>
   content="default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'">
 <style>{{ style|safe }}</style>
 </head><body><main>
-<h1>{{ title }}</h1>
-{{ body|safe }}
+<h1>{{ title }}</h1>{{ body|safe }}
 </main></body></html>
 """
 
@@ -4586,8 +4600,7 @@ _PAGE_CSS = """
 body { margin: 0 auto; max-width: 66rem; padding: 1rem 1.25rem 4rem; background: var(--back); color: var(--text);
   font: 1rem/1.55 system-ui, sans-serif; }
 h2 { font-size: 1.3rem; margin: 2.5rem 0 .5rem; padding-top: .5rem; border-top: 1px solid var(--line); }
-h1 { font-size: 1.7rem; line-height: 1.25; } a { color: var(--link); }
-p, li { max-width: 46rem; }
+h1 { font-size: 1.7rem; line-height: 1.25; } a { color: var(--link); } p, li { max-width: 46rem; }
 code { background: var(--panel); padding: .1em .3em; border-radius: 3px; overflow-wrap: anywhere; }
 """
 
@@ -4596,15 +4609,13 @@ figure { margin: 1rem 0; overflow-x: auto; }
 figure img { max-width: 100%; min-width: 34rem; box-sizing: border-box; border: 1px solid var(--line); }
 figcaption, .evidence { color: var(--soft); font-size: .9rem; position: sticky; left: 0; white-space: pre-line; }
 .lead { background: var(--panel); border-radius: 6px; padding: .25rem 1rem; font-size: 1.05rem; max-width: 46rem; }
-nav ul { columns: 2; max-width: 40rem; padding-left: 1.25rem; }
+nav ul { columns: 2; max-width: 40rem; padding-left: 1.25rem; } .scroll { overflow: auto; max-height: 32rem; }
 .statement { border-left: 4px solid var(--line); margin: .75rem 0; padding-left: .75rem; }
-.statement p { margin: .15rem 0; }
 .supported { border-color: #009e73; } .undecided { border-color: #e69f00; } .not { border-color: #999999; }
-.scroll { overflow: auto; max-height: 32rem; }
 table { border-collapse: collapse; font-size: .88rem; font-variant-numeric: tabular-nums; }
 th, td { border-bottom: 1px solid var(--line); padding: .2rem .6rem; text-align: right; vertical-align: top; }
 th:first-child, td:first-child { text-align: left; }
-details { margin: .75rem 0; } summary { cursor: pointer; font-weight: 600; }
+details { margin: .75rem 0; } summary { cursor: pointer; font-weight: 600; } .statement p { margin: .15rem 0; }
 """
 
 _REPORT_HTML = """{# anchor or topic of statements, title, pictures of the model, text #}
@@ -4670,18 +4681,13 @@ and how much of that an untrained model would show as well.</p>
 {% for picture in examples if anchor == "read" %}{{ show(picture) }}{% endfor %}
 {% for row in findings.statements if row.topic == anchor %}
 <div class="statement {{ row.verdict }}"><p><strong>{{ row.verdict|capitalize }}</strong> · {{ row.claim }}</p>
-<p class="evidence">{{ row.evidence }}</p></div>
-{% endfor %}
+<p class="evidence">{{ row.evidence }}</p></div>{% endfor %}
 {% for picture in pictures if picture.group == "Model" and picture.path.stem in names %}{{ show(picture) }}{% endfor %}
 {% for name in pictures|map(attribute="group")|unique if anchor == "sentences" and name != "Model" %}
 <details><summary>{{ name }}</summary>
-{% for picture in pictures if picture.group == name %}{{ show(picture) }}{% endfor %}
-</details>
-{% endfor %}
-{% if anchor in tables %}
-<details><summary>{{ tables[anchor][0] }}</summary>
-<div class="scroll" tabindex="0">{{ tables[anchor][1]|safe }}</div></details>
-{% endif %}
+{% for picture in pictures if picture.group == name %}{{ show(picture) }}{% endfor %}</details>{% endfor %}
+{% if anchor in tables %}<details><summary>{{ tables[anchor][0] }}</summary>
+<div class="scroll" tabindex="0">{{ tables[anchor][1]|safe }}</div></details>{% endif %}
 {% endfor %}"""
 
 _EXPLORER_PAGE_HTML = """
@@ -4709,8 +4715,7 @@ shows that head beside the first.</p>
 <div class="pico-panels">
 {% for panel in range(2) %}
 <figure class="pico-panel"><figcaption><strong></strong> <span></span> <small></small></figcaption>
-<canvas role="img" tabindex="0"></canvas></figure>
-{% endfor %}
+<canvas role="img" tabindex="0"></canvas></figure>{% endfor %}
 <div><p class="pico-scale">looks 0% <i class="pico-bar"></i> 100% &emsp;<i></i> comes later</p>
 <div class="pico-thumbs" role="group" aria-label="All heads: a row for each layer" style="--pico-heads: {{ n_head }}">
 <span></span>{% for head in range(n_head) %}<span>H{{ head }}</span>{% endfor %}
@@ -4718,8 +4723,7 @@ shows that head beside the first.</p>
 {% if loop.index0 % n_head == 0 %}<span>L{{ loop.index0 // n_head }}</span>{% endif %}
 <button type="button" title="{{ head.name }} {{ head.does }}"><canvas></canvas></button>
 {% endfor %}
-</div></div>
-</div>
+</div></div></div>
 <div class="pico-tip" hidden></div><script>{{ script|safe }}</script>
 </div>"""
 
@@ -4744,9 +4748,8 @@ _EXPLORER_CSS = """
   & small, .pico-help { display: block; color: var(--pico-soft); font-size: .9em; max-width: 46rem; }
   [data-active] strong { border-bottom: 3px solid var(--pico-mark); }
   .pico-panel canvas { display: block; margin-top: .4rem; max-width: 100%; cursor: crosshair; }
-  .pico-scale { font-size: .85em; margin: .3rem 0; }
+  .pico-scale { font-size: .85em; margin: .3rem 0; } .pico-scale .pico-bar { width: 7em; }
   .pico-scale i { display: inline-block; width: .9em; height: .9em; background: var(--pico-none); }
-  .pico-scale .pico-bar { width: 7em; }
   .pico-thumbs { display: grid; grid-template-columns: auto repeat(var(--pico-heads), minmax(0, 64px)); gap: 2px;
     justify-content: start; place-items: center; font-size: .8em; color: var(--pico-soft); }
   .pico-thumbs button { padding: 0; line-height: 0; width: 100%; cursor: pointer; }
@@ -4789,7 +4792,6 @@ document.querySelectorAll(".pico-explorer:not([data-started])").forEach((root) =
   function looks(head, row) {
     return Array.from({ length: row + 1 }, (_, key) => [weight(head, row, key), key]).sort((a, b) => b[0] - a[0]);
   }
-
   const describe = (head, row, key) => `${word(row)} looks at ${word(key)}: ${percent(weight(head, row, key))}`;
 
   // the small map of a head: a pixel a weight, clear where no token can look
@@ -4911,9 +4913,7 @@ document.querySelectorAll(".pico-explorer:not([data-started])").forEach((root) =
     const other = data.telling.find((head) => head !== state.heads[0]) ?? 0;
     update({ heads: [state.heads[0], event.target.checked ? other : -1], active: 0 });
   };
-  thumbs.forEach((button, head) => {
-    button.onclick = (event) => pickHead(head, event.shiftKey ? 1 : state.active);
-  });
+  thumbs.forEach((button, head) => (button.onclick = (event) => pickHead(head, event.shiftKey ? 1 : state.active)));
   panels.forEach((panel, i) => {
     const canvas = panel.querySelector("canvas");
     const cellAt = (event) => {
@@ -4924,8 +4924,7 @@ document.querySelectorAll(".pico-explorer:not([data-started])").forEach((root) =
     canvas.onpointermove = (event) => {
       const [row, key] = cellAt(event);
       if (row !== undefined && event.pointerType !== "touch") point(row);
-      tip.hidden = !(key >= 0);
-      if (tip.hidden) return;
+      if ((tip.hidden = !(key >= 0))) return;
       tip.textContent = describe(state.heads[i], row, key);
       tip.style.left = `${clamp(event.clientX + 14, 0, window.innerWidth - tip.offsetWidth - 4)}px`;
       tip.style.top = `${event.clientY + 18}px`;
@@ -4956,8 +4955,7 @@ document.querySelectorAll(".pico-explorer:not([data-started])").forEach((root) =
 _MODEL_CARD = """# Pico-LLM, {parameters[0]:,} parameters
 
 A decoder-only transformer of {parameters[0]:,} parameters without embeddings, {parameters[1]:,} with them:
-{saved.model_config.n_layer} layers of {saved.model_config.n_head} heads, GPT-2's vocabulary. `pico_llm.pt`
-holds its weights in FP16.
+{saved.model_config.n_layer} layers of {saved.model_config.n_head} heads, GPT-2's vocabulary, weights in FP16.
 
 ## Training
 
@@ -4988,6 +4986,8 @@ print(pico.generate(model, "The city was founded in"))
 ```
 
 ## How it was made
+
+Add `--corpus` and `--init-from` where the table names a folder or a model: with where they lie.
 
 ```bash
 python pico_helpers.py train --preset {place}/pico_llm.pt

@@ -421,8 +421,8 @@ def start_all(
     preset = preset.with_changes({"compile": pico.choose_compile(preset.train.compile, device, flops)})
     contestants, sizes = [], dict.fromkeys(options.batch_sizes or [preset.train.batch_size])
     for size, (kind, name, loader) in itertools.product(sizes, kinds):
-        sized = preset.with_changes({"batch_size": size})
         try:
+            sized = preset.with_changes({"batch_size": size})
             with pico.readable_errors(sized.train):
                 contestant = kind(name, loader, sized, stream, device, options.workers)
                 contestant.warm_up(options.warmup)
@@ -468,6 +468,7 @@ def main(arguments: list[str] | None = None) -> int:
     device = pico.default_device()
     settings = ("corpus", "precision", "compile", "micro_batch_size", "loss_chunk", "context_length", "dropout")
     given = {name: getattr(options, name) for name in settings if getattr(options, name) is not None}
+    given |= {"batch_size": options.batch_sizes[0]} if options.batch_sizes else {}
     try:
         preset = pico.get_preset(options.preset).with_changes(given)
         pico.check_writable(options.out)
@@ -478,7 +479,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"Error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("Interrupted. Recipes that had ended are in recipes.csv.")
+        print("Interrupted." + " Recipes that had ended are in recipes.csv." * options.recipes)
         return 130
     return 0
 

@@ -63,8 +63,9 @@ def test_rows_are_grouped_to_articles_and_words_counted_the_wikitext_way():
         assert list(pico.group_rows(rows)) == list(zip(filter(None, rows), numbers, strict=True))
     # an article never exceeds a million characters
     rows = [" = Title = \n", *(" word" * 1999 + " \n" for _ in range(400))]  # 4M characters in one article
-    sizes = list(map(len, texts_of(pico.group_rows(rows))))
-    assert len(sizes) >= 4 and max(sizes) <= 1_000_000 and sum(sizes) == sum(map(len, rows))
+    for given in (rows, ["x" * 3_200_000, "a second text"]):
+        sizes = list(map(len, texts_of(pico.group_rows(given))))
+        assert len(sizes) >= 4 and max(sizes) <= 1_000_000 and sum(sizes) == sum(map(len, given))
 
 
 def test_offline_corpus_says_what_it_is_and_holds_out_two_percent(monkeypatch):

@@ -167,6 +167,8 @@ def test_emergence_shows_the_best_heads_by_tokens_what_it_means_and_a_legend_of_
     assert words.startswith("The first previous-token head appears between 640 and 6,400 tokens of training (score")
     assert words.endswith("(score 0.30); no induction head appears (highest score 0.20, threshold 0.30).")
     assert pico.plot_head_emergence(history).axes[0].get_xlabel() == "step"
+    words = pico.describe_emergence(history[history["step"] >= 100], pico.ScoreThresholds())
+    assert words.startswith("The first previous-token head is there when scoring begins, after 100 steps (score")
 
 
 def test_pie_and_grid_show_each_head_in_its_class():

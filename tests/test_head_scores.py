@@ -495,6 +495,9 @@ def test_comparisons_and_the_study_need_two_windows_of_three_tokens_and_readable
     for text, message in {"": "is empty", "word " * 200: "the model reads 128"}.items():
         with pytest.raises(ph.PicoError, match=message):
             ph.study_model(ph.PicoLLM(TEXT_CONFIG), {"One": [text]}, random_windows(2, 24))
+    for sentences in ({}, {"One": []}, {"One": "a text"}):
+        with pytest.raises(ph.PicoError, match="needs a list of sentences for each category"):
+            ph.study_model(ph.PicoLLM(TEXT_CONFIG), sentences, random_windows(2, 24))
 
 
 def test_study_bounds_the_predictions_of_its_ablations(monkeypatch):

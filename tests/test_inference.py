@@ -128,7 +128,7 @@ def test_exported_program_has_dynamic_shapes_and_the_same_logits_also_without_th
     script = 'import torch as t; t.save(t.export.load("model.pt2").module()(t.load("idx.pt")), "out.pt")'
     subprocess.run([sys.executable, "-I", "-c", script], cwd=tmp_path, check=True, capture_output=True)
     torch.testing.assert_close(torch.load(tmp_path / "out.pt"), expected, atol=2e-5, rtol=0)
-    assert check_accuracy(model, load_engine(path), tokens)["max_difference"] < 1e-5
+    assert check_accuracy(model, load_engine(str(path)), tokens)["max_difference"] < 1e-5
     content = path.read_bytes()
     for damaged in (content[: len(content) // 2], b"x" * len(content)):
         path.write_bytes(damaged)
@@ -372,7 +372,11 @@ def test_demo_chooses_and_an_interruption_leaves_what_was_timed(ways, monkeypatc
     monkeypatch.setattr(pico, "make_variants", lambda *_: ways)
     monkeypatch.setattr(pico, "time_shape", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        pico.advanced_tensorrt_optimization_demo(model, file, (2, 1), (16, 8), tmp_path, seconds=1, variants=["FAST"])
+        pico.advanced_tensorrt_optimization_demo(
+            model, file, (2, 1), (16, 8, 16), tmp_path, seconds=1, variants=["FAST"]
+        )
+    with pytest.raises(pico.PicoError, match="No row is called slow; choose of"):
+        pico.advanced_tensorrt_optimization_demo(model, file, results=tmp_path, variants=["FAST", "slow"])
     table = pd.read_csv(tmp_path / "inference_benchmark.csv")[["batch", "length", "variant"]].values.tolist()
     rows = [pico.BASELINE, "fast"]  # the headline comes first
     assert table == [[1, 16, name] for name in (*rows, "fast, one shape")] + [[2, 16, name] for name in rows]

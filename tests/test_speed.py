@@ -632,6 +632,8 @@ def test_batch_sizes_share_a_table_and_lack_of_memory_costs_a_row(tiny_preset, t
     rows = read_rows(tmp_path / "profile.csv")
     assert [(row["name"], row["loss_chunk"]) for row in rows] == [(f"naive, batch {n}", "9000") for n in (2, 4)]
     assert "naive, batch 8: left out. Out of memory with 8 sequences" in capsys.readouterr().out
+    assert profile.main([*options, "--micro-batch-size", "3", "--batch-sizes", "3", "4"]) == 0
+    assert "naive, batch 4: left out. batch_size must be a multiple of micro_batch_size" in capsys.readouterr().out
     assert profile.main([*tiny_preset, "--loader", "naive", "--batch-sizes", "8"]) == 1
     assert "Nothing could be measured" in capsys.readouterr().err
 

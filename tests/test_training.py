@@ -72,11 +72,13 @@ def test_a_file_with_numpy_numbers_and_half_precision_weights_is_read(finished, 
     saved = pico.load_checkpoint(finished.checkpoint)
     config = dataclasses.replace(tiny_config, dropout=np.float64(0.25), n_head=np.int64(2))
     train = dataclasses.replace(settings, learning_rate=np.float32(0.5), seed=np.int64(3), betas=np.array([0.5, 0]))
+    train = dataclasses.replace(train, corpus=tmp_path, init_from=tmp_path)  # paths
     half = {name: value.half() for name, value in saved.weights.items()}
     written = dataclasses.replace(saved, model_config=config, train_config=train, weights=half)
     again = pico.load_checkpoint(pico.save_checkpoint(tmp_path / "a.pt", written))
     assert (again.model_config.dropout, again.model_config.n_head) == (0.25, 2)
     assert (again.train_config.learning_rate, again.train_config.seed, again.train_config.betas) == (0.5, 3, (0.5, 0))
+    assert again.train_config.corpus == again.train_config.init_from == str(tmp_path)
     state = pico.load_model(tmp_path / "a.pt", "cpu").state_dict()
     assert all(value.dtype == torch.float32 and torch.equal(value, half[name].float()) for name, value in state.items())
 
@@ -134,7 +136,7 @@ def test_unfinished_runs_with_other_settings_are_moved_aside(finished, rerun, tm
     interrupt(1, 2, 3)
     for seed in (0, 1, 2):
         rerun(seed=seed)
-    assert "is not resumed, it has other settings" in capsys.readouterr().out
+    assert "is not resumed, it has other settings (seed); it was moved to" in capsys.readouterr().out
     names = ("tiny.unfinished-1", "tiny.unfinished-2", "tiny")
     kept = [pico.run_files(tmp_path, f"{name}.partial").model for name in names]
     assert [pico.load_checkpoint(path).train_config.seed for path in kept] == [0, 1, 2]
@@ -321,6 +323,8 @@ def test_newest_checkpoint_prefers_finished_models(tmp_path, monkeypatch):
         (tmp_path / name).touch()
         os.utime(tmp_path / name, (0, 1000 - age))
     assert pico.newest_checkpoint(tmp_path).name == "pico_llm_a.pt"
+    (tmp_path / "pico_llm.pt").touch()
+    assert pico.newest_checkpoint(tmp_path).name == "pico_llm.pt", "published into this folder"
 
 
 def test_a_full_disk_keeps_the_old_file(finished, tmp_path):
@@ -354,6 +358,9 @@ def test_a_disk_that_fills_up_costs_checkpoints_and_no_training(finished, rerun,
     assert len(calls) > 2 and "Training goes on without this checkpoint" in capsys.readouterr().err
     assert weights_equal(pico.load_checkpoint(there.checkpoint).weights, there.model.state_dict()), "as it was"
     assert weights_equal(rerun().model.state_dict(), finished.model.state_dict())
+    with monkeypatch.context() as patch, pytest.raises(pico.PicoError, match="No space left"):
+        patch.setattr(pico, "save_checkpoint", failing)
+        rerun(seed=2, on_log=lambda rows: pytest.fail("a disk that is full is found before any work"))
 
 
 def test_a_run_goes_on_from_a_model_and_resumes_without_its_file(
