@@ -589,7 +589,7 @@ class PicoLLM(nn.Module):
             self.token_embedding.weight[config.vocab_size :] = 0.0
 
     def forward(self, idx: Tensor, targets: Tensor | None = None, **options) -> Tensor:
-        """Logits (B, T, V) of token ids (B, T), or the mean loss in nats over targets (B, T) >= 0. See hidden_states."""
+        """Logits (B, T, V) of token ids (B, T) or the mean loss in nats over targets (B, T) >= 0; see hidden_states."""
         x, weight, vocab_size = self.hidden_states(idx, **options), self.token_embedding.weight, self.config.vocab_size
         if targets is None:
             return F.linear(x, weight)[..., :vocab_size]
@@ -872,7 +872,7 @@ def _offline_corpus(fraction: float, reason: str) -> Corpus:
 def choose_corpus(
     name: str = "auto", fraction: float | None = None, data_folder: str | Path = "data", text_style: str = "natural"
 ) -> Corpus:
-    """The corpus of a name or folder, else PicoError; `auto`: wikitext103 if the hub or tokens are there, or offline."""
+    """The corpus of a name or folder, else PicoError; `auto`: wikitext103 if hub or tokens are there, or offline."""
     check_choice("text_style", text_style, TEXT_STYLES)
     if fraction is not None and not 0 < fraction <= 1:
         raise PicoError(f"The corpus fraction must lie in (0, 1], not {fraction}.")
