@@ -818,7 +818,7 @@ def _parquet_rows(paths: Iterable[Path]) -> Iterator[str | None]:
 
 def _parquet_corpus(folder: Path, fraction: float, text_style: str) -> Corpus:
     files: dict[str, dict[Path, int]] = {"train": {}, "validation": {}, "test": {}}  # with their numbers of rows
-    for path in sorted(filter(Path.is_file, folder.glob("**/*.parquet"))):
+    for path in sorted(p for p in folder.glob("**/*.parquet") if p.is_file() or not any(p.iterdir())):
         with explained(f"Cannot read {path} as parquet", "Replace or remove it."), ParquetFile(path) as file:
             columns = {item.name: str(item.type) for item in file.schema_arrow}
             files[split_of(path.relative_to(folder))][path] = file.metadata.num_rows
@@ -967,7 +967,7 @@ def count_sequences(file: TokenFile, context_length: int, max_sequences: int | N
     """Sequences in an epoch. Raises PicoError when the file is too short for one."""
     n = (len(file.tokens) - 1) // context_length
     if n < 1:
-        raise PicoError(f"{file.about} has {len(file.tokens)} tokens, a sequence needs {context_length + 1}: add text.")
+        raise PicoError(f"{file.about} has only {len(file.tokens)} tokens; one sequence needs {context_length + 1}.")
     return min(n, max_sequences or n)
 
 
@@ -1284,7 +1284,7 @@ def make_loader(
 
 
 def ignore_signals(_: int) -> None:
-    """For worker processes: a signal to the whole group must not kill them, this process ends them in time."""
+    """For worker processes: a signal to the whole group must not kill them, their parent ends them in time."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
 
@@ -1327,7 +1327,7 @@ class LossGuard:
         """Mean loss since the last call, bad steps so far; waits for the device. PicoError when the run is lost."""
         _, in_a_row, skipped, loss_sum, n_good = self.state.tolist()
         if in_a_row >= self.patience:
-            advice = "The last good checkpoint is kept; a lower learning rate or precision fp32 begins anew"
+            advice = "The last good checkpoint is kept; lower the learning rate or choose precision fp32 (anew)"
             raise PicoError(f"The loss is NaN or has exploded: {self.patience} steps in a row were skipped. {advice}.")
         self.state[3:] = 0
         return loss_sum / n_good if n_good else math.nan, int(skipped)
@@ -1481,6 +1481,7 @@ def readable_errors(config: TrainConfig) -> Iterator[None]:
             advice = f"set micro_batch_size to {smaller}" if smaller else "choose a smaller model"
             raise PicoError(f"Out of memory with {size} sequences at a time; {advice}.") from error
         if n_ranks > 1 and (isinstance(error, dist.DistError) or re.search("gloo|nccl|connection", text, re.I)):
+            ignore_signals(0)  # by which torchrun stops this process too, before it could say why
             advice = "run the same command again to go on from the last checkpoint"
             raise PicoError(f"Another process of this run has ended, so this one stops too; {advice}.") from error
         raise
@@ -3850,7 +3851,7 @@ def compile_tensorrt(
     it is tried. `options` go to `torch_tensorrt.dynamo.compile`: `use_fp32_acc=True` casts every product to FP32,
     should the accuracy gate refuse. Raises PicoError without TensorRT and when the build fails.
     """
-    trt, longest, reason = install_tensorrt(install), (max_batch, max_length), ""
+    trt, longest, reasons = install_tensorrt(install), (max_batch, max_length), {}
     half = copy.deepcopy(model).half().requires_grad_(False)
     half.config = dataclasses.replace(model.config, vocab_size=model.config.padded_vocab_size)  # `Engine` cuts
     for device in ("cuda", "cpu"):  # a release ignores settings that it does not know
@@ -3864,10 +3865,10 @@ def compile_tensorrt(
             parts = [name for name, _ in module.named_children() if "_run_on_" in name]
             if parts and not any("_run_on_gpu" in name for name in parts):
                 return Engine(module, longest, model.config.vocab_size)
-            reason += f" Exported on {device}: TensorRT did not take the whole model, parts: {parts}."
+            reasons[f"TensorRT did not take the whole model, parts: {parts}"] = device
         except Exception as error:  # builders raise all kinds
-            reason += f" Exported on {device}: {first_line(error)[:120]}"
-    raise PicoError(f"The TensorRT engine cannot be built.{reason}")
+            reasons[first_line(error)[:140]] = device
+    raise PicoError(f"The TensorRT engine cannot be built. {'; before that, '.join(reversed(reasons))}")
 
 
 def save_engine(engine: Engine | torch.export.ExportedProgram, path: str | Path) -> Path:
@@ -4089,9 +4090,9 @@ def advanced_tensorrt_optimization_demo(
         raise PicoError(f"No row is called {' or '.join(unknown)}; choose of: {'; '.join(w.name for w in ways)}.")
     ways = [way for way in ways if way.name == BASELINE or any(word in way.name.lower() for word in words)]
     headline, path = (min(batch_sizes), longest), results / "inference_benchmark.csv"
-    shapes = sorted({*itertools.product(batch_sizes, sequence_lengths)}, key=lambda shape: (shape != headline, shape))
+    shapes = dict.fromkeys([headline, *itertools.product(batch_sizes, sequence_lengths)])  # the headline comes first
     seconds = (1.0 if on_gpu else 0.5) if seconds is None else seconds
-    frame = benchmark(model, file, ways, shapes, seconds, path)
+    frame = benchmark(model, file, ways, list(shapes), seconds, path)
     save_figure(plot_benchmark(frame), path.with_suffix(""))
     for best in frame[(frame.batch == headline[0]) & (frame.length == longest)].nsmallest(1, "p50_ms").itertuples():
         speed = f"{best.p50_ms:.3g} ms, {best.speedup:.2f} times as fast as {BASELINE}"
@@ -4353,8 +4354,7 @@ def run_analysis(
     about = {"Model": f"{path.name}: {n / 1e6:.2f}M parameters without embeddings, {heads}", "Trained on": trained_on}
     about["Held-out text"] = held_out
     findings = study_findings(study, about) | {"measured": measured_on(default_device())}
-    text = json.dumps(findings, indent=1, ensure_ascii=False, allow_nan=False)
-    tables = [write_text(results / "findings.json", text + "\n")]
+    tables = [write_text(results / "findings.json", json.dumps(findings, indent=1, ensure_ascii=False) + "\n")]
     tables += [write_csv(results / "head_scores.csv", study.scores.to_dict("records"))]
     remove_old_pictures(results / "attention")
     pictures = draw_study(study, captures, results / "attention")
