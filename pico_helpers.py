@@ -1327,7 +1327,7 @@ class LossGuard:
         """Mean loss since the last call, bad steps so far; waits for the device. PicoError when the run is lost."""
         _, in_a_row, skipped, loss_sum, n_good = self.state.tolist()
         if in_a_row >= self.patience:
-            advice = "The last good checkpoint is kept; lower the learning rate or choose precision fp32 (anew)"
+            advice = "The last good checkpoint is kept; lower the learning rate or choose fp32: this begins anew"
             raise PicoError(f"The loss is NaN or has exploded: {self.patience} steps in a row were skipped. {advice}.")
         self.state[3:] = 0
         return loss_sum / n_good if n_good else math.nan, int(skipped)
