@@ -3851,7 +3851,7 @@ def compile_tensorrt(
     it is tried. `options` go to `torch_tensorrt.dynamo.compile`: `use_fp32_acc=True` casts every product to FP32,
     should the accuracy gate refuse. Raises PicoError without TensorRT and when the build fails.
     """
-    trt, longest, reasons = install_tensorrt(install), (max_batch, max_length), {}
+    trt, longest, reasons = install_tensorrt(install), (max_batch, max_length), []
     half = copy.deepcopy(model).half().requires_grad_(False)
     half.config = dataclasses.replace(model.config, vocab_size=model.config.padded_vocab_size)  # `Engine` cuts
     for device in ("cuda", "cpu"):  # a release ignores settings that it does not know
@@ -3865,10 +3865,10 @@ def compile_tensorrt(
             parts = [name for name, _ in module.named_children() if "_run_on_" in name]
             if parts and not any("_run_on_gpu" in name for name in parts):
                 return Engine(module, longest, model.config.vocab_size)
-            reasons[f"TensorRT did not take the whole model, parts: {parts}"] = device
+            reasons.insert(0, f"TensorRT did not take the whole model, parts: {parts}")
         except Exception as error:  # builders raise all kinds
-            reasons[first_line(error)[:140]] = device
-    raise PicoError(f"The TensorRT engine cannot be built. {'; before that, '.join(reversed(reasons))}")
+            reasons.insert(0, first_line(error)[:140])
+    raise PicoError(f"The TensorRT engine cannot be built. {'; before that, '.join(dict.fromkeys(reasons))}")
 
 
 def save_engine(engine: Engine | torch.export.ExportedProgram, path: str | Path) -> Path:
