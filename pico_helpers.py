@@ -165,7 +165,7 @@ class TrainConfig:
     warmup_steps: int = 200  # in which the learning rates rise
     weight_decay: float = 0.1  # of AdamW
     matrix_weight_decay: float = 0.1  # of Muon
-    betas: tuple[float, float] = (0.9, 0.95)  # of AdamW
+    betas: tuple[float, float] = (0.9, 0.999)  # of AdamW; small batches need a long memory (Marek et al. 2025)
     grad_clip: float = 1.0  # largest norm of a gradient
     seed: int = 0  # of weights, order of the data and dropout; for init_from another than its model had
     precision: str = "auto"  # auto | fp32 | fp16 | bf16
