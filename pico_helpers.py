@@ -1248,7 +1248,8 @@ def make_optimizer(model: PicoLLM, config: TrainConfig, dtype: torch.dtype = tor
             groups.append({"params": matrices, "split": split, **options})
     groups.append({"params": [p for p in named.values() if p.ndim >= 2], "weight_decay": config.weight_decay})
     groups.append({"params": [p for p in named.values() if p.ndim < 2], "weight_decay": 0.0})
-    optimizer = Muon(groups, lr=config.learning_rate, betas=config.betas, fused=True)
+    # with PyTorch's eps of 1e-8, the faint push that every wrong word gets would move a rare one by full steps
+    optimizer = Muon(groups, lr=config.learning_rate, betas=config.betas, eps=1e-6, fused=True)
     optimizer.dtype = dtype
     return optimizer
 
@@ -1350,8 +1351,7 @@ def train_step(
     for index, micro_batch in enumerate(micro_batches):
         number = rank * len(micro_batches) + index  # in the whole batch
         torch.manual_seed((config.seed * 1_000_003 + step) * 1_009 + number)  # dropout
-        # processes exchange gradients once, with the last micro-batch
-        alone = n_ranks > 1 and index < len(micro_batches) - 1
+        alone = n_ranks > 1 and index < len(micro_batches) - 1  # processes exchange gradients once, with the last
         with model.no_sync() if alone else contextlib.nullcontext():
             with profiler_range("forward"), torch.autocast(batch.device.type, dtype, enabled=dtype != torch.float32):
                 loss = model(micro_batch[:, :-1], micro_batch[:, 1:])

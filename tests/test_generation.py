@@ -58,8 +58,7 @@ def test_cache_is_used_the_window_slides_and_text_streams_lazily(monkeypatch):
 def test_seed_decides_the_text_and_global_state_does_not():
     model, before = make_model(), torch.random.get_rng_state()
     texts = [generate(model, "A", 20, seed=seed, temperature=1.5, top_k=None) for seed in (1, 1, 2)]
-    assert texts[0] == texts[1] != texts[2]
-    assert torch.equal(before, torch.random.get_rng_state())
+    assert texts[0] == texts[1] != texts[2] and torch.equal(before, torch.random.get_rng_state())
 
 
 def test_sampling_follows_the_filtered_distribution():

@@ -226,8 +226,7 @@ def test_shares_interval_comes_from_resampling_texts():
         assert shares.loc["Specialised"].tolist() == shares.loc["Diagonal/Self"].tolist()
         return shares.loc["Diagonal/Self"].tolist()
 
-    assert diagonal(sums(8)) == [1, 1, 1]
-    assert diagonal(sums(0)) == [0, 0, 0]
+    assert diagonal(sums(8)) == [1, 1, 1] and diagonal(sums(0)) == [0, 0, 0]
     assert diagonal(sums(3)) == [1, 0, 1]
     assert diagonal([sums(8), sums(0)]) == [0.5, 0, 1]  # two models: mean and range
 

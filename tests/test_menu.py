@@ -96,8 +96,7 @@ def test_a_typo_and_a_wrong_path_are_asked_again(menu, trained, tmp_path, monkey
     for line, problem in zip(lines, ("'4'; choose", "'trian'; choose", "no checkpoint", "not a Pico-LLM"), strict=True):
         assert problem in line
     typing("2", "")
-    assert pico.main_menu(results=tmp_path)[0] == newest
-    assert done == [trained, newest]
+    assert pico.main_menu(results=tmp_path)[0] == newest and done == [trained, newest]
     monkeypatch.setattr(pico, "SHIPPED_CHECKPOINT", tmp_path / "elsewhere.pt")
     typing("2", "")
     with pytest.raises(pico.PicoError, match=r"train one first \(menu choice 1 or 3"):

@@ -98,6 +98,15 @@ def test_muon_steps_each_matrix_as_pytorch_does_and_leaves_the_rest_to_adamw(tin
     assert sorted(owned) == sorted(id(p) for p in model.parameters()), "every parameter has one group"
 
 
+def test_a_word_that_does_not_occur_hardly_moves(tiny_model):
+    weight, optimizer = tiny_model.token_embedding.weight, pico.make_optimizer(tiny_model, pico.TrainConfig())
+    before, weight.grad = weight.detach().clone(), torch.full_like(weight, 1e-4)
+    weight.grad[7] = 1e-8  # as faint as what every wrong word gets
+    optimizer.step()
+    moved, still = (weight - before).abs().mean(dim=1)[[8, 7]]
+    assert moved > 9e-4 and still < 1e-4
+
+
 def test_schedules_reach_every_group(tiny_model):
     config = pico.TrainConfig(optimizer="muon", warmup_steps=10)
     optimizer = pico.make_optimizer(tiny_model, config)
