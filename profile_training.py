@@ -191,7 +191,8 @@ class PlainLoop(Contestant):
         super().__init__(kind, loader, preset.with_changes(plain | {"optimizer": "adamw", "loss_chunk": None}), *more)
         for block in self.run.model.blocks:
             block.attention.backward_by_products = False
-        self.run.optimizer = torch.optim.AdamW(self.run.model.parameters(), lr=self.config.learning_rate, eps=1e-6)
+        ours = self.run.optimizer.defaults
+        self.run.optimizer = torch.optim.AdamW(self.run.model.parameters(), lr=ours["lr"], eps=ours["eps"])
         self.loss = pico.compile_function(self.plain_loss) if self.run.compiled else self.plain_loss
         if self.device.type == "cuda" and not self.config.micro_batch_size:
             n, memory = self.config.batch_size, torch.cuda.get_device_properties(self.device).total_memory

@@ -651,7 +651,7 @@ def test_a_plain_loop_takes_micro_batches_on_a_small_gpu(tiny_train, monkeypatch
     """The full model's batch of 64, whose logits alone are 5 GB."""
 
     def start(self, kind, loader, preset, *rest):
-        self.run = SimpleNamespace(model=SimpleNamespace(blocks=[], parameters=list), compiled=False)
+        self.run = Mock(model=Mock(blocks=[]), compiled=False, optimizer=Mock(defaults={"lr": 1.0, "eps": 1.0}))
         self.config, self.device = preset.train, torch.device("cuda")
 
     monkeypatch.setattr(profile.Contestant, "__init__", start)
