@@ -1590,6 +1590,7 @@ class TrainingRun:
         is_fixed, has_cudnn = torch.are_deterministic_algorithms_enabled(), torch.backends.cuda.cudnn_sdp_enabled()
         # cuDNN's attention drops 16ths only, and PyTorch 2.11 does not look
         torch.backends.cuda.enable_cudnn_sdp(has_cudnn and 16 * self.model_config.dropout % 1 == 0)
+        is_filled = torch.utils.deterministic.fill_uninitialized_memory
         torch.utils.deterministic.fill_uninitialized_memory = False  # slow, and nothing here reads such memory
         torch.use_deterministic_algorithms(is_fixed or self.device.type == "cpu")  # else compiled threads would race
         state = self.optimizer, self.scaler, batch, self.config, self.step, self.dtype, self.guard
@@ -1604,6 +1605,7 @@ class TrainingRun:
             self.optimizer.zero_grad()
             loss = train_step(self.forward, *state)
         finally:
+            torch.utils.deterministic.fill_uninitialized_memory = is_filled
             torch.use_deterministic_algorithms(is_fixed)
             torch.backends.cuda.enable_cudnn_sdp(has_cudnn)
         self.step += 1
@@ -3958,7 +3960,6 @@ def make_variants(model: PicoLLM, max_batch: int, length: int, install: bool = F
     """The rows of the table, on a GPU or a CPU. Those for one shape, which take long to build, have (1, length)."""
     half = functools.cache(lambda: copy.deepcopy(model).half())
     compiled = functools.partial(torch.compile, dynamic=False, fullgraph=True)  # fullgraph: no silent fallback to eager
-    tuned = functools.partial(compiled, mode="max-autotune-no-cudagraphs")
     build, one = functools.partial(compile_tensorrt, model, install=install), (1, length)
     baseline = Variant(BASELINE, "fp32", lambda: model)
     bf16 = Variant("PyTorch BF16", "bf16", lambda: copy.deepcopy(model).bfloat16())
@@ -3977,7 +3978,6 @@ def make_variants(model: PicoLLM, max_batch: int, length: int, install: bool = F
         Variant("torch.compile FP16, reduce-overhead", "fp16", lambda: compiled(half(), mode="reduce-overhead")),
         # our own recording: what reduce-overhead checks before each replay takes the host longer than the GPU computes
         Variant("torch.compile FP16, CUDA graph", "fp16", lambda: CudaGraph(compiled(half()))),
-        Variant("torch.compile FP16, max-autotune, one shape", "fp16", lambda: CudaGraph(tuned(half())), shape=one),
         engine,
         Variant(f"{TENSORRT} FP16, one shape", "fp16", lambda: build(*one, fixed=True), Engine.cuda_graphs, one),
     ]

@@ -13,8 +13,8 @@ gradients of the output layer, too. cudaProfilerStart and cudaProfilerStop enclo
 written to results/profile.csv, .png and .svg.
 
     tokens/s     median over the windows; the chart shows the slowest and the fastest one too
-    GPU idle     1 - (union of the intervals in which a kernel or a copy runs) / window, taken in a window of its own
-                 under the PyTorch profiler, which slows the host: a loop near the host's limit idles less unwatched
+    GPU idle     1 - (time per step in which a kernel or a copy runs, in a window of its own under the PyTorch profiler)
+                 / (time of a step in the windows without the profiler, as that slows the host, not the GPU)
     data wait    milliseconds per step in which the host waits for the next batch, without the copy to the GPU
     MFU          FLOPs the model needs / (seconds x peak): (6 N + 12 L T D) per token with N parameters (the output
                  projection counted, the embedding look-up not), L layers, context T, width D (PaLM, Chowdhery et al.
@@ -63,12 +63,12 @@ def covered(intervals: Iterable[tuple[float, float]], start: float, stop: float)
     return total
 
 
-def gpu_idle(trace: dict) -> float | None:
-    """Share of the range `window` of a Chrome trace in which neither kernel nor copy ran on a GPU; None without one."""
+def gpu_busy(trace: dict) -> float | None:
+    """Seconds of the range `window` of a Chrome trace in which a kernel or a copy ran on a GPU; None without one."""
     events = [event for event in trace["traceEvents"] if event.get("ph") == "X"]
     window = next(e for e in events if e["name"] == "window" and e.get("cat") == "user_annotation")
     work = [(e["ts"], e["ts"] + e["dur"]) for e in events if e.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")]
-    return 1 - covered(work, window["ts"], window["ts"] + window["dur"]) / window["dur"] if work else None
+    return 1e-6 * covered(work, window["ts"], window["ts"] + window["dur"]) if work else None
 
 
 SHARES = {  # kind of work: what the names of operators and kernels say; the first that fits
@@ -119,7 +119,7 @@ class Contestant:
         self.batches = pico.make_loader(loader, stream, self.config.batch_size, itertools.count(), device, workers)
         self.windows: list[tuple[float, float]] = []  # (tokens per second, ms per step waiting for data)
         self.peak_memory: int | None = None  # bytes
-        self.gpu_idle: float | None = None  # share of the time
+        self.gpu_busy: float | None = None  # seconds of a step
         self.shares: dict[str, float] = {}
 
     def step(self) -> float:
@@ -160,7 +160,7 @@ class Contestant:
         self.windows.append((tokens / seconds, 1e3 * waited / steps))
 
     def record(self, steps: int, path: Path) -> None:
-        """Writes a Chrome trace of a window of steps; reads how long the GPU was idle and the shares of the time."""
+        """Writes a Chrome trace of a window of steps; reads how long the GPU was busy and the shares of the time."""
         self.step()
         pico.wait_for(self.device)
         with torch.profiler.profile() as profiler, profiler_range("window"):
@@ -169,7 +169,8 @@ class Contestant:
             pico.wait_for(self.device)
         with pico.atomic_write(path) as temporary:
             profiler.export_chrome_trace(str(temporary))
-        self.gpu_idle = gpu_idle(json.loads(path.read_text(encoding="utf-8")))
+        busy = gpu_busy(json.loads(path.read_text(encoding="utf-8")))
+        self.gpu_busy = busy and busy / steps
         self.shares = step_shares(profiler.events())
 
     @property
@@ -266,6 +267,7 @@ def describe(contestants: list[Contestant], steps: int, rates: dict[torch.dtype,
         run, config, memory = contestant.run, contestant.config, contestant.peak_memory
         speeds, waits = zip(*contestant.windows, strict=True)
         speed, rate, flops = contestant.tokens_per_second, rates.get(run.dtype), flops_per_token(run.model)
+        step_seconds = config.batch_size * run.model_config.context_length / speed
         bases = {f"ratio_to_{kind.replace(' ', '_')}": all_speeds.get((kind, config.batch_size)) for kind in BASES}
         rows.append(
             {
@@ -274,7 +276,7 @@ def describe(contestants: list[Contestant], steps: int, rates: dict[torch.dtype,
                 "slowest": round(min(speeds), 1),
                 "fastest": round(max(speeds), 1),
                 **{name: base and round(speed / base, 3) for name, base in bases.items()},
-                "gpu_idle_share": contestant.gpu_idle,
+                "gpu_idle_share": contestant.gpu_busy and round(max(0.0, 1 - contestant.gpu_busy / step_seconds), 4),
                 "data_wait_ms": round(statistics.median(waits), 3),
                 "mfu": peak and round(speed * flops / peak, 4),
                 "mfu_of_measured_rate": rate and round(speed * flops / rate, 4),

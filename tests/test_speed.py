@@ -36,8 +36,7 @@ def random_batch(rows: int, seed: int = 0) -> torch.Tensor:
 
 
 def read_rows(path: Path) -> list[dict]:
-    with open(path, newline="") as file:
-        return list(csv.DictReader(file))
+    return list(csv.DictReader(path.read_text().splitlines()))
 
 
 @pytest.fixture
@@ -548,19 +547,19 @@ def test_a_batch_must_split_evenly(train_tiny, monkeypatch):
         train_tiny()
 
 
-def test_a_trace_tells_how_long_no_kernel_and_no_copy_ran():
+def test_a_trace_tells_how_long_a_kernel_or_a_copy_ran():
     def event(name: str, category: str, start: float, stop: float) -> dict:
         return {"ph": "X", "name": name, "cat": category, "ts": 1000 + 1e3 * start, "dur": 1e3 * (stop - start)}
 
     host = [event("window", "user_annotation", 0, 40), {"ph": "M", "name": "x"}, event("aten::mm", "cpu_op", 0, 9)]
     host += [event("window", "gpu_user_annotation", 2, 90), event("data", "user_annotation", 0, 1)]
-    assert profile.gpu_idle({"traceEvents": host}) is None
+    assert profile.gpu_busy({"traceEvents": host}) is None
     random = Random(0)
     for _ in range(50):  # overlapping streams, cut by the window or outside it
         places = [sorted(random.choices(range(-20, 60), k=2)) for _ in range(4)]
         work = [event("work", ("kernel", "gpu_memcpy")[n % 2], *place) for n, place in enumerate(places)]
         busy = {unit for start, stop in places for unit in range(start, stop) if 0 <= unit < 40}
-        assert profile.gpu_idle({"traceEvents": [*work, *host]}) == pytest.approx(1 - len(busy) / 40)
+        assert profile.gpu_busy({"traceEvents": [*work, *host]}) == pytest.approx(1e-3 * len(busy))
 
 
 def test_shares_sum_up_and_what_the_optimizer_does_is_its_own():
@@ -618,7 +617,6 @@ def test_comparison_writes_table_and_chart(tiny_preset, tmp_path, capsys):
         assert float(row["mfu_of_measured_rate"]) == pytest.approx(rate, abs=1e-4)
     output = capsys.readouterr().out
     assert output.count("no GPU") == 5 and output.count("peak unknown") == 5 and "matrix products" in output
-    row = rows["naive"]
     assert pico.cpu_name() in row["device"] and row["torch"] == torch.__version__ and row["driver"] == ""
     assert (tmp_path / "profile.png").stat().st_size > 1000 and (tmp_path / "profile.svg").exists()
     trace = json.loads((tmp_path / "profile_resident.trace.json").read_text())
@@ -636,10 +634,13 @@ def test_batch_sizes_share_a_table_and_lack_of_memory_costs_a_row(tiny_preset, t
         return original(forward, optimizer, scaler, batch, *rest)
 
     monkeypatch.setattr(pico, "train_step", limited)
+    monkeypatch.setattr(profile, "gpu_busy", lambda trace: 1e-3)
     options = [*tiny_preset, "--loader", "naive", "--repeats", "1", "--loss-chunk", "9000"]
     assert profile.main([*options, "--batch-sizes", "2", "4", "8"]) == 0
     rows = read_rows(tmp_path / "profile.csv")
     assert [(row["name"], row["loss_chunk"]) for row in rows] == [(f"naive, batch {n}", "9000") for n in (2, 4)]
+    idle = [1 - 1e-3 * float(row["tokens_per_second"]) / (32 * n) for row, n in zip(rows, (2, 4), strict=True)]
+    assert [float(row["gpu_idle_share"]) for row in rows] == pytest.approx(idle, abs=1e-3)
     assert "naive, batch 8: left out. Out of memory with 8 sequences" in capsys.readouterr().out
     assert profile.main([*options, "--micro-batch-size", "3", "--batch-sizes", "3", "4"]) == 0
     assert "naive, batch 4: left out. batch_size must be a multiple of micro_batch_size" in capsys.readouterr().out
@@ -657,10 +658,8 @@ def test_a_plain_loop_takes_micro_batches_on_a_small_gpu(tiny_train, monkeypatch
     monkeypatch.setattr(profile.Contestant, "__init__", start)
     monkeypatch.setattr(torch.optim, "AdamW", lambda *args, **options: None)
     for memory, given, size in ((80e9, None, 64), (15e9, None, 16), (1e9, None, 1), (15e9, 2, 2)):
-        gpu = Mock(return_value=SimpleNamespace(total_memory=memory))
-        monkeypatch.setattr(torch.cuda, "get_device_properties", gpu)
-        train = dataclasses.replace(tiny_train, batch_size=64, micro_batch_size=given)
-        preset = pico.Preset(pico.ModelConfig(), train)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", Mock(return_value=Mock(total_memory=memory)))
+        preset = pico.Preset(pico.ModelConfig(), dataclasses.replace(tiny_train, batch_size=64, micro_batch_size=given))
         assert profile.PlainLoop("x", "naive", preset).config.micro_batch_size == size
 
 

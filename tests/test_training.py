@@ -470,6 +470,7 @@ def test_compiled_gradients_add_in_a_fixed_order(tiny_config, tiny_train, monkey
     monkeypatch.setattr(pico, "train_step", step)
     run = pico.TrainingRun(tiny_config, tiny_train, "", torch.device("cpu"), torch.float32)
     assert "atomic_add" not in run.take_step(idx) and not torch.are_deterministic_algorithms_enabled()
+    assert torch.utils.deterministic.fill_uninitialized_memory, "put back"
 
 
 def test_cudnn_attention_gets_only_the_dropout_that_it_knows(tiny_config, tiny_train, monkeypatch):
