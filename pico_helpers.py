@@ -3723,15 +3723,15 @@ def sample_token(
 
 # two numbers may change places in rounding when they are closer than this share of their size
 ROUNDING = {"fp32": 2**-23, "tf32": 2**-10, "fp16": 2**-10, "bf16": 2**-7}
-TOLERANCE = dict(max_difference=0.5, mean_difference=0.025, top1_agreement=0.99, kl_divergence=5e-4, loss_change=0.005)
+TOLERANCE = dict(max_difference=1.0, mean_difference=0.025, top1_agreement=0.99, kl_divergence=5e-4, loss_change=0.005)
 
 
 def check_accuracy(model: PicoLLM, candidate: Callable, tokens: Tensor, precision: str = "fp16") -> dict[str, float]:
     """Compares logits with FP32 PyTorch on tokens (N, T + 1) of real text. Raises PicoError beyond a bound, for NaN.
 
     Divergence and loss are in nats per token. Another most likely token counts only where FP32 puts it further below
-    its own than `precision` rounds. The 12M model differs in BF16 on a CPU by at most 0.15 and by 1.0e-4 nats, in FP16
-    by at most 0.02; without one of the least of the heads by 1.5 and 7.8e-4, with weights of 4 bits by 8.4 and 0.045.
+    its own than `precision` rounds. The shipped model differs in BF16 on a CPU by at most 0.82 and by 2.2e-4 nats, in
+    FP16 by 0.11 and 2.9e-6, without any one of its heads by at least 1.6 and 4.7e-3, in 4 bits by 4.9 and 0.12.
     """
     measures = []
     with evaluating(model):
