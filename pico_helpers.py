@@ -4414,16 +4414,17 @@ def model_card(saved: Checkpoint, folder: Path, note: str = "") -> str:
     """The card of `publish`, as Markdown, from the checkpoint and the study in `folder`."""
     if saved.train_config.corpus in ("wikitext103", "offline"):
         note = note or "The text is by the contributors of English Wikipedia, CC BY-SA."
-    facts = dict(*saved.metrics[-1:]) | vars(saved.model_config) | vars(saved.train_config) | saved.environment
+    facts = dict(*saved.metrics[-1:]) | {"tokens_per_second": None, "mfu": None}  # which are of the last steps only
+    facts |= vars(saved.model_config) | vars(saved.train_config) | saved.environment
     shown = {int: "{:,}", float: "{:,.6g}"}
     facts = {name: shown.get(type(fact), "{}").format(fact) for name, fact in facts.items() if fact is not None}
-    findings = json.loads((folder / "findings.json").read_text(encoding="utf-8"))
+    headline = json.loads((folder / "findings.json").read_text(encoding="utf-8"))["headline"]
     return _MODEL_CARD.format(
         saved=saved,
         parameters=model_from_checkpoint(saved).count_parameters(),
         note=note or "The checkpoint does not say where that text is from.",
         table="\n".join(f"| {name.replace('_', ' ')} | {fact} |" for name, fact in facts.items()),
-        findings="\n".join(f"- {line}" for line in findings["headline"]),
+        findings="\n".join(f"- {line}" for line in headline),
         place=folder.name if folder.is_absolute() else folder.as_posix(),
     )
 
@@ -4477,9 +4478,7 @@ def offer_download(results: str | Path = "results") -> None:
     """Says where the files are; in Colab, offers them as a zip for download."""
     print(f"Your files are in {Path(results).resolve()}.")
     if "google.colab" in sys.modules:
-        from google.colab import files
-
-        files.download(shutil.make_archive("pico_llm_results", "zip", results))
+        importlib.import_module("google.colab.files").download(shutil.make_archive("pico_llm_results", "zip", results))
 
 
 def _generate(prompt: str, checkpoint: str | None, results: str, **sampling) -> None:

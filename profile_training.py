@@ -170,7 +170,7 @@ class Contestant:
         with pico.atomic_write(path) as temporary:
             profiler.export_chrome_trace(str(temporary))
         busy = gpu_busy(json.loads(path.read_text(encoding="utf-8")))
-        self.gpu_busy = busy and busy / steps
+        self.gpu_busy = None if busy is None else busy / steps
         self.shares = step_shares(profiler.events())
 
     @property
@@ -267,7 +267,7 @@ def describe(contestants: list[Contestant], steps: int, rates: dict[torch.dtype,
         run, config, memory = contestant.run, contestant.config, contestant.peak_memory
         speeds, waits = zip(*contestant.windows, strict=True)
         speed, rate, flops = contestant.tokens_per_second, rates.get(run.dtype), flops_per_token(run.model)
-        step_seconds = config.batch_size * run.model_config.context_length / speed
+        step_seconds, busy = config.batch_size * run.model_config.context_length / speed, contestant.gpu_busy
         bases = {f"ratio_to_{kind.replace(' ', '_')}": all_speeds.get((kind, config.batch_size)) for kind in BASES}
         rows.append(
             {
@@ -276,7 +276,7 @@ def describe(contestants: list[Contestant], steps: int, rates: dict[torch.dtype,
                 "slowest": round(min(speeds), 1),
                 "fastest": round(max(speeds), 1),
                 **{name: base and round(speed / base, 3) for name, base in bases.items()},
-                "gpu_idle_share": contestant.gpu_busy and round(max(0.0, 1 - contestant.gpu_busy / step_seconds), 4),
+                "gpu_idle_share": None if busy is None else round(max(0.0, 1 - busy / step_seconds), 4),
                 "data_wait_ms": round(statistics.median(waits), 3),
                 "mfu": peak and round(speed * flops / peak, 4),
                 "mfu_of_measured_rate": rate and round(speed * flops / rate, 4),
