@@ -41,7 +41,7 @@ def steps(options: argparse.Namespace) -> list[tuple[str, list[str]]]:
     engines = ["--variants", "TensorRT", "FP16, CUDA graph", *row]  # and the rows that they must beat
     found = [
         ("versions", [python, "-m", "torch.utils.collect_env"]),
-        ("tests", [python, "-m", "pytest", "-o", "addopts=", "-m", "gpu", "tests", *["--collect-only"] * tiny]),
+        ("tests", [python, "-m", "pytest", "-o", "addopts=-n4", "-m", "gpu", "tests", *["--collect-only"] * tiny]),
         ("train", [*train, "--max-steps", "2" if tiny else "100"]),
         ("profile", [*profile, "--compare", "--peer", *["--torch-profiler"] * (not tiny)]),
         ("batch_sizes", [*profile, "--batch-sizes", *(["2", "4"] if tiny else ["32", "64", "128", "256"])]),
