@@ -292,8 +292,7 @@ def test_a_large_corpus_is_not_made_resident(stream, monkeypatch):
     assert pico.choose_loader(stream, CPU) == "naive"
     limit = 2 * stream.n_sequences * 32 * 10
     for memory, kind in ((limit, "resident"), (limit - 1, "workers")):
-        gpu = Mock(return_value=SimpleNamespace(total_memory=memory))
-        monkeypatch.setattr(torch.cuda, "get_device_properties", gpu)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", Mock(return_value=Mock(total_memory=memory)))
         assert pico.choose_loader(stream, torch.device("cuda")) == kind
 
 
@@ -617,6 +616,7 @@ def test_comparison_writes_table_and_chart(tiny_preset, tmp_path, capsys):
         assert float(row["mfu_of_measured_rate"]) == pytest.approx(rate, abs=1e-4)
     output = capsys.readouterr().out
     assert output.count("no GPU") == 5 and output.count("peak unknown") == 5 and "matrix products" in output
+    row = rows["naive"]
     assert pico.cpu_name() in row["device"] and row["torch"] == torch.__version__ and row["driver"] == ""
     assert (tmp_path / "profile.png").stat().st_size > 1000 and (tmp_path / "profile.svg").exists()
     trace = json.loads((tmp_path / "profile_resident.trace.json").read_text())
