@@ -327,7 +327,7 @@ def test_validation_computes_in_the_precision_of_the_run(train_tiny, monkeypatch
 
 
 def test_a_run_is_compiled_where_it_pays_and_a_compiler_works(monkeypatch, capsys):
-    monkeypatch.setattr(pico, "compile_function", lambda function: function)
+    monkeypatch.setattr(pico, "compile_function", lambda function, options=None: function)
     assert pico.choose_compile(None, CPU, 1e15) and pico.choose_compile(True, CPU, 1.0)
     assert not pico.choose_compile(False, CPU, 1e15) and capsys.readouterr().out == ""
     assert not pico.choose_compile(None, CPU, 1e9) and "not compiled: a run this short" in capsys.readouterr().out
@@ -352,7 +352,7 @@ assert not pico.choose_compile(True, torch.device("cpu"), 1e15)
 def test_a_compiler_that_fails_half_way_costs_a_line(train_tiny, monkeypatch, capsys):
     expected, calls = train_tiny("eager", max_steps=4, optimizer="muon"), []
 
-    def compile_function(function):
+    def compile_function(function, options=None):
         def failing(*args):
             calls.append(1)
             if len(calls) == 3:  # the third step needs another graph
