@@ -464,8 +464,8 @@ def loss_by_rows(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Losses (N,) of hidden (N, D) and, if asked, gradients of their sum where targets are >= 0; by chunks of rows.
 
-    For gradients logits are taken relative to the target's, which needs one pass, not three (H200: 1.4 ms, not 2.8). A
-    target 88 nats below another word makes its loss infinite then, and the step a bad one. Not in fp16: it overflows.
+    For these, logits are relative to the target's: one pass, not three (on an H200 1.4 ms, not 2.8). They overflow 88
+    nats above it, which makes the step a bad one; in fp16 it would be 11 nats, so there the logsumexp is subtracted.
     """
     counts, targets, losses = targets[:, None] >= 0, targets.clamp(min=0), []
     target_logits = (hidden.float() * weight[targets].float()).sum(dim=-1, keepdim=True)
@@ -484,9 +484,8 @@ def loss_by_rows(
         log_p = target_logits[rows] - reference - total.log()
         losses.append(-log_p[:, 0])
         if needs_grad:
-            scale = torch.where(counts[rows], 1 / total, 0.0)
-            at_target = (log_p.expm1() * total).to(h.dtype)  # minus 1 there
-            grad = exponentials.to(h.dtype).scatter_(1, targets[rows, None], at_target)
+            at_target, scale = (log_p.expm1() * total).to(h.dtype), torch.where(counts[rows], 1 / total, 0.0)
+            grad = exponentials.to(h.dtype).scatter_(1, targets[rows, None], at_target)  # times total
             hidden_grad[rows] = ((grad @ weight).float() * scale).to(h.dtype)
             weight_grad += grad.T @ (h.float() * scale).to(h.dtype)
     return torch.cat(losses), hidden_grad, weight_grad
@@ -1002,8 +1001,7 @@ class SequenceStream(torch.utils.data.Dataset):
         order = random.permutation(n_documents)
         starts = self.file.starts[:-1][order]
         lengths = np.minimum(self.file.starts[1:][order], len(self.tokens)) - starts
-        ends = np.cumsum(lengths)
-        first = random.permutation(self.n_sequences) * self.context_length
+        ends, first = np.cumsum(lengths), random.permutation(self.n_sequences) * self.context_length
         return [torch.from_numpy(array).to(self.device) for array in (first, ends, starts + lengths - ends)]
 
     def __getitem__(self, k: int) -> Tensor:
@@ -1172,8 +1170,7 @@ def compile_function(function: Callable, options: dict | None = None) -> Callabl
     """torch.compile, anew for each shape; it fails after 64, where PyTorch goes on eagerly after 8, without a word."""
     torch._dynamo.config.recompile_limit = 64
     torch._dynamo.config.fail_on_recompile_limit_hit = True
-    # without `dynamic`, Muon's second shape would make all sizes symbols
-    return torch.compile(function, dynamic=False, options=options)
+    return torch.compile(function, dynamic=False, options=options)  # `dynamic` would make symbols of sizes
 
 
 @contextlib.contextmanager
@@ -1195,28 +1192,32 @@ def kept_memory(device: torch.device) -> Iterator[None]:
 
 def orthogonalize(matrices: Tensor, dtype: torch.dtype = torch.float32, steps: int = 5) -> Tensor:
     """The nearest (N, rows, columns) with singular values of 0.7 to 1.2: the Newton-Schulz of Jordan et al. 2024."""
-    is_tall = matrices.shape[1] > matrices.shape[2]
-    x = matrices.mT if is_tall else matrices
-    x = (x / (torch.linalg.matrix_norm(x, keepdim=True) + 1e-7)).to(dtype)
+    x = (matrices / (torch.linalg.matrix_norm(matrices, keepdim=True) + 1e-7)).to(dtype)
     for _ in range(steps):
         a = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(a, a, a, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
-    return (x.mT if is_tall else x).to(matrices.dtype)
+    return x.to(matrices.dtype)
 
 
-def muon_update(
-    group: dict, gradients: list[Tensor], momentum: Tensor, rate: Tensor, dtype: torch.dtype, found_inf: Tensor
-) -> None:
-    """One step of Muon for a group's n parameters (rows, columns), with `momentum` (n, rows, columns), in place."""
-    gradient = torch.where(found_inf > 0, momentum, torch.stack(gradients))  # a bad step leaves the momentum as it is
-    rate = rate * (1 - found_inf)
-    momentum.lerp_(gradient, 1 - group["momentum"])
-    update = gradient.lerp(momentum, group["momentum"])  # Nesterov
-    pieces = update.unflatten(1, (group["split"], -1)).flatten(0, 1)  # (n x split, rows / split, columns)
-    scale = math.sqrt(max(1.0, pieces.shape[1] / pieces.shape[2]))
-    update = orthogonalize(pieces, dtype).reshape(update.shape) * (scale * rate)
-    torch._foreach_mul_(group["params"], 1 - rate * group["weight_decay"])
-    torch._foreach_sub_(group["params"], list(update))
+def muon_update(parts: list[tuple[dict, list, Tensor, Tensor]], dtype: torch.dtype, found_inf: Tensor) -> None:
+    """One step of Muon, in place. A part: group of n parameters (rows, columns), gradients, momentum (n, ...), rate."""
+    lying: list[Tensor] = []  # the matrices of each group, (n x split, ...)
+    for group, gradients, momentum, _ in parts:
+        gradient = torch.where(found_inf > 0, momentum, torch.stack(gradients))  # a bad step leaves the momentum
+        momentum.lerp_(gradient, 1 - group["momentum"])
+        update = gradient.lerp(momentum, group["momentum"])  # Nesterov
+        matrices = update.unflatten(1, (group["split"], -1)).flatten(0, 1)
+        lying.append(matrices.mT if matrices.shape[1] > matrices.shape[2] else matrices)
+    for shape in dict.fromkeys(matrices.shape[1:] for matrices in lying):  # all of a shape at once
+        same = [index for index, matrices in enumerate(lying) if matrices.shape[1:] == shape]
+        found = orthogonalize(torch.cat([lying[index] for index in same]), dtype)
+        for index, matrices in zip(same, found.split([len(lying[index]) for index in same]), strict=True):
+            lying[index] = matrices
+    for (group, _, momentum, rate), matrices in zip(parts, lying, strict=True):
+        rate, ratio = rate * (1 - found_inf), momentum.shape[1] / group["split"] / momentum.shape[2]
+        update = (matrices.mT if ratio > 1 else matrices).reshape(momentum.shape) * (math.sqrt(max(1, ratio)) * rate)
+        torch._foreach_mul_(group["params"], 1 - rate * group["weight_decay"])
+        torch._foreach_sub_(group["params"], list(update))
 
 
 class Muon(torch.optim.AdamW):
@@ -1231,20 +1232,19 @@ class Muon(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure: Callable | None = None) -> None:
-        for group in self.param_groups:
-            if "split" not in group:
-                continue
+        parts = []
+        for group in [group for group in self.param_groups if "split" in group]:
             first = group["params"][0]
             state = self.state[first]  # holds the momentum of the whole group
             if not state:
                 state["momentum_buffer"] = first.new_zeros(len(group["params"]), *first.shape)
                 state["step"] = first.new_zeros(())  # AdamW's load_state_dict looks for it
             rate = first.new_full((), group["lr"])  # a tensor, or each rate would be compiled
-            found_inf = torch.zeros_like(rate) if self.found_inf is None else self.found_inf
-            gradients = [p.grad for p in group["params"]]
-            self.update(group, gradients, state["momentum_buffer"], rate, self.dtype, found_inf)
+            parts.append((group, [p.grad for p in group["params"]], state["momentum_buffer"], rate))
             for p in group["params"]:
                 p.grad = None  # so that AdamW leaves it out
+        if parts:
+            self.update(parts, self.dtype, torch.zeros_like(rate) if self.found_inf is None else self.found_inf)
         super().step(closure)
 
 
@@ -1431,7 +1431,7 @@ def cpu_name() -> str:
 
 
 def measured_on(device: torch.device) -> dict[str, str | None]:
-    """What identifies a measurement, as columns: device, driver (of an NVIDIA GPU), torch, date (ISO)."""
+    """What identifies a measurement, as columns: device, driver (NVIDIA's), torch, date (ISO), in plain strings."""
     n, driver = torch.get_num_threads(), None
     name = f"CPU, {n} thread{'s' if n > 1 else ''} of {cpu_name()}"
     if device.type == "cuda":
@@ -1439,7 +1439,6 @@ def measured_on(device: torch.device) -> dict[str, str | None]:
         with contextlib.suppress(OSError, subprocess.SubprocessError):  # nvidia-smi may be missing or refuse
             answer = subprocess.run(ask.split(), capture_output=True, timeout=20, check=True)
             driver = answer.stdout.decode().split("\n")[0].strip()  # all GPUs of a machine share it
-    # a checkpoint holds plain strings
     return {"device": name, "driver": driver, "torch": str(torch.__version__), "date": str(datetime.date.today())}
 
 
@@ -1470,9 +1469,8 @@ def _process_group(device: torch.device) -> Iterator[torch.device]:
 
 def _from_first(make: Callable[[], object]) -> object:
     """What the first process makes, in all processes; all must ask at the same step."""
-    rank, n_ranks = ranks()
-    result = [make() if rank == 0 else None]
-    if n_ranks > 1:
+    result = [make() if ranks()[0] == 0 else None]
+    if ranks()[1] > 1:
         dist.broadcast_object_list(result)
     return result[0]
 
@@ -1526,8 +1524,7 @@ class RunFiles(NamedTuple):
 
 def run_files(results: str | Path, name: str) -> RunFiles:
     """The files of the run of that name; while it is unfinished, of the name with `.partial` behind it."""
-    files = (f"pico_llm_{name}.pt", f"{name}_metrics.csv", f"{name}_heads.csv")
-    return RunFiles(*(Path(results) / file for file in files))
+    return RunFiles(*(Path(results) / f for f in (f"pico_llm_{name}.pt", f"{name}_metrics.csv", f"{name}_heads.csv")))
 
 
 def move_run(files: RunFiles, name: str) -> str:
@@ -1592,9 +1589,9 @@ class TrainingRun:
             ids = [self.device] if on_gpu else None
             self.forward = nn.parallel.DistributedDataParallel(self.model, ids, gradient_as_bucket_view=True)
         if self.compiled:
-            # with dropout, LayerNorm's gradients in one kernel, new in PyTorch 2.10, do not fit the registers (150 us)
+            # with dropout, LayerNorm's gradients in one kernel, new in PyTorch 2.10, do not fit a GPU's registers
             is_slow = self.model_config.dropout and hasattr(torch._inductor.config.triton, "mix_order_reduction")
-            options = {"triton.mix_order_reduction": False} if is_slow and on_gpu else None
+            options = {"triton.mix_order_reduction": False} if is_slow else None
             self.forward = compile_function(self.forward, options=options)
         self.optimizer.update = compile_function(muon_update) if self.compiled and on_gpu else muon_update
 
@@ -2161,8 +2158,7 @@ def key_sets(ids: Tensor, counts: Tensor) -> Tensor:
     """
     position = torch.arange(len(ids))
     distance = position[:, None] - position  # (T, T), query minus key
-    earlier = distance > 0
-    local = (distance >= 0) & (distance <= 2) & (position[:, None] >= 5)
+    earlier, local = distance > 0, (distance >= 0) & (distance <= 2) & (position[:, None] >= 5)
     same = (ids[:, None] == ids) & earlier
     follower = F.pad(same[:, :-1], (1, 0)) & earlier  # the token before key j is a copy of token i
     is_mark = punctuation_tokens()[ids]
@@ -2243,8 +2239,7 @@ class HeadSums(NamedTuple):
 
     def bootstrap(self, n: int, seed: int) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
         """The scores (n, heads) over n resamples of the texts, and over the texts each leaves out (or all)."""
-        random = np.random.default_rng(seed)
-        sizes = self.texts.shape[1], self.repeats.shape[1]
+        random, sizes = np.random.default_rng(seed), (self.texts.shape[1], self.repeats.shape[1])
         drawn = [random.multinomial(size, np.full(size, 1 / size), n).astype(float) for size in sizes]
         left_out = [np.where(each.all(axis=1, keepdims=True), 1.0, each == 0) for each in drawn]
         return self.scores(*drawn), self.scores(*left_out)
@@ -2412,8 +2407,7 @@ def head_ablation_map(model: PicoLLM, idx: Tensor, means: Tensor, n_last: int) -
     heads = list(np.ndindex(model.config.n_layer, model.config.n_head))
     losses = ablated_losses(model, idx, [(), *((head,) for head in heads)], means, n_last)
     increase = losses[1:] - losses[0]
-    error = increase.std(1, ddof=1) / math.sqrt(len(idx))
-    table = pd.DataFrame(heads, columns=["layer", "head"])
+    error, table = increase.std(1, ddof=1) / math.sqrt(len(idx)), pd.DataFrame(heads, columns=["layer", "head"])
     table = table.assign(loss=losses[1:].mean(1), loss_increase=increase.mean(1), standard_error=error)
     return table.assign(matters=heads_that_matter(table, len(idx))[0])
 
@@ -2636,8 +2630,7 @@ def _draw_sentences(phenomenon: Phenomenon, random: Random, is_odd: bool) -> lis
     """The sentences of one item, filled with words; the marks of target and distractor are still in them."""
     words: dict[str, str] = {}
     for names in phenomenon.drawn.split():
-        options = [word.format_map(words) for word in WORDS[names.split(",")[0]]]
-        drawn = random.sample(options, names.count(",") + 1)
+        drawn = random.sample([word.format_map(words) for word in WORDS[names.split(",")[0]]], names.count(",") + 1)
         words |= zip(re.split("[,:]", names), re.split("[,:]", ",".join(drawn)), strict=True)
     text = re.sub(r"<(.*?)\|(.*?)>", r"\2" if is_odd else r"\1", phenomenon.sentences).format_map(words)
     return re.sub(r"\[a\](?= \(?[aeio])", "[an]", text).splitlines()  # an old dog, a useful dog
@@ -3146,8 +3139,7 @@ def plot_rollout(capture: AttentionCapture) -> Figure:
     difference = attention_rollout(np.nan_to_num(maps)) - attention_rollout(uniform_attention(len(maps), len(labels)))
     difference[np.isnan(maps[0, 0])] = np.nan
     # noise stays pale; the first column, which often towers over the others, may be beyond the scale
-    limit = max(0.05, np.nanmax(np.abs(difference[1:, 1:]), initial=0))
-    side = max(3.2, 0.16 * len(labels))
+    limit, side = max(0.05, np.nanmax(np.abs(difference[1:, 1:]), initial=0)), max(3.2, 0.16 * len(labels))
     figure, axes = new_figure(side + 2.0, side + 1.2, text)
     scale = _ATTENTION | {"cmap": "RdBu", "vmin": -limit, "vmax": limit}
     _draw_heatmap(axes, difference, xticklabels=labels, yticklabels=labels, **scale)
@@ -3496,8 +3488,7 @@ def _tested_classes(study: Study) -> list[tuple[NamedTuple, str]]:
     """Rows of study.class_ablation, whose class is called name, of the classes found, each with the verdict."""
     table = study.class_ablation.rename(columns={"class": "name"})
     holds = (table["loss_increase"] >= MIN_LOSS_INCREASE) & (table["p_value"] < SIGNIFICANCE)
-    verdicts = map(_verdict, holds, table["high"] < MIN_LOSS_INCREASE)
-    pairs = zip(table.itertuples(), verdicts, strict=True)
+    pairs = zip(table.itertuples(), map(_verdict, holds, table["high"] < MIN_LOSS_INCREASE), strict=True)
     return [(row, verdict) for row, verdict in pairs if _is_found(study, row.name)]
 
 
@@ -3698,8 +3689,7 @@ def stream_text(
         if cache is None or not use_cache:
             cache = KVCache(model.config, 1, weight.device, weight.dtype)
         with evaluating(model):  # left before each yield, so that the caller's own settings hold between tokens
-            idx = torch.tensor([window[cache.length :]], device=weight.device)
-            logits = model(idx, cache=cache)[0, -1]
+            logits = model(torch.tensor([window[cache.length :]], device=weight.device), cache=cache)[0, -1]
         token = sample_token(logits.float().cpu(), rng, **sampling)
         if token == Tokenizer.end_of_text:
             return
@@ -4056,8 +4046,7 @@ def benchmark(
         for batch, length in shapes:
             tokens = held_out_sequences(file, 8 * batch, length)[:, :-1].to(device)
             able = [way for way in ways if way.shape in (None, (batch, length))]
-            timed = time_shape(able, [idx.contiguous() for idx in tokens.split(batch)], seconds)
-            rows += [row | here for row in timed]
+            rows += [row | here for row in time_shape(able, [idx.contiguous() for idx in tokens.split(batch)], seconds)]
             write_csv(path, rows)
     return pd.DataFrame(rows)
 
@@ -4105,8 +4094,7 @@ def advanced_tensorrt_optimization_demo(
     ways = [way for way in ways if way.name == BASELINE or any(word in way.name.lower() for word in words)]
     headline, path = (min(batch_sizes), longest), results / "inference_benchmark.csv"
     shapes = dict.fromkeys([headline, *itertools.product(batch_sizes, sequence_lengths)])  # the headline comes first
-    seconds = (1.0 if on_gpu else 0.5) if seconds is None else seconds
-    frame = benchmark(model, file, ways, list(shapes), seconds, path)
+    frame = benchmark(model, file, ways, list(shapes), (1.0 if on_gpu else 0.5) if seconds is None else seconds, path)
     save_figure(plot_benchmark(frame), path.with_suffix(""))
     for best in frame[(frame.batch == headline[0]) & (frame.length == longest)].nsmallest(1, "p50_ms").itertuples():
         speed = f"{best.p50_ms:.3g} ms, {best.speedup:.2f} times as fast as {BASELINE}"
@@ -4496,8 +4484,7 @@ def offer_download(results: str | Path = "results") -> None:
 
 
 def _generate(prompt: str, checkpoint: str | None, results: str, **sampling) -> None:
-    model = load_model(checkpoint or newest_checkpoint(results))
-    pieces = stream_text(model, prompt, **sampling)
+    pieces = stream_text(load_model(checkpoint or newest_checkpoint(results)), prompt, **sampling)
     for piece in itertools.chain([prompt + next(pieces, "")], pieces, ["\n"]):  # after an error nothing
         print(piece, end="", flush=True)
 

@@ -180,7 +180,7 @@ def compile_step(precision: str, batch: int = 64) -> dict:
 
 
 def compile_muon(precision: str) -> dict:
-    """Compiles Muon's update of each group of the full model's matrices."""
+    """Compiles Muon's update of the full model's matrices."""
     import torch
     from torch._subclasses import FakeTensorMode
 
@@ -189,15 +189,14 @@ def compile_muon(precision: str) -> dict:
     backend, made = recorder()
     dtype = pico.choose_precision(precision, torch.device("cuda:0"))
     optimizer = pico.make_optimizer(pico.PicoLLM(pico.ModelConfig()), pico.TrainConfig(optimizer="muon"))
+    parts = []
     with FakeTensorMode(), torch.no_grad():
         for group in optimizer.param_groups:
             if "split" in group:
-                n, shape = len(group["params"]), group["params"][0].shape
-                momentum = torch.empty(n, *shape, device="cuda:0")
+                momentum = torch.empty(len(group["params"]), *group["params"][0].shape, device="cuda:0")
                 weights, gradients = (list(torch.empty_like(momentum).unbind()) for _ in range(2))
-                rate, found_inf = (torch.empty((), device="cuda:0") for _ in range(2))
-                group |= {"params": weights}
-                torch.compile(pico.muon_update, backend=backend)(group, gradients, momentum, rate, dtype, found_inf)
+                parts.append((group | {"params": weights}, gradients, momentum, torch.empty((), device="cuda:0")))
+        torch.compile(pico.muon_update, backend=backend)(parts, dtype, torch.empty((), device="cuda:0"))
     return {"graphs": len(made.graphs), "kernels": [_launches(code) for code in made.codes], "compiled": made.compiled}
 
 

@@ -45,10 +45,10 @@ def test_the_training_step_compiles_for_cuda(capability, attention):
     logits = [(shape, kind) for shape, kind in made["buffers"] if shape[-1:] == [vocabulary]]
     assert logits and all(kind != "float32" and shape[0] <= 8192 for shape, kind in logits)
     muon = made["muon"]
-    assert muon["graphs"] == len(muon["kernels"]) == 4 and sum(muon["kernels"]) <= 90, "a graph for each shape"
+    assert muon["graphs"] == len(muon["kernels"]) == 1 and sum(muon["kernels"]) <= 60, "30 matrix products"
     assert all(n == 1 for n in muon["compiled"])
     chunk = 2 * 8192 * vocabulary  # bytes of its logits
-    assert max(made["peaks"]) < 1.5 * chunk, "the logits of one chunk, their gradient in their place"
+    assert max(made["peaks"]) < 2.5 * chunk, "the logits of one chunk and their exponentials"
     limit = 64 * vocabulary  # the gradient of the embedding
     assert max(math.prod(shape) for shape, kind in made["buffers"] if kind == "float32") <= limit
 
