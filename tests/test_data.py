@@ -181,8 +181,7 @@ def moses(line: str) -> str:
     line = re.sub(r"(?<!\w)'|'(?!\w)", " ' ", line)
     line = re.sub(r"(?<=\w)'(?=\w)", " '", line)  # ship 's
     line = re.sub(r"([^\w\s.,'@-])", r" \1 ", line)
-    line = re.sub(r"(?<!@)([.,])(?= |$)(?!@)", r" \1 ", line)
-    return " " + " ".join(line.split()) + " \n"
+    return " " + " ".join(re.sub(r"(?<!@)([.,])(?= |$)(?!@)", r" \1 ", line).split()) + " \n"
 
 
 ORIGINALS = """The ship's crew (4,386 men) didn't sail; they'd wait 0.75 hours: 79% had left by 10:30.

@@ -28,8 +28,7 @@ def maps_of(figure):
 
 
 def words_of(figure):
-    texts = [text.get_text() for text in figure.findobj(matplotlib.text.Text)]
-    return " ".join(texts).replace("\n", " ")
+    return " ".join([text.get_text() for text in figure.findobj(matplotlib.text.Text)]).replace("\n", " ")
 
 
 def labels_of(axis):

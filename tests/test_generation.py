@@ -73,8 +73,7 @@ def test_sampling_follows_the_filtered_distribution():
     assert frequencies(top_k=2) == pytest.approx([2 / 3, 1 / 3, 0, 0], abs=0.03)
     assert frequencies(top_p=0.7) == pytest.approx([2 / 3, 1 / 3, 0, 0], abs=0.03)
     assert frequencies(top_p=0.76) == pytest.approx([0.5 / 0.9, 0.25 / 0.9, 0.15 / 0.9, 0], abs=0.03)
-    squares = [p**2 / 0.345 for p in (0.5, 0.25, 0.15, 0.1)]
-    assert frequencies(temperature=0.5) == pytest.approx(squares, abs=0.03)
+    assert frequencies(temperature=0.5) == pytest.approx([p**2 / 0.345 for p in (0.5, 0.25, 0.15, 0.1)], abs=0.03)
     for greedy in ({"top_p": 1e-9}, {"top_k": 1}, {"temperature": 0.0}, {"temperature": 1e-40}):  # no overflow
         assert frequencies(**greedy, n=50) == [1, 0, 0, 0]
 

@@ -49,6 +49,8 @@ def test_the_training_step_compiles_for_cuda(capability, attention):
     assert all(n == 1 for n in muon["compiled"])
     chunk = 2 * 8192 * vocabulary  # bytes of its logits
     assert max(made["peaks"]) < 2.5 * chunk, "the logits of one chunk and their exponentials"
+    stream = {kind for shape, kind in made["buffers"] if shape == [64, 384, 64]} - {"bool"}
+    assert stream == ({"bfloat16"} if capability == "9 0" else {"float16", "float32"})
     limit = 64 * vocabulary  # the gradient of the embedding
     assert max(math.prod(shape) for shape, kind in made["buffers"] if kind == "float32") <= limit
 
@@ -119,7 +121,6 @@ def test_pip_would_install_one_tensorrt_and_no_torch(torch_version, cuda):
         requirements = [requirement.replace("cu13", "cu12") for requirement in requirements]
     _, (_, *libraries) = pico.tensorrt_packages(torch_version, cuda, lambda _: requirements)
     on_pypi = [name for name in libraries if not re.match(r"tensorrt-cu\d+(<|-libs)", name)]  # the rest is NVIDIA's
-    suffixes = set(re.findall(r"cu\d+", " ".join([*libraries, *would_install(*on_pypi)])))
-    assert suffixes == {f"cu{cuda[:2]}"}
+    assert set(re.findall(r"cu\d+", " ".join([*libraries, *would_install(*on_pypi)]))) == {f"cu{cuda[:2]}"}
     assert not any(re.match(r"(torch|tensorrt)\b(?!-cu)", name) for name in libraries)
     assert len(libraries) >= 5

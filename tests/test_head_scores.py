@@ -364,8 +364,7 @@ def test_a_class_that_matters_is_ranked_first_among_random_sets_and_one_of_all_h
     assert local["low"] < local["loss_increase"] < local["high"]
     assert local["random_loss_increase"] < min(local["loss_increase"], local["compared_loss_increase"]) / 2
     assert local["p_value"] == pytest.approx(2 / 100) and token["p_value"] > 0.9  # Holm doubles the smaller one
-    everything = scores.assign(**{"class": "Token-Specific"})
-    (row,) = ph.class_ablation(model, idx, everything, means, 23).to_dict("records")
+    (row,) = ph.class_ablation(model, idx, scores.assign(**{"class": "Token-Specific"}), means, 23).to_dict("records")
     assert (row["n_random_sets"], row["p_value"]) == (0, 1) and np.isnan(row["random_loss_increase"])
     assert np.isfinite([row["loss_increase"], row["compared_loss_increase"]]).all()
 

@@ -331,8 +331,7 @@ def test_benchmark_table_is_complete_and_its_ratios_right(ways, model, file, tmp
 def test_no_row_is_always_first_and_each_gets_its_time(monkeypatch):
     order, seconds = [], set()
     monkeypatch.setattr(pico, "time_calls", lambda run, _, s: order.append(run()) or seconds.add(s) or [1.0])
-    ways = [pico.Variant(str(i), "fp32", lambda i=i: lambda: i) for i in range(3)]
-    pico.time_shape(ways, [torch.zeros(1, 1)], 1.0)
+    pico.time_shape([pico.Variant(str(i), "fp32", lambda i=i: lambda: i) for i in range(3)], [torch.zeros(1, 1)], 1.0)
     turns = [order[i : i + 3] for i in range(3, len(order), 3)]  # the first three calls compile
     assert len(turns) == 5 and all(sorted(turn) == [0, 1, 2] for turn in turns)
     assert {turn[0] for turn in turns} == {0, 1, 2} and seconds == {0.0, 0.2}

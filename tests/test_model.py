@@ -61,7 +61,7 @@ def test_a_capturing_pass_gives_the_logits_of_the_normal_one_and_rows_that_sum_t
 
 
 @pytest.mark.parametrize("by", ["rows", "words"])
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("ignored", [None, -100, -1])
 def test_loss_equals_cross_entropy_of_the_logits_with_its_gradients(tiny_model, precision, ignored, by, monkeypatch):
     if by == "rows":  # as on a GPU
@@ -73,7 +73,7 @@ def test_loss_equals_cross_entropy_of_the_logits_with_its_gradients(tiny_model, 
     gradients = []
     for ours in (False, True):
         tiny_model.zero_grad()
-        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+        with torch.autocast("cpu", {"fp16": torch.float16}.get(precision, torch.bfloat16), precision != "fp32"):
             result = tiny_model(idx, targets) if ours else tiny_model(idx).flatten(0, 1)
         loss = result if ours else F.cross_entropy(result.float(), targets.flatten(), ignore_index=ignored or -100)
         loss.backward()
@@ -82,8 +82,19 @@ def test_loss_equals_cross_entropy_of_the_logits_with_its_gradients(tiny_model, 
     assert loss.item() == pytest.approx(gradients[0][0].item(), abs=1e-5 if precision == "fp32" else 2e-3)
     for expected, found in zip(*(found[1:] for found in gradients), strict=True):
         assert (found - expected).norm() < (1e-5 if precision == "fp32" else 2e-2) * expected.norm()
-    padding = tiny_model.token_embedding.weight.grad[50257:]
-    assert len(padding) == 47 and torch.count_nonzero(padding) == 0
+    assert torch.equal(tiny_model.token_embedding.weight.grad[50257:], torch.zeros(47, 32)), "of the padding"
+
+
+@pytest.mark.parametrize("dtype, needs_grad", [(torch.float32, True), (torch.float32, False), (torch.float16, True)])
+def test_loss_by_rows_may_only_overflow_with_gradients_and_not_in_fp16(dtype, needs_grad):
+    hidden, weight = torch.ones(2, 1, dtype=dtype), torch.zeros(8, 1, dtype=dtype)
+    weight[3] = 100
+    losses, *gradients = pico.loss_by_rows(hidden, weight, torch.tensor([1, 3]), 6, 1, needs_grad)
+    overflows = needs_grad and dtype == torch.float32
+    assert losses.tolist() == pytest.approx([math.inf if overflows else 100, 0])
+    if needs_grad:  # of two words 100 apart
+        assert gradients[0].isfinite().tolist() == [[not overflows], [True]]
+        assert overflows or gradients[1][:, 0].tolist() == [0, -1, 0, 1, 0, 0, 0, 0]
 
 
 @pytest.mark.parametrize("compiled", [False, True])
@@ -166,8 +177,7 @@ def test_dropout_keeps_the_mean_and_about_the_share(p):
     y = dropout(x)
     y.sum().backward()
     n_drop = max(1, round(256 * p))
-    share = (y == 0).double().mean().item()
-    assert share == pytest.approx(n_drop / 256, abs=5 * math.sqrt(p / x.numel()) + 1e-4)
+    assert (y == 0).double().mean().item() == pytest.approx(n_drop / 256, abs=5 * math.sqrt(p / x.numel()) + 1e-4)
     kept = y[y > 0]
     torch.testing.assert_close(kept, torch.full_like(kept, 2 / (1 - n_drop / 256)))  # so the expected value is x
     assert y.mean().item() == pytest.approx(2, abs=0.02)

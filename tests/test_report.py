@@ -113,8 +113,7 @@ def test_findings_are_strict_json_with_every_number(tmp_path):
     study = make_study(2, 2)
     study.scores.loc[0, "induction"] = np.nan
     findings = pico.study_findings(study)
-    text = json.dumps(findings, allow_nan=False)
-    read = json.loads(text, parse_constant=lambda name: pytest.fail(name))
+    read = json.loads(json.dumps(findings, allow_nan=False), parse_constant=lambda name: pytest.fail(name))
     assert read == findings and read["head_scores"][0]["induction"] is None
     assert read["head_scores"][1]["previous"] == pytest.approx(study.scores.loc[1, "previous"])
     assert read["thresholds"]["tau"]["sink"] == 0.3 and read["thresholds"]["null_attention"] == pico.NULL_ATTENTION

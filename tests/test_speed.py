@@ -621,8 +621,7 @@ def test_comparison_writes_table_and_chart(tiny_preset, tmp_path, capsys):
     assert (tmp_path / "profile.png").stat().st_size > 1000 and (tmp_path / "profile.svg").exists()
     trace = json.loads((tmp_path / "profile_resident.trace.json").read_text())
     found = [event["name"] for event in trace["traceEvents"] if event.get("cat") == "user_annotation"]
-    ranges = ("data", "host-to-device", "forward", "backward", "optimizer")
-    assert [found.count(name) for name in ranges] == [2] * 5
+    assert [found.count(name) for name in ("data", "host-to-device", "forward", "backward", "optimizer")] == [2] * 5
 
 
 def test_batch_sizes_share_a_table_and_lack_of_memory_costs_a_row(tiny_preset, tmp_path, capsys, monkeypatch):

@@ -94,8 +94,7 @@ def test_ctrl_c_saves_and_a_run_resumed_on_texts_that_moved_ends_bit_for_bit_equ
     else:
         stopped = rerun()
         assert not stopped.finished and len(steps) == stop_at == pico.load_checkpoint(stopped.checkpoint).step
-        moved = shutil.copytree(corpus_folder, tmp_path / corpus_folder.name)
-        resumed = rerun(corpus=f"{moved}/")
+        resumed = rerun(corpus=f"{shutil.copytree(corpus_folder, tmp_path / corpus_folder.name)}/")
         assert resumed.finished
         assert [row["val_loss"] for row in resumed.metrics] == [row["val_loss"] for row in finished.metrics]
     saved = pico.load_checkpoint(pico.run_files(tmp_path, "tiny").model)
@@ -447,8 +446,7 @@ def test_a_crash_between_saving_and_renaming_loses_no_model(rerun, tmp_path, mon
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="killed"):
         patch.setattr(pico, "move_run", crash)
         rerun(max_steps=1, seed=1)
-    seeds = [pico.load_checkpoint(path).train_config.seed for path in tmp_path.glob("pico_llm_*.pt")]
-    assert sorted(seeds) == [0, 1]
+    assert sorted([pico.load_checkpoint(path).train_config.seed for path in tmp_path.glob("pico_llm_*.pt")]) == [0, 1]
     rerun(max_steps=1, seed=1)
     assert pico.load_checkpoint(tmp_path / "pico_llm_tiny.pt").train_config.seed == 1
     assert len(steps) == 1, "what was trained is not trained again"
