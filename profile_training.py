@@ -452,6 +452,9 @@ def run_profile(options: argparse.Namespace, preset: Preset, device: torch.devic
         size = 8192 if on_gpu else 2048
         rates = {dtype: matrix_rate(device, dtype, size) for dtype in {c.run.dtype for c in contestants}}
     measure_all(contestants, options.warmup, steps, options.repeats or (5 if len(contestants) > 1 else 1))
+    columns = {"preset": options.preset, "corpus": corpus.name}
+    # again with what the traces tell; should they fail or take too long, the speeds are kept
+    pico.write_csv(out / "profile.csv", [row | columns for row in describe(contestants, steps, rates)])
     with tempfile.TemporaryDirectory() as folder:
         for contestant in contestants:
             file = f"profile_{re.sub('[, ]+', '_', contestant.name)}.trace.json"
@@ -460,7 +463,7 @@ def run_profile(options: argparse.Namespace, preset: Preset, device: torch.devic
                 print(f"Chrome trace: {out / file}")
             elif "NSYS_PROFILING_SESSION_ID" not in os.environ:  # only one profiler can listen to the GPU
                 contestant.record(min(steps, 10 if on_gpu else 1), Path(folder) / file)
-    rows = [row | {"preset": options.preset, "corpus": corpus.name} for row in describe(contestants, steps, rates)]
+    rows = [row | columns for row in describe(contestants, steps, rates)]
     print(format_table(rows))
     written = [pico.write_csv(out / "profile.csv", rows), *pico.save_figure(draw_chart(rows), out / "profile")]
     print("Written:", ", ".join(str(path) for path in written))

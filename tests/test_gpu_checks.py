@@ -111,8 +111,7 @@ def test_pip_would_install_one_tensorrt_and_no_torch(torch_version, cuda):
     _, release = next(pico.tensorrt_packages(torch_version, cuda, list))
     found = would_install(release)  # from PyPI, which has the builds for CUDA 13
     assert list(found) == ["torch_tensorrt"]
-    requirements = found["torch_tensorrt"]["requires_dist"]
-    minor = re.escape(torch_version.rsplit(".", 1)[0])
+    requirements, minor = found["torch_tensorrt"]["requires_dist"], re.escape(torch_version.rsplit(".", 1)[0])
     assert any(re.match(rf"torch<[\d.]+,>={minor}", requirement) for requirement in requirements)
     if cuda.startswith("12."):
         with pytest.raises(pico.PicoError, match="not for CUDA"):

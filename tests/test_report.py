@@ -145,8 +145,7 @@ def make_pictures(folder):
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("report")
-    study = make_study(2, 2)
+    folder, study = tmp_path_factory.mktemp("report"), make_study(2, 2)
     study.language.loc[0, "claim"] = "<b>claims</b> are & stay text"
     pictures = make_pictures(folder / "figures")
     findings = pico.study_findings(study, {"Corpus": "<i>offline</i> {{ headline }} {rule}"})

@@ -157,8 +157,7 @@ def test_a_training_step_is_one_graph_for_all_models_of_a_shape(tiny_config, dty
     monkeypatch.setattr(pico, "loss_by_words", lambda *arguments: by_words(*arguments[:-1], False))
     torch.compiler.reset()  # what other tests compiled would decide which sizes are dynamic
     counter = CompileCounterWithBackend("aot_eager")
-    config = dataclasses.replace(tiny_config, dropout=0.0)
-    batch = random_batch(5)
+    config, batch = dataclasses.replace(tiny_config, dropout=0.0), random_batch(5)
     for seed in (0, 1):
         model = pico.PicoLLM(config, seed).train()
         model.loss_chunk = 20_000
@@ -376,8 +375,7 @@ def test_a_resumed_run_keeps_its_precision_and_its_compiler_bit_for_bit(train_ti
     monkeypatch.setattr(pico, "compile_function", functools.partial(torch.compile, backend="aot_eager", dynamic=False))
     monkeypatch.setattr(pico, "bf16_is_faster", lambda: True)
     torch.compiler.reset()
-    whole = train_tiny("whole", **settings, compile=True)
-    steps = interrupt(2)
+    whole, steps = train_tiny("whole", **settings, compile=True), interrupt(2)
     assert not train_tiny("parts", **settings, compile=True).finished
     monkeypatch.setattr(pico, "bf16_is_faster", lambda: False)
     torch.compiler.reset()
@@ -645,6 +643,12 @@ def test_batch_sizes_share_a_table_and_lack_of_memory_costs_a_row(tiny_preset, t
     assert "naive, batch 4: left out. batch_size must be a multiple of micro_batch_size" in capsys.readouterr().out
     assert profile.main([*tiny_preset, "--loader", "naive", "--batch-sizes", "8"]) == 1
     assert "Nothing could be measured" in capsys.readouterr().err
+
+
+def test_speeds_are_kept_when_the_traces_are_interrupted(tiny_preset, tmp_path, monkeypatch):
+    monkeypatch.setattr(profile.Contestant, "record", lambda *_: signal.raise_signal(signal.SIGINT))
+    assert profile.main([*tiny_preset, "--loader", "naive"]) == 130
+    assert float(read_rows(tmp_path / "profile.csv")[0]["tokens_per_second"]) > 0
 
 
 def test_a_plain_loop_takes_micro_batches_on_a_small_gpu(tiny_train, monkeypatch):

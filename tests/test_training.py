@@ -146,8 +146,7 @@ def test_unfinished_runs_with_other_settings_are_moved_aside(finished, rerun, tm
 
 def test_micro_batches_give_the_gradient_of_the_whole_batch(tiny_config, settings):
     config = dataclasses.replace(tiny_config, dropout=0.0)
-    batch = torch.randint(50257, (4, 33), generator=torch.Generator().manual_seed(0))
-    states = []
+    batch, states = torch.randint(50257, (4, 33), generator=torch.Generator().manual_seed(0)), []
     for micro in (4, 2, 1):
         model, train = pico.PicoLLM(config), dataclasses.replace(settings, micro_batch_size=micro)
         optimizer, scaler = pico.make_optimizer(model, train), torch.amp.GradScaler("cpu", enabled=False)
@@ -162,8 +161,7 @@ def test_validation_covers_the_whole_split(tiny_model, corpus_folder, data_folde
     file = pico.prepare_tokens(pico.choose_corpus(str(corpus_folder)), "validation", data_folder)
     assert (len(file.tokens) - 1) % 32, "the last window must be a short one"
     result = pico.evaluate(tiny_model, file, batch_size=3)
-    tokens = torch.from_numpy(file.tokens.astype("int64"))
-    total = 0.0
+    tokens, total = torch.from_numpy(file.tokens.astype("int64")), 0.0
     with torch.no_grad():
         for start in range(0, len(tokens) - 1, 32):
             x, y = tokens[start : start + 32], tokens[start + 1 : start + 33]
