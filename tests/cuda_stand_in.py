@@ -158,6 +158,7 @@ def compile_step(precision: str, batch: int = 64) -> dict:
     import pico_helpers as pico
 
     backend, made = recorder()
+    torch._inductor.config.triton.mix_order_reduction = False  # as in TrainingRun.make_forward
     model = pico.PicoLLM(pico.ModelConfig(d_model=64, n_layer=2, n_head=1, d_ff=64)).train()
     with FakeTensorMode():
         for part in model.modules():

@@ -215,8 +215,7 @@ def test_shares_interval_comes_from_resampling_texts():
 
     def sums(n_previous):
         def head(ids):
-            is_previous = any(torch.equal(ids, each) for each in texts[:n_previous])
-            return ideal("previous" if is_previous else "uniform")(ids)
+            return ideal("previous" if any(torch.equal(ids, each) for each in texts[:n_previous]) else "uniform")(ids)
 
         return synthetic_sums([head], texts)
 

@@ -51,8 +51,7 @@ def test_a_capturing_pass_gives_the_logits_of_the_normal_one_and_rows_that_sum_t
     assert model.training
     idx, layers = torch.tensor([capture.token_ids]), {}
     with torch.no_grad():
-        expected = model.eval()(idx)
-        logits = model(idx, on_attention=layers.__setitem__)
+        expected, logits = model.eval()(idx), model(idx, on_attention=layers.__setitem__)
     torch.testing.assert_close(logits, expected, atol=1e-5, rtol=0)
     n, weights = len(capture.token_ids), torch.cat([layers[layer] for layer in range(8)])
     assert weights.shape == (8, 7, n, n) and weights.dtype == torch.float32 and torch.equal(capture.weights, weights)
@@ -95,6 +94,8 @@ def test_loss_by_rows_may_only_overflow_with_gradients_and_not_in_fp16(dtype, ne
     if needs_grad:  # of two words 100 apart
         assert gradients[0].isfinite().tolist() == [[not overflows], [True]]
         assert overflows or gradients[1][:, 0].tolist() == [0, -1, 0, 1, 0, 0, 0, 0]
+        _, *nothing = pico.loss_by_rows(hidden, weight, torch.tensor([-1, -1]), 6, 1, True)
+        assert not any(gradient.any() for gradient in nothing), "an ignored target counts nowhere"
 
 
 @pytest.mark.parametrize("compiled", [False, True])
