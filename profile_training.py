@@ -222,8 +222,8 @@ class PlainLoop(Contestant):
 
 
 class BestPlainLoop(PlainLoop):
-    """The same with what PyTorch offers: autocast to 16 bits, where that is faster, torch.compile. In bf16 on a GPU, our
-    model's residual stream is in bf16, for it too.
+    """The same with what PyTorch offers: autocast to 16 bits where that is faster, torch.compile. In bf16 on a GPU the
+    model's residual stream is bf16 here, too.
     """
 
     is_best = True
