@@ -485,7 +485,7 @@ def loss_by_rows(
         exponentials = logits.sub_(reference).exp_()
         total = exponentials.sum(dim=-1, keepdim=True)
         log_p = target_logits[rows] - reference - total.log()
-        losses.append(-log_p[:, 0])
+        losses.append(-log_p[:, 0])  # not into one tensor: torch.compile would keep the logits past their chunk
         at_target, scale = (torch.where(counted, x, 0.0) for x in (log_p.expm1() * total, 1 / total))
         grad = exponentials.to(h.dtype).scatter_(1, targets[rows, None], at_target.to(h.dtype))  # times total
         hidden_grad[rows] = ((grad @ weight).float() * scale).to(h.dtype)
