@@ -9,6 +9,7 @@ them at once), `attention` (its operators); `muon` holds the first three for the
 """
 
 import ctypes
+import functools
 import json
 import math
 import re
@@ -132,9 +133,9 @@ def recorder() -> tuple[Callable, types.SimpleNamespace]:
         compile_fx_inner(graph, inputs, **options)
         return make_boxed_func(graph.forward)  # runs on fake tensors
 
-    def backend(graph, inputs):
+    def backend(graph, inputs, options=None):
         made.graphs.append(graph)
-        return compile_fx(graph, inputs, inner_compile=inner)
+        return compile_fx(graph, inputs, inner_compile=inner, config_patches=options)
 
     def to_machine_code(kernel, *_, **__):
         kernel.configs = kernel.configs[:1]
@@ -150,25 +151,36 @@ def recorder() -> tuple[Callable, types.SimpleNamespace]:
     return backend, made
 
 
-def compile_step(precision: str, batch: int = 64) -> dict:
-    """Compiles forward, loss and backward of a small model with the full vocabulary, as training does."""
+def stand_in_run(precision: str, **shape: int) -> tuple[types.SimpleNamespace, types.SimpleNamespace]:
+    """What a step needs of a `TrainingRun`, compiled, with fake weights on the device; what its compiler has made."""
     import torch
     from torch._subclasses import FakeTensorMode
 
     import pico_helpers as pico
 
     backend, made = recorder()
-    torch._inductor.config.triton.mix_order_reduction = False  # as in TrainingRun.make_forward
-    model = pico.PicoLLM(pico.ModelConfig(d_model=64, n_layer=2, n_head=1, d_ff=64)).train()
-    with FakeTensorMode():
+    pico.compile_function = functools.partial(torch.compile, backend=backend, dynamic=False)
+    model, device = pico.PicoLLM(pico.ModelConfig(**shape)).train(), torch.device("cuda:0")
+    run = types.SimpleNamespace(model=model, model_config=model.config, device=device, compiled=True)
+    run.mode, run.dtype = FakeTensorMode(), pico.choose_precision(precision, device)
+    with run.mode:
         for part in model.modules():
             for values, kind in ((part._parameters, torch.nn.Parameter), (part._buffers, lambda tensor: tensor)):
                 for name, value in values.items():
-                    values[name] = value if value is None else kind(torch.empty(value.shape, device="cuda:0"))
-        idx = torch.zeros(batch, 385, dtype=torch.int64, device="cuda:0")
-        dtype = pico.choose_precision(precision, idx.device)
-        with torch.autocast("cuda", dtype, enabled=dtype != torch.float32):
-            torch.compile(model, backend=backend)(idx[:, :-1], idx[:, 1:])
+                    values[name] = value if value is None else kind(torch.empty(value.shape, device=device))
+        run.optimizer = pico.make_optimizer(model, pico.TrainConfig(optimizer="muon"), run.dtype)
+    pico.TrainingRun.make_forward(run)
+    return run, made
+
+
+def compile_step(precision: str, batch: int = 64) -> dict:
+    """Compiles forward, loss and backward of a small model with the full vocabulary, as training does."""
+    import torch
+
+    run, made = stand_in_run(precision, d_model=64, n_layer=2, n_head=1, d_ff=64)
+    with run.mode, torch.autocast("cuda", run.dtype, enabled=run.dtype != torch.float32):
+        idx = torch.zeros(batch, 385, dtype=torch.int64, device=run.device)
+        run.forward(idx[:, :-1], idx[:, 1:])
     buffers = re.findall(r"empty_strided_cuda\(\(([\d, ]*)\), .*?, torch\.(\w+)\)", "\n".join(made.codes))
     return {
         "graphs": len(made.graphs),
@@ -181,23 +193,15 @@ def compile_step(precision: str, batch: int = 64) -> dict:
 
 
 def compile_muon(precision: str) -> dict:
-    """Compiles Muon's update of the full model's matrices."""
+    """Compiles Muon's update of the full model's matrices, as training does."""
     import torch
-    from torch._subclasses import FakeTensorMode
 
-    import pico_helpers as pico
-
-    backend, made = recorder()
-    dtype = pico.choose_precision(precision, torch.device("cuda:0"))
-    optimizer = pico.make_optimizer(pico.PicoLLM(pico.ModelConfig()), pico.TrainConfig(optimizer="muon"))
-    parts = []
-    with FakeTensorMode(), torch.no_grad():
-        for group in optimizer.param_groups:
-            if "split" in group:
-                momentum = torch.empty(len(group["params"]), *group["params"][0].shape, device="cuda:0")
-                weights, gradients = (list(torch.empty_like(momentum).unbind()) for _ in range(2))
-                parts.append((group | {"params": weights}, gradients, momentum, torch.empty((), device="cuda:0")))
-        torch.compile(pico.muon_update, backend=backend)(parts, dtype, torch.empty((), device="cuda:0"))
+    run, made = stand_in_run(precision)
+    torch.optim.AdamW.step = lambda *_: None  # PyTorch's own kernels
+    with run.mode:
+        for parameter in run.model.parameters():
+            parameter.grad = torch.empty_like(parameter)
+        run.optimizer.step()
     return {"graphs": len(made.graphs), "kernels": [_launches(code) for code in made.codes], "compiled": made.compiled}
 
 

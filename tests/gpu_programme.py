@@ -89,7 +89,8 @@ def main(arguments: list[str] | None = None) -> int:
     if not chosen:
         parser.error(f"no step is called so; choose from: {', '.join(name for name, _ in found)}")
     for number, (name, command) in chosen:
-        started, status = time.perf_counter(), run_step(command, out / f"{number}_{name}", options.limit)
+        started = time.perf_counter()
+        status = run_step(command, out / f"{number}_{name}", options.limit)
         rows.pop(name, None)  # its files are replaced, too
         rows[name] = {"step": name, "status": status, "seconds": round(time.perf_counter() - started, 1)}
         print(f"{number} {name}: {status}, {rows[name]['seconds']} s", flush=True)

@@ -27,8 +27,7 @@ def make_capture(text: str, n_layer: int = 2, n_head: int = 2, seed: int = 0) ->
 
 def make_study(n_layer: int = 2, n_head: int = 2, trained: bool = True, seed: int = 0) -> pico.Study:
     """A Study. With `trained`, half of the heads have a kind; without, nothing stands out."""
-    rng = np.random.default_rng(seed)
-    rows, shares, baselines = [], [], []
+    rng, rows, shares, baselines = np.random.default_rng(seed), [], [], []
     for layer, head in np.ndindex(n_layer, n_head):
         values = {name: rng.normal(0, 0.02) for name in KAPPAS} | {"broad": rng.uniform(0.95, 1.0)}
         name = "Global/Broad"

@@ -317,8 +317,7 @@ def test_memory_stays_flat_while_a_corpus_streams_through(tmp_path):
 
 def make_file() -> pico.TokenFile:
     """40 documents of 3-40 tokens; the token values are unique."""
-    lengths = np.random.default_rng(0).integers(3, 40, 40)
-    starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    starts = np.concatenate([[0], np.cumsum(np.random.default_rng(0).integers(3, 40, 40))]).astype(np.int64)
     return pico.TokenFile(None, "made up", 1, np.arange(starts[-1], dtype=np.uint16), starts)
 
 
@@ -331,8 +330,7 @@ def test_an_epoch_shows_every_token_once_and_documents_stay_whole():
     assert np.array_equal(sequences[:, 1:-1], inputs[:, 1:])  # each target is the next token of the stream
     # the sequences, put back in stream order, are the documents one after the other
     packed = inputs[np.argsort(stream.epoch(0)[0])].flatten()
-    jumps = np.flatnonzero(np.diff(packed) != 1)
-    assert set(packed[jumps]) <= {*(file.starts[1:] - 1), used}
+    assert set(packed[np.flatnonzero(np.diff(packed) != 1)]) <= {*(file.starts[1:] - 1), used}
 
 
 def test_a_stream_runs_through_epochs_without_a_gap_and_with_a_limit_on_the_same_tokens():

@@ -237,8 +237,7 @@ def induction_model():
     copies the previous token there, by position alone; head (1, 0) looks for keys whose previous token is the query.
     """
     config = ph.ModelConfig(256, 64, n_layer=2, n_head=2, d_ff=8, context_length=64, rope_theta=1e8, dropout=0.0)
-    model = ph.PicoLLM(config)
-    token, before, constant = range(16), range(16, 32), 63
+    model, token, before, constant = ph.PicoLLM(config), range(16), range(16, 32), 63
     slow = [*range(8, 16), *range(24, 32)]  # dimensions of a head that the rotation leaves almost as they are
     with torch.no_grad():
         for parameter in (*model.blocks.parameters(), model.token_embedding.weight):
@@ -350,8 +349,7 @@ def test_a_class_that_matters_is_ranked_first_among_random_sets_and_one_of_all_h
             block.attention.out_proj.weight[:, 4:] = 0
         for _ in range(22):
             idx = torch.cat([idx, torch.multinomial(model(idx)[:, -1].softmax(-1), 1, generator=generator)], dim=1)
-    means = ph.mean_head_outputs(model, idx)
-    scores = pd.DataFrame(np.ndindex(2, 8), columns=["layer", "head"])
+    means, scores = ph.mean_head_outputs(model, idx), pd.DataFrame(np.ndindex(2, 8), columns=["layer", "head"])
     scores["class"] = scores["head"].map({0: "Local Context", 7: "Token-Specific"}).fillna("Mixed")
     table = ph.class_ablation(model, idx, scores, means, 23).set_index("class")
     local, token = table.loc["Local Context"], table.loc["Token-Specific"]

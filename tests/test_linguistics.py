@@ -283,8 +283,8 @@ def did_model():
         qkv[0, 0, 1, 0] = qkv[1, 0, 1, 1] = 10.0
         qkv[2, 0, 0, 1] = qkv[2, 0, 1, 0] = 1.0  # the value: whether it is ` did`, and the constant
         contrasts = torch.cat([embedding[base] - embedding[past], torch.ones(1, 64)])  # the norm takes the mean away
-        direction = torch.linalg.lstsq(contrasts, torch.tensor([1.0] * len(verbs) + [0.0])[:, None]).solution
-        attention.out_proj.weight[:, :2] = direction * torch.tensor([1.0, -3.0])
+        wanted = torch.tensor([1.0] * len(verbs) + [0.0])[:, None]
+        attention.out_proj.weight[:, :2] = torch.linalg.lstsq(contrasts, wanted).solution * torch.tensor([1.0, -3.0])
     return model
 
 

@@ -218,8 +218,7 @@ def test_an_exploding_run_stops_and_keeps_the_last_good_checkpoint(
 
 
 def test_a_lost_run_stands_still_until_it_is_noticed():
-    guard = pico.LossGuard(50257, CPU)
-    nan, one = torch.tensor(float("nan")), torch.tensor(1.0)
+    guard, nan, one = pico.LossGuard(50257, CPU), torch.tensor(float("nan")), torch.tensor(1.0)
     verdicts = [float(guard.count(loss, one)) for loss in [one] + [nan] * guard.patience + [one, one]]
     assert verdicts == [0.0] + [1.0] * (guard.patience + 2)
     with pytest.raises(PicoError, match="has exploded"):
@@ -375,7 +374,8 @@ def test_a_resumed_run_keeps_its_precision_and_its_compiler_bit_for_bit(train_ti
     monkeypatch.setattr(pico, "compile_function", functools.partial(torch.compile, backend="aot_eager", dynamic=False))
     monkeypatch.setattr(pico, "bf16_is_faster", lambda: True)
     torch.compiler.reset()
-    whole, steps = train_tiny("whole", **settings, compile=True), interrupt(2)
+    whole = train_tiny("whole", **settings, compile=True)
+    steps = interrupt(2)
     assert not train_tiny("parts", **settings, compile=True).finished
     monkeypatch.setattr(pico, "bf16_is_faster", lambda: False)
     torch.compiler.reset()
