@@ -55,6 +55,7 @@ import types
 import unicodedata
 import urllib.request
 import warnings
+import weakref
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -102,7 +103,10 @@ def _check_settings(config: object, rules: Iterable[tuple[str, str, Callable[...
         object.__setattr__(config, name, os.fspath(plain) if isinstance(plain, os.PathLike) else plain)
     for names, must, is_good in rules:
         for name in names.split():
-            if not is_good(value := getattr(config, name)):
+            value, is_fine = getattr(config, name), False
+            with contextlib.suppress(TypeError):  # of a comparison with what is no number
+                is_fine = is_good(value)
+            if not is_fine:
                 raise PicoError(f"{name} must {must}, not {value!r}.")
 
 
@@ -181,13 +185,14 @@ class TrainConfig:
         is_name = re.compile(r"[\w.-]+(?<!\.partial)").fullmatch
         count, optional = "be a whole number, at least 1", "max_sequences max_steps micro_batch_size loss_chunk"
         positive = "epochs learning_rate matrix_learning_rate grad_clip"
-        not_negative = "warmup_steps weight_decay matrix_weight_decay checkpoint_seconds"
+        not_negative = "weight_decay matrix_weight_decay checkpoint_seconds"
         part = self.micro_batch_size or self.batch_size
         rules = [
             ("name", "be letters, digits, '-' and '_', as it names files", is_name),
             ("batch_size log_interval eval_interval", count, lambda n: type(n) is int and n >= 1),
             (optional, count, lambda n: n is None or (type(n) is int and n >= 1)),
             (positive, "be a positive number", lambda x: 0 < x < math.inf),
+            ("warmup_steps", "be a whole number, at least 0", lambda n: type(n) is int and n >= 0),
             (not_negative, "be 0 or a positive number", lambda x: 0 <= x < math.inf),
             ("seed", "be a whole number from 0 to 2**32 - 1", lambda n: type(n) is int and 0 <= n < 2**32),
             ("betas", "be two numbers from 0 to below 1", lambda b: len(b) == 2 and all(0 <= x < 1 for x in b)),
@@ -338,7 +343,7 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class Dropout(nn.Dropout):
-    """nn.Dropout; on a CPU by cheap random bytes, which makes p a number of 256ths. The mean stays exactly."""
+    """nn.Dropout; on a CPU by cheap random bytes, which makes p a number of 256ths. The mean stays."""
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or not self.p or x.device.type != "cpu":
@@ -417,7 +422,8 @@ class CausalSelfAttention(nn.Module):
             mask = torch.ones(T, past + T, dtype=torch.bool, device=x.device).tril(past)
         dropout, on_cpu = self.dropout.p if self.training else 0.0, x.device.type == "cpu"
         if dropout and on_cpu:
-            v, dropout = v * self.dropout(v.new_ones(*v.shape[:3], 1)), 0.0  # positions: its kernel has no dropout
+            kept = self.dropout(torch.ones(*v.shape[:3], 1))  # positions, as its kernel has no dropout; float32 scales
+            v, dropout = (v * kept).to(v.dtype), 0.0
         is_causal = mask is None and past == 0
         by_products = self.backward_by_products and self.training and torch.compiler.is_compiling()
         if by_products and is_causal and T <= 1024 and v.dtype == torch.bfloat16 and on_cpu:
@@ -468,26 +474,28 @@ def loss_by_rows(
     above it they overflow, and the step is a bad one; in fp16 it would be 11, so there the logsumexp is subtracted.
     """
     counts, targets, losses = targets[:, None] >= 0, targets.clamp(min=0), []
-    target_logits = (hidden.float() * weight[targets].float()).sum(dim=-1, keepdim=True)
-    target_logits = target_logits.to(hidden.dtype).float()  # rounded as a chunk's
-    is_word = torch.arange(len(weight), device=weight.device, dtype=torch.int32) < vocab_size  # the rest is padding
+    words = torch.arange(len(weight), device=weight.device, dtype=torch.int32)  # from vocab_size on padding
     hidden_grad = torch.empty_like(hidden) if needs_grad else None
     weight_grad = torch.zeros_like(weight, dtype=torch.float32) if needs_grad else None
     for start in range(0, len(targets), chunk):
         rows = slice(start, start + chunk)
-        h, counted, reference = hidden[rows], counts[rows], torch.where(counts[rows], target_logits[rows], math.inf)
-        logits = torch.where(is_word, (h @ weight.T).float(), -math.inf)
-        if not needs_grad or h.dtype == torch.float16:
-            reference = logits.logsumexp(dim=-1, keepdim=True)
+        h, counted, target = hidden[rows], counts[rows], targets[rows, None]
+        logits = h @ weight.T
+        target_logits = logits.gather(1, target).float()  # computed apart, it would not be rounded alike
+        reference, lead = torch.where(counted, target_logits, math.inf), 0.0
+        logits = torch.where(words < vocab_size, logits.float(), -math.inf)
         if not needs_grad:
-            losses.append((reference - target_logits[rows])[:, 0])
+            losses.append(logits.logsumexp(dim=-1) - target_logits[:, 0])
             continue
+        if h.dtype == torch.float16:
+            reference = logits.logsumexp(dim=-1, keepdim=True)
+            lead = logits.where(words == target, 0.0).sum(dim=-1, keepdim=True) - reference
         exponentials = logits.sub_(reference).exp_()
         total = exponentials.sum(dim=-1, keepdim=True)
-        log_p = target_logits[rows] - reference - total.log()
-        losses.append(-log_p[:, 0])  # not into one tensor: torch.compile would keep the logits past their chunk
+        log_p = lead - total.log()  # not from target_logits: torch.compile would keep the logits past their chunk
+        losses.append(-log_p[:, 0])  # nor into one tensor, likewise
         at_target, scale = (torch.where(counted, x, 0.0) for x in (log_p.expm1() * total, 1 / total))
-        grad = exponentials.to(h.dtype).scatter_(1, targets[rows, None], at_target.to(h.dtype))  # times total
+        grad = exponentials.to(h.dtype).scatter_(1, target, at_target.to(h.dtype))  # times total
         hidden_grad[rows] = ((grad @ weight).float() * scale).to(h.dtype)
         weight_grad += grad.T @ (h.float() * scale).to(h.dtype)
     return torch.cat(losses), hidden_grad, weight_grad
@@ -853,12 +861,13 @@ def _parquet_corpus(folder: Path, fraction: float, text_style: str) -> Corpus:
         data = np.memmap(path, mode="r")  # its end describes all of it
         ends = data[: 2**16].tobytes() + data[-(2**16) :].tobytes() + str(len(data)).encode()
         state.append([path.relative_to(folder).as_posix(), hashlib.sha256(ends).hexdigest()])
-    notes = [f"{fraction:.0%} of its training rows"]
-    notes += [f"validation: {'its validation files' if validation else 'every 50th document'}"]
+    key = json.dumps([fraction, state] + ["natural"] * is_natural)
+    # another text in front, and other documents are held out, so the study must see that the folder changed
+    counted = f"every 50th document of contents {hashlib.sha256(key.encode()).hexdigest()[:8]}"
+    notes = [f"{fraction:.0%} of its training rows", f"validation: {'its validation files' if validation else counted}"]
     notes += [f"{len(test)} test files not read"] * bool(test) + [TEXT_STYLES[text_style]] * is_moses
     title = folder.resolve().name
     name = re.sub(r"\W+", "-", title).strip("-") or "folder"
-    key = json.dumps([fraction, state] + ["natural"] * is_natural)
     return Corpus(name, key, f"the parquet folder {title} ({'; '.join(notes)})", "the settings ask for it", documents)
 
 
@@ -991,7 +1000,8 @@ class SequenceStream(torch.utils.data.Dataset):
         self.n_sequences = count_sequences(file, context_length, max_sequences)
         used = file.tokens[: self.n_sequences * context_length + 1]  # in every epoch; the last one is only a target
         self.tokens = torch.from_numpy(used.view(np.int16)).to(device)
-        self.epoch = functools.lru_cache(2)(self._pack)  # a batch may straddle two epochs, so two are kept
+        pack = functools.partial(SequenceStream._pack, weakref.proxy(self))  # not self: its tokens would outlive it
+        self.epoch = functools.lru_cache(2)(pack)  # a batch may straddle two epochs, so two are kept
 
     def __reduce__(self) -> tuple:  # worker processes keep epochs of their own
         return SequenceStream, (self.file, self.context_length, self.n_sequences, self.seed)
@@ -1063,8 +1073,9 @@ def save_checkpoint(path: str | Path, checkpoint: Checkpoint) -> Path:
 
 def load_checkpoint(path: str | Path, must_be_finished: bool = False) -> Checkpoint:
     """Reads a file of `save_checkpoint`. Raises PicoError for anything else; code inside the file never runs."""
-    path = Path(path).expanduser()
-    if not path.is_file():
+    with contextlib.suppress(RuntimeError):  # of a home that nobody has
+        path = Path(path).expanduser()
+    if not (path := Path(path)).is_file():
         raise PicoError(f"There is no checkpoint {path}; train a model first or name another file.")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
@@ -1224,7 +1235,7 @@ def muon_update(parts: list[tuple[dict, list, Tensor, Tensor]], dtype: torch.dty
 class Muon(torch.optim.AdamW):
     """Muon (Jordan et al. 2024) for the groups that have a key `split`, AdamW for the others.
 
-    W -= lr x sqrt(max(1, rows / columns)) x orthogonalize(momentum of the gradient), for a group's parameters at once.
+    W -= lr x sqrt(max(1, rows / columns)) x orthogonalize(momentum of the gradient), for all of a shape at once.
     `split` counts the matrices of equal shape that lie stacked in each of them (query, key and value; gate and up).
     """
 
@@ -1320,9 +1331,9 @@ class LossGuard:
         # running mean (at first that of guessing), bad steps in a row and in all, sum and number of good losses unread
         self.state = torch.tensor([math.log(vocab_size), 0, 0, 0, 0], device=device)
 
-    def is_good(self, loss: Tensor, gradient_norm: Tensor | float = 0.0, patience: int = patience) -> Tensor:
+    def is_good(self, loss: Tensor, gradient_norm: Tensor | float = 0.0) -> Tensor:
         """Whether a step with this loss and gradient is good: a boolean scalar on the device."""
-        return (loss < self.state[0] + self.margin) & (gradient_norm < math.inf) & (self.state[1] < patience)
+        return (loss < self.state[0] + self.margin) & (gradient_norm < math.inf) & (self.state[1] < self.patience)
 
     def count(self, loss: Tensor, gradient_norm: Tensor) -> Tensor:
         """Takes a step into account; 0.0 for a good one, 1.0 for a bad one, a scalar on the device."""
@@ -1599,25 +1610,34 @@ class TrainingRun:
     def take_step(self, batch: Tensor) -> Tensor:
         """One `train_step`. A CPU adds in a fixed order; when the compiler fails, the run goes on without it."""
         is_fixed, has_cudnn = torch.are_deterministic_algorithms_enabled(), torch.backends.cuda.cudnn_sdp_enabled()
+        warns = torch.is_deterministic_algorithms_warn_only_enabled()
         # cuDNN's attention drops 16ths only, and PyTorch 2.11 does not look
         torch.backends.cuda.enable_cudnn_sdp(has_cudnn and 16 * self.model_config.dropout % 1 == 0)
         is_filled = torch.utils.deterministic.fill_uninitialized_memory
         torch.utils.deterministic.fill_uninitialized_memory = False  # slow, and nothing here reads such memory
-        torch.use_deterministic_algorithms(is_fixed or self.device.type == "cpu")  # else compiled threads would race
-        state = self.optimizer, self.scaler, batch, self.config, self.step, self.dtype, self.guard
+        if self.device.type == "cpu":  # else compiled threads would race
+            torch.use_deterministic_algorithms(True)
+        state, counted = (batch, self.config, self.step, self.dtype, self.guard), self.guard.state.clone()
         try:
-            loss = train_step(self.forward, *state)
+            loss = train_step(self.forward, self.optimizer, self.scaler, *state)
         except Exception as error:
             if not self.compiled or not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
                 raise
-            print(f"The compiler failed, training goes on without it: {str(error).strip().splitlines()[0]}")
+            reason = str(error).strip().splitlines()[0]
+            if ranks()[1] > 1:  # the others would wait for this one
+                raise PicoError(f"The compiler failed; run again with --no-compile: {reason}") from error
+            print(f"The compiler failed, training goes on without it: {reason}")
             self.compiled = False
             self.make_forward()
             self.optimizer.zero_grad()
-            loss = train_step(self.forward, *state)
+            self.guard.state.copy_(counted)
+            scaler = torch.amp.GradScaler(self.device.type, enabled=self.scaler.is_enabled())
+            scaler.load_state_dict(self.scaler.state_dict())
+            self.scaler = scaler  # the other one was in the middle of a step
+            loss = train_step(self.forward, self.optimizer, self.scaler, *state)
         finally:
             torch.utils.deterministic.fill_uninitialized_memory = is_filled
-            torch.use_deterministic_algorithms(is_fixed)
+            torch.use_deterministic_algorithms(is_fixed, warn_only=warns)
             torch.backends.cuda.enable_cudnn_sdp(has_cudnn)
         self.step += 1
         return loss
@@ -1700,8 +1720,14 @@ class TrainingRun:
                 if self.step in snapshots:
                     with evaluating(self.model):
                         on_snapshot(self.model, self.step)
-                if is_saved and not is_last:
-                    self.save(batch)
+                ask = functools.partial(self.is_spoilt, batch)
+                if _from_first(ask) if is_last else is_saved and rank == 0 and ask():
+                    problem = f"The update of step {step:,} spoilt the weights; the last good checkpoint stays."
+                    if is_last:
+                        raise PicoError(f"{problem} Lower the learning rate or choose fp32.")
+                    print(problem)
+                elif is_saved and not is_last:
+                    self.save()
                     saved_at = time.monotonic()
                 if is_stopped:
                     break
@@ -1728,15 +1754,14 @@ class TrainingRun:
         self.metrics.append(row)
         return f"loss {loss:.3f}, {speed:,.0f} tokens/s"
 
-    def save(self, batch: Tensor | None = None, is_finished: bool = False) -> None:
-        """Saves the run, unless the update from `batch` spoilt its weights, which only the loss after it tells."""
+    def is_spoilt(self, batch: Tensor) -> bool:
+        """Whether the update from `batch` spoilt the weights, which only the loss after it tells."""
+        with evaluating(self.model), torch.autocast(self.device.type, self.dtype, self.dtype != torch.float32):
+            return not self.guard.is_good(self.model(batch[:4, :-1], batch[:4, 1:]))
+
+    def save(self, is_finished: bool = False) -> None:
         if ranks()[0] > 0:
             return
-        if batch is not None:
-            with evaluating(self.model):
-                loss = self.model(batch[:4, :-1], batch[:4, 1:])
-            if not self.guard.is_good(loss, patience=1):
-                return
         try:
             save_checkpoint(self.files.model, self.checkpoint(is_finished))
             write_csv(self.files.metrics, self.metrics)
@@ -1953,6 +1978,8 @@ def encode_sentence(text: str, model: PicoLLM, name: str = "The sentence") -> li
     """Token ids of a text for the model to read; an error calls it by `name`."""
     if not isinstance(text, str) or not text.strip():
         raise PicoError(f"{name} is empty or no text ({text!r}); write at least one word.")
+    if text != text.encode("utf-8", "ignore").decode():
+        raise PicoError(f"{name} holds bytes that are no text ({text[:40]!r}); type it or save it as UTF-8.")
     ids, limit = get_tokenizer().encode(text), model.config.max_positions
     if len(ids) > limit:
         raise PicoError(f"{name} has {len(ids)} tokens; the model reads {limit}, so shorten {text[:40]!r}...")
@@ -2043,6 +2070,18 @@ def bootstrap_interval(values: np.ndarray, seed: int, n: int = 2000) -> tuple[fl
     random = np.random.default_rng(seed)
     means = [values[random.integers(len(values), size=len(values))].mean() for _ in range(n)]
     return float(values.mean()), *map(float, np.quantile(means, [0.025, 0.975]))
+
+
+def share_interval(values: np.ndarray) -> tuple[float, float, float]:
+    """Mean of independent values from 0 to 1 with Wilson's 95 % interval (1927), which stays one where all are right.
+
+    The number of values counts as if each were 0 or 1: more, where they vary less (Korn & Graubard 1998).
+    """
+    share, spread = float(values.mean()), float(values.var())
+    n = len(values) * (share * (1 - share) / spread if spread > 1e-9 else 1)
+    z2 = 1.96**2 / n
+    centre, reach = share + z2 / 2, math.sqrt(z2 * share * (1 - share) + z2**2 / 4)
+    return share, max(0.0, (centre - reach) / (1 + z2)), min(1.0, (centre + reach) / (1 + z2))
 
 
 def sign_flip_p(values: np.ndarray, seed: int, n: int = 10_000) -> float:
@@ -2427,30 +2466,41 @@ def class_ablation(
     """What it costs when all heads of a specialised class (`scores` has layer, head, class) are mean-ablated together.
 
     Columns class, n_heads, loss_increase as in `head_ablation_map` with its 95 % t interval over windows, low to high.
-    On the first quarter of the windows, up to 64 tokens and 16 predictions of each, compared_loss_increase is that of
-    the class, random_loss_increase the mean of n_random_sets (`random_head_sets`), p_value its rank (`rank_p`, Holm).
+    On up to 64 tokens and 16 predictions of each window, compared_loss_increase is that of the class,
+    random_loss_increase the mean of n_random_sets (`random_head_sets`), p_value its rank (`rank_p`, Holm) and
+    excess_low where the 95 % t interval over windows of their difference begins.
     """
     from scipy.stats import t
 
-    short, rows = idx[: max(1, len(idx) // 4), :65], []
+    def interval(values: np.ndarray) -> tuple[float, float, float]:  # of windows
+        mean, reach = values.mean(), t.ppf(0.975, len(idx) - 1) * values.std(ddof=1) / math.sqrt(len(idx))
+        return mean, mean - reach, mean + reach
+
+    rows = []
     for name, members in scores[scores["class"].isin(SPECIALISED_CLASSES)].groupby("class"):
         heads = tuple(members[["layer", "head"]].itertuples(index=False, name=None))
         increase = np.diff(ablated_losses(model, idx, [(), heads], means, n_last), axis=0)[0]
         sets = random_head_sets(heads, model.config.n_layer, model.config.n_head, 99, seed)
-        losses = ablated_losses(model, short, [(), heads, *sets], means, min(n_last, 16)).mean(axis=1)
-        cost, *random_costs = losses[1:] - losses[0]
-        average = float(np.mean(random_costs)) if sets else math.nan
-        mean, reach = increase.mean(), t.ppf(0.975, len(idx) - 1) * increase.std(ddof=1) / math.sqrt(len(idx))
-        found = mean, mean - reach, mean + reach, len(sets), cost, average, rank_p(cost, random_costs)
-        rows.append((name, len(heads), *found))
-    columns = "class n_heads loss_increase low high n_random_sets compared_loss_increase random_loss_increase p_value"
+        losses = ablated_losses(model, idx[:, :65], [(), heads, *sets], means, min(n_last, 16))
+        cost, costs = losses[1] - losses[0], losses[2:] - losses[0]  # (n_windows,), (n_random_sets, n_windows)
+        average, excess = (costs.mean(), interval(cost - costs.mean(axis=0))[1]) if sets else (math.nan, math.nan)
+        compared = len(sets), cost.mean(), average, excess, rank_p(cost.mean(), costs.mean(axis=1))
+        rows.append((name, len(heads), *interval(increase), *compared))
+    columns = "class n_heads loss_increase low high n_random_sets compared_loss_increase random_loss_increase"
+    columns += " excess_low p_value"
     return pd.DataFrame(rows, columns=columns.split()).assign(p_value=lambda table: holm(table["p_value"]))
 
 
-def _js_distance(p: Tensor, q: Tensor) -> Tensor:
-    """Square root of the Jensen-Shannon divergence (base 2) of rows (..., R, T), averaged over the R rows."""
-    mixed, *own = (-torch.xlogy(each, each).sum(-1) / math.log(2) for each in ((p + q) / 2, p, q))
-    return (mixed - sum(own) / 2).clamp(0, 1).sqrt().mean(-1)
+def _entropy(p: Tensor) -> Tensor:
+    return -torch.xlogy(p, p).sum(-1) / math.log(2)
+
+
+def _js_distance(p: Tensor, q: Tensor, own: Tensor) -> Tensor:
+    """Square root of the Jensen-Shannon divergence (base 2) of rows (..., R, T), averaged over the R rows.
+
+    `own`: the mean of their entropies (..., R).
+    """
+    return (_entropy((p + q) / 2) - own).clamp(0, 1).sqrt().mean(-1)
 
 
 def head_similarity(model: PicoLLM, windows: Tensor) -> tuple[np.ndarray, float]:
@@ -2464,10 +2514,13 @@ def head_similarity(model: PicoLLM, windows: Tensor) -> tuple[np.ndarray, float]
     maps = [attention_maps(model, ids).flatten(0, 1)[:, 2:] for ids in windows]  # (n_heads, T - 2, T)
     n_heads, half = len(maps[0]), len(maps) // 2
     distances = torch.zeros(n_heads, n_heads, dtype=torch.float64)
-    for rows in maps:
+    entropies = list(map(_entropy, maps))
+    for rows, own in zip(maps, entropies, strict=True):
         for head in range(n_heads - 1):
-            distances[head, head + 1 :] += _js_distance(rows[head], rows[head + 1 :]).double().cpu() / len(maps)
-    floors = [each.mean() for each in map(_js_distance, maps[:half], maps[half:])]
+            both = (own[head] + own[head + 1 :]) / 2
+            distances[head, head + 1 :] += _js_distance(rows[head], rows[head + 1 :], both).double().cpu() / len(maps)
+    means = [(own + other) / 2 for own, other in zip(entropies[:half], entropies[half : 2 * half], strict=True)]
+    floors = [each.mean() for each in map(_js_distance, maps[:half], maps[half:], means)]
     return (distances + distances.T).numpy(), float(torch.stack(floors).mean())
 
 
@@ -2482,7 +2535,7 @@ class PairResult(NamedTuple):
     """What `minimal_pair_accuracy` found."""
 
     accuracy: float  # share of pairs whose good sentence is the more probable one; a tie counts one half
-    low: float  # 95 % bootstrap interval over pairs
+    low: float  # 95 % interval over pairs, see `share_interval`
     high: float
     margins: Tensor  # (pairs,) log-probability of the good sentence minus that of the bad one, nats
 
@@ -2492,7 +2545,7 @@ def correct(margins: Tensor) -> np.ndarray:
     return ((margins.sign() + 1) / 2).double().numpy()
 
 
-def minimal_pair_accuracy(model: PicoLLM, pairs: Sequence[tuple[str, str]], seed: int = 0) -> PairResult:
+def minimal_pair_accuracy(model: PicoLLM, pairs: Sequence[tuple[str, str]]) -> PairResult:
     """How often a model finds the good sentence of (good, bad) more probable, as BLiMP counts (Warstadt et al. 2020).
 
     The score of a sentence is its total log-probability after end-of-text. Raises PicoError for an empty list and,
@@ -2513,7 +2566,7 @@ def minimal_pair_accuracy(model: PicoLLM, pairs: Sequence[tuple[str, str]], seed
                 log_probs = -model.token_losses(model.hidden_states(rows[:, :-1]), rows[:, 1:]).sum(dim=1)
                 scores |= zip(map(tuple, rows[:, 1:].tolist()), log_probs.cpu(), strict=True)
     good, bad = torch.stack([scores[ids] for ids in sequences]).view(-1, 2).unbind(1)
-    return PairResult(*bootstrap_interval(correct(good - bad), seed), good - bad)
+    return PairResult(*share_interval(correct(good - bad)), good - bad)
 
 
 _LISTS = """John David James Robert Peter Paul George Henry Thomas William Richard Edward Charles Michael Frank Joseph
@@ -2779,12 +2832,13 @@ def study_language(
 ) -> pd.DataFrame:
     """Tests every phenomenon, a row each. Attention is a difference of weights, margins and losses are in nats.
 
-    Held-out `windows` (N, T) give the mean output that ablated heads are set to, 128 positions of the first four the
-    loss. Heads are chosen on one half of the items; what they look at and are needed for is measured on the other.
-    Lows and highs are 95 % bootstrap intervals over items, p-values are Holm-adjusted: both speak of new items of these
-    templates. attention_difference: target minus distractor, with a sign-flip test; margin_drop: what the right word
-    loses of its lead without the heads; random_margin_drop: the mean of n_random_sets of as many heads (none where
-    accuracy or attention fails), low and high where 95 % of them lie, needs_p_value the rank among them.
+    Held-out `windows` (N, T) give the mean output that ablated heads are set to and, up to 16 of them, loss_increase
+    with its standard error. Heads are chosen on one half of the items; what they look at and are needed for is measured
+    on the other. Lows and highs are 95 % intervals over items (of accuracies `share_interval`, else bootstrap),
+    p-values are Holm-adjusted: both speak of new items of these templates. attention_difference: target minus
+    distractor, with a sign-flip test; margin_drop: what the right word loses of its lead without the heads;
+    random_margin_drop: the mean of n_random_sets of as many heads (none where accuracy or attention fails), low and
+    high where 95 % of them lie, needs_p_value the rank among them.
     """
     if n_items < 20:
         raise PicoError(f"{n_items} items are too few for a half that chooses heads and one that tests them; use 40.")
@@ -2794,16 +2848,20 @@ def study_language(
     choices, heads, attention = map(list, zip(*own, strict=True))
     baseline = np.array([[(items.mean(), looks.mean()) for items, _, looks in other] for other in others])
     means, estimate = mean_head_outputs(model, windows), functools.partial(bootstrap_interval, seed=seed)
-    losses = ablated_losses(model, windows[:4, :129], [(), *heads], means).mean(axis=1)
+    losses = ablated_losses(model, windows[:16, :129], [(), *heads], means)
+    increase = losses[1:] - losses[0]  # (phenomena, windows)
     claims = [(name, each.claim, n_items) for name, each in PHENOMENA.items()]
     table = pd.DataFrame(claims, columns=["phenomenon", "claim", "n_items"])
-    table[["accuracy", "accuracy_low", "accuracy_high"]] = list(map(estimate, choices))
+    table[["accuracy", "accuracy_low", "accuracy_high"]] = list(map(share_interval, choices))
     table["untrained_accuracy"], table["untrained_accuracy_highest"] = baseline[..., 0].mean(0), baseline[..., 0].max(0)
     table["heads"] = [", ".join(itertools.starmap(head_name, each)) for each in heads]
     table[["attention_difference", "attention_low", "attention_high"]] = list(map(estimate, attention))
     table["untrained_attention_highest"] = baseline[..., 1].max(0)
     table["p_value"] = holm([sign_flip_p(each, seed) for each in attention])
-    table["loss_increase"] = losses[1:] - losses[0]
+    table["loss_increase"], table["loss_error"] = (
+        increase.mean(1),
+        increase.std(1, ddof=1) / math.sqrt(increase.shape[1]),
+    )
     asked = _prefers(table) & _looks(table)
     n_sets = asked * max(99, math.ceil(2 / SIGNIFICANCE * asked.sum()) - 1)  # p can fall to SIGNIFICANCE / 2 after Holm
     tested = [[pair for pair in pairs if is_test_item(pair.item)] for pairs in groups]
@@ -3434,7 +3492,7 @@ def _apart(one: Mapping[str, float], other: Mapping[str, float]) -> bool:
 def _class_statements(study: Study) -> Iterator[tuple[str, str, str]]:
     special, broad = _shares_of(study, "Specialised"), _shares_of(study, "Global/Broad")
     own, untrained = special["trained"], special["untrained"]
-    verdict = _verdict(_is_found(study, "Specialised"), own["share"] <= untrained["high"])
+    verdict = _verdict(_is_found(study, "Specialised"), own["high"] <= untrained["high"])
     evidence = f"{_interval(own)} of the heads are, {_interval(untrained)} in untrained models."
     yield "Some heads are specialised, more than in untrained models", verdict, evidence
     found = {CLASS_LABELS[name]: _shares_of(study, name) for name in SPECIALISED_CLASSES if _is_found(study, name)}
@@ -3477,8 +3535,11 @@ def _ablation_statements(study: Study) -> Iterator[tuple[str, str, str]]:
     for row, verdict in _tested_classes(study):
         others = "too few others are left to compare with"
         if row.n_random_sets:
-            others = f"on a part of the text {number(row.compared_loss_increase, 3)}, {row.n_random_sets} random sets "
-            others += f"of as many heads {number(row.random_loss_increase, 3)} on average (p = {row.p_value:.2g})"
+            others = (
+                f"after 64 tokens at most {number(row.compared_loss_increase, 3)}, {row.n_random_sets} random sets "
+            )
+            others += f"of as many heads {number(row.random_loss_increase, 3)} on average (p = {row.p_value:.2g}; "
+            others += f"the difference is at least {number(row.excess_low, 3)} on other text)"
         evidence = f"Together they cost {_interval(row._asdict(), 'loss_increase', 3)} nats per token; {others}."
         claim = f"The heads that {_CLASS_ACTIONS[row.name]} matter more for the prediction than as many at random"
         yield claim, verdict, evidence
@@ -3487,14 +3548,17 @@ def _ablation_statements(study: Study) -> Iterator[tuple[str, str, str]]:
 def _tested_classes(study: Study) -> list[tuple[NamedTuple, str]]:
     """Rows of study.class_ablation, whose class is called name, of the classes found, each with the verdict."""
     table = study.class_ablation.rename(columns={"class": "name"})
-    holds = (table["loss_increase"] >= MIN_LOSS_INCREASE) & (table["p_value"] < SIGNIFICANCE)
+    holds = (table[["loss_increase", "excess_low"]] >= MIN_LOSS_INCREASE).all(axis=1) & (
+        table["p_value"] < SIGNIFICANCE
+    )
     pairs = zip(table.itertuples(), map(_verdict, holds, table["high"] < MIN_LOSS_INCREASE), strict=True)
     return [(row, verdict) for row, verdict in pairs if _is_found(study, row.name)]
 
 
 def _language_statements(study: Study) -> Iterator[tuple[str, str, str]]:
     for row in study.language.itertuples():
-        cost = f"Without {row.heads} the loss on held-out text changes by {row.loss_increase:+.3f} nats per token."
+        cost = f"Without {row.heads} the loss on held-out text changes by {row.loss_increase:+.3f} nats per token "
+        cost += f"(standard error {number(row.loss_error, 3)})."
         scope = PHENOMENA[row.phenomenon].about if row.phenomenon in PHENOMENA else ""
         yield row.claim, row.verdict, "\n".join([row.reason, cost, scope]).strip()
 
@@ -3528,7 +3592,7 @@ def _headline(study: Study, statements: Sequence[dict]) -> list[str]:
     original = "The original study, the notebook that this project began with, sorted heads by plain averages over "
     original += f"short sentences and found {_ORIGINAL_BROAD:.1%} of them to attend broadly. By scores corrected for "
     original += f"chance, {counts['Global/Broad']} of {n} spread their attention almost evenly; {counts['Mixed']} are "
-    return [*lines, original + "mixed: no score reaches its threshold."]
+    return [*lines, original + "mixed: beyond the first token, no score reaches its threshold."]
 
 
 # -- Report
@@ -3634,9 +3698,11 @@ def explorer_html(captures: Captures, scores: pd.DataFrame | None = None, addres
     data = {"heads": heads, "colors": colormaps["viridis"](range(256), bytes=True).tolist()}
     data |= {"telling": order[:2], "text": text}  # what the page opens on, two heads if they stand side by side
     data["texts"] = []
-    for each in texts:  # lower triangles of (n_layer, H, T, T) as bytes 0..255 in base64
+    for (
+        each
+    ) in texts:  # lower triangles of (n_layer, H, T, T): bytes of square roots, which are finer near 0, in base64
         lower = np.asarray(each.weights)[..., np.tri(len(each.labels), dtype=bool)]
-        maps = base64.b64encode(np.rint(255 * lower).astype(np.uint8).tobytes()).decode()
+        maps = base64.b64encode(np.rint(255 * np.sqrt(lower)).astype(np.uint8).tobytes()).decode()
         data["texts"].append({"labels": number_repeats(each.labels), "maps": maps})
     shown = json.dumps(data, ensure_ascii=False).replace("<", "\\u003c")  # no text can end the script element
     values = {"captures": captures, "heads": heads, "n_head": n_head, "address": address}
@@ -3730,20 +3796,25 @@ ROUNDING = {"fp32": 2**-23, "tf32": 2**-10, "fp16": 2**-10, "bf16": 2**-7}
 TOLERANCE = dict(max_difference=1.0, mean_difference=0.025, top1_agreement=0.99, kl_divergence=5e-4, loss_change=0.005)
 
 
-def check_accuracy(model: PicoLLM, candidate: Callable, tokens: Tensor, precision: str = "fp16") -> dict[str, float]:
+def check_accuracy(
+    model: PicoLLM, candidate: Callable, tokens: Tensor, precision: str = "fp16", batch: int = 1
+) -> dict[str, float]:
     """Compares logits with FP32 PyTorch on tokens (N, T + 1) of real text. Raises PicoError beyond a bound, for NaN.
 
-    Divergence and loss are in nats per token. Another most likely token counts only where FP32 puts it further below
-    its own than `precision` rounds. The shipped model differs in BF16 on a CPU by at most 0.82 and by 2.2e-4 nats, in
-    FP16 by 0.11 and 2.9e-6, without any one of its heads by at least 1.6 and 4.7e-3, in 4 bits by 4.9 and 0.12.
+    The candidate reads `batch` rows at a time, PyTorch one. Divergence and loss are in nats per token. Another most
+    likely token counts only where FP32 puts it further below its own than `precision` rounds. The shipped model differs
+    in BF16 on a CPU by at most 0.82 and by 2.2e-4 nats, in FP16 by 0.11 and 2.9e-6, without any one of its heads by at
+    least 1.6 and 4.7e-3, in 4 bits by 4.9 and 0.12.
     """
     measures = []
     with evaluating(model):
-        for row in tokens.to(model.rope_cos.device).split(1):
-            idx, targets = row[:, :-1].contiguous(), row[0, 1:]
+        rows = tokens.to(model.rope_cos.device)
+        found = (logits for part in rows.split(batch) for logits in candidate(part[:, :-1].contiguous()))
+        for row, logits in zip(rows, found, strict=True):
+            targets = row[1:]
             with float32_matmul("highest"):
-                expected = model(idx)[0].float()
-            actual = candidate(idx)[0].to(expected)
+                expected = model(row[None, :-1])[0].float()
+            actual = logits.to(expected)
             difference, p, q = (actual - expected).abs(), expected.log_softmax(-1), actual.log_softmax(-1)
             best, chosen = expected.amax(-1), expected.gather(-1, actual.argmax(-1, keepdim=True))[:, 0]
             agrees = (chosen >= best - ROUNDING[precision] * best.abs()).float().mean()
@@ -3781,7 +3852,7 @@ def first_line(error: Exception) -> str:
 
 def install_tensorrt(install: bool = True) -> types.ModuleType:
     """The package torch_tensorrt; unless it works, pip may `install` it, replacing nothing. PicoError if it cannot."""
-    if not torch.cuda.is_available():
+    if not torch.cuda.is_available() or not torch.version.cuda:  # AMD's GPUs are called CUDA, too
         raise PicoError("TensorRT needs an NVIDIA GPU and PyTorch finds none; the PyTorch rows work without it.")
     try:
         return importlib.import_module("torch_tensorrt")
@@ -4027,26 +4098,28 @@ def benchmark(
 ) -> pd.DataFrame:
     """Times ways to run the model, the baseline first, on held-out text; a row for each way and (batch, length).
 
-    All pass the accuracy gate first, or the reason is their `status`. Then they take turns, so that heat and clocks hit
-    them alike, for `seconds` each at each shape. The table so far is written to `path` after each shape; `speedup` is
+    At each shape all pass the accuracy gate first, or the reason is their `status`. Then they take turns, so that heat
+    and clocks hit them alike, for `seconds` each. The table so far is written to `path` after each shape; `speedup` is
     over the baseline, `vs_best_pytorch` over the fastest PyTorch row; `build_s` has installation and first call.
     """
     device, limit, longest = model.rope_cos.device, model.config.max_positions, max(length for _, length in shapes)
     if min(map(min, shapes)) < 1 or longest > limit or not 0 < seconds < math.inf:
         raise PicoError(f"Batch sizes, lengths and seconds must be positive numbers, lengths at most {limit}.")
-    gate, rows = held_out_sequences(file, 8 if device.type == "cuda" else 2, longest, 1).to(device), []
-    here = measured_on(device)
+    here, rows = measured_on(device), []
     # each shape compiles anew, more often than torch.compile's limit allows
     with evaluating(model), torch._dynamo.config.patch(recompile_limit=64):
-        for way in ways:
-            start = time.perf_counter()
-            way.attempt(lambda run: run(gate[:1, :-1].contiguous()))
-            way.facts["build_s"] = time.perf_counter() - start
-            way.facts |= way.attempt(lambda run, way=way: check_accuracy(model, run, gate, way.precision)) or {}
         for batch, length in shapes:
-            tokens = held_out_sequences(file, 8 * batch, length)[:, :-1].to(device)
+            tokens = held_out_sequences(file, 8 * batch, length).to(device)
+            batches = [idx.contiguous() for idx in tokens[:, :-1].split(batch)]
+            gate = tokens[: max(1, 8 // batch) * batch]
             able = [way for way in ways if way.shape in (None, (batch, length))]
-            rows += [row | here for row in time_shape(able, [idx.contiguous() for idx in tokens.split(batch)], seconds)]
+            for way in able:
+                start = time.perf_counter()
+                way.attempt(lambda run, batches=batches: run(batches[0]))
+                way.facts.setdefault("build_s", time.perf_counter() - start)
+                check = functools.partial(check_accuracy, model, tokens=gate, precision=way.precision, batch=batch)
+                way.facts |= way.attempt(check) or {}
+            rows += [row | here for row in time_shape(able, batches, seconds)]
             write_csv(path, rows)
     return pd.DataFrame(rows)
 
@@ -4283,7 +4356,8 @@ def run_training(
     files = [path for path in written if path.exists()]
     if result.metrics:
         files += save_figure(plot_loss_curve(result.metrics), results / "loss_curve")
-    if history := read_head_rows(written.heads, math.inf):
+    history = read_head_rows(written.heads, math.inf)
+    if any(row["tokens"] for row in history):  # more than the beginning
         files += save_figure(plot_head_emergence(history), results / "head_emergence")
     if result.finished:
         last = result.metrics[-1]
@@ -4311,8 +4385,11 @@ def capture_sentences(model: PicoLLM, sentences: Sentences) -> dict[str, list[At
 
 
 def open_corpus(
-    checkpoint: Checkpoint, corpus: str | None = None, data_folder: str | Path = "data"
-) -> tuple[str, TokenFile, TokenFile]:
+    checkpoint: Checkpoint,
+    corpus: str | None = None,
+    data_folder: str | Path = "data",
+    splits: Sequence[str] = ("train", "validation"),
+) -> tuple:
     """(description, training tokens, held-out tokens) to study a model on; `corpus` as in `choose_corpus`.
 
     None is what the model was trained on or, where that is out of reach, what this machine has, which a line then says.
@@ -4324,13 +4401,14 @@ def open_corpus(
     except PicoError as error:
         if corpus:
             raise
-        print(f"The text that the model was trained on is out of reach, so other text stands in. {error}")
+        reason = str(error).split(";")[0]
+        print(f"The text that the model was trained on is out of reach, so other text stands in. {reason}.")
         chosen = choose_corpus("auto", None, data_folder, config.text_style)
     about = chosen.about
     if about != checkpoint.corpus:
         about += "; the model was trained on another corpus, which may share articles with it"
         print(f"Held-out text: {about}.")
-    return about, prepare_tokens(chosen, "train", data_folder), prepare_tokens(chosen, "validation", data_folder)
+    return about, *(prepare_tokens(chosen, split, data_folder) for split in splits)
 
 
 def run_analysis(
@@ -4343,7 +4421,7 @@ def run_analysis(
     results, path = Path(results), Path(checkpoint or newest_checkpoint(results))
     check_writable(results)
     saved = load_checkpoint(path)
-    trained_on = f"{tokens_at(saved, saved.step):,} tokens, the last of them of {saved.corpus}"
+    trained_on = f"{tokens_at(saved, saved.step):,} tokens, the last of these from {saved.corpus}"
     print(f"Analyzing {path}, trained on {trained_on}.")
     held_out, training, validation = open_corpus(saved, **source)
     model = model_from_checkpoint(saved).to(default_device())
@@ -4397,23 +4475,31 @@ def publish(
     is_card = not card.exists() or card.read_text(encoding="utf-8", errors="replace").startswith("# Pico-LLM, ")
     if not is_card or (not model.exists() and any(folder.iterdir())):
         raise PicoError(f"{folder} holds other files; choose a new folder, or that of a published model.")
-    if model.exists():
-        for old in (card, *run_files(folder, load_checkpoint(model).train_config.name)[1:]):
-            old.unlink(missing_ok=True)
+    earlier = run_files(folder, load_checkpoint(model).train_config.name)[1:] if model.exists() else ()
     saved = dataclasses.replace(saved, weights=weights)
-    files = [save_checkpoint(model, saved)]
-    for table, rows in zip(run_files(folder, config.name)[1:], tables, strict=True):
-        files += [write_csv(table, rows)] if rows else []
-    files += run_analysis(model, None, folder, **source)
-    # names of the corpus folder and of the model it started from, not where they lie on this machine
-    corpus, start = Path(config.corpus).resolve().name, config.init_from and Path(config.init_from).name
-    saved.train_config = dataclasses.replace(config, corpus=corpus, init_from=start)
-    save_checkpoint(model, saved)
-    return [write_text(card, model_card(saved, folder, data_note)), *files]
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".") as temporary:  # so that a failure changes nothing
+        new = Path(temporary)
+        files = [save_checkpoint(new / model.name, saved)]
+        for table, rows in zip(run_files(new, config.name)[1:], tables, strict=True):
+            files += [write_csv(table, rows)] if rows else []
+        files += run_analysis(files[0], None, new, **source)
+        # names of the corpus folder and of the model it started from, not where they lie on this machine
+        corpus, start = Path(config.corpus).resolve().name, config.init_from and Path(config.init_from).name
+        saved.train_config = dataclasses.replace(config, corpus=corpus, init_from=start)
+        save_checkpoint(files[0], saved)
+        files.insert(0, write_text(new / card.name, model_card(saved, new, data_note, folder)))
+        for old in earlier:
+            old.unlink(missing_ok=True)
+        remove_old_pictures(folder / "attention")
+        for path in [path for path in new.rglob("*") if path.is_file()]:
+            (folder / path.relative_to(new)).parent.mkdir(parents=True, exist_ok=True)
+            path.replace(folder / path.relative_to(new))
+    return [folder / path.relative_to(new) for path in files]
 
 
-def model_card(saved: Checkpoint, folder: Path, note: str = "") -> str:
-    """The card of `publish`, as Markdown, from the checkpoint and the study in `folder`."""
+def model_card(saved: Checkpoint, folder: Path, note: str = "", place: Path | None = None) -> str:
+    """The card of `publish`, as Markdown, from the checkpoint and the study in `folder`, which will lie at `place`."""
+    place = place or folder
     if saved.train_config.corpus in ("wikitext103", "offline"):
         note = note or "The text is by the contributors of English Wikipedia, CC BY-SA."
     facts = dict(*saved.metrics[-1:]) | {"tokens_per_second": None, "mfu": None}  # which are of the last steps only
@@ -4427,7 +4513,7 @@ def model_card(saved: Checkpoint, folder: Path, note: str = "") -> str:
         note=note or "The checkpoint does not say where that text is from.",
         table="\n".join(f"| {name.replace('_', ' ')} | {fact} |" for name, fact in facts.items()),
         findings="\n".join(f"- {line}" for line in headline),
-        place=folder.name if folder.is_absolute() else folder.as_posix(),
+        place=place.name if place.is_absolute() else place.as_posix(),
     )
 
 
@@ -4491,7 +4577,7 @@ def _generate(prompt: str, checkpoint: str | None, results: str, **sampling) -> 
 
 def _optimize(checkpoint: str | None, corpus: str | None, results: str, data_folder: str, **options) -> list[Path]:
     saved = load_checkpoint(checkpoint or newest_checkpoint(results))
-    file = open_corpus(saved, corpus, data_folder)[2]
+    _, file = open_corpus(saved, corpus, data_folder, ["validation"])
     advanced_tensorrt_optimization_demo(model_from_checkpoint(saved), file, results=results, **options)
     return sorted(Path(results).glob("inference_benchmark.*"))
 
@@ -4764,7 +4850,7 @@ document.querySelectorAll(".pico-explorer:not([data-started])").forEach((root) =
   "use strict";
   root.dataset.started = "yes";
   const clamp = (value, low, high) => Math.max(low, Math.min(high, value));
-  const percent = (value) => `${Math.round((100 * value) / 255)}%`;
+  const percent = (value) => `${Math.round(100 * value)}%`;
   const find = (name) => root.querySelector(".pico-" + name);
   const color = (name) => getComputedStyle(root).getPropertyValue("--pico-" + name);
   const data = JSON.parse(find("data").textContent);
@@ -4774,34 +4860,32 @@ document.querySelectorAll(".pico-explorer:not([data-started])").forEach((root) =
 
   // heads: of the two panels, the second -1 without comparison; pinned: pointing does not change the token
   const state = { text: 0, token: 0, heads: [0, -1], active: 0, pinned: false, drop: false };
-  let maps = ""; // of the text: lower triangles of all heads, a byte a weight
+  let maps = ""; // of the text: lower triangles of all heads, a byte a weight, its square root
   let saving = 0; // a timer
   const labels = () => data.texts[state.text].labels;
   const word = (token) => labels()[token].replace(/^·(?=.)/, "");
   const current = () => state.heads[state.active];
 
-  // weight 0..255 of a head, from the token `row` to the token `key`
-  function weight(head, row, key) {
+  // weights 0..1 of a head, from the token `row` to itself and those before; those that are drawn sum to 1
+  function weights(head, row) {
     const begin = (head * labels().length * (labels().length + 1) + row * (row + 1)) / 2;
-    if (!state.drop) return maps.charCodeAt(begin + key);
-    const rest = 255 - maps.charCodeAt(begin);
-    return key === 0 || rest < 3 ? 0 : Math.min(255, (255 * maps.charCodeAt(begin + key)) / rest);
+    const found = Array.from({ length: row + 1 }, (_, key) => (maps.charCodeAt(begin + key) / 255) ** 2);
+    if (state.drop) found[0] = 0;
+    const total = found.reduce((sum, value) => sum + value);
+    return found.map((value) => (total ? value / total : 0));
   }
 
   // where a token looks, strongest first: [weight, key]
-  function looks(head, row) {
-    return Array.from({ length: row + 1 }, (_, key) => [weight(head, row, key), key]).sort((a, b) => b[0] - a[0]);
-  }
-  const describe = (head, row, key) => `${word(row)} looks at ${word(key)}: ${percent(weight(head, row, key))}`;
+  const looks = (head, row) => weights(head, row).map((value, key) => [value, key]).sort((a, b) => b[0] - a[0]);
+  const describe = (head, row, key) => `${word(row)} looks at ${word(key)}: ${percent(weights(head, row)[key])}`;
 
   // the small map of a head: a pixel a weight, clear where no token can look
   function drawThumb(button, head) {
     const [n, context] = [labels().length, button.firstChild.getContext("2d")];
     const image = context.createImageData(n, n);
     for (let row = 0; row < n; row++) {
-      for (let key = 0; key <= row; key++) {
-        image.data.set(data.colors[Math.round(weight(head, row, key))], 4 * (row * n + key));
-      }
+      const colors = weights(head, row).map((value) => data.colors[Math.round(255 * value)]);
+      image.data.set(colors.flat(), 4 * row * n);
     }
     context.canvas.width = context.canvas.height = n;
     context.putImageData(image, 0, 0);
@@ -4848,9 +4932,9 @@ document.querySelectorAll(".pico-explorer:not([data-started])").forEach((root) =
 
   function drawToken(button, key) {
     const [isSeen, isCurrent] = [key <= state.token, key === state.token];
-    const value = isSeen ? Math.round(weight(current(), state.token, key)) : 0;
+    const value = isSeen ? Math.round(255 * weights(current(), state.token)[key]) : 0;
     button.style.background = isSeen ? `rgb(${data.colors[value]})` : "";
-    button.style.color = isSeen ? (value > 140 ? "#000000" : "#ffffff") : "";
+    button.style.color = isSeen ? (value > 111 ? "#000000" : "#ffffff") : "";
     button.title = isSeen ? describe(current(), state.token, key) : "comes later";
     button.ariaCurrent = isCurrent || null;
     Object.assign(button, { tabIndex: isCurrent ? 0 : -1, ariaPressed: state.pinned && isCurrent });

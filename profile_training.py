@@ -113,6 +113,7 @@ class Contestant:
     ) -> None:
         self.kind = self.name = kind
         self.loader, self.config, self.device = loader, preset.train, device
+        self.made_before = 2 * workers if loader == "workers" else 0  # batches that they make ahead
         self.held_before = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0  # by the others
         dtype = pico.choose_precision(self.config.precision, device)
         self.run = pico.TrainingRun(preset.model, self.config, "", device, dtype, bool(self.config.compile))
@@ -138,7 +139,7 @@ class Contestant:
 
     def warm_up(self, steps: int) -> None:
         """The first step compiles and allocates, so the peak of memory is that of the later ones."""
-        for number in range(max(steps, 1)):
+        for number in range(max(steps, 2)):
             if self.device.type == "cuda" and number < 2:
                 torch.cuda.reset_peak_memory_stats(self.device)
             self.step()
@@ -149,7 +150,7 @@ class Contestant:
     def measure(self, warmup: int, steps: int) -> None:
         """Times a window of steps. The warm-up before it also uses up the batches that workers made meanwhile."""
         with self.memory(self.device):
-            for _ in range(warmup):
+            for _ in range(max(warmup, self.made_before)):
                 self.step()
             pico.wait_for(self.device)
             started = time.perf_counter()
@@ -222,8 +223,8 @@ class PlainLoop(Contestant):
 
 
 class BestPlainLoop(PlainLoop):
-    """The same with what PyTorch offers: autocast to 16 bits where that is faster, torch.compile. In bf16 on a GPU the
-    model's residual stream is bf16 here, too.
+    """The same with what PyTorch offers: autocast to 16 bits where that is faster, torch.compile as it comes. In bf16
+    on a GPU the model's residual stream is bf16 here, too.
     """
 
     is_best = True
@@ -346,7 +347,7 @@ def draw_chart(rows: list[dict]) -> Figure:
 
 
 def run_recipes(options: argparse.Namespace, preset: Preset, device: torch.device) -> None:
-    """AdamW against Muon at equal tokens: four rates each, around the preset's, with every seed.
+    """AdamW against Muon at equal tokens, four rates each, Muon's around the preset's, with every seed.
 
     Prints the validation losses, the best first. Every run is a row of recipes.csv as soon as it has ended.
     """
@@ -354,10 +355,11 @@ def run_recipes(options: argparse.Namespace, preset: Preset, device: torch.devic
     earlier = pd.read_csv(path).to_dict("records") if path.exists() else []
     changes = {"max_steps": steps, "eval_interval": 10**9, "log_interval": 50, "checkpoint_seconds": 1e9}
     changes |= {"warmup_steps": min(preset.train.warmup_steps, steps // 10)} if steps else {}
-    rates = {"adamw": "learning_rate", "muon": "matrix_learning_rate"}
-    for seed, optimizer, factor in itertools.product(range(options.seeds), rates, (0.25, 0.5, 1, 2)):
-        rate = factor * getattr(preset.train, rates[optimizer])
-        run = preset.with_changes(changes | {"optimizer": optimizer, rates[optimizer]: rate, "seed": seed})
+    # where Muon takes the matrices, AdamW's rate is the embedding's, which alone bears a higher one
+    grid = [("adamw", "learning_rate", rate) for rate in (7.5e-4, 1.5e-3, 3e-3, 6e-3)]
+    grid += [("muon", name := "matrix_learning_rate", x * getattr(preset.train, name)) for x in (0.25, 0.5, 1, 2)]
+    for seed, (optimizer, name, rate) in itertools.product(range(options.seeds), grid):
+        run = preset.with_changes(changes | {"optimizer": optimizer, name: rate, "seed": seed})
         row = {"optimizer": optimizer, "rate": rate, "seed": seed, "val_loss": float("inf")}
         try:
             with tempfile.TemporaryDirectory() as folder:

@@ -53,7 +53,7 @@ def make_study(n_layer: int = 2, n_head: int = 2, trained: bool = True, seed: in
     ablation = scores[["layer", "head"]].assign(loss_increase=increase, loss=4.0 + increase, standard_error=error)
     kinds = scores["class"].value_counts().reindex(CLASSES[:3]).dropna().astype(int).rename_axis("class")
     by_class = kinds.reset_index(name="n_heads").assign(loss_increase=0.3, low=0.2, high=0.4, n_random_sets=9)
-    by_class = by_class.assign(compared_loss_increase=0.25, random_loss_increase=0.01, p_value=0.01)
+    by_class = by_class.assign(compared_loss_increase=0.25, random_loss_increase=0.01, excess_low=0.2, p_value=0.01)
     points = rng.normal(0, 1, (len(scores), 3)) + 3 * (np.arange(len(scores)) % 3)[:, None]
     distances = np.linalg.norm(points[:, None] - points[None], axis=-1)
     return pico.Study(
@@ -110,7 +110,8 @@ def make_language(trained: bool = True) -> pd.DataFrame:
     table = table.assign(untrained_accuracy=0.49, untrained_accuracy_highest=0.52, heads="L1H0, L1H1")
     table = table.assign(attention_difference=effect, attention_low=effect - 0.05, attention_high=effect + 0.05)
     table = table.assign(untrained_attention_highest=0.03, p_value=np.where(is_found, 0.001, 0.4))
-    table = table.assign(loss_increase=effect / 10, margin_drop=drop, margin_low=drop - 0.1, margin_high=drop + 0.1)
+    table = table.assign(loss_increase=effect / 10, loss_error=0.001)
+    table = table.assign(margin_drop=drop, margin_low=drop - 0.1, margin_high=drop + 0.1)
     table["n_random_sets"] = 99 * asked
     for name, value in {"drop": 0.02, "low": -0.01, "high": 0.06}.items():
         table[f"random_margin_{name}"] = np.where(asked, value, np.nan)

@@ -226,6 +226,12 @@ def test_sign_flip_is_uniform_without_an_effect_bootstrap_covers_the_truth_and_h
     random = np.random.default_rng(2)
     intervals = [pico.bootstrap_interval(random.normal(0.3, 1.0, size=40), seed, n=300) for seed in range(200)]
     assert 175 <= sum(low < 0.3 < high for _, low, high in intervals) <= 199
+    for n, truth in ((10, 0.9), (40, 0.97), (40, 0.5)):  # shares, of single pairs and of items of four that are alike
+        single = [pico.share_interval(random.binomial(1, truth, n)) for _ in range(400)]
+        alike = random.beta(3 * truth, 3 - 3 * truth, size=(400, n))
+        items = [pico.share_interval(random.binomial(4, each) / 4) for each in alike]
+        assert all(350 <= sum(low <= truth <= high for _, low, high in each) < 400 for each in (single, items))
+    assert pico.share_interval(np.ones(10)) == pytest.approx((1, 0.7225, 1), abs=1e-4)  # Wilson: 1 / (1 + 1.96^2 / 10)
 
 
 GOOD = dict(

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -250,7 +251,9 @@ def test_the_command_on_the_card_gives_the_same_settings(published, monkeypatch)
     assert (run.seed, model.dropout, model.d_model) == (7, 0.5, 32)
 
 
-def test_what_cannot_be_published_leaves_the_folder_as_it_was(trained, tmp_path, data_folder):
+def test_what_cannot_be_published_leaves_the_folder_as_it_was(
+    trained, published, short_study, tmp_path, data_folder, monkeypatch
+):
     saved, out = pico.load_checkpoint(trained), tmp_path / "out"
     path = pico.save_checkpoint(tmp_path / "a.pt", dataclasses.replace(saved, training_state={"optimizer": {}}))
     with pytest.raises(pico.PicoError, match="is an unfinished run"):
@@ -265,6 +268,12 @@ def test_what_cannot_be_published_leaves_the_folder_as_it_was(trained, tmp_path,
             pico.publish(trained, out)
         assert [path.name for path in out.iterdir()] == [name] and (out / name).read_text() == "# My thesis\n"
         (out / name).unlink()
+    shutil.copytree(published, out, dirs_exist_ok=True)
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+    monkeypatch.setattr(pico, "draw_study", Mock(side_effect=KeyboardInterrupt))  # after minutes
+    with pytest.raises(KeyboardInterrupt):
+        pico.publish(trained, out, data_folder=data_folder)
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
 
 
 def test_command_line_trains_explores_and_generates(tmp_path, corpus_folder, capsys):

@@ -98,6 +98,20 @@ def test_loss_by_rows_may_only_overflow_with_gradients_and_not_in_fp16(dtype, ne
         assert not any(gradient.any() for gradient in nothing), "an ignored target counts nowhere"
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_compiled_the_loss_of_sure_words_is_that_of_the_same_rounded_logits(dtype):
+    hidden, weight = (torch.randn(n, 32, generator=seeded(n)) for n in (64, 200))
+    targets = 3 * torch.arange(64)
+    hidden, weight = (weight[targets] + 0.1 * hidden).to(dtype), weight.to(dtype)  # logits of some 30, others of 6
+    logits = (hidden @ weight.T).float().requires_grad_()
+    expected = F.cross_entropy(logits, targets, reduction="none")
+    expected.sum().backward()
+    losses, *gradients = torch.compile(pico.loss_by_rows, dynamic=False)(hidden, weight, targets, 200, 64, True)
+    torch.testing.assert_close(losses, expected.detach(), atol=1e-5, rtol=1e-3)
+    for found, exact in zip(gradients, (logits.grad @ weight.float(), logits.grad.T @ hidden.float()), strict=True):
+        assert (found.float() - exact).norm() < 0.01 * exact.norm()
+
+
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("scale", [1, 10, 300])
 def test_loss_by_words_takes_many_rows_and_large_logits(scale, compiled):
