@@ -5071,7 +5071,7 @@ print(pico.generate(model, "The city was founded in"))
 
 ## How it was made
 
-Add `--corpus` and `--init-from` where the table names a folder or a model: with where they lie.
+If the table names a folder as corpus, or a model to start from (init from), add `--corpus PATH`, `--init-from PATH`.
 
 ```bash
 python pico_helpers.py train --preset {place}/pico_llm.pt
