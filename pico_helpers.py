@@ -1722,7 +1722,7 @@ class TrainingRun:
                         on_snapshot(self.model, self.step)
                 ask = functools.partial(self.is_spoilt, batch)
                 if _from_first(ask) if is_last else is_saved and rank == 0 and ask():
-                    problem = f"The update of step {step:,} spoilt the weights; the last good checkpoint stays."
+                    problem = f"By step {self.step:,} an update has spoilt the weights; the last good checkpoint stays."
                     if is_last:
                         raise PicoError(f"{problem} Lower the learning rate or choose fp32.")
                     print(problem)

@@ -186,31 +186,41 @@ def test_memory_freed_in_a_step_is_kept_for_the_next():
     assert faults() > 30, "it was given back"
 
 
-def test_a_few_nan_steps_are_counted_and_the_run_goes_on(train_tiny, monkeypatch):
+@pytest.mark.parametrize("is_stopped", [False, True])
+def test_a_few_nan_steps_are_counted_and_the_run_goes_on(train_tiny, monkeypatch, is_stopped):
+    """Also when Ctrl-C comes in such a step."""
     original = pico.train_step
 
     def train_step(model, *args):
+        if is_stopped and args[4] == 3:
+            os.kill(os.getpid(), signal.SIGINT)
         factor = float("nan") if args[4] in (3, 4) else 1.0
         with model.register_forward_hook(lambda model, inputs, loss: loss * factor):
             return original(model, *args)
 
     monkeypatch.setattr(pico, "train_step", train_step)
-    result = train_tiny()
+    result = train_tiny(checkpoint_seconds=1e9)
+    if is_stopped:
+        assert pico.load_checkpoint(result.checkpoint).step == 4
+        result = train_tiny(checkpoint_seconds=1e9)
     assert result.finished and [row["skipped_steps"] for row in result.metrics] == [0, 2, 2, 2]
     assert all(row["train_loss"] < 12 for row in result.metrics) and result.metrics[-1]["val_loss"] < 11
 
 
+@pytest.mark.parametrize(
+    "steps, problem", [(60, r"exploded: 10 steps in a row were skipped.*lower"), (6, "step 6 .* spoilt")]
+)
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_an_exploding_run_stops_and_keeps_the_last_good_checkpoint(
-    train_tiny, tiny_train, data_folder, tmp_path, optimizer, monkeypatch
+    train_tiny, tiny_train, data_folder, tmp_path, optimizer, steps, problem, monkeypatch
 ):
     def set_rates(optimizer, step, *_):
         for group in optimizer.param_groups:
             group["lr"] = 1e-3 if step < 3 else 1e4
 
     monkeypatch.setattr(pico, "set_rates", set_rates)
-    with pytest.raises(PicoError, match=r"has exploded: 10 steps in a row were skipped.*lower the learning rate"):
-        train_tiny(optimizer=optimizer, max_steps=60, log_interval=1)
+    with pytest.raises(PicoError, match=problem):
+        train_tiny(optimizer=optimizer, max_steps=steps, log_interval=1)
     kept = pico.load_checkpoint(pico.run_files(tmp_path / "results", "tiny.partial").model)
     file = pico.prepare_tokens(pico.choose_corpus(tiny_train.corpus), "validation", data_folder)
     assert kept.step == 3 and pico.evaluate(pico.model_from_checkpoint(kept), file).loss < 11
@@ -347,8 +357,10 @@ assert not pico.choose_compile(True, torch.device("cpu"), 1e15)
     assert problem.startswith("The model is not compiled: ") and "ompiler" in problem
 
 
-def test_a_compiler_that_fails_half_way_costs_a_line(train_tiny, monkeypatch, capsys):
-    expected, calls = train_tiny("eager", max_steps=4, optimizer="muon"), []
+@pytest.mark.parametrize("precision, place", [("fp32", "forward"), ("fp16", "optimizer")])  # where a GPU compiles Muon
+def test_a_compiler_that_fails_half_way_costs_a_line(train_tiny, monkeypatch, capsys, precision, place):
+    settings = {"max_steps": 4, "optimizer": "muon", "precision": precision}
+    expected, calls = train_tiny("eager", **settings), []
 
     def compile_function(function, options=None):
         def failing(*args):
@@ -357,15 +369,18 @@ def test_a_compiler_that_fails_half_way_costs_a_line(train_tiny, monkeypatch, ca
                 raise torch._inductor.exc.InductorError(RuntimeError("cc1plus: out of memory\nmore lines"), None)
             return function(*args)
 
-        failing.parameters = function.parameters
+        failing.parameters = getattr(function, "parameters", None)
         return failing
 
     monkeypatch.setattr(pico, "choose_compile", lambda asked, *_: asked)
-    monkeypatch.setattr(pico, "compile_function", compile_function)
-    result = train_tiny("compiled", max_steps=4, optimizer="muon", compile=True)
+    if place == "optimizer":
+        monkeypatch.setattr(pico, "muon_update", compile_function(pico.muon_update))
+    monkeypatch.setattr(pico, "compile_function", compile_function if place == "forward" else lambda f, options: f)
+    result = train_tiny("compiled", **settings, compile=True)
     assert capsys.readouterr().out.count("The compiler failed, training goes on without it: ") == 1
     assert result.finished and pico.load_checkpoint(result.checkpoint).environment["compiled"] == "no"
     assert same(result.model.parameters(), expected.model.parameters()), "the failed step was repeated whole"
+    assert result.metrics[-1]["train_loss"] == expected.metrics[-1]["train_loss"], "and counted once"
 
 
 def test_a_resumed_run_keeps_its_precision_and_its_compiler_bit_for_bit(train_tiny, monkeypatch, interrupt):
