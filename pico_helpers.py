@@ -3539,7 +3539,7 @@ def _ablation_statements(study: Study) -> Iterator[tuple[str, str, str]]:
                 f"after 64 tokens at most {number(row.compared_loss_increase, 3)}, {row.n_random_sets} random sets "
             )
             others += f"of as many heads {number(row.random_loss_increase, 3)} on average (p = {row.p_value:.2g}; "
-            others += f"the difference is at least {number(row.excess_low, 3)} on other text)"
+            others += f"95% interval of the difference from {number(row.excess_low, 3)})"
         evidence = f"Together they cost {_interval(row._asdict(), 'loss_increase', 3)} nats per token; {others}."
         claim = f"The heads that {_CLASS_ACTIONS[row.name]} matter more for the prediction than as many at random"
         yield claim, verdict, evidence
