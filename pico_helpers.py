@@ -81,10 +81,8 @@ from pyarrow.parquet import ParquetFile
 from torch import Tensor, nn
 from tqdm import tqdm
 
-# ======================================================================================================================
-# CONFIGURATION
+# == CONFIGURATION =====================================================================================================
 # Two frozen dataclasses and a table of presets. Every run is described by them and every checkpoint holds them.
-# ======================================================================================================================
 
 
 class PicoError(Exception):
@@ -253,10 +251,8 @@ def default_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-# ======================================================================================================================
-# FILES
+# == FILES =============================================================================================================
 # Every file is written beside its final name and moved there, so that a crash leaves the old file or the new one.
-# ======================================================================================================================
 
 
 @contextlib.contextmanager
@@ -327,11 +323,9 @@ def progress(iterable: Iterable | None = None, **options) -> tqdm:
     return tqdm(iterable, file=stream, mininterval=interval, dynamic_ncols=True, **options)
 
 
-# ======================================================================================================================
-# MODEL
+# == MODEL =============================================================================================================
 # GPT-2 (Radford et al. 2019) with pre-LayerNorm (Xiong et al. 2020), read after nanoGPT (Karpathy 2022). One forward
 # pass serves training, capture and generation. B sequences, T tokens, D = d_model, H heads of size d, V = vocab_size.
-# ======================================================================================================================
 
 OnAttention = Callable[[int, Tensor], None]  # receives a layer and its attention pattern (B, H, T, T) in float32
 
@@ -654,11 +648,9 @@ def evaluating(model: nn.Module) -> Iterator[nn.Module]:
         model.train(was_training)
 
 
-# ======================================================================================================================
-# TOKENIZER AND DATA
+# == TOKENIZER AND DATA ================================================================================================
 # A corpus yields documents; a split of it is tokenised once into a memory-mapped file; sequences are cut from there.
 # What sequence comes when is a pure function of (seed, epoch), so a run can stop anywhere and go on exactly.
-# ======================================================================================================================
 
 _GPT2_FILES = {  # SHA-256 as in tiktoken's definition of `gpt2`
     "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
@@ -1036,11 +1028,9 @@ def held_out_sequences(file: TokenFile, n: int, length: int, seed: int = 0) -> T
     return SequenceStream(file, length, None, seed).batch(0, n)
 
 
-# ======================================================================================================================
-# CHECKPOINTS
+# == CHECKPOINTS =======================================================================================================
 # One .pt file describes a model completely. It is written atomically and read with `weights_only=True`, so that a
 # hostile file cannot run code. A run in progress also keeps its optimizer there; a finished one drops it.
-# ======================================================================================================================
 
 SHIPPED_CHECKPOINT = Path(__file__).resolve().parent / "results" / "pretrained" / "pico_llm.pt"  # if it came along
 _CHECKPOINT_FORMAT = {"format": "pico-llm", "version": 1, "tokenizer": Tokenizer.name}
@@ -1131,11 +1121,9 @@ def newest_checkpoint(results: str | Path = "results") -> Path:
     raise PicoError(f"There is no model in {results}, nor {SHIPPED_CHECKPOINT}: train one first (menu choice 1 or 3).")
 
 
-# ======================================================================================================================
-# TRAINING
+# == TRAINING ==========================================================================================================
 # `train` sets a run up, `TrainingRun.go` is its loop. Every random choice follows from (seed, step), so a resumed run
 # repeats the uninterrupted one, and N processes repeat one. Nothing in a step waits for the device.
-# ======================================================================================================================
 
 
 @contextlib.contextmanager
@@ -1868,11 +1856,9 @@ def _unfinished(files: RunFiles, model_config: ModelConfig, config: TrainConfig,
     return None
 
 
-# ======================================================================================================================
-# ATTENTION CAPTURE
+# == ATTENTION CAPTURE =================================================================================================
 # The capturing pass is the normal forward pass with the attention pattern handed out layer by layer.
 # Ablation replaces a head's output before the output projection; it shows whether a head matters, not what it does.
-# ======================================================================================================================
 
 # The study's sentences: ten categories as in the original study, written for this project.
 ALL_TEST_CATEGORIES: dict[str, list[str]] = {
@@ -2052,10 +2038,8 @@ def ablated_hidden_states(
         yield x
 
 
-# ======================================================================================================================
-# STATISTICS
+# == STATISTICS ========================================================================================================
 # Intervals and tests that everything below shares: what a number is worth before it becomes a statement.
-# ======================================================================================================================
 
 SIGNIFICANCE = 0.05  # of every p-value here, adjusted for the number of tests
 
@@ -2116,11 +2100,9 @@ def random_head_sets(heads: Heads, n_layer: int, n_head: int, n: int, seed: int)
     return list(found)[1:]
 
 
-# ======================================================================================================================
-# HEAD SCORES
+# == HEAD SCORES =======================================================================================================
 # What a head does, as mass on a set of keys beyond what a uniform head puts there, in the manner of Cohen's kappa.
 # Every score is a ratio of two sums, kept text by text: tables, classes and bootstrap intervals are all made of these.
-# ======================================================================================================================
 
 CLASS_LABELS = {  # how a class, named as in the original study, is shown
     "Diagonal/Self": "Self or previous token",
@@ -2524,11 +2506,9 @@ def head_similarity(model: PicoLLM, windows: Tensor) -> tuple[np.ndarray, float]
     return (distances + distances.T).numpy(), float(torch.stack(floors).mean())
 
 
-# ======================================================================================================================
-# LANGUAGE
+# == LANGUAGE ==========================================================================================================
 # What a model knows about language, asked as minimal pairs: which of two words does it prefer where only one fits?
 # A claim needs three links: it prefers the right word, some heads look at the word that decides, and it needs them.
-# ======================================================================================================================
 
 
 class PairResult(NamedTuple):
@@ -2969,12 +2949,10 @@ def study_model(
     return Study(**parts, history=pd.DataFrame(history), metrics=pd.DataFrame(metrics), settings=settings)
 
 
-# ======================================================================================================================
-# FIGURES
+# == FIGURES ===========================================================================================================
 # Every picture is a matplotlib Figure of its own, never pyplot's, so it draws in a thread or a notebook alike; seaborn
 # draws what is a map. A colour means the same in every picture, for any colour vision, and all that carries meaning
 # stands out 3:1 from white. What draws a picture of the study has the caption as its docstring.
-# ======================================================================================================================
 
 CLASS_COLORS = dict(zip(HEAD_CLASSES, ("#0d3a86", "#3d78e6", "#d05a00", "#00763a", "#7a7a7a", "#222222"), strict=True))
 MODEL_NAMES = {"trained": "this model", "shuffled": "this model, shuffled tokens"}  # of Study.shares and .baselines
@@ -3423,11 +3401,9 @@ def draw_study(study: Study, captures: Mapping[str, Sequence[AttentionCapture]],
     return pictures
 
 
-# ======================================================================================================================
-# REPORT
+# == REPORT ============================================================================================================
 # The findings are data first: `study_findings` puts every number beside its baselines and gives the verdict by rule.
 # The pages are templates filled with them; each is one file that needs no network.
-# ======================================================================================================================
 
 VERDICTS = ("supported", "not supported", "undecided")
 _ORIGINAL_BROAD = 0.857  # the original study: "85.7% broad, 14.3% specialised"
@@ -3724,11 +3700,9 @@ def write_explorer(path: str | Path, captures: Captures, scores: pd.DataFrame | 
     return write_text(path, _render(_PAGE_HTML, title="Attention explorer", style=_PAGE_CSS, body=body))
 
 
-# ======================================================================================================================
-# GENERATION
+# == GENERATION ========================================================================================================
 # Text is sampled token by token; a cache keeps the keys and values, so a step costs one position, not the whole text.
 # A text longer than the context window slides: when the window is full, its oldest quarter is dropped.
-# ======================================================================================================================
 
 
 def generate(model: PicoLLM, prompt: str = "", max_new_tokens: int = 60, **options) -> str:
@@ -3784,11 +3758,9 @@ def sample_token(
     return int(tokens[torch.multinomial(probabilities, 1, generator=rng)])
 
 
-# ======================================================================================================================
-# INFERENCE
+# == INFERENCE =========================================================================================================
 # One model run in many ways: eager, in a CUDA graph, through torch.compile and through TensorRT, timed side by side.
 # No speed without accuracy: each way must first give the logits of FP32 PyTorch on held-out text within stated bounds.
-# ======================================================================================================================
 
 # two numbers may change places in rounding when they are closer than this share of their size
 ROUNDING = {"fp32": 2**-23, "tf32": 2**-10, "fp16": 2**-10, "bf16": 2**-7}
@@ -4185,11 +4157,9 @@ def advanced_tensorrt_optimization_demo(
     return frame
 
 
-# ======================================================================================================================
-# EXPORT
+# == EXPORT ============================================================================================================
 # The decoder is a StableLM (biasless attention, rotary positions on whole heads, SwiGLU, LayerNorm) under other names.
 # Written as one, it works with the tools people already have: transformers, TransformerLens, vLLM, llama.cpp.
-# ======================================================================================================================
 
 _STABLELM_NAMES = {  # of our modules; a fused projection is several of theirs
     "token_embedding": ["embed_tokens"],
@@ -4253,10 +4223,8 @@ def export_to_hf(model: PicoLLM, folder: str | Path) -> Path:
     return folder
 
 
-# ======================================================================================================================
-# COMMAND LINE AND MENU
+# == COMMAND LINE AND MENU =============================================================================================
 # What the notebook's menu and `python pico_helpers.py ...` do, in the same few functions.
-# ======================================================================================================================
 
 Sentences = Mapping[str, Sequence[str]]  # category -> texts
 
@@ -4659,11 +4627,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
 
 
-# ======================================================================================================================
-# ASSETS
+# == ASSETS ============================================================================================================
 # Templates, style and script of the two web pages, and the model card: nothing but text. The templates are jinja2's,
 # which escapes every text; `safe` marks what is HTML already.
-# ======================================================================================================================
 
 _PAGE_HTML = """<!doctype html>
 <html lang="en"><head>
