@@ -1350,8 +1350,7 @@ def train_step(
 ) -> Tensor:
     """One update from this process's part of a batch, (B, context_length + 1); the mean loss of all, on the device."""
     rank, n_ranks = ranks()
-    micro_batches = batch.split(config.micro_batch_size or len(batch))
-    total = torch.zeros((), device=batch.device)
+    micro_batches, total = batch.split(config.micro_batch_size or len(batch)), torch.zeros((), device=batch.device)
     for index, micro_batch in enumerate(micro_batches):
         torch.manual_seed((config.seed * 1_000_003 + step) * 1_009 + rank * len(micro_batches) + index)  # dropout
         alone = n_ranks > 1 and index < len(micro_batches) - 1  # processes exchange gradients once, with the last
@@ -4597,16 +4596,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 # Templates, style and script of the two web pages, and the model card: nothing but text. The templates are jinja2's,
 # which escapes every text; `safe` marks what is HTML already.
 
-_PAGE_HTML = """<!doctype html>
-<html lang="en"><head>
-<meta charset="utf-8"><title>{{ title }}</title>
+_PAGE_HTML = """<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{{ title }}</title>
 <meta name="viewport" content="width=device-width, initial-scale=1"><meta name="color-scheme" content="light dark">
 <meta http-equiv="Content-Security-Policy"
   content="default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'">
-<style>{{ style|safe }}</style>
-</head><body><main>
-<h1>{{ title }}</h1>{{ body|safe }}
-</main></body></html>
+<style>{{ style|safe }}</style></head><body><main>
+<h1>{{ title }}</h1>{{ body|safe }}</main></body></html>
 """
 
 _PAGE_CSS = """
@@ -4691,11 +4686,9 @@ and how much of that an untrained model would show as well.</p>
 <nav aria-label="Contents"><p>See for yourself in the <a href="attention_explorer.html">explorer</a>, or read on:</p>
 <ul>{% for each in sections %}<li><a href="#{{ each[0] }}">{{ each[1] }}</a></li>{% endfor %}</ul></nav>
 {% for anchor, title, names, text in sections %}
-<h2 id="{{ anchor }}">{{ title }}</h2>
-<p>{{ text|safe }}</p>
+<h2 id="{{ anchor }}">{{ title }}</h2><p>{{ text|safe }}</p>
 {% for name, value in findings.about.items() if anchor == "run" %}
-<p><strong>{{ name }}:</strong> {{ value }}</p>
-{% endfor %}
+<p><strong>{{ name }}:</strong> {{ value }}</p>{% endfor %}
 {% for picture in examples if anchor == "read" %}{{ show(picture) }}{% endfor %}
 {% for row in findings.statements if row.topic == anchor %}
 <div class="statement {{ row.verdict }}"><p><strong>{{ row.verdict|capitalize }}</strong> · {{ row.claim }}</p>
@@ -4714,8 +4707,7 @@ _EXPLORER_PAGE_HTML = """
 sentences: <code>python pico_helpers.py explore "My sentence."</code> writes a page like this one.</p>
 {{ explorer|safe }}"""
 
-_EXPLORER_HTML = """<div class="pico-explorer"{% if address %} data-address{% endif %}>
-<style>{{ style|safe }}</style>
+_EXPLORER_HTML = """<div class="pico-explorer"{% if address %} data-address{% endif %}><style>{{ style|safe }}</style>
 <script type="application/json" class="pico-data">{{ data|safe }}</script>
 <p class="pico-help">Point at a token, or tap it, to see where a head looks from there; pick heads by their small maps.
 In a map each row is a token doing the looking, each column a token looked at. Click pins a token, <kbd>Esc</kbd> lets
@@ -4728,22 +4720,16 @@ shows that head beside the first.</p>
 <label><input type="checkbox" class="pico-compare"> two heads side by side</label>
 <label><input type="checkbox" class="pico-drop" autocomplete="off"> leave out the first token</label>
 </div>
-<div class="pico-tokens" role="group" aria-label="Tokens"></div>
-<p class="pico-status" role="status">Loading</p>
-<div class="pico-panels">
-{% for panel in range(2) %}
+<div class="pico-tokens" role="group" aria-label="Tokens"></div><p class="pico-status" role="status">Loading</p>
+<div class="pico-panels">{% for panel in range(2) %}
 <figure class="pico-panel"><figcaption><strong></strong> <span></span> <small></small></figcaption>
 <canvas role="img" tabindex="0"></canvas></figure>{% endfor %}
 <div><p class="pico-scale">looks 0% <i class="pico-bar"></i> 100% &emsp;<i></i> comes later</p>
 <div class="pico-thumbs" role="group" aria-label="All heads: a row for each layer" style="--pico-heads: {{ n_head }}">
 <span></span>{% for head in range(n_head) %}<span>H{{ head }}</span>{% endfor %}
-{% for head in heads %}
-{% if loop.index0 % n_head == 0 %}<span>L{{ loop.index0 // n_head }}</span>{% endif %}
-<button type="button" title="{{ head.name }} {{ head.does }}"><canvas></canvas></button>
-{% endfor %}
-</div></div></div>
-<div class="pico-tip" hidden></div><script>{{ script|safe }}</script>
-</div>"""
+{% for head in heads %}{% if loop.index0 % n_head == 0 %}<span>L{{ loop.index0 // n_head }}</span>{% endif %}
+<button type="button" title="{{ head.name }} {{ head.does }}"><canvas></canvas></button>{% endfor %}
+</div></div></div><div class="pico-tip" hidden></div><script>{{ script|safe }}</script></div>"""
 
 _EXPLORER_CSS = """
 .pico-explorer {
@@ -4815,10 +4801,8 @@ document.querySelectorAll(".pico-explorer:not([data-started])").forEach((root) =
   function drawThumb(button, head) {
     const [n, context] = [labels().length, button.firstChild.getContext("2d")];
     const image = context.createImageData(n, n);
-    for (let row = 0; row < n; row++) {
-      const colors = weights(head, row).map((value) => data.colors[Math.round(255 * value)]);
-      image.data.set(colors.flat(), 4 * row * n);
-    }
+    for (let row = 0; row < n; row++)
+      image.data.set(weights(head, row).flatMap((value) => data.colors[Math.round(255 * value)]), 4 * row * n);
     context.canvas.width = context.canvas.height = n;
     context.putImageData(image, 0, 0);
   }
@@ -4853,8 +4837,7 @@ document.querySelectorAll(".pico-explorer:not([data-started])").forEach((root) =
   }
 
   function drawPanel(panel, i) {
-    panel.hidden = state.heads[i] < 0;
-    if (panel.hidden) return;
+    if ((panel.hidden = state.heads[i] < 0)) return;
     const { name, does, scores } = data.heads[state.heads[i]];
     panel.querySelectorAll("figcaption *").forEach((part, k) => (part.textContent = [name, does, scores][k]));
     panel.querySelector("canvas").ariaLabel = `Attention of head ${name}`;
@@ -4877,9 +4860,8 @@ document.querySelectorAll(".pico-explorer:not([data-started])").forEach((root) =
     find("compare").checked = state.heads[1] >= 0;
     panels.forEach(drawPanel);
     [...tokens.children].forEach(drawToken);
-    thumbs.forEach((button, head) => {
-      Object.assign(button, { tabIndex: head === current() ? 0 : -1, ariaPressed: state.heads.includes(head) });
-    });
+    thumbs.forEach((button, head) =>
+      Object.assign(button, { tabIndex: head === current() ? 0 : -1, ariaPressed: state.heads.includes(head) }));
     const lines = state.heads.filter((head) => head >= 0).map((head) => {
       const list = looks(head, state.token).slice(0, 4).map(([value, key]) => `"${word(key)}" ${percent(value)}`);
       return `${word(state.token)} looks at ${list.join(", ")} (${data.heads[head].name})`;
