@@ -182,14 +182,13 @@ class TrainConfig:
         object.__setattr__(self, "betas", tuple(map(float, self.betas)))
         is_name = re.compile(r"[\w.-]+(?<!\.partial)").fullmatch
         count, optional = "be a whole number, at least 1", "max_sequences max_steps micro_batch_size loss_chunk"
-        positive = "epochs learning_rate matrix_learning_rate grad_clip"
         not_negative = "weight_decay matrix_weight_decay checkpoint_seconds"
         part = self.micro_batch_size or self.batch_size
         rules = [
             ("name", "be letters, digits, '-' and '_', as it names files", is_name),
             ("batch_size log_interval eval_interval", count, lambda n: type(n) is int and n >= 1),
             (optional, count, lambda n: n is None or (type(n) is int and n >= 1)),
-            (positive, "be a positive number", lambda x: 0 < x < math.inf),
+            ("epochs learning_rate matrix_learning_rate grad_clip", "be a positive number", lambda x: 0 < x < math.inf),
             ("warmup_steps", "be a whole number, at least 0", lambda n: type(n) is int and n >= 0),
             (not_negative, "be 0 or a positive number", lambda x: 0 <= x < math.inf),
             ("seed", "be a whole number from 0 to 2**32 - 1", lambda n: type(n) is int and 0 <= n < 2**32),
@@ -615,8 +614,7 @@ class PicoLLM(nn.Module):
     def hidden_states(self, idx: Tensor, *, cache: KVCache | None = None, on_attention: OnAttention = None) -> Tensor:
         """(B, T, D) after the final norm; extends `cache`, tells `on_attention` patterns. Limit: max_positions."""
         past = cache.length if cache is not None else 0
-        stop = past + idx.shape[1]
-        if stop > self.config.max_positions:
+        if (stop := past + idx.shape[1]) > self.config.max_positions:
             raise PicoError(f"{stop} positions exceed the model's {self.config.max_positions}; shorten the text.")
         cos, sin = self.rope_cos[past:stop], self.rope_sin[past:stop]
         x = self.dropout(self.token_embedding(idx))
@@ -765,8 +763,7 @@ def group_rows(rows: Iterable[str | None], is_natural: bool = False) -> Iterator
     for row in itertools.chain(first, rows, [" = The end = \n"]):
         is_line = has_titles and row.find("\n") == len(row) - 1
         if not (is_line and goes_on) or _TITLE.fullmatch(row) or size + len(row) > 1_000_000:
-            text = "".join(parts)
-            if text.strip():
+            if (text := "".join(parts)).strip():
                 n_lines = sum(part.count("\n") + (not part.endswith("\n")) for part in parts)
                 yield natural_text(text) if is_natural else text, len(text.split()) + n_lines
             parts, size = [], 0
@@ -972,8 +969,7 @@ def _batches(corpus: Corpus, split: str) -> Iterator[list[tuple]]:
 
 def count_sequences(file: TokenFile, context_length: int, max_sequences: int | None = None) -> int:
     """Sequences in an epoch. Raises PicoError when the file is too short for one."""
-    n = (len(file.tokens) - 1) // context_length
-    if n < 1:
+    if (n := (len(file.tokens) - 1) // context_length) < 1:
         raise PicoError(f"{file.about} has only {len(file.tokens)} tokens; one sequence needs {context_length + 1}.")
     return min(n, max_sequences or n)
 
@@ -1185,10 +1181,10 @@ def kept_memory(device: torch.device) -> Iterator[None]:
         libc.malloc_trim(0)
 
 
-def orthogonalize(matrices: Tensor, dtype: torch.dtype = torch.float32, steps: int = 5) -> Tensor:
+def orthogonalize(matrices: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """The nearest (N, rows, columns) with singular values of 0.7 to 1.2: the Newton-Schulz of Jordan et al. 2024."""
     x = (matrices / (torch.linalg.matrix_norm(matrices, keepdim=True) + 1e-7)).to(dtype)
-    for _ in range(steps):
+    for _ in range(5):
         a = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(a, a, a, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
     return x.to(matrices.dtype)
@@ -1538,10 +1534,10 @@ class TrainResult(NamedTuple):
     finished: bool
 
 
-def snapshot_steps(total_steps: int, n: int = 12) -> list[int]:
-    """0, then about n steps that grow geometrically from total_steps / 500 to total_steps."""
+def snapshot_steps(total_steps: int) -> list[int]:
+    """0, then about 12 steps that grow geometrically from total_steps / 500 to total_steps."""
     first = max(1.0, total_steps / 500)
-    return sorted({0, *(round(first * (total_steps / first) ** (k / (n - 1))) for k in range(n))})
+    return sorted({0, *(round(first * (total_steps / first) ** (k / 11)) for k in range(12))})
 
 
 @dataclass
@@ -2063,8 +2059,7 @@ def share_interval(values: np.ndarray) -> tuple[float, float, float]:
 def sign_flip_p(values: np.ndarray, seed: int, n: int = 10_000) -> float:
     """Two-sided p-value of mean 0 when each item's sign is equally likely either way (a paired permutation test)."""
     signs = np.random.default_rng(seed).choice([-1.0, 1.0], size=(n, len(values)))
-    reached = np.abs(signs @ values) >= np.abs(values.sum()) * (1 - 1e-9)
-    return float((reached.sum() + 1) / (n + 1))
+    return float((1 + np.sum(np.abs(signs @ values) >= np.abs(values.sum()) * (1 - 1e-9))) / (1 + n))
 
 
 def holm(p_values: Sequence[float]) -> np.ndarray:
@@ -2346,8 +2341,7 @@ def describe_emergence(history: pd.DataFrame, thresholds: ScoreThresholds) -> st
     unit = "tokens of training" if best.index.name == "tokens" else "steps"
     for score, kind in (("previous", "previous-token head"), ("induction", "induction head")):
         tau, part = thresholds.tau[score], f"no {kind} appears (highest score {best[score].max():.2f}, threshold "
-        reached = best.index[best[score] >= tau]
-        if len(reached):
+        if len(reached := best.index[best[score] >= tau]):
             before = best.index[best.index < reached[0]]
             when = f"appears between {before[-1]:,} and" if len(before) else "is there when scoring begins, after"
             part = f"the first {kind} {when} {reached[0]:,} {unit} (score "
@@ -2428,8 +2422,7 @@ def heads_that_matter(ablation: pd.DataFrame, n_windows: int) -> tuple[pd.Series
     """Which heads cost MIN_LOSS_INCREASE and more than the limit, in standard errors, of a t-test (Bonferroni)."""
     from scipy.stats import t
 
-    limit = float(t.ppf(1 - SIGNIFICANCE / 2 / len(ablation), n_windows - 1))
-    increase = ablation["loss_increase"]
+    increase, limit = ablation["loss_increase"], float(t.ppf(1 - SIGNIFICANCE / 2 / len(ablation), n_windows - 1))
     return (increase >= MIN_LOSS_INCREASE) & (increase > limit * ablation["standard_error"]), limit
 
 
@@ -2483,8 +2476,7 @@ def head_similarity(model: PicoLLM, windows: Tensor) -> tuple[np.ndarray, float]
     check_windows(windows)
     maps = [attention_maps(model, ids).flatten(0, 1)[:, 2:] for ids in windows]  # (n_heads, T - 2, T)
     n_heads, half = len(maps[0]), len(maps) // 2
-    distances = torch.zeros(n_heads, n_heads, dtype=torch.float64)
-    entropies = list(map(_entropy, maps))
+    distances, entropies = torch.zeros(n_heads, n_heads, dtype=torch.float64), list(map(_entropy, maps))
     for rows, own in zip(maps, entropies, strict=True):
         for head in range(n_heads - 1):
             both = (own[head] + own[head + 1 :]) / 2
@@ -2663,8 +2655,7 @@ def make_pairs(phenomenon: str, n_items: int = 40, seed: int = 0) -> list[Minima
     random, seen, pairs = Random(f"{phenomenon} {seed}"), set(), []
     for item in range(n_items):
         drawn = (_draw_sentences(PHENOMENA[phenomenon], random, item % 2 == 1) for _ in range(1000))
-        sentences = next(filter(seen.isdisjoint, drawn), None)
-        if sentences is None:
+        if (sentences := next(filter(seen.isdisjoint, drawn), None)) is None:
             raise PicoError(f"The templates of {phenomenon!r} give fewer than {n_items} different items; use fewer.")
         seen.update(sentences)
         for sentence in sentences:
@@ -2774,11 +2765,9 @@ def verdict(e: NamedTuple) -> tuple[str, str]:
     if _prefers(e) and _looks(e):
         needed = e.needs_p_value < SIGNIFICANCE and e.margin_drop - e.random_margin_drop > NULL_MARGIN
         links += [(needs, needed, e.margin_high < NULL_MARGIN)]
-    missing = [found for found, holds, _ in links if not holds]
-    against = [found for found, holds, is_refuted in links if is_refuted and not holds]
-    if against:
+    if against := [found for found, holds, is_refuted in links if is_refuted and not holds]:
         return "not supported", f"The evidence is against it, wholly below what would count: {'; '.join(against)}."
-    if missing:
+    if missing := [found for found, holds, _ in links if not holds]:
         return "undecided", f"The evidence does not suffice: {'; '.join(missing)}."
     return "supported", f"All three links hold: {'; '.join(found for found, *_ in links)}."
 
@@ -3524,8 +3513,7 @@ def _headline(study: Study, statements: Sequence[dict]) -> list[str]:
     """The lead of the report in words: what the heads do, beside baselines, what removing them costs, and language."""
     kinds, shares, actions = head_kinds(study.scores), _shares_of(study, "Specialised"), dict(_CLASS_ACTIONS)
     n, counts = len(kinds), kinds["class"].value_counts().reindex(HEAD_CLASSES, fill_value=0)
-    targets = kinds["kind"][kinds["class"] == "Token-Specific"]
-    if len(targets):
+    if len(targets := kinds["kind"][kinds["class"] == "Token-Specific"]):
         mostly = "" if targets.nunique() == 1 else "certain tokens, mostly at "
         actions["Token-Specific"] = f"look at {mostly}{LOOKS_AT[targets.mode()[0]][0]}"
     special = [f"{counts[name]} {actions[name]}" for name in SPECIALISED_CLASSES if counts[name]]
@@ -4339,8 +4327,7 @@ def open_corpus(
         reason = str(error).split(";")[0]
         print(f"The text that the model was trained on is out of reach, so other text stands in. {reason}.")
         chosen = choose_corpus("auto", None, data_folder, config.text_style)
-    about = chosen.about
-    if about != checkpoint.corpus:
+    if (about := chosen.about) != checkpoint.corpus:
         about += "; the model was trained on another corpus, which may share articles with it"
         print(f"Held-out text: {about}.")
     return about, *(prepare_tokens(chosen, split, data_folder) for split in splits)
