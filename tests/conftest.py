@@ -62,8 +62,9 @@ def tiny_train(corpus_folder) -> pico.TrainConfig:
 
 
 @pytest.fixture(autouse=True)
-def on_the_cpu(request, monkeypatch) -> None:
+def offline_and_on_the_cpu(request, monkeypatch) -> None:
     """Only tests marked `gpu` use one, since bits differ there."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     if "gpu" not in request.keywords:
         monkeypatch.setattr(pico, "default_device", lambda: torch.device("cpu"))
 

@@ -68,8 +68,7 @@ def test_rows_are_grouped_to_articles_and_words_counted_the_wikitext_way():
         assert len(sizes) >= 4 and max(sizes) <= 1_000_000 and sum(sizes) == sum(map(len, given))
 
 
-def test_offline_corpus_says_what_it_is_and_holds_out_two_percent(monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+def test_offline_corpus_says_what_it_is_and_holds_out_two_percent():
     corpus = pico.choose_corpus("auto")
     assert (corpus.name, corpus.reason) == ("offline", "HF_HUB_OFFLINE is set")
     assert corpus.about.endswith("not WikiText-103")
@@ -83,7 +82,7 @@ def test_offline_corpus_says_what_it_is_and_holds_out_two_percent(monkeypatch):
 
 
 def test_the_hub_is_judged_within_seconds_even_where_a_name_look_up_hangs(monkeypatch, tmp_path):
-    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.delenv("HF_HUB_OFFLINE")
     monkeypatch.setenv("no_proxy", "*")
     pico.write_text(tmp_path / "api" / "datasets" / "Salesforce" / "wikitext", "{}")
     monkeypatch.setenv("HF_ENDPOINT", tmp_path.as_uri())
@@ -153,8 +152,7 @@ BAD_CHOICES = {
 
 
 @pytest.mark.parametrize("message", BAD_CHOICES)
-def test_bad_choices_of_a_corpus_say_what_is_wrong(message, monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+def test_bad_choices_of_a_corpus_say_what_is_wrong(message):
     with pytest.raises(pico.PicoError, match=message):
         pico.choose_corpus(*BAD_CHOICES[message])
 

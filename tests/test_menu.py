@@ -113,7 +113,6 @@ def test_a_newcomer_studies_the_shipped_model_into_a_folder_of_their_own(
 ):
     """`published` lies where a copy of the project has it; its training corpus is not on this machine."""
     monkeypatch.setattr(pico, "SHIPPED_CHECKPOINT", published / "pico_llm.pt")
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("PICO_MENU", "2")
     before = {path: path.stat().st_mtime_ns for path in published.rglob("*")}
     checkpoint, files = pico.main_menu("tiny", results=published.parent, data_folder=data_folder)  # as the notebook
@@ -138,7 +137,6 @@ def test_bad_sentences_are_left_out_and_named(tiny_model, capsys):
 
 
 def test_a_model_whose_corpus_is_gone_is_studied_on_another(monkeypatch, tmp_path, corpus_folder, trained, capsys):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     config = pico.TrainConfig(corpus="/gone/corpus")
     checkpoint = dataclasses.replace(pico.load_checkpoint(trained), train_config=config)
     about, training, validation = pico.open_corpus(checkpoint, data_folder=tmp_path)

@@ -27,7 +27,6 @@ def test_notebook_runs_end_to_end(tmp_path):
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "train tiny" in done.stderr, "progress must reach the terminal"
-
     results = tmp_path / "results"
     names = "pico_llm_tiny.pt tiny_metrics.csv loss_curve.png loss_curve.svg head_scores.csv findings.json profile.csv"
     names += " attention_report.html attention_explorer.html inference_benchmark.csv huggingface/model.safetensors"
@@ -46,7 +45,6 @@ def live(monkeypatch):
     """Runs code in a kernel where a person types: live(code, answers) -> [(kind, content), ...]."""
     monkeypatch.delenv("CI", raising=False)
     monkeypatch.delenv("PICO_MENU", raising=False)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     run_kernel = pytest.importorskip("jupyter_client.manager").run_kernel
 
     def run(code: str, *answers: str) -> list[tuple[str, dict]]:
