@@ -7,6 +7,7 @@ import socket
 import time
 import tracemalloc
 from pathlib import Path
+from unittest.mock import Mock, call
 
 import numpy as np
 import pyarrow as pa
@@ -99,18 +100,14 @@ def test_wikitext_rows_come_from_the_hub_in_the_original_split(monkeypatch, tmp_
     """The hub is replaced by a local data set behind the same `load_dataset` call."""
     import datasets
 
-    asked = []
-
-    def load_dataset(*args, split):
-        asked.append((*args, split))
-        return datasets.Dataset.from_dict({"text": [" = A = \n", " Text . \n", " = B = \n", " More . \n"]})
-
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    rows = datasets.Dataset.from_dict({"text": [" = A = \n", " Text . \n", " = B = \n", " More . \n"]})
+    monkeypatch.setattr(datasets, "load_dataset", load := Mock(return_value=rows))
     monkeypatch.setattr(pico, "hub_problem", lambda: None)
     corpus = pico.choose_corpus("auto", data_folder=tmp_path)
     file = pico.prepare_tokens(corpus, "train", tmp_path)
     pico.prepare_tokens(corpus, "validation", tmp_path)
-    assert asked == [("Salesforce/wikitext", "wikitext-103-raw-v1", part) for part in ("train[:20%]", "validation")]
+    parts, name = ("train[:20%]", "validation"), ("Salesforce/wikitext", "wikitext-103-raw-v1")
+    assert load.call_args_list == [call(*name, split=part) for part in parts]
     assert len(file.starts) == 3 and corpus.about.startswith("WikiText-103 (train[:20%]")
     monkeypatch.setattr(pico, "hub_problem", lambda: "the hub is down")  # once tokenised, it needs none
     assert pico.choose_corpus("auto", data_folder=tmp_path).key == corpus.key

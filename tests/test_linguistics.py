@@ -239,6 +239,7 @@ GOOD = dict(
     attention_difference=0.2, attention_low=0.15, attention_high=0.25, untrained_attention_highest=0.01, p_value=0.001,
     margin_drop=1.0, margin_low=0.5, margin_high=1.2, n_random_sets=99, random_margin_drop=0.1, needs_p_value=0.01,
 )  # fmt: skip
+FEW = {"n_random_sets": 0, "needs_p_value": np.nan}  # other sets to rank it among
 
 
 @pytest.mark.parametrize(
@@ -253,12 +254,8 @@ GOOD = dict(
         ({"needs_p_value": 0.05}, "undecided", "without them"),
         ({"needs_p_value": 0.001, "margin_low": -1.0}, "supported", "three"),  # the interval alone decides nothing
         ({"random_margin_drop": 0.995}, "undecided", "without them"),  # first in rank, but by nothing
-        ({"n_random_sets": 0, "needs_p_value": np.nan}, "undecided", "too few other sets"),
-        (
-            {"n_random_sets": 0, "needs_p_value": np.nan, "margin_low": -0.5, "margin_high": -0.1},
-            "not supported",
-            "0.50 to",
-        ),
+        (FEW, "undecided", "too few other sets"),
+        (FEW | {"margin_low": -0.5, "margin_high": -0.1}, "not supported", "0.50 to"),
         ({"accuracy_low": 0.45, "accuracy_high": 0.59}, "not supported", "prefers"),
         ({"accuracy_low": 0.53, "accuracy_high": 0.59, "untrained_accuracy_highest": 0.51}, "not supported", "prefers"),
         ({"attention_low": -0.01, "attention_high": 0.019}, "not supported", "attention"),
