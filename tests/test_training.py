@@ -14,6 +14,7 @@ import sys
 import textwrap
 import time
 from pathlib import Path
+from unittest.mock import DEFAULT, Mock
 
 import numpy as np
 import pytest
@@ -59,8 +60,7 @@ def test_a_run_learns_and_leaves_a_checkpoint_and_metrics(finished, tiny_config,
     assert "parquet folder" in checkpoint.corpus and checkpoint.environment["torch"] == torch.__version__
     assert checkpoint.environment["device"].startswith("CPU, ")
     assert weights_equal(checkpoint.weights, finished.model.state_dict())
-    with open(folder / "tiny_metrics.csv") as file:
-        rows = list(csv.DictReader(file))
+    rows = list(csv.DictReader((folder / "tiny_metrics.csv").read_text().splitlines()))
     assert [int(row["step"]) for row in rows] == [3, 6, 9, 12]
     assert [bool(row["val_loss"]) for row in rows] == [False, True, False, True]
     assert [float(row["learning_rate"]) for row in rows] == [pytest.approx(1e-2 * n / 10) for n in (10, 7, 4, 1)]
@@ -226,14 +226,6 @@ def test_a_resumed_run_goes_on_with_its_clock_and_its_snapshots(rerun, tiny_conf
     assert {row["mfu"] for row in resumed.metrics} == {round(mfu, 4)}
 
 
-class Hostile:
-    def __init__(self, target: Path) -> None:
-        self.target = target
-
-    def __reduce__(self):
-        return (os.mkdir, (str(self.target),))
-
-
 def test_missing_truncated_and_foreign_files(finished, tmp_path):
     good, path = finished.checkpoint.read_bytes(), tmp_path / "model.pt"
     for missing in (path, tmp_path):
@@ -250,7 +242,12 @@ def test_missing_truncated_and_foreign_files(finished, tmp_path):
 @pytest.mark.parametrize("save", [torch.save, lambda content, path: path.write_bytes(pickle.dumps(content))])
 def test_code_in_a_file_does_not_run(tmp_path, save):
     path, target = tmp_path / "hostile.pt", tmp_path / "created"
-    save({"format": "pico-llm", "version": 1, "weights": Hostile(target)}, path)
+
+    class Hostile:
+        def __reduce__(self):
+            return (os.mkdir, (str(target),))
+
+    save({"format": "pico-llm", "version": 1, "weights": Hostile()}, path)
     with pytest.raises(pico.PicoError, match="holds more than weights"):
         pico.load_model(path)
     assert not target.exists()
@@ -282,26 +279,14 @@ def test_checkpoints_that_do_not_fit(finished, tmp_path):
         assert "\n" not in str(error.value) and path.read_bytes() == before
 
 
-@pytest.mark.parametrize(
-    ("name", "values"),
-    {
-        "batch_size": (0, -1, 4.0),
-        "max_steps": (0, 1e3),
-        "eval_interval": (None,),
-        "epochs": (0, math.inf),
-        "learning_rate": (math.nan, -1.0),
-        "seed": (-1, 2**40, 0.5),
-        "betas": ((1.5, 0.9), (0.9,), (-0.1, 0.9), (math.nan, 0.9)),
-        "warmup_steps": (-5,),
-        "weight_decay": (-1, math.nan),
-        "matrix_weight_decay": (-1,),
-        "loss_chunk": (0,),
-        "optimizer": ("x",),
-        "precision": ("x",),
-        "checkpoint_seconds": (-1,),
-        "name": ("../x", "", "a b", "quick.partial"),
-    }.items(),
-)
+IMPOSSIBLE = {"batch_size": (0, -1, 4.0), "max_steps": (0, 1e3), "eval_interval": (None,), "epochs": (0, math.inf)}
+IMPOSSIBLE |= {"learning_rate": (math.nan, -1.0), "warmup_steps": (-5,), "seed": (-1, 2**40, 0.5), "loss_chunk": (0,)}
+IMPOSSIBLE |= {"weight_decay": (-1, math.nan), "matrix_weight_decay": (-1,), "checkpoint_seconds": (-1,)}
+IMPOSSIBLE |= {"betas": ((1.5, 0.9), (0.9,), (-0.1, 0.9), (math.nan, 0.9)), "optimizer": ("x",), "precision": ("x",)}
+IMPOSSIBLE |= {"name": ("../x", "", "a b", "quick.partial")}
+
+
+@pytest.mark.parametrize(("name", "values"), IMPOSSIBLE.items())
 def test_impossible_settings_are_one_line(name, values):
     for value in values:
         with pytest.raises(pico.PicoError, match=f"{name} must|Unknown {name} 'x'; choose one of") as caught:
@@ -341,18 +326,13 @@ def test_a_full_disk_keeps_the_old_file(finished, tmp_path):
 
 
 def test_a_disk_that_fills_up_costs_checkpoints_and_no_training(finished, rerun, monkeypatch, capsys):
-    there, original, calls = rerun(seed=1, max_steps=1), pico.save_checkpoint, []
-
-    def failing(path, checkpoint):
-        calls.append(path)
-        if len(calls) > 1:  # all but the first checkpoint, the finished model too
-            raise pico.PicoError(f"Cannot write {path}: No space left on device.")
-        return original(path, checkpoint)
-
+    there, full = rerun(seed=1, max_steps=1), pico.PicoError("Cannot write it: No space left on device.")
+    ends = itertools.chain([DEFAULT], itertools.repeat(full))  # all but the first checkpoint, the finished model too
+    failing = Mock(wraps=pico.save_checkpoint, side_effect=ends)
     with monkeypatch.context() as patch, pytest.raises(pico.PicoError, match="No space left"):
         patch.setattr(pico, "save_checkpoint", failing)
         rerun()
-    assert len(calls) > 2 and "Training goes on without this checkpoint" in capsys.readouterr().err
+    assert failing.call_count > 2 and "Training goes on without this checkpoint" in capsys.readouterr().err
     assert weights_equal(pico.load_checkpoint(there.checkpoint).weights, there.model.state_dict()), "as it was"
     assert weights_equal(rerun().model.state_dict(), finished.model.state_dict())
     with monkeypatch.context() as patch, pytest.raises(pico.PicoError, match="No space left"):
@@ -433,16 +413,9 @@ def test_models_of_one_name_are_kept_with_their_metrics_and_heads(rerun, tmp_pat
 def test_a_crash_between_saving_and_renaming_loses_no_model(rerun, tmp_path, monkeypatch, interrupt, n_moved):
     """As kill -9 would, an exception ends the run at either of the renames; the next start puts things right."""
     rerun(max_steps=1)
-    steps, calls, move = interrupt(), [], pico.move_run
-
-    def crash(files, name):
-        if len(calls) == n_moved:
-            raise RuntimeError("killed")
-        calls.append(1)
-        return move(files, name)
-
+    steps, ends = interrupt(), [DEFAULT] * n_moved + [RuntimeError("killed")]
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="killed"):
-        patch.setattr(pico, "move_run", crash)
+        patch.setattr(pico, "move_run", Mock(wraps=pico.move_run, side_effect=ends))
         rerun(max_steps=1, seed=1)
     assert sorted([pico.load_checkpoint(path).train_config.seed for path in tmp_path.glob("pico_llm_*.pt")]) == [0, 1]
     rerun(max_steps=1, seed=1)
