@@ -370,12 +370,11 @@ def test_demo_chooses_and_an_interruption_leaves_what_was_timed(ways, monkeypatc
     ways.append(pico.Variant("fast, one shape", "fp32", lambda: model, shape=(1, 16)))
     monkeypatch.setattr(pico, "make_variants", lambda *_: ways)
     monkeypatch.setattr(pico, "time_shape", interrupt)
+    demo = pico.advanced_tensorrt_optimization_demo
     with pytest.raises(KeyboardInterrupt):
-        pico.advanced_tensorrt_optimization_demo(
-            model, file, (2, 1), (16, 8, 16), tmp_path, seconds=1, variants=["FAST"]
-        )
+        demo(model, file, (2, 1), (16, 8, 16), tmp_path, seconds=1, variants=["FAST"])
     with pytest.raises(pico.PicoError, match="No row is called slow; choose of"):
-        pico.advanced_tensorrt_optimization_demo(model, file, results=tmp_path, variants=["FAST", "slow"])
+        demo(model, file, results=tmp_path, variants=["FAST", "slow"])
     table = pd.read_csv(tmp_path / "inference_benchmark.csv")[["batch", "length", "variant"]].values.tolist()
     rows = [pico.BASELINE, "fast"]  # the headline comes first
     assert table == [[1, 16, name] for name in (*rows, "fast, one shape")] + [[2, 16, name] for name in rows]

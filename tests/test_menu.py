@@ -63,8 +63,7 @@ def menu(monkeypatch, tmp_path) -> tuple:
     done = []
 
     def typing(*texts: str) -> None:
-        answers = iter(texts)
-        monkeypatch.setattr("builtins.input", lambda prompt: next(answers))
+        monkeypatch.setattr("builtins.input", Mock(side_effect=texts))
 
     def run_training(preset, results, data_folder, study) -> list[Path]:
         done.append(("train", study is not None))
@@ -210,19 +209,17 @@ def test_publish_writes_the_model_its_study_and_a_card_that_says_what_these_say(
     assert all((published / name).exists() for name in names.split())
     assert pico.REPEATED_TEXTS[0] in (published / "attention_explorer.html").read_text()
     assert str(corpus_folder.parent).encode() not in (published / "pico_llm.pt").read_bytes()
-    about = json.loads((published / "findings.json").read_text())["about"]
-    assert about["Held-out text"] == saved.corpus, "it is studied on its own text"
+    findings = json.loads((published / "findings.json").read_text())
+    assert findings["about"]["Held-out text"] == saved.corpus, "it is studied on its own text"
     card, saved = (published / "README.md").read_text(), shipped
+    rows = ["step | 20 |\n| tokens | 2,560", "batch size | 4", "learning rate | 0.002", f"torch | {torch.__version__}"]
+    rows += [f"val loss | {saved.metrics[-1]['val_loss']:.6g}"]
     for fact in (
         "1,622,880 with them:\n2 layers of 2 heads",
         f"Trained on the parquet folder {corpus_folder.name} (100% of its training rows",
         NOTE,
-        "| step | 20 |\n| tokens | 2,560 |",
-        "| batch size | 4 |",
-        "| learning rate | 0.002 |",
-        f"| val loss | {saved.metrics[-1]['val_loss']:.6g} |",
-        f"| torch | {torch.__version__} |",
-        *json.loads((published / "findings.json").read_text())["headline"],
+        *(f"| {row} |" for row in rows),
+        *findings["headline"],
         'pico.load_model("pretrained/pico_llm.pt")',
         "python pico_helpers.py publish --checkpoint results/pico_llm_tiny.pt --out pretrained",
     ):

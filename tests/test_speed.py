@@ -25,7 +25,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import pico_helpers as pico
 import profile_training as profile
-from pico_helpers import PicoError
 
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
@@ -189,9 +188,8 @@ def test_memory_freed_in_a_step_is_kept_for_the_next():
 @pytest.mark.parametrize("is_stopped", [False, True])
 def test_a_few_nan_steps_are_counted_and_the_run_goes_on(train_tiny, monkeypatch, is_stopped):
     """Also when Ctrl-C comes in such a step."""
-    original = pico.train_step
 
-    def train_step(model, *args):
+    def train_step(model, *args, original=pico.train_step):
         if is_stopped and args[4] == 3:
             os.kill(os.getpid(), signal.SIGINT)
         factor = float("nan") if args[4] in (3, 4) else 1.0
@@ -219,7 +217,7 @@ def test_an_exploding_run_stops_and_keeps_the_last_good_checkpoint(
             group["lr"] = 1e-3 if step < 3 else 1e4
 
     monkeypatch.setattr(pico, "set_rates", set_rates)
-    with pytest.raises(PicoError, match=problem):
+    with pytest.raises(pico.PicoError, match=problem):
         train_tiny(optimizer=optimizer, max_steps=steps, log_interval=1)
     kept = pico.load_checkpoint(pico.run_files(tmp_path / "results", "tiny.partial").model)
     file = pico.prepare_tokens(pico.choose_corpus(tiny_train.corpus), "validation", data_folder)
@@ -231,7 +229,7 @@ def test_a_lost_run_stands_still_until_it_is_noticed():
     guard, nan, one = pico.LossGuard(50257, CPU), torch.tensor(float("nan")), torch.tensor(1.0)
     verdicts = [float(guard.count(loss, one)) for loss in [one] + [nan] * guard.patience + [one, one]]
     assert verdicts == [0.0] + [1.0] * (guard.patience + 2)
-    with pytest.raises(PicoError, match="has exploded"):
+    with pytest.raises(pico.PicoError, match="has exploded"):
         guard.read()
 
 
@@ -258,15 +256,13 @@ def test_overflowing_fp16_gradients_lower_the_scale_and_skip_the_step(tiny_confi
 def test_out_of_memory_names_a_size_with_which_the_run_goes_on_and_other_errors_pass(
     train_tiny, monkeypatch, capsys, error, micro, advice
 ):
-    original = pico.train_step
-
-    def limited(*args):
+    def limited(*args, original=pico.train_step):
         if args[5] == 3 and args[4].micro_batch_size == micro:
             raise error
         return original(*args)
 
     monkeypatch.setattr(pico, "train_step", limited)
-    expected = (PicoError, f"Out of memory {advice}") if advice else (RuntimeError, "a defect")
+    expected = (pico.PicoError, f"Out of memory {advice}") if advice else (RuntimeError, "a defect")
     with pytest.raises(expected[0], match=expected[1]) as caught:
         train_tiny(batch_size=12, micro_batch_size=micro)
     for size in re.findall(r"set micro_batch_size to (\d)", str(caught.value)):
@@ -555,7 +551,7 @@ def test_a_signal_to_the_whole_group_stops_all_of_its_processes(launch, tmp_path
 
 def test_a_batch_must_split_evenly(train_tiny, monkeypatch):
     monkeypatch.setattr(pico, "ranks", lambda: (0, 3))
-    with pytest.raises(PicoError, match="batch_size 4 is not a multiple of 3 processes"):
+    with pytest.raises(pico.PicoError, match="batch_size 4 is not a multiple of 3 processes"):
         train_tiny()
 
 
@@ -638,9 +634,7 @@ def test_comparison_writes_table_and_chart(tiny_preset, tmp_path, capsys):
 
 
 def test_batch_sizes_share_a_table_and_lack_of_memory_costs_a_row(tiny_preset, tmp_path, capsys, monkeypatch):
-    original = pico.train_step
-
-    def limited(forward, optimizer, scaler, batch, *rest):
+    def limited(forward, optimizer, scaler, batch, *rest, original=pico.train_step):
         if len(batch) > 4:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
         return original(forward, optimizer, scaler, batch, *rest)
@@ -718,7 +712,7 @@ def test_recipes_compare_rates_of_both_optimizers(tiny_preset, tmp_path, monkeyp
         runs.append((config.seed, config.optimizer))
         is_muon, rate = config.optimizer == "muon", config.matrix_learning_rate / 0.02
         if is_muon and rate == 2:
-            raise PicoError("The loss exploded.")
+            raise pico.PicoError("The loss exploded.")
         loss = 2.5 + abs(rate - 0.5) if is_muon else 3 + abs(config.learning_rate / 1.5e-3 - 1)
         row = {"val_loss": loss + 0.1 * config.seed, "train_loss": loss, "tokens": 9, "seconds": 1.0}
         return pico.TrainResult(None, tmp_path, [row], True)
