@@ -272,11 +272,10 @@ def test_a_built_in_induction_circuit_is_found_and_matters():
     with ablated(model, [(0, 0)], torch.zeros(2, 2, 1)):  # the induction head reads what the previous-token head wrote
         assert ph.score_heads(model, windows)["induction"].max() < 0.1
     repeats = torch.stack(ph.repeated_random_tokens(CONFIG, seed=5)[:8])
-    ablation = ph.head_ablation_map(model, repeats, ph.mean_head_outputs(model, repeats), 63)
-    ablation = ablation.set_index(["layer", "head"])
-    increase, error = ablation["loss_increase"], ablation["standard_error"]
+    table = ph.head_ablation_map(model, repeats, ph.mean_head_outputs(model, repeats), 63).set_index(["layer", "head"])
+    increase, error = table["loss_increase"], table["standard_error"]
     assert increase[0, 0] > 5 * error[0, 0] and increase[1, 0] > 5 * error[1, 0]
-    assert increase[[(0, 1), (1, 1)]].abs().max() < 1e-4 and ablation["matters"].tolist() == [True, False, True, False]
+    assert increase[[(0, 1), (1, 1)]].abs().max() < 1e-4 and table["matters"].tolist() == [True, False, True, False]
 
 
 @contextlib.contextmanager
@@ -291,8 +290,7 @@ def ablated(model, heads, means):
 
     with contextlib.ExitStack() as hooks:
         for layer, block in enumerate(model.blocks):
-            hook = functools.partial(overwrite, layer)
-            hooks.enter_context(block.attention.out_proj.register_forward_pre_hook(hook))
+            hooks.enter_context(block.attention.out_proj.register_forward_pre_hook(functools.partial(overwrite, layer)))
         yield
 
 

@@ -155,8 +155,7 @@ def test_an_engine_that_cannot_work_here_is_refused_before_it_is_read(tmp_path, 
 def test_install_takes_the_release_first_and_then_what_it_requires(monkeypatch, cuda, option):
     """Never the libraries of two CUDA versions; PyPI has no builds for CUDA 12."""
     commands, package, other = [], ModuleType("torch_tensorrt"), {"12.8": "13.0", "13.0": "12.8"}[cuda]
-    wanted = ["dllist", "psutil"]
-    wanted += [f"tensorrt-cu{cuda[:2]}{part}<10.16.0,>=10.15.1" for part in ("", "-bindings", "-libs")]
+    wanted = ["dllist", "psutil", *(f"tensorrt-cu{cuda[:2]}{x}<10.16.0,>=10.15.1" for x in ("", "-bindings", "-libs"))]
     required = ["torch<2.12.0,>=2.11.0", "tensorrt<10.16.0,>=10.15.1", "numpy", *wanted]
 
     def run(command, **_):

@@ -76,8 +76,7 @@ def test_a_person_at_the_notebook_is_asked_and_sees_the_loss_fall(live, tmp_path
 
 def test_the_first_cell_fetches_the_project_or_says_how_to_get_it(tmp_path, monkeypatch):
     """In an empty folder, as in Colab, and without installing anything."""
-    project = tmp_path / "project"
-    project.mkdir()
+    (project := tmp_path / "project").mkdir()
     for name in ("pico_helpers.py", "requirements.txt"):
         shutil.copy(ROOT / name, project)
     git = ["git", "-c", "user.name=A", "-c", "user.email=a@b.c"]

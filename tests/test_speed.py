@@ -13,7 +13,6 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from random import Random
 from types import SimpleNamespace
 from unittest.mock import Mock
 
@@ -562,9 +561,9 @@ def test_a_trace_tells_how_long_a_kernel_or_a_copy_ran():
     host = [event("window", "user_annotation", 0, 40), {"ph": "M", "name": "x"}, event("aten::mm", "cpu_op", 0, 9)]
     host += [event("window", "gpu_user_annotation", 2, 90), event("data", "user_annotation", 0, 1)]
     assert profile.gpu_busy({"traceEvents": host}) is None
-    random = Random(0)
+    random = np.random.default_rng(0)
     for _ in range(50):  # overlapping streams, cut by the window or outside it
-        places = [sorted(random.choices(range(-20, 60), k=2)) for _ in range(4)]
+        places = [sorted(random.integers(-20, 60, 2)) for _ in range(4)]
         work = [event("work", ("kernel", "gpu_memcpy")[n % 2], *place) for n, place in enumerate(places)]
         busy = {unit for start, stop in places for unit in range(start, stop) if 0 <= unit < 40}
         assert profile.gpu_busy({"traceEvents": [*work, *host]}) == pytest.approx(1e-3 * len(busy))

@@ -11,7 +11,6 @@ import resource
 import shutil
 import subprocess
 import sys
-import textwrap
 import time
 from pathlib import Path
 from unittest.mock import DEFAULT, Mock
@@ -104,19 +103,19 @@ def test_ctrl_c_saves_and_a_run_resumed_on_texts_that_moved_ends_bit_for_bit_equ
 
 def test_kill_9_at_any_point_loses_nothing(finished, data_folder, tmp_path):
     """A process is killed while it trains, again and again, until the run is through."""
-    script = textwrap.dedent(f"""
-        import time, torch, pico_helpers as pico
-        torch.set_num_threads(torch.get_num_threads())
-        step = pico.train_step
-        def slow(*args):
-            time.sleep(0.15)
-            return step(*args)
-        pico.train_step = slow
-        saved, log = pico.load_checkpoint({str(finished.checkpoint)!r}), lambda rows: print("row", flush=True)
-        folders = {str(tmp_path)!r}, {str(data_folder)!r}
-        pico.train(saved.model_config, saved.train_config, *folders, device="cpu", on_log=log)
-        print("finished", flush=True)
-    """)
+    script = f"""
+import time, torch, pico_helpers as pico
+torch.set_num_threads(torch.get_num_threads())
+step = pico.train_step
+def slow(*args):
+    time.sleep(0.15)
+    return step(*args)
+pico.train_step = slow
+saved, log = pico.load_checkpoint({str(finished.checkpoint)!r}), lambda rows: print("row", flush=True)
+folders = {str(tmp_path)!r}, {str(data_folder)!r}
+pico.train(saved.model_config, saved.train_config, *folders, device="cpu", on_log=log)
+print("finished", flush=True)
+"""
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
     seen, project = [], Path(__file__).parent.parent
     for delay in (0.0, 0.1, None):  # after the first line of metrics, in the middle of a step; None: to the end
@@ -346,11 +345,9 @@ def test_a_run_goes_on_from_a_model_and_resumes_without_its_file(
     source, is_first = shutil.copy(finished.checkpoint, tmp_path / "base.pt"), []
     changes = {"name": "tuned", "init_from": str(source), "max_steps": 4, "seed": 3}
     changes["shape"] = dataclasses.replace(tiny_config, dropout=0.0, context_length=16)  # no weights depend on these
-
-    def snapshot(model, step):
-        is_first.append(weights_equal(model.state_dict(), finished.model.state_dict()))
-
-    whole = rerun(tmp_path / "whole", on_snapshot=snapshot, **changes)
+    first = finished.model.state_dict()
+    hooks = {"on_snapshot": lambda model, _: is_first.append(weights_equal(model.state_dict(), first))}
+    whole = rerun(tmp_path / "whole", **hooks, **changes)
     assert is_first[0] and not is_first[-1], "step 0 has the weights of the file"
     capsys.readouterr()
     interrupt(1)
