@@ -10,6 +10,8 @@ import sys
 from pathlib import Path
 from unittest.mock import Mock
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from study_data import make_language
@@ -151,6 +153,14 @@ def test_a_model_whose_corpus_is_gone_is_studied_on_another(monkeypatch, tmp_pat
     monkeypatch.setattr(pico, "study_model", lambda *args, **options: pytest.fail("studied first"))
     with pytest.raises(pico.PicoError, match="Choose another folder"):  # that is found out before the study
         pico.run_analysis(trained, results=trained / "results")
+
+
+def test_a_folder_with_other_text_is_another_corpus_where_every_50th_document_is_held_out(tmp_path):
+    about = []
+    for rows in (["One."] * 60, ["First.", *["One."] * 60]):  # which holds others out
+        pq.write_table(pa.table({"text": rows}), tmp_path / "all.parquet")
+        about.append(pico.choose_corpus(str(tmp_path)).about)
+    assert about[0] != about[1] and "every 50th document of contents" in about[0], "the study says so"
 
 
 def test_the_rows_of_heads_are_their_scores_on_the_way(trained, corpus_folder, data_folder):
