@@ -67,7 +67,6 @@ from typing import NamedTuple
 
 import networkx
 import numpy as np
-import nvtx
 import pandas as pd
 import torch
 import torch.distributed as dist
@@ -80,6 +79,11 @@ from PIL import Image  # which matplotlib needs
 from pyarrow.parquet import ParquetFile
 from torch import Tensor, nn
 from tqdm import tqdm
+
+try:
+    import nvtx
+except ImportError:  # on a Mac pip would have to compile it, for tools that do not exist there
+    nvtx = None
 
 # == CONFIGURATION =====================================================================================================
 # Two frozen dataclasses and a table of presets. Every run is described by them and every checkpoint holds them.
@@ -1120,7 +1124,7 @@ def newest_checkpoint(results: str | Path = "results") -> Path:
 @contextlib.contextmanager
 def profiler_range(name: str) -> Iterator[None]:
     """Names a stretch of work in the timelines of Nsight Systems (NVTX) and of the PyTorch profiler."""
-    with nvtx.annotate(name), torch.profiler.record_function(name):
+    with nvtx.annotate(name) if nvtx else contextlib.nullcontext(), torch.profiler.record_function(name):
         yield
 
 
@@ -3366,7 +3370,7 @@ def draw_study(study: Study, captures: Mapping[str, Sequence[AttentionCapture]],
     plans = [("Model", "model", *plan) for plan in model_pictures(study)]
     for index, (category, members) in enumerate(captures.items(), start=1):
         place = f"{index:02d}_{re.sub(r'[^a-z0-9]+', '_', category.lower()).strip('_')}"
-        plans += [(category, place, *plan) for plan in sentence_pictures(members, heads, study.scores)]
+        plans += [(category, place, *plan) for plan in sentence_pictures(members[:20], heads, study.scores)]
     for group, place, name, title, plot, *data in progress(plans, desc="Drawing", unit="picture"):
         figure = plot(*data)
         png, *_ = save_figure(figure, Path(folder) / place / name, svg=group == "Model")
@@ -4348,6 +4352,8 @@ def run_analysis(
     held_out, training, validation = open_corpus(saved, **source)
     model = model_from_checkpoint(saved).to(default_device())
     captures = capture_sentences(model, sentences or ALL_TEST_CATEGORIES)
+    if taken := captures.keys() & {"Model", "Held-out text"}:  # which pictures of the model are called
+        raise PicoError(f"A category of sentences cannot be called {taken.pop()!r}; choose another name.")
     texts = {category: [capture.text for capture in members] for category, members in captures.items()}
     captures["Repeats"] = captures.get("Repeats", []) + [capture_attention(model, text) for text in REPEATED_TEXTS]
     context = {"history": head_history(path, saved), "metrics": saved.metrics, "token_counts": token_counts(training)}
@@ -4649,7 +4655,7 @@ heads. p-values are adjusted for the number of tests (Holm)."),
 Heads that share a branch low in the tree look at the same places of the same text. The dashed line is a yardstick,
 not a limit of error: how far one head is from itself when the text changes."),
 ("sentences", "The sentences", [], "
-For each kind of sentence: chosen heads on all of its sentences; then, for the first one, every head, the chosen heads,
+For each kind: chosen heads on its first 20 sentences; then, for the first one, every head, the chosen heads,
 the flow between tokens, and rollout, which follows attention through all layers."),
 ("next", "Terms, and what to try next", [], "
 <strong>Token</strong>: a piece of text, often a word with its leading space. <strong>Attention sink</strong>: a head

@@ -110,9 +110,8 @@ def make_language(trained: bool = True) -> pd.DataFrame:
     table = table.assign(untrained_accuracy=0.49, untrained_accuracy_highest=0.52, heads="L1H0, L1H1")
     table = table.assign(attention_difference=effect, attention_low=effect - 0.05, attention_high=effect + 0.05)
     table = table.assign(untrained_attention_highest=0.03, p_value=np.where(is_found, 0.001, 0.4))
-    table = table.assign(loss_increase=effect / 10, loss_error=0.001)
-    table = table.assign(margin_drop=drop, margin_low=drop - 0.1, margin_high=drop + 0.1)
-    table["n_random_sets"] = 99 * asked
+    table = table.assign(loss_increase=effect / 10, loss_error=0.001, margin_drop=drop, margin_low=drop - 0.1)
+    table = table.assign(margin_high=drop + 0.1, n_random_sets=99 * asked)
     for name, value in {"drop": 0.02, "low": -0.01, "high": 0.06}.items():
         table[f"random_margin_{name}"] = np.where(asked, value, np.nan)
     table["needs_p_value"] = np.where(asked, np.where(is_found, 0.01, 0.5), np.nan)

@@ -10,8 +10,7 @@ import sys
 from pathlib import Path
 from unittest.mock import Mock
 
-import pyarrow as pa
-import pyarrow.parquet as pq
+import pandas as pd
 import pytest
 import torch
 from study_data import make_language
@@ -151,6 +150,8 @@ def test_a_model_whose_corpus_is_gone_is_studied_on_another(monkeypatch, tmp_pat
     with pytest.raises(pico.PicoError, match="No corpus or folder 'nowhere'"):
         pico.open_corpus(checkpoint, "nowhere", tmp_path)
     monkeypatch.setattr(pico, "study_model", lambda *args, **options: pytest.fail("studied first"))
+    with pytest.raises(pico.PicoError, match="cannot be called 'Model'"):
+        pico.run_analysis(trained, {"Model": ["A good one."]}, tmp_path, data_folder=tmp_path)
     with pytest.raises(pico.PicoError, match="Choose another folder"):  # that is found out before the study
         pico.run_analysis(trained, results=trained / "results")
 
@@ -158,7 +159,7 @@ def test_a_model_whose_corpus_is_gone_is_studied_on_another(monkeypatch, tmp_pat
 def test_a_folder_with_other_text_is_another_corpus_where_every_50th_document_is_held_out(tmp_path):
     about = []
     for rows in (["One."] * 60, ["First.", *["One."] * 60]):  # which holds others out
-        pq.write_table(pa.table({"text": rows}), tmp_path / "all.parquet")
+        pd.DataFrame({"text": rows}).to_parquet(tmp_path / "all.parquet")
         about.append(pico.choose_corpus(str(tmp_path)).about)
     assert about[0] != about[1] and "every 50th document of contents" in about[0], "the study says so"
 
@@ -256,9 +257,7 @@ def test_the_command_on_the_card_gives_the_same_settings(published, monkeypatch)
     assert (run.seed, model.dropout, model.d_model) == (7, 0.5, 32)
 
 
-def test_what_cannot_be_published_leaves_the_folder_as_it_was(
-    trained, published, short_study, tmp_path, data_folder, monkeypatch
-):
+def test_what_cannot_be_published_changes_nothing(trained, published, short_study, tmp_path, data_folder, monkeypatch):
     saved, out = pico.load_checkpoint(trained), tmp_path / "out"
     path = pico.save_checkpoint(tmp_path / "a.pt", dataclasses.replace(saved, training_state={"optimizer": {}}))
     with pytest.raises(pico.PicoError, match="is an unfinished run"):

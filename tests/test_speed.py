@@ -186,8 +186,6 @@ def test_memory_freed_in_a_step_is_kept_for_the_next():
 
 @pytest.mark.parametrize("is_stopped", [False, True])
 def test_a_few_nan_steps_are_counted_and_the_run_goes_on(train_tiny, monkeypatch, is_stopped):
-    """Also when Ctrl-C comes in such a step."""
-
     def train_step(model, *args, original=pico.train_step):
         if is_stopped and args[4] == 3:
             os.kill(os.getpid(), signal.SIGINT)
@@ -436,6 +434,7 @@ class NoReadback(TorchDispatchMode):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_nothing_in_a_step_reads_a_value_back(tiny_config, stream, optimizer, dtype, monkeypatch):
     monkeypatch.setattr(pico, "loss_by_words", lambda *arguments: pico.loss_by_rows(*arguments[:-1]))  # as on a GPU
+    monkeypatch.setattr(pico, "nvtx", None)  # as on a Mac
     run = tiny_run(tiny_config, dtype, optimizer=optimizer, micro_batch_size=2)
     batches = pico.make_loader("resident", stream, 4, range(3), CPU)
     with NoReadback():
