@@ -285,7 +285,7 @@ def test_timing_fills_its_time_and_batches_take_turns(clock):
 
 @pytest.fixture
 def ways(model, clock) -> list[pico.Variant]:
-    """Ways to run of known speed: a baseline, a faster one, TensorRT between them, three that fail."""
+    """Ways to run of known speed: a baseline, a faster one, TensorRT between them, four that fail."""
 
     def run(milliseconds, fails_at, idx):
         assert idx.shape[1] != fails_at, "out of memory\ndetails"
@@ -295,6 +295,7 @@ def ways(model, clock) -> list[pico.Variant]:
     runs = {pico.BASELINE: (40, 0), "fast": (5, 0), "TensorRT FP16": (25, 0), "explodes": (15, 16)}
     builds = {name: lambda times=times: lambda idx: run(*times, idx) for name, times in runs.items()}
     builds |= {"unbuilt": lambda: {}["no"], "inaccurate": lambda: lambda idx: model(idx) + 2}
+    builds["wrong in batches"] = lambda: lambda idx: run(30, 0, idx.roll(1, 0))
     return [pico.Variant(name, "fp32", build) for name, build in builds.items()]
 
 
@@ -315,10 +316,12 @@ def test_benchmark_table_is_complete_and_its_ratios_right(ways, model, file, tmp
     failed = table[table.status != "ok"].groupby("variant").status.agg(["size", "first"])
     assert failed.loc["unbuilt"].tolist() == [4, "KeyError: 'no'"]
     assert failed.loc["explodes"].tolist() == [3, "AssertionError: out of memory"]  # the headline was timed before
+    assert failed.loc["wrong in batches"].iloc[0] == 1 and "Refused" in failed.loc["wrong in batches"].iloc[1]
+    assert table.loc[table.status.str.startswith("Refused"), "kl_divergence"].isna().all(), "of another shape"
     assert failed.loc["inaccurate"].iloc[0] == 4 and "gate: max_difference 2" in failed.loc["inaccurate"].iloc[1]
     assert table[table.status != "ok"][["p50_ms", "p99_ms", "speedup"]].isna().all(axis=None)
     lines = capsys.readouterr().out.strip().splitlines()
-    assert len(lines) == 3 and all(": left out. " in line for line in lines)  # one line each
+    assert len(lines) == 4 and all(": left out. " in line for line in lines)  # one line each
     for frame in (table.assign(p50_ms=math.nan, p99_ms=math.nan, speedup=math.nan), table):  # also when all failed
         axes = pico.plot_benchmark(frame).axes
         assert [panel.get_title("left") for panel in axes] == [f"batch {b}, {n} tokens" for b, n in shapes]

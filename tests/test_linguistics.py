@@ -231,6 +231,7 @@ def test_sign_flip_is_uniform_without_an_effect_bootstrap_covers_the_truth_and_h
         alike = random.beta(3 * truth, 3 - 3 * truth, size=(400, n))
         items = [pico.share_interval(random.binomial(4, each) / 4) for each in alike]
         assert all(350 <= sum(low <= truth <= high for _, low, high in each) < 400 for each in (single, items))
+    assert pico.share_interval(np.full(40, 0.5))[2] < pico.NULL_ACCURACY  # which of two words, not where they stand
     assert pico.share_interval(np.ones(10)) == pytest.approx((1, 0.7225, 1), abs=1e-4)  # Wilson: 1 / (1 + 1.96^2 / 10)
 
 

@@ -161,7 +161,7 @@ def test_a_folder_with_other_text_is_another_corpus_where_every_50th_document_is
     for rows in (["One."] * 60, ["First.", *["One."] * 60]):  # which holds others out
         pd.DataFrame({"text": rows}).to_parquet(tmp_path / "all.parquet")
         about.append(pico.choose_corpus(str(tmp_path)).about)
-    assert about[0] != about[1] and "every 50th document of contents" in about[0], "the study says so"
+    assert about[0] != about[1] and "every 50th document; contents" in about[0], "the study says so"
 
 
 def test_the_rows_of_heads_are_their_scores_on_the_way(trained, corpus_folder, data_folder):
