@@ -1129,10 +1129,13 @@ def profiler_range(name: str) -> Iterator[None]:
 
 def choose_precision(name: str, device: torch.device) -> torch.dtype:
     """Data type of the matrix products; `auto`: bf16 where the device is fast in it, else fp16 (GPU) or fp32 (CPU)."""
+    has_bf16 = device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0)
+    if name == "bf16" and not has_bf16:
+        raise PicoError("This GPU has no bf16 (it begins with Ampere); choose fp16 or auto.")
     if name != "auto":
         return {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[name]
     if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
+        return torch.bfloat16 if has_bf16 else torch.float16
     return torch.bfloat16 if bf16_is_faster() else torch.float32
 
 
@@ -1165,6 +1168,17 @@ def compile_function(function: Callable, options: dict | None = None) -> Callabl
     """torch.compile, anew for each shape; it fails after 64, where PyTorch goes on eagerly after 8, without a word."""
     torch._dynamo.config.recompile_limit, torch._dynamo.config.fail_on_recompile_limit_hit = 64, True
     return torch.compile(function, dynamic=False, options=options)  # `dynamic` would make symbols of sizes
+
+
+@contextlib.contextmanager
+def exact_dropout(p: float) -> Iterator[None]:
+    """Inside, cuDNN's attention is off if it could not drop p: it drops 16ths only, and PyTorch 2.11 does not look."""
+    has_cudnn = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(has_cudnn and 16 * p % 1 == 0)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(has_cudnn)
 
 
 @contextlib.contextmanager
@@ -1450,6 +1464,8 @@ def _process_group(device: torch.device) -> Iterator[torch.device]:
     is_group, on_gpu = int(os.environ.get("WORLD_SIZE", 1)) > 1, device.type == "cuda"
     if is_group and on_gpu:
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        if device.index >= (n_gpus := torch.cuda.device_count()):
+            raise PicoError(f"More processes than GPUs, of which there are {n_gpus}; start one process for each.")
         torch.cuda.set_device(device)
     if is_group:  # the others wait while the first one tokenises the corpus
         dist.init_process_group("nccl" if on_gpu else "gloo", timeout=datetime.timedelta(hours=1))
@@ -1577,8 +1593,8 @@ class TrainingRun:
         """Sets `forward`, the model as a step calls it: shared between processes, compiled."""
         on_gpu, self.forward = self.device.type == "cuda", self.model
         if ranks()[1] > 1:
-            ids = [self.device] if on_gpu else None
-            self.forward = nn.parallel.DistributedDataParallel(self.model, ids, gradient_as_bucket_view=True)
+            ids, options = [self.device] if on_gpu else None, {"gradient_as_bucket_view": True}
+            self.forward = nn.parallel.DistributedDataParallel(self.model, ids, broadcast_buffers=False, **options)
         if self.compiled:
             # with dropout, LayerNorm's gradients in one kernel, new in PyTorch 2.10, do not fit a GPU's registers
             is_slow = self.model_config.dropout and hasattr(torch._inductor.config.triton, "mix_order_reduction")
@@ -1588,36 +1604,34 @@ class TrainingRun:
 
     def take_step(self, batch: Tensor) -> Tensor:
         """One `train_step`. A CPU adds in a fixed order; when the compiler fails, the run goes on without it."""
-        is_fixed, has_cudnn = torch.are_deterministic_algorithms_enabled(), torch.backends.cuda.cudnn_sdp_enabled()
+        is_fixed = torch.are_deterministic_algorithms_enabled()
         warns = torch.is_deterministic_algorithms_warn_only_enabled()
-        # cuDNN's attention drops 16ths only, and PyTorch 2.11 does not look
-        torch.backends.cuda.enable_cudnn_sdp(has_cudnn and 16 * self.model_config.dropout % 1 == 0)
         is_filled = torch.utils.deterministic.fill_uninitialized_memory
         torch.utils.deterministic.fill_uninitialized_memory = False  # slow, and nothing here reads such memory
         if self.device.type == "cpu":  # else compiled threads would race
             torch.use_deterministic_algorithms(True)
         state, counted = (batch, self.config, self.step, self.dtype, self.guard), self.guard.state.clone()
-        try:
-            loss = train_step(self.forward, self.optimizer, self.scaler, *state)
-        except Exception as error:
-            if not self.compiled or not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
-                raise
-            reason = str(error).strip().splitlines()[0]
-            if ranks()[1] > 1:  # the others would wait for this one
-                raise PicoError(f"The compiler failed; run again with --no-compile: {reason}") from error
-            print(f"The compiler failed, training goes on without it: {reason}")
-            self.compiled = False
-            self.make_forward()
-            self.optimizer.zero_grad()
-            self.guard.state.copy_(counted)
-            scaler = torch.amp.GradScaler(self.device.type, enabled=self.scaler.is_enabled())
-            scaler.load_state_dict(self.scaler.state_dict())
-            self.scaler = scaler  # the other one was in the middle of a step
-            loss = train_step(self.forward, self.optimizer, self.scaler, *state)
-        finally:
-            torch.utils.deterministic.fill_uninitialized_memory = is_filled
-            torch.use_deterministic_algorithms(is_fixed, warn_only=warns)
-            torch.backends.cuda.enable_cudnn_sdp(has_cudnn)
+        with exact_dropout(self.model_config.dropout):
+            try:
+                loss = train_step(self.forward, self.optimizer, self.scaler, *state)
+            except Exception as error:
+                if not self.compiled or not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+                    raise
+                reason = str(error).strip().splitlines()[0]
+                if ranks()[1] > 1:  # the others would wait for this one
+                    raise PicoError(f"The compiler failed; run again with --no-compile: {reason}") from error
+                print(f"The compiler failed, training goes on without it: {reason}")
+                self.compiled = False
+                self.make_forward()
+                self.optimizer.zero_grad()
+                self.guard.state.copy_(counted)
+                scaler = torch.amp.GradScaler(self.device.type, enabled=self.scaler.is_enabled())
+                scaler.load_state_dict(self.scaler.state_dict())
+                self.scaler = scaler  # the other one was in the middle of a step
+                loss = train_step(self.forward, self.optimizer, self.scaler, *state)
+            finally:
+                torch.utils.deterministic.fill_uninitialized_memory = is_filled
+                torch.use_deterministic_algorithms(is_fixed, warn_only=warns)
         self.step += 1
         return loss
 
@@ -3930,7 +3944,8 @@ class CudaGraph:
 
     def __call__(self, idx: Tensor) -> Tensor:
         if idx.shape != self.shape:
-            self.shape, self.idx, self.graph = None, idx.clone(), torch.cuda.CUDAGraph()  # if it fails: none recorded
+            self.shape = self.logits = self.graph = None  # frees the last one; if it fails, none is recorded
+            self.idx, self.graph = idx.clone(), torch.cuda.CUDAGraph()
             torch.cuda.synchronize()
             with torch.cuda.stream(torch.cuda.Stream()):
                 for _ in range(3):  # allocations, kernel choices and compilation happen before the recording
@@ -3981,6 +3996,7 @@ def make_variants(model: PicoLLM, max_batch: int, length: int, install: bool = F
     baseline = Variant(BASELINE, "fp32", lambda: model)
     bf16 = Variant("PyTorch BF16", "bf16", lambda: copy.deepcopy(model).bfloat16())
     engine = Variant(f"{TENSORRT} FP16", "fp16", lambda: build(max_batch, length), Engine.cuda_graphs)
+    is_ampere = model.rope_cos.is_cuda and torch.cuda.get_device_capability() >= (8, 0)  # or newer
     if not model.rope_cos.is_cuda:
         default = Variant("torch.compile FP32", "fp32", lambda: compiled(model))
         return [baseline, default, *([bf16] if bf16_is_faster() else []), engine]
@@ -3988,8 +4004,7 @@ def make_variants(model: PicoLLM, max_batch: int, length: int, install: bool = F
         baseline,
         Variant("PyTorch FP32, CUDA graph", "fp32", lambda: CudaGraph(model)),
         Variant("torch.compile FP32, reduce-overhead", "fp32", lambda: compiled(model, mode="reduce-overhead")),
-        Variant("PyTorch TF32", "tf32", lambda: model),
-        *([bf16] if torch.cuda.get_device_capability() >= (8, 0) else []),
+        *([Variant("PyTorch TF32", "tf32", lambda: model), bf16] if is_ampere else []),
         Variant("PyTorch FP16", "fp16", half),
         Variant("PyTorch FP16, CUDA graph", "fp16", lambda: CudaGraph(half())),
         Variant("torch.compile FP16, reduce-overhead", "fp16", lambda: compiled(half(), mode="reduce-overhead")),
@@ -4236,7 +4251,8 @@ def read_head_rows(path: str | Path, tokens: float) -> list[dict]:
 def head_history(path: Path, saved: Checkpoint) -> list[dict]:
     """The scores of heads on the way to this checkpoint, if they lie beside it; those of another run do not count."""
     name = saved.train_config.name if path.stem == "pico_llm" else path.stem.removeprefix("pico_llm_")
-    rows = read_head_rows(run_files(path.expanduser().parent, name).heads, tokens := tokens_at(saved, saved.step))
+    heads, tokens = run_files(os.path.expanduser(path.parent), name).heads, tokens_at(saved, saved.step)
+    rows = read_head_rows(heads, tokens)
     return rows if saved.training_state or (rows and rows[-1]["tokens"] == tokens) else []
 
 
@@ -4258,7 +4274,8 @@ def run_training(
     chosen = get_preset(preset).with_changes(changes)
     partial = run_files(results, f"{chosen.train.name}.partial")
     if start := chosen.train.init_from:
-        under_way = partial.model.exists() and not Path(start).expanduser().exists()  # then it is needed no more
+        is_gone = not os.path.exists(os.path.expanduser(start))
+        under_way = partial.model.exists() and is_gone  # then it is needed no more
         origin = load_checkpoint(partial.model if under_way else start, must_be_finished=not under_way)
         chosen = chosen._replace(model=origin.model_config).with_changes(changes)  # the shape is the same
         before = tokens_at(origin, 0 if under_way else origin.step)
@@ -4478,7 +4495,8 @@ def main_menu(
     question, default = "1 train a model, 2 analyze an existing model, 3 both", os.environ.get("PICO_MENU", "").strip()
     choice = _ask(question, default or "3", lambda text: check_choice("choice", text, ("1", "2", "3")))
     if choice == "2":
-        checkpoint = Path(_ask("Path of the model", str(newest_checkpoint(results)), load_checkpoint)).expanduser()
+        checkpoint = _ask("Path of the model", str(newest_checkpoint(results)), load_checkpoint)
+        checkpoint = Path(os.path.expanduser(checkpoint))
         files = run_analysis(checkpoint, sentences, results, data_folder=data_folder)
     else:
         study = (sentences or ALL_TEST_CATEGORIES) if choice == "3" else None

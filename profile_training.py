@@ -180,7 +180,7 @@ class Contestant:
 
 
 class PlainLoop(Contestant):
-    """The loop that people start from: eager, float32 (TF32 on a GPU), all logits at once, AdamW (with our eps).
+    """The loop that people start from: eager, float32 (TF32 from Ampere on), all logits at once, AdamW (with our eps).
 
     On a GPU of little memory it takes micro-batches.
     """
@@ -207,7 +207,7 @@ class PlainLoop(Contestant):
 
     def update(self, batch: Tensor) -> None:
         micro_batches, dtype = batch.split(self.config.micro_batch_size or len(batch)), self.run.dtype
-        with pico.float32_matmul("high"):
+        with pico.float32_matmul("high"), pico.exact_dropout(self.run.model_config.dropout):
             for micro_batch in micro_batches:
                 with profiler_range("forward"), torch.autocast(batch.device.type, dtype, dtype != torch.float32):
                     loss = self.loss(micro_batch) / len(micro_batches)
@@ -236,7 +236,7 @@ class BestPlainLoop(PlainLoop):
 def matrix_rate(device: torch.device, dtype: torch.dtype, n: int, seconds: float = 1.0) -> float:
     """FLOP/s of the product of two n x n matrices of random numbers (zeros are faster), median over some seconds.
 
-    Float32 is multiplied as the plain loop does it: on a GPU with TF32, which our own loop in fp32 does without.
+    Float32 is multiplied as the plain loop does it: on a GPU with TF32 if it has that; our own fp32 does without.
     """
     generator = torch.Generator(device).manual_seed(0)
     a, b = (torch.randn(n, n, device=device, generator=generator).to(dtype) for _ in range(2))

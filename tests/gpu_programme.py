@@ -12,6 +12,7 @@ Where the model that comes with the project was left behind, inference and study
 
 import argparse
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -62,11 +63,14 @@ def run_step(command: list[str], folder: Path, limit: float) -> str:
     command = [str(folder) if part == "{out}" else part for part in command]
     environment = {"TORCH_LOGS": "graph_breaks,recompiles", "PYTHONUNBUFFERED": "1"} | os.environ
     with open(folder.with_suffix(".log"), "w", encoding="utf-8") as log:
-        try:
-            done = subprocess.run(command, cwd=ROOT, stdout=log, stderr=log, env=environment, timeout=limit)
-        except subprocess.TimeoutExpired:
-            return f"stopped after {limit:.0f} s"
-    return f"exit status {done.returncode}" if done.returncode else "ok"
+        where = {"cwd": ROOT, "env": environment, "start_new_session": True}
+        with subprocess.Popen(command, stdout=log, stderr=log, **where) as process:
+            try:
+                status = process.wait(limit)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)  # its own processes, too, or the next step would share the GPU
+                return f"stopped after {limit:.0f} s"
+    return f"exit status {status}" if status else "ok"
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -79,7 +79,11 @@ def test_what_users_vary_is_compiled_once_each(tiny_config):
 
 
 def test_the_programme_goes_on_after_a_failure_and_in_parts(tmp_path, monkeypatch):
-    scripts = {"fails": "raise SystemExit(3)", "hangs": "import time; time.sleep(60)", "works": "print('done')"}
+    scripts = {
+        "fails": "raise SystemExit(3)",
+        "hangs": "import os, time; os.fork(); print(os.getpid(), flush=True); time.sleep(60)",
+        "works": "print('done')",
+    }
     steps = [(name, [sys.executable, "-c", script]) for name, script in scripts.items()]
     monkeypatch.setattr(gpu_programme, "steps", lambda options: steps)
     results = {"fails": "exit status 3", "hangs": "stopped after 5 s", "works": "ok"}
@@ -88,6 +92,8 @@ def test_the_programme_goes_on_after_a_failure_and_in_parts(tmp_path, monkeypatc
         table = pd.read_csv(tmp_path / "summary.csv").set_index("step").status
         assert table.to_dict() == ({"works": "ok"} if "works" in words else results)
     assert (tmp_path / "3_works.log").read_text() == "done\n"
+    commands = [Path(f"/proc/{pid}/cmdline") for pid in (tmp_path / "2_hangs.log").read_text().split()]
+    assert len(commands) == 2 and not any(file.exists() and file.read_bytes() for file in commands), "both have ended"
     with pytest.raises(SystemExit):
         gpu_programme.main(["--out", str(tmp_path), "--only", "tow"])
 

@@ -313,6 +313,17 @@ def test_a_cpu_chooses_bf16_where_its_products_are_faster(monkeypatch, seconds, 
     pico.bf16_is_faster.cache_clear()
 
 
+def test_a_gpu_without_bf16_takes_fp16_and_says_so(monkeypatch):
+    gpu = torch.device("cuda")
+    for capability, expected in (((7, 5), torch.float16), ((8, 0), torch.bfloat16)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, answer=capability: answer)
+        assert pico.choose_precision("auto", gpu) == expected
+    assert pico.choose_precision("bf16", gpu) == torch.bfloat16
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
+    with pytest.raises(pico.PicoError, match="no bf16"):
+        pico.choose_precision("bf16", gpu)
+
+
 def test_validation_computes_in_the_precision_of_the_run(train_tiny, monkeypatch):
     original, seen = pico.PicoLLM.forward, set()
 
