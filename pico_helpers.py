@@ -2092,15 +2092,19 @@ def rank_p(cost: float, random_costs: Sequence[float]) -> float:
     return float((1 + np.sum(np.asarray(random_costs) >= cost - equal)) / (1 + len(random_costs)))
 
 
-def random_head_sets(heads: Heads, n_layer: int, n_head: int, n: int, seed: int) -> list[Heads]:
-    """Up to n other sets of as many heads in each layer, which may share some; after all of these, in any layers."""
+def random_head_sets(heads: Heads, n_layer: int, n_head: int, least: int, most: int, seed: int) -> list[Heads]:
+    """Other sets of as many heads in each layer, which may share some: all, or `most` of them at random.
+
+    Where all are fewer than `least`, `most` in any layers, these first.
+    """
     random, wanted = Random(seed), Counter(layer for layer, _ in heads)
     everything = list(np.ndindex(n_layer, n_head))
     found = {tuple(sorted(heads)): None}  # a dictionary keeps the order of drawing
-    while len(found) <= min(n, math.prod(math.comb(n_head, count) for count in wanted.values()) - 1):
+    n_same = math.prod(math.comb(n_head, count) for count in wanted.values()) - 1
+    while len(found) <= min(most, n_same):
         drawn = [(layer, head) for layer in wanted for head in random.sample(range(n_head), wanted[layer])]
         found[tuple(sorted(drawn))] = None
-    while len(found) <= min(n, math.comb(len(everything), len(heads)) - 1):
+    while n_same < least and len(found) <= min(most, math.comb(len(everything), len(heads)) - 1):
         found[tuple(sorted(random.sample(everything, len(heads))))] = None
     return list(found)[1:]
 
@@ -2310,6 +2314,13 @@ def classify_heads(scores: Mapping[str, np.ndarray], thresholds: ScoreThresholds
     return np.select(list(conditions.values()), list(conditions), "Mixed")
 
 
+def n_specialised(scores: pd.DataFrame, thresholds: Sequence[float] = (0.2, 0.3, 0.4)) -> dict[float, int]:
+    """How many heads of a table of scores would be specialised if every tau was so."""
+    table, options = scores.assign(rest=1.0 - scores["resting"]), (dict.fromkeys(KAPPAS, tau) for tau in thresholds)
+    classes = [classify_heads(table, ScoreThresholds(tau=each)) for each in options]
+    return {tau: int(np.isin(each, SPECIALISED_CLASSES).sum()) for tau, each in zip(thresholds, classes, strict=True)}
+
+
 def uniform_attention(n_layer: int, n_tokens: int) -> np.ndarray:
     """Weights (n_layer, 1, T, T) of heads that look at all tokens up to their own alike."""
     return np.tile(np.tri(n_tokens) / np.arange(1, n_tokens + 1)[:, None], (n_layer, 1, 1, 1))
@@ -2451,7 +2462,8 @@ def class_ablation(
 
     Columns class, n_heads, loss_increase as in `head_ablation_map` with its 95 % t interval over windows, low to high.
     On up to 64 tokens and 16 predictions of each window, compared_loss_increase is that of the class,
-    random_loss_increase the mean of n_random_sets (`random_head_sets`), p_value its rank (`rank_p`, Holm) and
+    random_loss_increase the mean of n_random_sets (`random_head_sets`; they may hold heads of this and of other
+    classes), p_value its rank (`rank_p`, Holm) and
     excess_low where the 95 % t interval over windows of their difference begins.
     """
     from scipy.stats import t
@@ -2464,7 +2476,7 @@ def class_ablation(
     for name, members in scores[scores["class"].isin(SPECIALISED_CLASSES)].groupby("class"):
         heads = tuple(members[["layer", "head"]].itertuples(index=False, name=None))
         increase = np.diff(ablated_losses(model, idx, [(), heads], means, n_last), axis=0)[0]
-        sets = random_head_sets(heads, model.config.n_layer, model.config.n_head, 99, seed)
+        sets = random_head_sets(heads, model.config.n_layer, model.config.n_head, 60, 99, seed)
         losses = ablated_losses(model, idx[:, :65], [(), heads, *sets], means, min(n_last, 16))
         cost, costs = losses[1] - losses[0], losses[2:] - losses[0]  # (n_windows,), (n_random_sets, n_windows)
         average, excess = (costs.mean(), interval(cost - costs.mean(axis=0))[1]) if sets else (math.nan, math.nan)
@@ -2485,11 +2497,11 @@ def _js_distance(p: Tensor, q: Tensor, own: Tensor) -> Tensor:
 
 
 def head_similarity(model: PicoLLM, windows: Tensor) -> tuple[np.ndarray, float]:
-    """Distances between all heads, (n_heads, n_heads) with head (l, h) at l * n_head + h, and their noise floor.
+    """Distances between all heads, (n_heads, n_heads), head (l, h) at l * n_head + h, and of one to itself elsewhere.
 
     The distance of two heads is the square root of the Jensen-Shannon divergence (base 2; after Clark et al. 2019) of
     their rows i >= 3 on the same window (n_windows, T), averaged over rows and windows: 0 for equal maps, 1 for
-    disjoint ones. The noise floor is that of a head to itself between two windows. Errors as `check_windows`.
+    disjoint ones. The second number is that of a head to itself on another window. Errors as `check_windows`.
     """
     check_windows(windows)
     maps = [attention_maps(model, ids).flatten(0, 1)[:, 2:] for ids in windows]  # (n_heads, T - 2, T)
@@ -2565,8 +2577,7 @@ _LISTS = """John David James Robert Peter Paul George Henry Thomas William Richa
     | work:worked live:lived play:played sing:sang stop:stopped wait:waited stay:stayed rest:rested build:built
     help:helped walk:walked hunt:hunted study:studied travel:traveled train:trained look:looked
     | any:some anything:something anyone:someone | knowledge fear awareness lack | importance {knowledge}
-    | interest:in belief:in faith:in confidence:in reliance:on emphasis:on focus:on dependence:on opposition:to
-    access:to need:for demand:for desire:for"""
+    | belief:in faith:in confidence:in reliance:on emphasis:on focus:on dependence:on opposition:to access:to"""
 # what a {word} of a sentence is drawn from, by its first word; each is one GPT-2 token, a colon joins two drawn as one
 WORDS = {words.split()[0]: words.split() for words in _LISTS.split("|")}
 WORDS["Anna"] = WORDS["John"] + WORDS["Mary"]
@@ -2584,6 +2595,7 @@ class Phenomenon(NamedTuple):
     about: str  # what the test can show, and where its distractor says little
     drawn: str  # lists of WORDS in the order of drawing; a comma joins two different words of one list
     sentences: str
+    chance: float = 0.5  # the accuracy for which the nearest words suffice
 
 
 PHENOMENA: dict[str, Phenomenon] = {
@@ -2625,6 +2637,7 @@ PHENOMENA: dict[str, Phenomenon] = {
         The {boy}s had (<really|also>) {said} that the {girl}s had [not] {found} {any} / {some}
         The {boy}s had <really|also> {said} that the {girl}s had <also|really> {found} {some} / {any}
         The {boy}s had <also|really> {said} that the {girl}s had <really|also> {found} {some} / {any}""",
+        chance=0.75,
     ),
     "question": Phenomenon(
         "Questions keep track of their auxiliary: after 'did' the verb is bare.",
@@ -2635,13 +2648,14 @@ PHENOMENA: dict[str, Phenomenon] = {
         {Where} ({near}) the {river} [did] the {boy} {often} {work} / {worked}
         <Here|There> the {boy} {near} the {river} {often} {worked} / {work}
         <Here|There> {near} the {river} the {boy} {often} {worked} / {work}""",
+        chance=0.75,
     ),
     "importance of": Phenomenon(
-        "Fixed phrases hold together: 'importance of', 'interest in'.",
+        "Fixed phrases hold together: 'importance of', 'belief in'.",
         "'The importance among the boys now of / *in': either may begin an adjunct, the wrong one is only less likely.",
-        "knowledge importance interest:in boy now",
-        """The [{<importance|interest>}] among the ({boy}s) {now} <of / {in}|{in} / of>
-        The ({boy}s) and the [{<interest|importance>}] {now} <{in} / of|of / {in}>""",
+        "knowledge importance belief:in boy now",
+        """The [{<importance|belief>}] among the ({boy}s) {now} <of / {in}|{in} / of>
+        The ({boy}s) and the [{<belief|importance>}] {now} <{in} / of|of / {in}>""",
     ),
 }
 
@@ -2747,13 +2761,14 @@ def _examine_pairs(model: PicoLLM, pairs: Sequence[MinimalPair], n_heads: int) -
     return correct(margins).reshape(len(of_items), -1).mean(axis=1), *choose_and_test(of_items, n_heads)
 
 
-NULL_ACCURACY = 0.6  # an interval wholly below one of these counts as evidence of absence
+NULL_ACCURACY = 0.1  # above chance; an interval wholly below one of these counts as evidence of absence
 NULL_ATTENTION = 0.02  # difference of attention weights
 NULL_MARGIN = 0.01  # nats
 
 
 def _prefers(e: NamedTuple | pd.DataFrame) -> bool | pd.Series:
-    return (e.accuracy_low > np.maximum(0.5, e.untrained_accuracy_highest)) & (e.accuracy_high >= NULL_ACCURACY)
+    enough = e.accuracy_high >= e.chance_accuracy + NULL_ACCURACY
+    return (e.accuracy_low > np.maximum(e.chance_accuracy, e.untrained_accuracy_highest)) & enough
 
 
 def _looks(e: NamedTuple | pd.DataFrame) -> bool | pd.Series:
@@ -2763,22 +2778,29 @@ def _looks(e: NamedTuple | pd.DataFrame) -> bool | pd.Series:
 def verdict(e: NamedTuple) -> tuple[str, str]:
     """("supported" | "not supported" | "undecided", the reason as one sentence) of a row of `study_language`.
 
-    "Supported" needs three links: the accuracy's interval lies above 0.5 and every untrained model, and reaches
-    NULL_ACCURACY; the attention difference has p < SIGNIFICANCE and its interval lies above NULL_ATTENTION and every
-    untrained model; ablating the heads costs more of the margin than ablating random sets of as many, by NULL_MARGIN
-    and with p < SIGNIFICANCE. "Not supported" needs a link that fails with its interval below its NULL_ threshold.
+    "Supported" needs three links: the accuracy's interval lies above chance (see `Phenomenon`) and every untrained
+    model, and reaches NULL_ACCURACY above chance; the attention difference has p < SIGNIFICANCE and its interval lies
+    above NULL_ATTENTION and every untrained model; ablating the heads costs more of the margin than ablating other sets
+    of as many, by NULL_MARGIN and with p < SIGNIFICANCE. "Not supported" needs a link that fails with its interval
+    below its NULL_ threshold.
     """
     attention = (e.attention_difference, e.attention_low, e.attention_high, e.untrained_attention_highest)
     more, low, high, untrained = (number(100 * value, 1) for value in attention)
     prefers = f"the model prefers the right word in {e.accuracy:.0%} of the pairs ({e.accuracy_low:.0%} to "
-    prefers += f"{e.accuracy_high:.0%}; untrained models at most {e.untrained_accuracy_highest:.0%})"
+    prefers += f"{e.accuracy_high:.0%}; untrained models at most {e.untrained_accuracy_highest:.0%}"
+    prefers += f"; the nearest words suffice for {e.chance_accuracy:.0%})" if e.chance_accuracy > 0.5 else ")"
     looks = f"{e.heads} give the word that decides {more} points more attention than the distractor ({low} to {high}, "
     looks += f"p = {e.p_value:.2g}; untrained models at most {untrained})"
     drop, low, high, at_random = map(number, (e.margin_drop, e.margin_low, e.margin_high, e.random_margin_drop))
-    needs = f"without them the right word loses {drop} nats of its lead ({low} to {high}), "
-    ranked = f"without as many random heads {at_random} (p = {e.needs_p_value:.2g} by rank among {e.n_random_sets})"
+    needs = (
+        f"without them the right word loses {drop} nats of its lead ({low} to {high}; one by one {e.single_drops}), "
+    )
+    ranked = f"without as many others {at_random} on average and, if these share none with them, at most "
+    ranked += f"{number(e.apart_margin_drop)} (p = {e.needs_p_value:.2g} by rank among {e.n_random_sets} sets)"
     needs += ranked if e.n_random_sets else "and there are too few other sets of as many heads to compare with"
-    links = [(prefers, _prefers(e), e.accuracy_high < NULL_ACCURACY)]  # (found, whether it holds, is refuted if not)
+    links = [
+        (prefers, _prefers(e), e.accuracy_high < e.chance_accuracy + NULL_ACCURACY)
+    ]  # (found, whether it holds, is refuted if not)
     links += [(looks, _looks(e), e.attention_high < NULL_ATTENTION)]
     if _prefers(e) and _looks(e):
         needed = e.needs_p_value < SIGNIFICANCE and e.margin_drop - e.random_margin_drop > NULL_MARGIN
@@ -2790,16 +2812,20 @@ def verdict(e: NamedTuple) -> tuple[str, str]:
     return "supported", f"All three links hold: {'; '.join(found for found, *_ in links)}."
 
 
-def _costs(model: PicoLLM, pairs: list[MinimalPair], heads: Heads, n_sets: int, means: Tensor, seed: int) -> tuple:
+def _costs(model: PicoLLM, pairs: list[MinimalPair], heads: Heads, n_tests: int, means: Tensor, seed: int) -> tuple:
     """Columns margin_drop to needs_p_value of `study_language` for one phenomenon's test pairs, before Holm."""
-    sets = random_head_sets(heads, model.config.n_layer, model.config.n_head, n_sets, seed)
+    shape, least = (model.config.n_layer, model.config.n_head), math.ceil(n_tests / SIGNIFICANCE)  # for p to reach it
+    sets = random_head_sets(heads, *shape, least, max(399, 2 * least), seed) if n_tests else []
     sets = sets if 1 / (1 + len(sets)) < SIGNIFICANCE else []
-    margins = ablated_margins(model, pairs, [(), heads, *sets], means)
-    own = bootstrap_interval(margins[0] - margins[1], seed)
+    margins = ablated_margins(model, pairs, [(), heads, *((head,) for head in heads), *sets], means)
+    own, drops = bootstrap_interval(margins[0] - margins[1], seed), margins[0].mean() - margins[1:].mean(axis=1)
+    drop, singles, others = drops[0], drops[1 : len(heads) + 1], drops[len(heads) + 1 :]
+    own += (", ".join(f"{head_name(*head)} {number(each)}" for head, each in zip(heads, singles, strict=True)),)
     if not sets:
-        return *own, 0, *[math.nan] * 4
-    drop, *others = margins[0].mean() - margins[1:].mean(axis=1)
-    return *own, len(sets), np.mean(others), *np.quantile(others, [0.025, 0.975]), rank_p(drop, others)
+        return *own, 0, *[math.nan] * 5
+    apart = [other for each, other in zip(sets, others, strict=True) if not set(each) & set(heads)]
+    found = others.mean(), *np.quantile(others, [0.025, 0.975]), max(apart, default=math.nan)
+    return *own, len(sets), *found, rank_p(drop, others)
 
 
 def study_language(
@@ -2809,11 +2835,12 @@ def study_language(
 
     Held-out `windows` (N, T) give the mean output that ablated heads are set to and, up to 16 of them, loss_increase
     with its standard error. Heads are chosen on one half of the items; what they look at and are needed for is measured
-    on the other. Lows and highs are 95 % intervals over items (of accuracies `share_interval`, else bootstrap),
-    p-values are Holm-adjusted: both speak of new items of these templates. attention_difference: target minus
-    distractor, with a sign-flip test; margin_drop: what the right word loses of its lead without the heads;
-    random_margin_drop: the mean of n_random_sets of as many heads (none where accuracy or attention fails), low and
-    high where 95 % of them lie, needs_p_value the rank among them.
+    on the other. Lows and highs are 95 % intervals over items (of accuracies `share_interval`, else bootstrap: some 90
+    to 92 % for 20 items), p-values are Holm-adjusted: both speak of new items of these templates but for needs_p_value,
+    which speaks of other heads. attention_difference: target minus distractor, with a sign-flip test; margin_drop: what
+    the right word loses of its lead without the heads, single_drops without each; random_margin_drop: the mean of
+    n_random_sets (`random_head_sets`; none where accuracy or attention fails), low and high where 95 % of them lie,
+    apart_margin_drop the largest of those without any of the heads, needs_p_value the rank among all.
     """
     if n_items < 20:
         raise PicoError(f"{n_items} items are too few for a half that chooses heads and one that tests them; use 40.")
@@ -2825,8 +2852,8 @@ def study_language(
     means, estimate = mean_head_outputs(model, windows), functools.partial(bootstrap_interval, seed=seed)
     losses = ablated_losses(model, windows[:16, :129], [(), *heads], means)
     increase = losses[1:] - losses[0]  # (phenomena, windows)
-    claims = [(name, each.claim, n_items) for name, each in PHENOMENA.items()]
-    table = pd.DataFrame(claims, columns=["phenomenon", "claim", "n_items"])
+    claims = [(name, each.claim, n_items, each.chance) for name, each in PHENOMENA.items()]
+    table = pd.DataFrame(claims, columns=["phenomenon", "claim", "n_items", "chance_accuracy"])
     table[["accuracy", "accuracy_low", "accuracy_high"]] = list(map(share_interval, choices))
     table["untrained_accuracy"], table["untrained_accuracy_highest"] = baseline[..., 0].mean(0), baseline[..., 0].max(0)
     table["heads"] = [", ".join(itertools.starmap(head_name, each)) for each in heads]
@@ -2836,11 +2863,10 @@ def study_language(
     table["loss_increase"] = increase.mean(1)
     table["loss_error"] = increase.std(1, ddof=1) / math.sqrt(increase.shape[1])
     asked = _prefers(table) & _looks(table)
-    n_sets = asked * max(99, math.ceil(2 / SIGNIFICANCE * asked.sum()) - 1)  # p can fall to SIGNIFICANCE / 2 after Holm
     tested = [[pair for pair in pairs if is_test_item(pair.item)] for pairs in groups]
-    costs = [_costs(model, *each, means, seed) for each in zip(tested, heads, n_sets, strict=True)]
-    columns = ["margin_drop", "margin_low", "margin_high", "n_random_sets", "random_margin_drop"]
-    columns += ["random_margin_low", "random_margin_high", "needs_p_value"]
+    costs = [_costs(model, *each, means, seed) for each in zip(tested, heads, asked * asked.sum(), strict=True)]
+    columns = ["margin_drop", "margin_low", "margin_high", "single_drops", "n_random_sets", "random_margin_drop"]
+    columns += ["random_margin_low", "random_margin_high", "apart_margin_drop", "needs_p_value"]
     table = table.join(pd.DataFrame(costs, columns=columns))
     ranked = table["n_random_sets"] > 0
     table.loc[ranked, "needs_p_value"] = holm(table.loc[ranked, "needs_p_value"])
@@ -2859,7 +2885,7 @@ class Study:
     ablation: pd.DataFrame  # see `head_ablation_map`
     class_ablation: pd.DataFrame  # see `class_ablation`
     distances: np.ndarray  # (n_heads, n_heads), see `head_similarity`, on windows
-    noise_floor: float
+    other_text: float
     language: pd.DataFrame  # a row per phenomenon, see `study_language`; may be empty
     history: pd.DataFrame  # step, tokens and the columns of `score_heads` at each snapshot of the run; may be empty
     metrics: pd.DataFrame  # rows of the training metrics; may be empty
@@ -2931,7 +2957,7 @@ def study_model(
         bar.update()
         parts["class_ablation"] = class_ablation(model, ablated, parts["scores"], means, n_last, seed)
         bar.update()
-        parts["distances"], parts["noise_floor"] = head_similarity(model, windows[:8])
+        parts["distances"], parts["other_text"] = head_similarity(model, windows[:8])
         bar.update()
         parts["language"] = study_language(model, windows, untrained(), n_items, seed=seed)
         bar.update()
@@ -3283,7 +3309,7 @@ def plot_ablation(ablation: pd.DataFrame) -> Figure:
     return _finish(figure, alt, "loss increase without the head\n(thousandths of a nat per token)")
 
 
-def plot_similarity(distances: np.ndarray, noise_floor: float, scores: pd.DataFrame) -> Figure:
+def plot_similarity(distances: np.ndarray, other_text: float, scores: pd.DataFrame) -> Figure:
     """How different two heads are on the same text: mean square root of the Jensen-Shannon divergence of their rows.
     Heads that meet below the dashed line differ less than a head does from itself when the text changes.
     """
@@ -3294,13 +3320,13 @@ def plot_similarity(distances: np.ndarray, noise_floor: float, scores: pd.DataFr
     figure, (top, bottom) = new_figure(side, side + 1, nrows=2, height_ratios=(1, 4.5))
     tree = linkage(squareform(distances, checks=False), "average")  # seaborn.clustermap would need pyplot
     order = dendrogram(tree, ax=top, no_labels=True, color_threshold=0, above_threshold_color="#222222")["leaves"]
-    label = f"a head and itself on other text: {number(noise_floor)}"
-    top.axhline(noise_floor, color=MODEL_COLORS["shuffled"], linestyle="--", label=label)
+    label = f"a head and itself on other text: {number(other_text)}"
+    top.axhline(other_text, color=MODEL_COLORS["shuffled"], linestyle="--", label=label)
     top.legend(loc="lower left", bbox_to_anchor=(0, 1), **_LEGEND)
-    tidy_axes(top, ylabel="distance", ylim=(0.9 * tree[0, 2], 1.05 * max(tree[-1, 2], noise_floor)))
+    tidy_axes(top, ylabel="distance", ylim=(0.9 * tree[0, 2], 1.05 * max(tree[-1, 2], other_text)))
     heads = head_kinds(scores).iloc[order]
     names = list(itertools.starmap(head_name, heads.index))
-    scale = {"vmin": 0, "vmax": max(distances.max(), 2 * noise_floor), "cmap": "viridis_r"}
+    scale = {"vmin": 0, "vmax": max(distances.max(), 2 * other_text), "cmap": "viridis_r"}
     _draw_heatmap(bottom, distances[np.ix_(order, order)], xticklabels=names, yticklabels=names, **scale)
     bottom.tick_params(labelsize=min(8, 380 / len(order)))
     for text, name in zip([*bottom.get_xticklabels(), *bottom.get_yticklabels()], [*heads["class"]] * 2, strict=True):
@@ -3325,7 +3351,8 @@ def plot_language(language: pd.DataFrame) -> Figure:
         name = value.split("_")[0]
         axes.hlines(y, language[f"{name}_low"], language[f"{name}_high"], "black")
         axes.plot(language[value], y, "o", color="black", markersize=5, label=MODEL_NAMES["trained"])
-        axes.axvline(0.5 if name == "accuracy" else 0, color=GREY, linestyle=":", linewidth=1)
+        zero = language["chance_accuracy"] if name == "accuracy" else 0 * y
+        axes.vlines(zero, y - 0.5, y + 0.5, color=GREY, linestyle=":", linewidth=1)
         if (highest := f"untrained_{name}_highest") in language:
             axes.plot(language[highest], y, "o", label="highest of the untrained models", **untrained)
         tidy_axes(axes, title, xlabel=xlabel)
@@ -3360,7 +3387,7 @@ def model_pictures(study: Study) -> list[tuple]:
         ("categories", "Does the kind of sentence change what heads do?", plot_class_bars, categories),
         ("score_maps", "How strongly does each head do each thing?", plot_score_maps, study.scores, study.thresholds),
         ("ablation", "What is each head worth?", plot_ablation, study.ablation),
-        ("similarity", "Which heads look alike?", plot_similarity, study.distances, study.noise_floor, study.scores),
+        ("similarity", "Which heads look alike?", plot_similarity, study.distances, study.other_text, study.scores),
         ("language", "Does it follow rules of language, and through which heads?", plot_language, study.language),
     ]
     return [row for row in pictures if len(row[3]) > (row[0] == "similarity")]  # which compares two heads
@@ -3428,7 +3455,7 @@ def study_findings(study: Study, about: Mapping[str, str] | None = None) -> dict
     tables = {name: getattr(study, name) for name in ("categories", "ablation", "class_ablation", "language")}
     tables |= {"class_shares": study.shares, "score_baselines": study.baselines, "head_scores": study.scores}
     findings |= {name: table.to_dict("records") for name, table in tables.items()}
-    findings["similarity"] = {"noise_floor": study.noise_floor, "distances": np.round(study.distances, 4)}
+    findings["similarity"] = {"same_head_on_other_text": study.other_text, "distances": np.round(study.distances, 4)}
     return json.loads(pd.Series(findings).to_json(double_precision=15, default_handler=str))  # NaN becomes null
 
 
@@ -3462,7 +3489,9 @@ def _class_statements(study: Study) -> Iterator[tuple[str, str, str]]:
     special, broad = _shares_of(study, "Specialised"), _shares_of(study, "Global/Broad")
     own, untrained = special["trained"], special["untrained"]
     verdict = _verdict(_is_found(study, "Specialised"), own["high"] <= untrained["high"])
-    evidence = f"{_interval(own)} of the heads are, {_interval(untrained)} in untrained models."
+    evidence = f"{_interval(own)} of the heads are, {_interval(untrained)} in untrained models. Much depends on the "
+    counts = ", ".join(f"{n} heads at {tau}" for tau, n in n_specialised(study.scores).items())
+    evidence += f"threshold: {counts}."
     yield "Some heads are specialised, more than in untrained models", verdict, evidence
     found = {CLASS_LABELS[name]: _shares_of(study, name) for name in SPECIALISED_CLASSES if _is_found(study, name)}
     if found:
@@ -3473,7 +3502,8 @@ def _class_statements(study: Study) -> Iterator[tuple[str, str, str]]:
     pairs = (broad["trained"], _ORIGINAL_BROAD), (special["trained"], 1 - _ORIGINAL_BROAD)
     agrees = all(row["low"] <= share <= row["high"] for row, share in pairs)
     own, untrained = broad["trained"], broad["untrained"]
-    evidence = f"{_interval(own)} attend broadly here, in untrained models {_interval(untrained)}: a model has broad "
+    evidence = f"{1 - special['trained']['share']:.1%} are not specialised here. {_interval(own)} attend broadly, in "
+    evidence += f"untrained models {_interval(untrained)}: a model has broad "
     evidence += "heads before it learns anything. Averages over short sentences, the original's, mostly reflect length."
     claim = f"{_ORIGINAL_BROAD:.1%} of the heads attend broadly and the rest are specialised (the original study)"
     yield claim, _verdict(agrees and _apart(own, untrained), not agrees), evidence
@@ -3487,7 +3517,7 @@ def _score_statements(study: Study) -> Iterator[tuple[str, str, str]]:
         holds, fails = own["low"] >= tau and own["low"] > limit, max(own["highest"], own["high"]) < tau
         evidence = "No head does this. " if fails else ""
         evidence += f"The best head, {head_name(best['layer'], best['head'])}, scores {_interval(own, 'highest', 2)}; "
-        evidence += f"the threshold is {number(tau)}, and no untrained head exceeds {number(limit)}."
+        evidence += f"the threshold is {number(tau)}, and no untrained head exceeds {number(limit, 3)}."
         yield f"A head looks at {LOOKS_AT[score][0]}", _verdict(holds, fails), evidence
 
 
@@ -4674,8 +4704,9 @@ if it costs more than nearly all of these and, by the interval over texts, more 
 ("Language", "Language", ["language"], "
 Each claim is tested with pairs of sentences, one good and one wrong or at least unusual, that differ in little else.
 Three things must hold: the model finds the good one more likely; heads look at the word that decides, chosen on one
-half of the pairs and tested on the other; and without these heads the preference shrinks more than without random
-heads. p-values are adjusted for the number of tests (Holm)."),
+half of the pairs and tested on the other; and without these heads the preference shrinks more than without other
+sets of as many heads in their layers, which may share some with them: if one head does it all, sets with it rank as
+high, and the claim stays undecided. p-values are adjusted for the number of tests (Holm)."),
 ("similarity", "Which heads look alike", ["similarity"], "
 Heads that share a branch low in the tree look at the same places of the same text. The dashed line is a yardstick,
 not a limit of error: how far one head is from itself when the text changes."),

@@ -68,7 +68,7 @@ def make_study(n_layer: int = 2, n_head: int = 2, trained: bool = True, seed: in
         language=make_language(trained),
         history=make_history(scores),
         metrics=pd.DataFrame(METRICS),
-        noise_floor=0.05,
+        other_text=0.05,
         settings={"n_windows": 200, "ablation_windows": 8},
     )
 
@@ -102,7 +102,7 @@ def make_categories(trained: bool = True) -> pd.DataFrame:
 def make_language(trained: bool = True) -> pd.DataFrame:
     names = ["Subject and verb", "Coreference", "Negation", "Questions", "Articles & nouns"]
     claims = [f"The model handles {name.lower()}" for name in names]
-    table = pd.DataFrame({"phenomenon": names, "claim": claims, "n_items": 40})
+    table = pd.DataFrame({"phenomenon": names, "claim": claims, "n_items": 40, "chance_accuracy": 0.5})
     accuracy = 0.8 - 0.1 * table.index if trained else 0.5
     effect = (0.2 - 0.05 * table.index if trained else 0.0 * table.index).to_numpy().round(10)
     drop, is_found, asked = 2 * effect, effect > 0.1, table.index < 4
@@ -111,9 +111,10 @@ def make_language(trained: bool = True) -> pd.DataFrame:
     table = table.assign(attention_difference=effect, attention_low=effect - 0.05, attention_high=effect + 0.05)
     table = table.assign(untrained_attention_highest=0.03, p_value=np.where(is_found, 0.001, 0.4))
     table = table.assign(loss_increase=effect / 10, loss_error=0.001, margin_drop=drop, margin_low=drop - 0.1)
-    table = table.assign(margin_high=drop + 0.1, n_random_sets=99 * asked)
+    table = table.assign(margin_high=drop + 0.1, single_drops="L1H0 0.10, L1H1 0.20", n_random_sets=99 * asked)
     for name, value in {"drop": 0.02, "low": -0.01, "high": 0.06}.items():
         table[f"random_margin_{name}"] = np.where(asked, value, np.nan)
+    table["apart_margin_drop"] = np.where(asked, 0.05, np.nan)
     table["needs_p_value"] = np.where(asked, np.where(is_found, 0.01, 0.5), np.nan)
     table["verdict"] = np.where(is_found, "supported", "undecided" if trained else "not supported")
     return table.assign(reason="made up for a test")

@@ -231,14 +231,17 @@ def test_sign_flip_is_uniform_without_an_effect_bootstrap_covers_the_truth_and_h
         alike = random.beta(3 * truth, 3 - 3 * truth, size=(400, n))
         items = [pico.share_interval(random.binomial(4, each) / 4) for each in alike]
         assert all(350 <= sum(low <= truth <= high for _, low, high in each) < 400 for each in (single, items))
-    assert pico.share_interval(np.full(40, 0.5))[2] < pico.NULL_ACCURACY  # which of two words, not where they stand
+    assert (
+        pico.share_interval(np.full(40, 0.5))[2] < 0.5 + pico.NULL_ACCURACY
+    )  # which of two words, not where they stand
     assert pico.share_interval(np.ones(10)) == pytest.approx((1, 0.7225, 1), abs=1e-4)  # Wilson: 1 / (1 + 1.96^2 / 10)
 
 
 GOOD = dict(
-    accuracy=0.85, accuracy_low=0.78, accuracy_high=0.91, untrained_accuracy_highest=0.55, heads="L1H0",
-    attention_difference=0.2, attention_low=0.15, attention_high=0.25, untrained_attention_highest=0.01, p_value=0.001,
-    margin_drop=1.0, margin_low=0.5, margin_high=1.2, n_random_sets=99, random_margin_drop=0.1, needs_p_value=0.01,
+    chance_accuracy=0.5, accuracy=0.85, accuracy_low=0.78, accuracy_high=0.91, untrained_accuracy_highest=0.55,
+    heads="L1H0", attention_difference=0.2, attention_low=0.15, attention_high=0.25, untrained_attention_highest=0.01,
+    p_value=0.001, margin_drop=1.0, margin_low=0.5, margin_high=1.2, single_drops="L1H0 1.00", n_random_sets=99,
+    random_margin_drop=0.1, apart_margin_drop=0.2, needs_p_value=0.01,
 )  # fmt: skip
 FEW = {"n_random_sets": 0, "needs_p_value": np.nan}  # other sets to rank it among
 
@@ -249,12 +252,14 @@ FEW = {"n_random_sets": 0, "needs_p_value": np.nan}  # other sets to rank it amo
         ({}, "supported", "All three links"),
         ({"accuracy_low": 0.49}, "undecided", "prefers"),
         ({"untrained_accuracy_highest": 0.8}, "undecided", "prefers"),
+        ({"chance_accuracy": 0.8}, "undecided", "the nearest words suffice for 80%"),
+        ({"chance_accuracy": 0.82}, "not supported", "the nearest words suffice for 82%"),
         ({"p_value": 0.05}, "undecided", "attention"),
         ({"attention_low": 0.019}, "undecided", "attention"),
         ({"untrained_attention_highest": 0.16}, "undecided", "attention"),
         ({"needs_p_value": 0.05}, "undecided", "without them"),
         ({"needs_p_value": 0.001, "margin_low": -1.0}, "supported", "three"),  # the interval alone decides nothing
-        ({"random_margin_drop": 0.995}, "undecided", "without them"),  # first in rank, but by nothing
+        ({"random_margin_drop": 0.995}, "undecided", "at most 0.20 (p"),  # first in rank, but by nothing
         (FEW, "undecided", "too few other sets"),
         (FEW | {"margin_low": -0.5, "margin_high": -0.1}, "not supported", "0.50 to"),
         ({"accuracy_low": 0.45, "accuracy_high": 0.59}, "not supported", "prefers"),

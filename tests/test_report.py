@@ -46,7 +46,7 @@ def test_verdicts_and_lead_of_a_study_with_known_truth():
     assert {row["verdict"] for row in ablation} == {"supported"}
     assert statements(study, "Language")["The model handles subject and verb"]["verdict"] == "supported"
     previous = heads["A head looks at the previous token"]["evidence"]  # the number, its interval, both baselines
-    assert re.fullmatch(r"The best head, L0H\d, scores 0\.\d\d \(0\.\d\d to 0\.\d\d\); .* 0\.30, .* 0\.03\.", previous)
+    assert re.fullmatch(r"The best head, L0H\d, scores 0\.\d\d \(0\.\d\d to 0\.\d\d\); .* 0\.30, .* 0\.030\.", previous)
     lead = pico.study_findings(study)["headline"]
     assert lead[0].startswith("6 of the 12 heads specialise on held-out text: 2 look at the token itself or the one")
     assert lead[0].endswith(", 2 look at what followed earlier copies of the token.")
