@@ -3900,7 +3900,7 @@ class Engine:
         return self.module(idx)[..., : self.vocab_size]
 
     def cuda_graphs(self) -> contextlib.AbstractContextManager:
-        """Inside, the engine is replayed as a CUDA graph, recorded anew for each shape."""
+        """Inside, it replays a CUDA graph, one for each shape, and copies its output, which `CudaGraph` does not."""
         trt = importlib.import_module("torch_tensorrt")
         return trt.runtime.enable_cudagraphs(self.module)  # its module is our own, since no part is PyTorch's
 
