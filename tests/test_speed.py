@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import functools
 import json
+import math
 import os
 import platform
 import re
@@ -65,19 +66,21 @@ def test_orthogonalize_keeps_the_singular_vectors_and_evens_out_the_values(shape
     assert diagonal.min() > 0.65 and diagonal.max() < 1.25
 
 
-@pytest.mark.parametrize("d_ff", [16, 48])
-def test_muon_steps_each_matrix_as_pytorch_does_and_leaves_the_rest_to_adamw(tiny_config, d_ff):
+@pytest.mark.parametrize("kind, d_ff", [("muon", 16), ("muon", 48), ("adamw", 16)])
+def test_muon_steps_each_matrix_as_pytorch_does_and_adamw_the_rest_or_all(tiny_config, kind, d_ff):
     """PyTorch computes in bf16, hence the tolerance. d_ff makes the matrices wide or tall."""
-    config = pico.TrainConfig(optimizer="muon", matrix_learning_rate=0.1, matrix_weight_decay=0.2)
+    config = pico.TrainConfig(optimizer=kind, matrix_learning_rate=0.1, matrix_weight_decay=0.2)
+    config = dataclasses.replace(config, learning_rate=0.01, weight_decay=0.3, betas=(0.5, 0.9))
     model, twin, untrained = (pico.PicoLLM(dataclasses.replace(tiny_config, d_ff=d_ff)) for _ in range(3))
-    optimizer = pico.make_optimizer(model, config)
-    adamw = pico.make_optimizer(twin, dataclasses.replace(config, optimizer="adamw"))
-    parts = {  # views of the matrices that lie stacked in a parameter
-        name: p.detach().chunk(3 if "qkv" in name else 2 if "gate_up" in name else 1)
-        for name, p in twin.named_parameters()
-        if name.startswith("blocks.") and p.ndim == 2
-    }
-    muon = torch.optim.Muon([m for ms in parts.values() for m in ms], lr=0.1, weight_decay=0.2, momentum=0.95)
+    groups = [{"params": [p for p in twin.parameters() if p.ndim == 2], "weight_decay": 0.3}]
+    groups += [{"params": [p for p in twin.parameters() if p.ndim == 1], "weight_decay": 0.0}]
+    adamw = torch.optim.AdamW(groups, lr=0.01, betas=(0.5, 0.9), eps=1e-6, fused=True)
+    optimizer, parts, split = pico.make_optimizer(model, config), {}, {"qkv_proj": 3, "gate_up_proj": 2}
+    for name, p in twin.named_parameters():
+        if kind == "muon" and name.startswith("blocks.") and p.ndim == 2:  # views of the matrices stacked in it
+            parts[name] = p.detach().chunk(split.get(name.split(".")[-2], 1))
+    matrices = [m for ms in parts.values() for m in ms]
+    muon = [torch.optim.Muon(matrices, lr=0.1, weight_decay=0.2, momentum=0.95)] if matrices else []
     for step in range(3):
         generator = torch.Generator().manual_seed(step)
         for (name, p), other in zip(model.named_parameters(), twin.parameters(), strict=True):
@@ -85,7 +88,7 @@ def test_muon_steps_each_matrix_as_pytorch_does_and_leaves_the_rest_to_adamw(tin
             targets = parts.get(name, [other])
             for target, gradient in zip(targets, p.grad.chunk(len(targets)), strict=True):
                 target.grad = gradient.clone()
-        for each in (optimizer, adamw, muon):
+        for each in (optimizer, adamw, *muon):
             each.step()
     assert len(list(model.parameters())) > len(parts) + 4
     for (name, p), q, start in zip(model.named_parameters(), twin.parameters(), untrained.parameters(), strict=True):
@@ -104,13 +107,14 @@ def test_a_word_that_does_not_occur_hardly_moves(tiny_model):
     assert moved > 9e-4 and still < 1e-4
 
 
-def test_schedules_reach_every_group(tiny_model):
+@pytest.mark.parametrize("total, warmup", [(100, 10), (7, 3)])  # a short run warms up in half of its steps
+def test_schedules_reach_every_group(tiny_model, total, warmup):
     config = pico.TrainConfig(optimizer="muon", warmup_steps=10)
     optimizer = pico.make_optimizer(tiny_model, config)
-    for step in range(100):
-        pico.set_rates(optimizer, step, 100, config)
+    for step in range(total):
+        pico.set_rates(optimizer, step, total, config)
         share = optimizer.param_groups[-1]["lr"] / config.learning_rate
-        assert share == pytest.approx((step + 1) / 10 if step < 10 else (100 - step) / 90)
+        assert share == pytest.approx((step + 1) / warmup if step < warmup else (total - step) / (total - warmup))
         assert optimizer.param_groups[0]["lr"] == pytest.approx(config.matrix_learning_rate * share)
         assert optimizer.param_groups[-1]["weight_decay"] == 0
 
@@ -225,6 +229,7 @@ def test_an_exploding_run_stops_and_keeps_the_last_good_checkpoint(
 
 def test_a_lost_run_stands_still_until_it_is_noticed():
     guard, nan, one = pico.LossGuard(50257, CPU), torch.tensor(float("nan")), torch.tensor(1.0)
+    assert [bool(guard.is_good(math.log(50257) + one * more)) for more in (2.9, 3.5)] == [True, False]
     verdicts = [float(guard.count(loss, one)) for loss in [one] + [nan] * guard.patience + [one, one]]
     assert verdicts == [0.0] + [1.0] * (guard.patience + 2)
     with pytest.raises(pico.PicoError, match="has exploded"):
