@@ -71,14 +71,14 @@ def offline_and_on_the_cpu(request, monkeypatch) -> None:
 
 @pytest.fixture
 def interrupt(monkeypatch) -> Callable[..., list[tuple]]:
-    """`interrupt(2, 4)`: Ctrl-C in the second and the fourth step from now on; gives the arguments of all steps."""
+    """`interrupt(2, 4, 4)`: Ctrl-C in the second step from now on, twice in the fourth; gives all steps' arguments."""
 
     def at(*numbers: int, kind: int = signal.SIGINT) -> list[tuple]:
         original, calls = pico.train_step, []
 
         def step(*args) -> torch.Tensor:
             calls.append(args)
-            if len(calls) in numbers:
+            for _ in range(numbers.count(len(calls))):
                 os.kill(os.getpid(), kind)
             return original(*args)
 

@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import functools
 import itertools
 import math
 import os
@@ -9,6 +10,7 @@ import pickle
 import re
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -67,6 +69,13 @@ def test_a_run_learns_and_leaves_a_checkpoint_and_metrics(finished, tiny_config,
     assert {row["mfu"] for row in rows} == {row["peak_memory_mb"] for row in rows} == {""}, "no GPU"
 
 
+def test_epochs_make_the_length_of_a_run_and_its_metrics_count_them(rerun):
+    changes = {"optimizer": "muon", "eval_interval": 100, "checkpoint_seconds": 1e9}
+    rows = rerun(max_steps=None, epochs=1.5, max_sequences=20, **changes).metrics  # 4 of them a step
+    found = [(row["step"], row["epoch"], row["learning_rate"]) for row in rows]
+    assert found == [(3, 0.6, 1e-2), (6, 1.2, pytest.approx(4e-3)), (7, 1.4, pytest.approx(2e-3))]  # AdamW's rates
+
+
 def test_a_file_with_numpy_numbers_and_half_precision_weights_is_read(finished, tiny_config, settings, tmp_path):
     saved = pico.load_checkpoint(finished.checkpoint)
     config = dataclasses.replace(tiny_config, dropout=np.float64(0.25), n_head=np.int64(2))
@@ -99,6 +108,15 @@ def test_ctrl_c_saves_and_a_run_resumed_on_texts_that_moved_ends_bit_for_bit_equ
     saved = pico.load_checkpoint(pico.run_files(tmp_path, "tiny").model)
     assert weights_equal(saved.weights, finished.model.state_dict())
     assert not pico.run_files(tmp_path, "tiny.partial").model.exists() and not list(tmp_path.glob("*.unfinished-*"))
+
+
+def test_a_second_ctrl_c_breaks_in(rerun, tmp_path, interrupt, request):
+    request.addfinalizer(functools.partial(signal.signal, signal.SIGINT, signal.getsignal(signal.SIGINT)))
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # it may be ignored around the tests
+    interrupt(2, 2)
+    with pytest.raises(KeyboardInterrupt):
+        rerun()
+    assert pico.load_checkpoint(pico.run_files(tmp_path, "tiny.partial").model).step == 1, "it did not wait"
 
 
 def test_kill_9_at_any_point_loses_nothing(finished, data_folder, tmp_path):
@@ -143,17 +161,32 @@ def test_unfinished_runs_with_other_settings_are_moved_aside(finished, rerun, tm
     assert weights_equal(back.model.state_dict(), finished.model.state_dict()), "its name there goes on with it"
 
 
-def test_micro_batches_give_the_gradient_of_the_whole_batch(tiny_config, settings):
-    config = dataclasses.replace(tiny_config, dropout=0.0)
-    batch, states = torch.randint(50257, (4, 33), generator=torch.Generator().manual_seed(0)), []
-    for micro in (4, 2, 1):
-        model, train = pico.PicoLLM(config), dataclasses.replace(settings, micro_batch_size=micro)
-        optimizer, scaler = pico.make_optimizer(model, train), torch.amp.GradScaler("cpu", enabled=False)
-        guard = pico.LossGuard(50257, torch.device("cpu"))
-        pico.train_step(model, optimizer, scaler, batch, train, 0, torch.float32, guard)
-        states.append(model.state_dict())
-    for state in states[1:]:
-        torch.testing.assert_close(state, states[0], atol=1e-4, rtol=1e-3)
+def plain_step(shape: pico.ModelConfig, config: pico.TrainConfig, step: int = 0) -> tuple[float, torch.Tensor]:
+    """The loss of a `train_step` of a model of seed 0 and the gradient that reached the optimizer, flat."""
+    model, guard = pico.PicoLLM(shape).train(), pico.LossGuard(50257, torch.device("cpu"))
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0, fused=True)
+    batch = torch.randint(50257, (4, 33), generator=torch.Generator().manual_seed(0))
+    before = torch.nn.utils.parameters_to_vector(model.parameters()).detach()
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    loss = pico.train_step(model, optimizer, scaler, batch, config, step, torch.float32, guard)
+    return float(loss), before - torch.nn.utils.parameters_to_vector(model.parameters()).detach()
+
+
+def test_micro_batches_give_the_gradient_of_the_whole_batch_which_is_clipped(tiny_config, settings):
+    shape, gradients = dataclasses.replace(tiny_config, dropout=0.0), []
+    for micro, limit in ((4, 1e6), (2, 1e6), (1, 1e6), (2, 0.25)):
+        changes = {"micro_batch_size": micro, "grad_clip": limit}
+        gradients.append(plain_step(shape, dataclasses.replace(settings, **changes))[1])
+    whole, *others, clipped = gradients
+    assert whole.norm() > 0.5 and clipped.norm() == pytest.approx(0.25, rel=1e-4)
+    for found in (*others, clipped * (whole.norm() / 0.25)):
+        assert (found - whole).norm() < 1e-4 * whole.norm()
+
+
+def test_dropout_depends_on_seed_and_step_alone(tiny_config, settings):
+    plans = [(seed, step) for seed in (0, 3) for step in (0, 1)]
+    found = [plain_step(tiny_config, dataclasses.replace(settings, seed=seed), step)[0] for seed, step in 2 * plans]
+    assert len(set(found)) == 4 and found[:4] == found[4:]
 
 
 def test_validation_covers_the_whole_split(tiny_model, corpus_folder, data_folder):
