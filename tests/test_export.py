@@ -20,7 +20,8 @@ TEXTS = [
 
 @pytest.fixture(scope="module")
 def model() -> PicoLLM:
-    config = ModelConfig(d_model=48, n_layer=3, n_head=2, d_ff=40, context_length=32, max_positions=64)
+    sizes = {"d_model": 48, "n_layer": 3, "n_head": 2, "d_ff": 40, "context_length": 32, "max_positions": 64}
+    config = ModelConfig(**sizes, rope_theta=500.0)
     model, generator = PicoLLM(config, seed=1).eval(), torch.Generator().manual_seed(0)
     for parameter in model.parameters():  # larger weights, and norms that are not the identity
         parameter.data.add_(torch.randn(parameter.shape, generator=generator) * 0.1)

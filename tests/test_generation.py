@@ -97,6 +97,8 @@ def test_the_callers_modes_hold_between_tokens():
     next(stream_text(model, "The", 5, temperature=0))
     assert model.training and torch.is_grad_enabled()
     assert len({generate(model, "The", 5, temperature=0) for _ in range(2)}) == 1  # no dropout while sampling
+    for dtype in (torch.bfloat16, torch.float16):
+        assert generate(model.to(dtype), "The", 5) > "The", "the cache has the model's precision"
 
 
 BAD = {"max_new_tokens": [0], "temperature": [-0.1, float("nan"), float("inf")], "top_k": [0], "top_p": [0, 1.1]}

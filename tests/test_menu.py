@@ -195,7 +195,9 @@ def test_a_resumed_run_continues_its_rows(trained, corpus_folder, data_folder, t
     assert pico.head_history(model, saved) == []
 
 
-def test_a_run_from_another_model_goes_on_with_its_rows(trained, corpus_folder, data_folder, tmp_path, interrupt):
+def test_a_run_from_another_model_goes_on_with_its_rows_and_is_published_without_its_place(
+    trained, corpus_folder, data_folder, tmp_path, interrupt, monkeypatch
+):
     """Of an unfinished run of its name, with another context, it takes nothing."""
     changes = RUN | {"init_from": str(trained), "corpus": str(corpus_folder), "name": "second", "max_steps": 3}
     interrupt(1)
@@ -207,6 +209,10 @@ def test_a_run_from_another_model_goes_on_with_its_rows(trained, corpus_folder, 
     rows, before = pico.head_history(second, saved), pico.head_history(trained, first)
     assert [row for row in rows if row["tokens"] < 20 * 4 * 32] == [row for row in before if row["step"] < 20]
     assert sorted({row["tokens"] for row in rows[len(before) - 4 :]}) == [(20 + n) * 4 * 32 for n in range(4)]
+    monkeypatch.setattr(pico, "run_analysis", lambda *_, **__: [])
+    monkeypatch.setattr(pico, "model_card", lambda *_: "# Pico-LLM, ")
+    config = pico.load_checkpoint(pico.publish(second, tmp_path / "published")[1]).train_config
+    assert (config.init_from, config.corpus) == (trained.name, corpus_folder.name), "names alone"
 
 
 def test_publish_writes_the_model_its_study_and_a_card_that_says_what_these_say(published, trained, corpus_folder):

@@ -167,6 +167,7 @@ def test_initial_weights_are_gpt2s_and_the_untrained_loss_is_that_of_chance(tiny
         if p.ndim == 2:
             std = 0.02 / math.sqrt(2 * 2) if name.endswith(("out_proj.weight", "down_proj.weight")) else 0.02
             assert p.std().item() == pytest.approx(std, rel=0.05), name
+    assert not model.token_embedding.weight[50257:].any(), "of the padding"
     with torch.no_grad():
         loss = model(random_ids(4, 32), random_ids(4, 32, seed=1))
     assert loss.item() == pytest.approx(math.log(50257), abs=0.2)
@@ -198,6 +199,20 @@ def test_dropout_keeps_the_mean_and_about_the_share(p):
     assert y.mean().item() == pytest.approx(2, abs=0.02)
     torch.testing.assert_close(x.grad, y.detach() / 2)
     assert torch.equal(dropout.eval()(x), x)
+
+
+def test_dropout_falls_on_the_embedding_and_on_what_each_half_of_a_block_adds(tiny_config):
+    torch.manual_seed(0)
+    for silent in ("attention.out_proj", "mlp.down_proj", "final_norm"):
+        model, seen = pico.PicoLLM(dataclasses.replace(tiny_config, dropout=0.5)).train(), []
+        block = model.blocks[0]
+        block.register_forward_hook(lambda _, inputs, output, seen=seen: seen.extend((inputs[0], output - inputs[0])))
+        with torch.no_grad():
+            (model if silent == "final_norm" else block).get_submodule(silent).weight.zero_()
+            model(random_ids(4, 32))
+        entered, added = ((x == 0).double().mean().item() for x in seen)
+        assert entered == pytest.approx(0.5, abs=0.05)
+        assert added == pytest.approx(0.25 if silent == "final_norm" else 0.5, abs=0.05), silent
 
 
 def test_attention_dropout_keeps_the_mean_and_draws_for_every_position(tiny_config):
