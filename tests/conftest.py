@@ -1,5 +1,6 @@
 """Shared by all tests: a tiny model, a tiny corpus, no network."""
 
+import dataclasses
 import os
 import signal
 from collections.abc import Callable
@@ -33,18 +34,14 @@ def tiny_model(tiny_config) -> pico.PicoLLM:
 def corpus_folder(tmp_path_factory) -> Path:
     """A parquet folder in WikiText's schema: 60 training articles and 5 validation articles of made-up lines."""
     folder = tmp_path_factory.mktemp("corpus")
-
-    def write(name: str, articles: range) -> None:
+    parts = {"train-00000-of-00002": range(40), "train-00001-of-00002": range(40, 60)}
+    for name, articles in (parts | {"validation-00000-of-00001": range(100, 105)}).items():
         lines = []
         for n in articles:
             body = [f" The number {n} is followed by {n + k} , as line {k} of article {n} says . \n" for k in range(6)]
             lines += ["", f" = Article {n} = \n", "", *body]
             lines += ["", " = = A section = = \n", "", f" Its last line repeats {n} . \n"]
         pq.write_table(pa.table({"text": lines}), folder / f"{name}.parquet")
-
-    write("train-00000-of-00002", range(40))
-    write("train-00001-of-00002", range(40, 60))
-    write("validation-00000-of-00001", range(100, 105))
     return folder
 
 
@@ -59,6 +56,17 @@ def tiny_train(corpus_folder) -> pico.TrainConfig:
     steps = {"max_steps": 12, "warmup_steps": 2, "log_interval": 3, "eval_interval": 6}
     options = {"batch_size": 4, "checkpoint_seconds": 0.0, "precision": "fp32", "compile": False}
     return pico.TrainConfig(name="tiny", corpus=str(corpus_folder), **steps, **options)
+
+
+@pytest.fixture
+def train_tiny(tiny_config, tiny_train, data_folder, tmp_path) -> Callable[..., pico.TrainResult]:
+    """`train_tiny("folder", max_steps=4)` trains the tiny model with changed settings; its files go into the folder."""
+
+    def train(folder="", *, shape=tiny_config, on_log=None, on_snapshot=None, **changes) -> pico.TrainResult:
+        where, hooks = (tmp_path / folder, data_folder), {"on_log": on_log, "on_snapshot": on_snapshot}
+        return pico.train(shape, dataclasses.replace(tiny_train, **changes), *where, **hooks)
+
+    return train
 
 
 @pytest.fixture(autouse=True)

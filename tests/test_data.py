@@ -230,6 +230,8 @@ def test_a_folder_without_validation_files_holds_out_is_read_in_part_and_known_b
     tiny = corpus(["one", "two"])
     assert [texts_of(tiny.documents(split)) for split in ("train", "validation")] == [["two"], ["one"]]
     assert corpus(["one", "two"]).key == tiny.key != corpus(["one", "owt"]).key  # written anew, so with another date
+    about = [corpus(texts).about for texts in (["One."] * 60, ["First.", *["One."] * 60])]  # which holds others out
+    assert about[0] != about[1] and "every 50th document; contents" in about[0], "the study says so"
     content, keys = (tmp_path / "part.parquet").read_bytes(), set()
     footer = 8 + int.from_bytes(content[-8:-4], "little")  # bytes
     for n in (2**17, 2**18):  # equal ends, between them more or less that nobody reads

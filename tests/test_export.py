@@ -10,12 +10,8 @@ from pico_helpers import ModelConfig, PicoError, PicoLLM, export_to_hf, get_toke
 
 transformers = pytest.importorskip("transformers")
 
-TEXTS = [
-    "The quick brown fox jumps over the lazy dog.",
-    " = Robert Boulter = \n\n  In 2006 , Boulter starred @-@ alongside Whishaw's  play\t.",
-    "naïve café 東京 🙂 don't they'll 3.14159\r\n",
-    "",
-]
+TEXTS = ["The quick brown fox jumps over the lazy dog.", "naïve café 東京 🙂 don't they'll 3.14159\r\n", ""]
+TEXTS += [" = Robert Boulter = \n\n  In 2006 , Boulter starred @-@ alongside Whishaw's  play\t."]
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,7 @@
 """Sampling: the cache changes nothing but speed, filters keep what they promise, text comes in whole characters."""
 
+import functools
+
 import pytest
 import torch
 
@@ -20,13 +22,8 @@ def make_model(context_length: int = 32, **options) -> PicoLLM:
 def scripted(monkeypatch) -> PicoLLM:
     """A model whose most likely tokens are those of its list `script`."""
     model = make_model()
-
-    def forward(idx, **options):
-        logits = torch.zeros(*idx.shape, model.config.vocab_size)
-        logits[..., model.script.pop(0)] = 50.0
-        return logits
-
-    monkeypatch.setattr(model, "forward", forward)
+    one_hot = functools.partial(torch.nn.functional.one_hot, num_classes=model.config.vocab_size)
+    monkeypatch.setattr(model, "forward", lambda idx, **_: 50.0 * one_hot(torch.full_like(idx, model.script.pop(0))))
     return model
 
 

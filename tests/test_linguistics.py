@@ -72,9 +72,8 @@ def test_accuracy_of_a_rigged_scorer_counts_ties_one_half():
     assert result.margins[0].item() == pytest.approx(3.0, abs=1e-3)  # the logit's head start
 
 
-@pytest.mark.parametrize(
-    "pairs, message",
-    [
+def test_unusable_pairs_are_named():
+    for pairs, message in (
         ([], "no pairs"),
         ([("A cat", "A dog"), ("", "A dog")], "good sentence of pair 1 is empty"),
         ([("A cat", "  ")], "bad sentence of pair 0 is empty"),
@@ -82,11 +81,9 @@ def test_accuracy_of_a_rigged_scorer_counts_ties_one_half():
         ([("A cat", "A dog", "A bird")], "must be two sentences"),
         ([("A cat", None)], "bad sentence of pair 0 is empty or no text"),
         ([("A cat", "A dog"), ("A cat", "word " * 70)], "bad sentence of pair 1 has 71 tokens; the model reads 64"),
-    ],
-)
-def test_unusable_pairs_are_named(pairs, message):
-    with pytest.raises(pico.PicoError, match=message):
-        pico.minimal_pair_accuracy(pico.PicoLLM(TINY), pairs)
+    ):
+        with pytest.raises(pico.PicoError, match=message):
+            pico.minimal_pair_accuracy(pico.PicoLLM(TINY), pairs)
 
 
 @pytest.fixture(scope="module", params=list(pico.PHENOMENA))

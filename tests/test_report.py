@@ -17,10 +17,8 @@ from study_data import make_capture, make_study
 
 import pico_helpers as pico
 
-SENTENCES = {
-    "Simple": ["The cat sat on the mat.", "The dog saw the cat."],
-    "Hostile": ["</script><script>alert(1)</script> & \"quotes\" 'too'", "日本 {{title}} 🎉"],
-}
+SENTENCES = {"Simple": ["The cat sat on the mat.", "The dog saw the cat."]}
+SENTENCES |= {"Hostile": ["</script><script>alert(1)</script> & \"quotes\" 'too'", "日本 {{title}} 🎉"]}
 
 
 def statements(study, topic):

@@ -28,9 +28,12 @@ def weights_equal(a: dict, b: dict) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
+STEPS = {"micro_batch_size": 2, "learning_rate": 1e-2}
+
+
 @pytest.fixture(scope="module")
 def settings(tiny_train) -> pico.TrainConfig:
-    return dataclasses.replace(tiny_train, micro_batch_size=2, learning_rate=1e-2)
+    return dataclasses.replace(tiny_train, **STEPS)
 
 
 @pytest.fixture(scope="module")
@@ -41,14 +44,9 @@ def finished(tmp_path_factory, tiny_config, settings, data_folder) -> pico.Train
 
 
 @pytest.fixture
-def rerun(tiny_config, settings, data_folder, tmp_path):
+def rerun(train_tiny):
     """`rerun(seed=1)`: that run once more, in a folder of the test, with another setting."""
-
-    def train(folder=tmp_path, *, shape=tiny_config, on_log=None, on_snapshot=None, **changes) -> pico.TrainResult:
-        hooks = {"on_log": on_log, "on_snapshot": on_snapshot}
-        return pico.train(shape, dataclasses.replace(settings, **changes), folder, data_folder, **hooks)
-
-    return train
+    return functools.partial(train_tiny, **STEPS)
 
 
 def test_a_run_learns_and_leaves_a_checkpoint_and_metrics(finished, tiny_config, settings):
@@ -92,9 +90,7 @@ def test_a_file_with_numpy_numbers_and_half_precision_weights_is_read(finished, 
 
 
 @pytest.mark.parametrize("stop_at", [1, 7, 12])
-def test_ctrl_c_saves_and_a_run_resumed_on_texts_that_moved_ends_bit_for_bit_equal(
-    finished, rerun, tmp_path, interrupt, stop_at, corpus_folder
-):
+def test_ctrl_c_saves_and_a_resumed_run_ends_bit_for_bit_equal(finished, rerun, tmp_path, interrupt, stop_at):
     steps = interrupt(stop_at)
     if stop_at == 12:  # in the last step: all is saved
         with pytest.raises(KeyboardInterrupt):
@@ -102,7 +98,8 @@ def test_ctrl_c_saves_and_a_run_resumed_on_texts_that_moved_ends_bit_for_bit_equ
     else:
         stopped = rerun()
         assert not stopped.finished and len(steps) == stop_at == pico.load_checkpoint(stopped.checkpoint).step
-        resumed = rerun(corpus=f"{shutil.copytree(corpus_folder, tmp_path / corpus_folder.name)}/")
+        corpus = pico.load_checkpoint(finished.checkpoint).train_config.corpus
+        resumed = rerun(corpus=f"{shutil.copytree(corpus, tmp_path / Path(corpus).name)}/")  # the texts have moved
         assert resumed.finished
         assert [row["val_loss"] for row in resumed.metrics] == [row["val_loss"] for row in finished.metrics]
     saved = pico.load_checkpoint(pico.run_files(tmp_path, "tiny").model)
@@ -233,15 +230,11 @@ def test_snapshots_leave_the_run_as_it_is(finished, rerun, tiny_config, settings
 def test_a_resumed_run_goes_on_with_its_clock_and_its_snapshots(rerun, tiny_config, monkeypatch, interrupt):
     """A clock that stands still but for the sleepers shows that steps alone are timed."""
     now, seen = [0.0], []
-    monkeypatch.setattr(pico.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(pico.time, "perf_counter", lambda: now[-1])
     monkeypatch.setattr(pico, "peak_flops", lambda device: 1e9)
 
     def slow(function, seconds):
-        def call(*args, **options):
-            now[0] += seconds
-            return function(*args, **options)
-
-        return call
+        return lambda *args, **options: now.append(now[-1] + seconds) or function(*args, **options)
 
     monkeypatch.setattr(pico, "train_step", slow(pico.train_step, 2.0))
     monkeypatch.setattr(pico, "evaluate", slow(pico.evaluate, 100.0))
@@ -249,7 +242,7 @@ def test_a_resumed_run_goes_on_with_its_clock_and_its_snapshots(rerun, tiny_conf
     hooks = {"on_snapshot": slow(lambda _, step: seen.append(step), 1000.0), "on_log": slow(lambda rows: None, 50.0)}
     state = pico.load_checkpoint(rerun(**hooks).checkpoint).training_state
     assert state["seconds"] == 14.0, "7 steps, though the last line of metrics was after 6"
-    now[0] += 1e6
+    now.append(1e6)
     resumed = rerun(**hooks)
     assert [row["seconds"] for row in resumed.metrics] == [6, 12, 18, 24]
     assert {row["tokens_per_second"] for row in resumed.metrics} == {4 * 32 / 2}
@@ -274,12 +267,8 @@ def test_missing_truncated_and_foreign_files(finished, tmp_path):
 @pytest.mark.parametrize("save", [torch.save, lambda content, path: path.write_bytes(pickle.dumps(content))])
 def test_code_in_a_file_does_not_run(tmp_path, save):
     path, target = tmp_path / "hostile.pt", tmp_path / "created"
-
-    class Hostile:
-        def __reduce__(self):
-            return (os.mkdir, (str(target),))
-
-    save({"format": "pico-llm", "version": 1, "weights": Hostile()}, path)
+    hostile = type("Hostile", (), {"__reduce__": lambda self: (os.mkdir, (str(target),))})
+    save({"format": "pico-llm", "version": 1, "weights": hostile()}, path)
     with pytest.raises(pico.PicoError, match="holds more than weights"):
         pico.load_model(path)
     assert not target.exists()
@@ -372,9 +361,7 @@ def test_a_disk_that_fills_up_costs_checkpoints_and_no_training(finished, rerun,
         rerun(seed=2, on_log=lambda rows: pytest.fail("a disk that is full is found before any work"))
 
 
-def test_a_run_goes_on_from_a_model_and_resumes_without_its_file(
-    finished, rerun, tiny_config, tmp_path, interrupt, capsys
-):
+def test_a_run_begins_with_a_model_and_resumes_without_it(finished, rerun, tiny_config, tmp_path, interrupt, capsys):
     source, is_first = shutil.copy(finished.checkpoint, tmp_path / "base.pt"), []
     changes = {"name": "tuned", "init_from": str(source), "max_steps": 4, "seed": 3}
     changes["shape"] = dataclasses.replace(tiny_config, dropout=0.0, context_length=16)  # no weights depend on these
@@ -395,9 +382,7 @@ def test_a_run_goes_on_from_a_model_and_resumes_without_its_file(
     assert re.search("at step 1 of 4: .*1.62M with embeddings, from base.pt", capsys.readouterr().out)
 
 
-def test_what_a_run_cannot_begin_with_is_found_before_it_and_costs_nothing(
-    finished, rerun, tiny_config, tmp_path, interrupt
-):
+def test_what_a_run_cannot_begin_with_costs_nothing(finished, rerun, tiny_config, tmp_path, interrupt):
     interrupt(1)
     unfinished = rerun(tmp_path / "parts").checkpoint
     (tmp_path / "notes.pt").write_text("not a model")
