@@ -138,20 +138,17 @@ def test_bad_folders_say_what_is_wrong(tmp_path, message):
     assert "\n" not in str(error.value) and not list(tmp_path.glob("data/*/*"))
 
 
-BAD_CHOICES = {
-    "No corpus or folder 'nowhere'": ("nowhere",),
-    "fraction must lie in": ("offline", 1.5),
-    "fraction must lie in .* not nan": ("offline", float("nan")),
-    "read in whole percent, not 12": ("wikitext103", 0.125),
-    "Unknown text_style 'moses'; choose one of: natural, stored": ("offline", None, "data", "moses"),
-    r"HF_HUB_OFFLINE is set\. Use corpus 'offline' or a folder": ("wikitext103", None, "nowhere"),
-}
-
-
-@pytest.mark.parametrize("message", BAD_CHOICES)
-def test_bad_choices_of_a_corpus_say_what_is_wrong(message):
-    with pytest.raises(pico.PicoError, match=message):
-        pico.choose_corpus(*BAD_CHOICES[message])
+def test_bad_choices_of_a_corpus_say_what_is_wrong():
+    for message, choice in {
+        "No corpus or folder 'nowhere'": ("nowhere",),
+        "fraction must lie in": ("offline", 1.5),
+        "fraction must lie in .* not nan": ("offline", float("nan")),
+        "read in whole percent, not 12": ("wikitext103", 0.125),
+        "Unknown text_style 'moses'; choose one of: natural, stored": ("offline", None, "data", "moses"),
+        r"HF_HUB_OFFLINE is set\. Use corpus 'offline' or a folder": ("wikitext103", None, "nowhere"),
+    }.items():
+        with pytest.raises(pico.PicoError, match=message):
+            pico.choose_corpus(*choice)
 
 
 def test_any_part_of_the_path_names_the_split_and_what_is_held_out_is_never_trained_on(tmp_path):

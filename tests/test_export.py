@@ -10,9 +10,6 @@ from pico_helpers import ModelConfig, PicoError, PicoLLM, export_to_hf, get_toke
 
 transformers = pytest.importorskip("transformers")
 
-TEXTS = ["The quick brown fox jumps over the lazy dog.", "naïve café 東京 🙂 don't they'll 3.14159\r\n", ""]
-TEXTS += [" = Robert Boulter = \n\n  In 2006 , Boulter starred @-@ alongside Whishaw's  play\t."]
-
 
 @pytest.fixture(scope="module")
 def model() -> PicoLLM:
@@ -63,8 +60,10 @@ def test_weights_stay_tied_are_stored_once_and_generation_continues_alike(model,
 
 
 def test_tokenizer_gives_identical_ids(folder):
+    texts = ["The quick brown fox jumps over the lazy dog.", "naïve café 東京 🙂 don't they'll 3.14159\r\n", ""]
+    texts += [" = Robert Boulter = \n\n  In 2006 , Boulter starred @-@ alongside Whishaw's  play\t."]
     loaded = transformers.AutoTokenizer.from_pretrained(folder)
-    for text in TEXTS:
+    for text in texts:
         ids = get_tokenizer().encode(text)
         assert loaded(text)["input_ids"] == ids and loaded.decode(ids) == text
     assert loaded.eos_token_id == 50256 and len(loaded) == 50257 and loaded.model_max_length == 64

@@ -65,12 +65,9 @@ def menu(monkeypatch, tmp_path) -> tuple:
     def typing(*texts: str) -> None:
         monkeypatch.setattr("builtins.input", Mock(side_effect=texts))
 
-    def run_training(preset, results, data_folder, study) -> list[Path]:
-        done.append(("train", study is not None))
-        return [tmp_path / "pico_llm_new.pt"]
-
+    made, study = [tmp_path / "pico_llm_new.pt"], 3  # which of the arguments it is
     monkeypatch.setattr(pico, "is_unattended", lambda: False)
-    monkeypatch.setattr(pico, "run_training", run_training)
+    monkeypatch.setattr(pico, "run_training", lambda *args: done.append(("train", args[study] is not None)) or made)
     monkeypatch.setattr(pico, "run_analysis", lambda path, *args, **options: done.append(path) or [])
     return typing, done
 
@@ -184,10 +181,8 @@ def test_a_resumed_run_continues_its_rows(trained, corpus_folder, data_folder, t
     assert pico.head_history(model, saved) == []
 
 
-def test_a_run_from_another_model_goes_on_with_its_rows_and_is_published_without_its_place(
-    trained, corpus_folder, data_folder, tmp_path, interrupt, monkeypatch
-):
-    """Of an unfinished run of its name, with another context, it takes nothing."""
+def test_a_run_from_a_model_continues_its_rows(trained, corpus_folder, data_folder, tmp_path, interrupt, monkeypatch):
+    """Of an unfinished run of its name, with another context, it takes nothing. Published, it tells no folder."""
     changes = RUN | {"init_from": str(trained), "corpus": str(corpus_folder), "name": "second", "max_steps": 3}
     interrupt(1)
     other = pico.run_training("tiny", tmp_path, data_folder, **changes | {"context_length": 16})[0]
@@ -292,9 +287,9 @@ def test_command_line_trains_explores_and_generates(tmp_path, corpus_folder, cap
     assert page.read_text().count("<option>") == 1
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
+def test_wrong_options_are_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    for arguments, message in (
         ([], "the following arguments are required: COMMAND"),
         (["train", "--preset", "huge"], "Unknown preset 'huge'; choose one of: wikitext103, quick"),
         (["train", "--preset", "README.md.pt"], "There is no checkpoint README.md.pt"),
@@ -310,18 +305,15 @@ def test_command_line_trains_explores_and_generates(tmp_path, corpus_folder, cap
         (["explore", "A good one.", "word " * 600], "The sentence has 601 tokens; the model reads 512"),
         (["generate", "A", "--temperature", "-1"], "Generation needs"),
         (["publish", "--checkpoint", "results"], "There is no checkpoint results"),
-    ],
-)
-def test_wrong_options_are_one_line(arguments, message, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(ROOT)
-    try:
-        status = pico.main([*arguments, *(["--results", str(tmp_path)] if arguments else [])])
-    except SystemExit as error:  # argparse's way
-        status = error.code
-    shown, output = capsys.readouterr()
-    assert status == 2 and output.count("\n") == 1 and (arguments[:1] != ["generate"] or not shown)
-    assert output.startswith(f"Error: {message}") or f"error: {message}" in output
-    assert not list(tmp_path.iterdir())
+    ):
+        try:
+            status = pico.main([*arguments, *(["--results", str(tmp_path)] if arguments else [])])
+        except SystemExit as error:  # argparse's way
+            status = error.code
+        shown, output = capsys.readouterr()
+        assert status == 2 and output.count("\n") == 1 and (arguments[:1] != ["generate"] or not shown), arguments
+        assert output.startswith(f"Error: {message}") or f"error: {message}" in output
+        assert not list(tmp_path.iterdir())
 
 
 def test_help_explains_every_setting(capsys):
