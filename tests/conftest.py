@@ -1,5 +1,6 @@
 """Shared by all tests: a tiny model, a tiny corpus, no network."""
 
+import dataclasses
 import os
 import signal
 from collections.abc import Callable
@@ -33,18 +34,14 @@ def tiny_model(tiny_config) -> pico.PicoLLM:
 def corpus_folder(tmp_path_factory) -> Path:
     """A parquet folder in WikiText's schema: 60 training articles and 5 validation articles of made-up lines."""
     folder = tmp_path_factory.mktemp("corpus")
-
-    def write(name: str, articles: range) -> None:
+    parts = {"train-00000-of-00002": range(40), "train-00001-of-00002": range(40, 60)}
+    for name, articles in (parts | {"validation-00000-of-00001": range(100, 105)}).items():
         lines = []
         for n in articles:
             body = [f" The number {n} is followed by {n + k} , as line {k} of article {n} says . \n" for k in range(6)]
             lines += ["", f" = Article {n} = \n", "", *body]
             lines += ["", " = = A section = = \n", "", f" Its last line repeats {n} . \n"]
         pq.write_table(pa.table({"text": lines}), folder / f"{name}.parquet")
-
-    write("train-00000-of-00002", range(40))
-    write("train-00001-of-00002", range(40, 60))
-    write("validation-00000-of-00001", range(100, 105))
     return folder
 
 
@@ -61,6 +58,17 @@ def tiny_train(corpus_folder) -> pico.TrainConfig:
     return pico.TrainConfig(name="tiny", corpus=str(corpus_folder), **steps, **options)
 
 
+@pytest.fixture
+def train_tiny(tiny_config, tiny_train, data_folder, tmp_path) -> Callable[..., pico.TrainResult]:
+    """`train_tiny("folder", max_steps=4)` trains the tiny model with changed settings; its files go into the folder."""
+
+    def train(folder="", *, shape=tiny_config, on_log=None, on_snapshot=None, **changes) -> pico.TrainResult:
+        where, hooks = (tmp_path / folder, data_folder), {"on_log": on_log, "on_snapshot": on_snapshot}
+        return pico.train(shape, dataclasses.replace(tiny_train, **changes), *where, **hooks)
+
+    return train
+
+
 @pytest.fixture(autouse=True)
 def offline_and_on_the_cpu(request, monkeypatch) -> None:
     """Only tests marked `gpu` use one, since bits differ there."""
@@ -71,14 +79,14 @@ def offline_and_on_the_cpu(request, monkeypatch) -> None:
 
 @pytest.fixture
 def interrupt(monkeypatch) -> Callable[..., list[tuple]]:
-    """`interrupt(2, 4)`: Ctrl-C in the second and the fourth step from now on; gives the arguments of all steps."""
+    """`interrupt(2, 4, 4)`: Ctrl-C in the second step from now on, twice in the fourth; gives all steps' arguments."""
 
     def at(*numbers: int, kind: int = signal.SIGINT) -> list[tuple]:
         original, calls = pico.train_step, []
 
         def step(*args) -> torch.Tensor:
             calls.append(args)
-            if len(calls) in numbers:
+            for _ in range(numbers.count(len(calls))):
                 os.kill(os.getpid(), kind)
             return original(*args)
 

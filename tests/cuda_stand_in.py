@@ -38,10 +38,6 @@ struct NoDevice final : impl::DeviceGuardImplInterface {
   Stream getStream(Device d) const noexcept override { return Stream(Stream::DEFAULT, d); }
   Stream exchangeStream(Stream s) const noexcept override { return s; }
   DeviceIndex deviceCount() const noexcept override { return 1; }
-  void record(void**, const Stream&, const DeviceIndex, const EventFlag) const override {}
-  void block(void*, const Stream&) const override {}
-  bool queryEvent(void*) const override { return true; }
-  void recordDataPtrOnStream(const DataPtr&, const Stream&) const override {}
 };
 namespace c10::impl { C10_REGISTER_GUARD_IMPL(CUDA, NoDevice) }
 namespace at {
@@ -182,14 +178,9 @@ def compile_step(precision: str, batch: int = 64) -> dict:
         idx = torch.zeros(batch, 385, dtype=torch.int64, device=run.device)
         run.forward(idx[:, :-1], idx[:, 1:])
     buffers = re.findall(r"empty_strided_cuda\(\(([\d, ]*)\), .*?, torch\.(\w+)\)", "\n".join(made.codes))
-    return {
-        "graphs": len(made.graphs),
-        "kernels": [_launches(code) for code in made.codes],
-        "buffers": [[[int(n) for n in shape.split(",") if n.strip()], kind] for shape, kind in buffers],
-        "peaks": [_peak(code) for code in made.codes],
-        "compiled": made.compiled,
-        "attention": re.findall(r"aten\.(_scaled_dot_product_\w+)\.default\(", "".join(map(_calls, made.codes))),
-    }
+    attention = re.findall(r"aten\.(_scaled_dot_product_\w+)\.default\(", "".join(map(_calls, made.codes)))
+    found = _counts(made) | {"peaks": [_peak(code) for code in made.codes], "attention": attention}
+    return found | {"buffers": [[[int(n) for n in size.split(",") if n.strip()], kind] for size, kind in buffers]}
 
 
 def compile_muon(precision: str) -> dict:
@@ -202,12 +193,14 @@ def compile_muon(precision: str) -> dict:
         for parameter in run.model.parameters():
             parameter.grad = torch.empty_like(parameter)
         run.optimizer.step()
-    return {"graphs": len(made.graphs), "kernels": [_launches(code) for code in made.codes], "compiled": made.compiled}
+    return _counts(made)
 
 
-def _launches(code: str) -> int:
-    """Kernels that a generated module launches: its own, and those of libraries."""
-    return len(re.findall(r"\.run\(|extern_kernels\.\w+\(|torch\.ops\.aten\S+\(", _calls(code)))
+def _counts(made: types.SimpleNamespace) -> dict:
+    """`kernels`: those that each generated module launches, its own and those of libraries."""
+    launch = r"\.run\(|extern_kernels\.\w+\(|torch\.ops\.aten\S+\("
+    kernels = [len(re.findall(launch, _calls(code))) for code in made.codes]
+    return {"graphs": len(made.graphs), "kernels": kernels, "compiled": made.compiled}
 
 
 def _peak(code: str) -> int:

@@ -56,21 +56,14 @@ def make_study(n_layer: int = 2, n_head: int = 2, trained: bool = True, seed: in
     by_class = by_class.assign(compared_loss_increase=0.25, random_loss_increase=0.01, excess_low=0.2, p_value=0.01)
     points = rng.normal(0, 1, (len(scores), 3)) + 3 * (np.arange(len(scores)) % 3)[:, None]
     distances = np.linalg.norm(points[:, None] - points[None], axis=-1)
-    return pico.Study(
-        scores=scores,
-        thresholds=pico.ScoreThresholds(),
-        shares=pd.DataFrame(shares, columns=["model", "class", "share", "low", "high"]),
-        baselines=pd.DataFrame(baselines, columns=["model", "score", "highest", "low", "high"]),
-        categories=make_categories(trained),
-        ablation=ablation.assign(matters=increase > 5 * error),
-        class_ablation=by_class,
-        distances=distances / (1.2 * distances.max()),
-        language=make_language(trained),
-        history=make_history(scores),
-        metrics=pd.DataFrame(METRICS),
-        other_text=0.05,
-        settings={"n_windows": 200, "ablation_windows": 8},
-    )
+    tables = {"shares": pd.DataFrame(shares, columns=["model", "class", "share", "low", "high"])}
+    tables["baselines"] = pd.DataFrame(baselines, columns=["model", "score", "highest", "low", "high"])
+    tables |= {"ablation": ablation.assign(matters=increase > 5 * error), "class_ablation": by_class, "scores": scores}
+    tables |= {"categories": make_categories(trained), "language": make_language(trained)}
+    tables |= {"history": make_history(scores), "metrics": pd.DataFrame(METRICS)}
+    others = {"distances": distances / (1.2 * distances.max()), "other_text": 0.05}
+    others["settings"] = {"n_windows": 200, "ablation_windows": 8}
+    return pico.Study(**tables, **others, thresholds=pico.ScoreThresholds())
 
 
 METRICS = [

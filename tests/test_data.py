@@ -58,10 +58,10 @@ def test_rows_are_grouped_to_articles_and_words_counted_the_wikitext_way():
     assert sum(numbers) == sum(len(row.split()) for row in rows) + len(rows) - 1
     rows = [" = First = \n", " Text . \n", "a row of\nseveral lines\n", " = Second = \n", " More . \n"]
     assert texts_of(pico.group_rows(rows)) == [rows[0] + rows[1], rows[2], rows[3] + rows[4]]
-    for end in ("", "\n"):  # without titles each row is a document
-        rows = [f"one text{end}", None, "", f"another\nof two lines{end}", f"a third{end}"]
+    for end in ("", "\n"):  # without titles each row is a document, unless it is blank
+        rows = [f"one text{end}", f"another\nof two lines{end}", f"a third{end}"]
         numbers = [2 + 1, 4 + 2, 2 + 1]  # words, and an <eos> for each line
-        assert list(pico.group_rows(rows)) == list(zip(filter(None, rows), numbers, strict=True))
+        assert list(pico.group_rows([rows[0], None, "", f" {end}", *rows[1:]])) == [*zip(rows, numbers, strict=True)]
     # an article never exceeds a million characters
     rows = [" = Title = \n", *(" word" * 1999 + " \n" for _ in range(400))]  # 4M characters in one article
     for given in (rows, ["x" * 3_200_000, "a second text"]):
@@ -138,20 +138,17 @@ def test_bad_folders_say_what_is_wrong(tmp_path, message):
     assert "\n" not in str(error.value) and not list(tmp_path.glob("data/*/*"))
 
 
-BAD_CHOICES = {
-    "No corpus or folder 'nowhere'": ("nowhere",),
-    "fraction must lie in": ("offline", 1.5),
-    "fraction must lie in .* not nan": ("offline", float("nan")),
-    "read in whole percent, not 12": ("wikitext103", 0.125),
-    "Unknown text_style 'moses'; choose one of: natural, stored": ("offline", None, "data", "moses"),
-    r"HF_HUB_OFFLINE is set\. Use corpus 'offline' or a folder": ("wikitext103", None, "nowhere"),
-}
-
-
-@pytest.mark.parametrize("message", BAD_CHOICES)
-def test_bad_choices_of_a_corpus_say_what_is_wrong(message):
-    with pytest.raises(pico.PicoError, match=message):
-        pico.choose_corpus(*BAD_CHOICES[message])
+def test_bad_choices_of_a_corpus_say_what_is_wrong():
+    for message, choice in {
+        "No corpus or folder 'nowhere'": ("nowhere",),
+        "fraction must lie in": ("offline", 1.5),
+        "fraction must lie in .* not nan": ("offline", float("nan")),
+        "read in whole percent, not 12": ("wikitext103", 0.125),
+        "Unknown text_style 'moses'; choose one of: natural, stored": ("offline", None, "data", "moses"),
+        r"HF_HUB_OFFLINE is set\. Use corpus 'offline' or a folder": ("wikitext103", None, "nowhere"),
+    }.items():
+        with pytest.raises(pico.PicoError, match=message):
+            pico.choose_corpus(*choice)
 
 
 def test_any_part_of_the_path_names_the_split_and_what_is_held_out_is_never_trained_on(tmp_path):
@@ -185,7 +182,7 @@ The red-tipped lobster costs $5.70, US$3 or £1,000 and/or less; at 30 °C it di
 He called the "so-called 'free' men" [sic] in the dogs' kennel.
 "A quotation that goes on in the next paragraph
 The players' clubs, the boys' and the girls' teams won 3:1.
-She moved in the '80s – and came back.
+She moved in the '80s – and it’s said they’ll come back.
 It lay at 45° N; the word 'means' means it (he said: "stop").
 = A title: the king's =
 == A section ==
@@ -230,6 +227,14 @@ def test_a_folder_without_validation_files_holds_out_is_read_in_part_and_known_b
     tiny = corpus(["one", "two"])
     assert [texts_of(tiny.documents(split)) for split in ("train", "validation")] == [["two"], ["one"]]
     assert corpus(["one", "two"]).key == tiny.key != corpus(["one", "owt"]).key  # written anew, so with another date
+    about = [corpus(texts).about for texts in (["One."] * 60, ["First.", *["One."] * 60])]  # which holds others out
+    assert about[0] != about[1] and "every 50th document; contents" in about[0], "the study says so"
+    content, keys = (tmp_path / "part.parquet").read_bytes(), set()
+    footer = 8 + int.from_bytes(content[-8:-4], "little")  # bytes
+    for n in (2**17, 2**18):  # equal ends, between them more or less that nobody reads
+        (tmp_path / "part.parquet").write_bytes(content[:-footer] + bytes(n) + content[-footer:])
+        keys.add(pico.choose_corpus(str(tmp_path)).key)
+    assert len(keys) == 2
 
 
 def test_token_files_hold_each_document_and_end_of_text_and_are_made_once(corpus_folder, data_folder, monkeypatch):
@@ -316,16 +321,19 @@ def make_file() -> pico.TokenFile:
     return pico.TokenFile(None, "made up", 1, np.arange(starts[-1], dtype=np.uint16), starts)
 
 
-def test_an_epoch_shows_every_token_once_and_documents_stay_whole():
+def test_an_epoch_shows_every_token_once_and_documents_stay_whole_in_an_order_of_its_own():
     file = make_file()
-    stream = pico.SequenceStream(file, 8, None, seed=3)
-    sequences = stream.batch(0, stream.n_sequences).numpy()
-    inputs, used = sequences[:, :-1], 8 * stream.n_sequences
-    assert len(np.unique(inputs)) == inputs.size == used and inputs.max() <= used
-    assert np.array_equal(sequences[:, 1:-1], inputs[:, 1:])  # each target is the next token of the stream
-    # the sequences, put back in stream order, are the documents one after the other
-    packed = inputs[np.argsort(stream.epoch(0)[0])].flatten()
-    assert set(packed[np.flatnonzero(np.diff(packed) != 1)]) <= {*(file.starts[1:] - 1), used}
+    stream, orders = pico.SequenceStream(file, 8, None, seed=3), []
+    for epoch in (0, 1):
+        sequences = stream.batch(epoch * stream.n_sequences, stream.n_sequences).numpy()
+        inputs, used = sequences[:, :-1], 8 * stream.n_sequences
+        assert len(np.unique(inputs)) == inputs.size == used and inputs.max() <= used
+        assert np.array_equal(sequences[:, 1:-1], inputs[:, 1:])  # each target is the next token of the stream
+        # the sequences, put back in stream order, are the documents one after the other
+        packed = inputs[np.argsort(stream.epoch(epoch)[0])].flatten()
+        assert set(packed[np.flatnonzero(np.diff(packed) != 1)]) <= {*(file.starts[1:] - 1), used}
+        orders.append(packed[np.isin(packed, file.starts)].tolist())  # first tokens of the documents
+    assert orders[0] != orders[1] != sorted(orders[1]) != orders[0]
 
 
 def test_a_stream_runs_through_epochs_without_a_gap_and_with_a_limit_on_the_same_tokens():

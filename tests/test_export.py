@@ -10,17 +10,11 @@ from pico_helpers import ModelConfig, PicoError, PicoLLM, export_to_hf, get_toke
 
 transformers = pytest.importorskip("transformers")
 
-TEXTS = [
-    "The quick brown fox jumps over the lazy dog.",
-    " = Robert Boulter = \n\n  In 2006 , Boulter starred @-@ alongside Whishaw's  play\t.",
-    "naïve café 東京 🙂 don't they'll 3.14159\r\n",
-    "",
-]
-
 
 @pytest.fixture(scope="module")
 def model() -> PicoLLM:
-    config = ModelConfig(d_model=48, n_layer=3, n_head=2, d_ff=40, context_length=32, max_positions=64)
+    sizes = {"d_model": 48, "n_layer": 3, "n_head": 2, "d_ff": 40, "context_length": 32, "max_positions": 64}
+    config = ModelConfig(**sizes, rope_theta=500.0)
     model, generator = PicoLLM(config, seed=1).eval(), torch.Generator().manual_seed(0)
     for parameter in model.parameters():  # larger weights, and norms that are not the identity
         parameter.data.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
@@ -66,8 +60,10 @@ def test_weights_stay_tied_are_stored_once_and_generation_continues_alike(model,
 
 
 def test_tokenizer_gives_identical_ids(folder):
+    texts = ["The quick brown fox jumps over the lazy dog.", "naïve café 東京 🙂 don't they'll 3.14159\r\n", ""]
+    texts += [" = Robert Boulter = \n\n  In 2006 , Boulter starred @-@ alongside Whishaw's  play\t."]
     loaded = transformers.AutoTokenizer.from_pretrained(folder)
-    for text in TEXTS:
+    for text in texts:
         ids = get_tokenizer().encode(text)
         assert loaded(text)["input_ids"] == ids and loaded.decode(ids) == text
     assert loaded.eos_token_id == 50256 and len(loaded) == 50257 and loaded.model_max_length == 64

@@ -16,20 +16,6 @@ def make_model(context_length: int = 32, **options) -> PicoLLM:
     return model
 
 
-@pytest.fixture
-def scripted(monkeypatch) -> PicoLLM:
-    """A model whose most likely tokens are those of its list `script`."""
-    model = make_model()
-
-    def forward(idx, **options):
-        logits = torch.zeros(*idx.shape, model.config.vocab_size)
-        logits[..., model.script.pop(0)] = 50.0
-        return logits
-
-    monkeypatch.setattr(model, "forward", forward)
-    return model
-
-
 @pytest.mark.parametrize("seed, temperature", [(0, 0.0), (0, 1.0), (1, 1.0)])
 def test_cache_gives_the_same_text_also_past_the_window(seed, temperature):
     model, options = make_model(), FREE | {"temperature": temperature, "seed": seed}
@@ -55,10 +41,16 @@ def test_cache_is_used_the_window_slides_and_text_streams_lazily(monkeypatch):
     assert seen[0].tolist() == [pico.Tokenizer.end_of_text]  # an empty one starts a document
 
 
-def test_seed_decides_the_text_and_global_state_does_not():
+def test_seed_decides_the_text_and_the_callers_state_and_modes_hold_between_tokens():
     model, before = make_model(), torch.random.get_rng_state()
     texts = [generate(model, "A", 20, seed=seed, temperature=1.5, top_k=None) for seed in (1, 1, 2)]
     assert texts[0] == texts[1] != texts[2] and torch.equal(before, torch.random.get_rng_state())
+    model = make_model(dropout=0.5).train()
+    next(stream_text(model, "The", 5, temperature=0))
+    assert model.training and torch.is_grad_enabled()
+    assert len({generate(model, "The", 5, temperature=0) for _ in range(2)}) == 1  # no dropout while sampling
+    for dtype in (torch.bfloat16, torch.float16):
+        assert generate(model.to(dtype), "The", 5) > "The", "the cache has the model's precision"
 
 
 def test_sampling_follows_the_filtered_distribution():
@@ -78,31 +70,24 @@ def test_sampling_follows_the_filtered_distribution():
         assert frequencies(**greedy, n=50) == [1, 0, 0, 0]
 
 
-def test_streaming_emits_whole_characters_only(scripted):
-    text = " 東京 🙂 é"
+def test_streaming_emits_whole_characters_only(monkeypatch):
+    text, model, script = " 東京 🙂 é", make_model(), []  # the model's most likely tokens are those of the script
+    one_hot = torch.nn.functional.one_hot
+    monkeypatch.setattr(model, "forward", lambda idx, **_: 50.0 * one_hot(torch.full_like(idx, script.pop(0)), 50257))
     ids = get_tokenizer().encode(text)
     assert any("\ufffd" in get_tokenizer().decode([i]) for i in ids)  # some tokens hold parts of characters
-    scripted.script = [*ids, pico.Tokenizer.end_of_text, *ids]  # ends there
-    pieces = list(stream_text(scripted, "x", 100, temperature=0))
+    script += [*ids, pico.Tokenizer.end_of_text, *ids]  # ends there
+    pieces = list(stream_text(model, "x", 100, temperature=0))
     assert "".join(pieces) == text
     assert not any("\ufffd" in piece or piece == "" for piece in pieces)
     for n in range(1, len(ids)):  # cut off anywhere: a prefix of the text
-        scripted.script = list(ids)
-        assert text.startswith("".join(stream_text(scripted, "x", n, temperature=0)))
-        assert len(scripted.script) == len(ids) - n
+        script[:] = ids
+        assert text.startswith("".join(stream_text(model, "x", n, temperature=0)))
+        assert len(script) == len(ids) - n
 
 
-def test_the_callers_modes_hold_between_tokens():
-    model = make_model(dropout=0.5).train()
-    next(stream_text(model, "The", 5, temperature=0))
-    assert model.training and torch.is_grad_enabled()
-    assert len({generate(model, "The", 5, temperature=0) for _ in range(2)}) == 1  # no dropout while sampling
-
-
-BAD = {"max_new_tokens": [0], "temperature": [-0.1, float("nan"), float("inf")], "top_k": [0], "top_p": [0, 1.1]}
-
-
-@pytest.mark.parametrize("option, value", [(option, value) for option, values in BAD.items() for value in values])
-def test_bad_arguments_are_refused(option, value):
-    with pytest.raises(PicoError, match=rf"Generation needs .*{option}"):
-        generate(make_model(), "The", **{option: value})
+def test_bad_arguments_are_refused():
+    bad = {"max_new_tokens": [0], "temperature": [-0.1, float("nan"), float("inf")], "top_k": [0], "top_p": [0, 1.1]}
+    for option, value in [(option, value) for option, values in bad.items() for value in values]:
+        with pytest.raises(PicoError, match=rf"Generation needs .*{option}"):
+            generate(make_model(), "The", **{option: value})

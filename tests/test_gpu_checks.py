@@ -18,21 +18,16 @@ from torch._dynamo.testing import CompileCounter
 
 import pico_helpers as pico
 
-can_compile = pytest.mark.skipif(
-    not (importlib.util.find_spec("triton") and shutil.which("g++")) or torch.version.cuda is not None,
-    reason="needs PyTorch's CPU build, Triton and g++",
-)
+TOOLS = importlib.util.find_spec("triton") and shutil.which("g++") and torch.version.cuda is None
 
 
 @pytest.mark.slow
-@can_compile
+@pytest.mark.skipif(not TOOLS, reason="needs PyTorch's CPU build, Triton and g++")
 @pytest.mark.parametrize("capability, attention", [("7 5", "efficient"), ("9 0", "flash")])
 def test_the_training_step_compiles_for_cuda(capability, attention):
     """Forward, loss and backward become machine code in one graph, and the logits never exist in float32."""
-    script = Path(__file__).with_name("cuda_stand_in.py")
-    answer = subprocess.run(
-        [sys.executable, str(script), *capability.split(), "auto"], capture_output=True, text=True, timeout=600
-    )
+    command = [sys.executable, str(Path(__file__).with_name("cuda_stand_in.py")), *capability.split(), "auto"]
+    answer = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert answer.returncode == 0, answer.stderr[-3000:]
     made = json.loads(answer.stdout)
     assert made["graphs"] == 1, "a graph break"
@@ -79,11 +74,8 @@ def test_what_users_vary_is_compiled_once_each(tiny_config):
 
 
 def test_the_programme_goes_on_after_a_failure_and_in_parts(tmp_path, monkeypatch):
-    scripts = {
-        "fails": "raise SystemExit(3)",
-        "hangs": "import os, time; os.fork(); print(os.getpid(), flush=True); time.sleep(60)",
-        "works": "print('done')",
-    }
+    hangs = "import os, time; os.fork(); print(os.getpid(), flush=True); time.sleep(60)"
+    scripts = {"fails": "raise SystemExit(3)", "hangs": hangs, "works": "print('done')"}
     steps = [(name, [sys.executable, "-c", script]) for name, script in scripts.items()]
     monkeypatch.setattr(gpu_programme, "steps", lambda options: steps)
     results = {"fails": "exit status 3", "hangs": "stopped after 5 s", "works": "ok"}

@@ -31,21 +31,18 @@ def test_the_study_has_ten_categories_of_distinct_sentences():
     assert all(len(TOKENIZER.encode(sentence)) <= 40 for sentence in sentences)  # fits a heatmap whole
 
 
-def naive_log_prob(model, text):
-    ids = TOKENIZER.encode(text)
-    with pico.evaluating(model):
-        logits = model(torch.tensor([[50256, *ids[:-1]]]))[0]
-    return sum(logits[i].log_softmax(-1)[token].item() for i, token in enumerate(ids))
-
-
 @pytest.mark.parametrize("max_tokens", [2**13, 1])
 def test_margins_are_differences_of_sentence_log_probabilities_one_by_one(max_tokens, monkeypatch):
     monkeypatch.setattr(pico, "MAX_TOKENS", max_tokens)
     model = pico.PicoLLM(TINY)
     pairs = [("The cat sat.", "The cat sat on."), ("A", "B"), ("One two three four five", "Two"), ("Same", "Same")]
     pairs += [(" a" * 64, " a")]  # the longest that fits
-    result = pico.minimal_pair_accuracy(model, pairs)
-    expected = [naive_log_prob(model, good) - naive_log_prob(model, bad) for good, bad in pairs]
+    result, log_probs = pico.minimal_pair_accuracy(model, pairs), []
+    for ids in map(TOKENIZER.encode, sum(pairs, ())):
+        with pico.evaluating(model):
+            logits = model(torch.tensor([[50256, *ids[:-1]]]))[0]
+        log_probs.append(sum(logits[i].log_softmax(-1)[token].item() for i, token in enumerate(ids)))
+    expected = np.subtract(log_probs[::2], log_probs[1::2]).tolist()
     assert result.margins.tolist() == pytest.approx(expected, abs=1e-3) and result.margins[3] == 0
     assert model.training  # the mode is restored
 
@@ -72,9 +69,8 @@ def test_accuracy_of_a_rigged_scorer_counts_ties_one_half():
     assert result.margins[0].item() == pytest.approx(3.0, abs=1e-3)  # the logit's head start
 
 
-@pytest.mark.parametrize(
-    "pairs, message",
-    [
+def test_unusable_pairs_are_named():
+    for pairs, message in (
         ([], "no pairs"),
         ([("A cat", "A dog"), ("", "A dog")], "good sentence of pair 1 is empty"),
         ([("A cat", "  ")], "bad sentence of pair 0 is empty"),
@@ -82,11 +78,9 @@ def test_accuracy_of_a_rigged_scorer_counts_ties_one_half():
         ([("A cat", "A dog", "A bird")], "must be two sentences"),
         ([("A cat", None)], "bad sentence of pair 0 is empty or no text"),
         ([("A cat", "A dog"), ("A cat", "word " * 70)], "bad sentence of pair 1 has 71 tokens; the model reads 64"),
-    ],
-)
-def test_unusable_pairs_are_named(pairs, message):
-    with pytest.raises(pico.PicoError, match=message):
-        pico.minimal_pair_accuracy(pico.PicoLLM(TINY), pairs)
+    ):
+        with pytest.raises(pico.PicoError, match=message):
+            pico.minimal_pair_accuracy(pico.PicoLLM(TINY), pairs)
 
 
 @pytest.fixture(scope="module", params=list(pico.PHENOMENA))
@@ -246,9 +240,8 @@ GOOD = dict(
 FEW = {"n_random_sets": 0, "needs_p_value": np.nan}  # other sets to rank it among
 
 
-@pytest.mark.parametrize(
-    "changes, expected, word",
-    [
+def test_verdict_needs_every_link_and_names_the_one_that_fails():
+    for changes, expected, word in (
         ({}, "supported", "All three links"),
         ({"accuracy_low": 0.49}, "undecided", "prefers"),
         ({"untrained_accuracy_highest": 0.8}, "undecided", "prefers"),
@@ -267,13 +260,11 @@ FEW = {"n_random_sets": 0, "needs_p_value": np.nan}  # other sets to rank it amo
         ({"attention_low": -0.01, "attention_high": 0.019}, "not supported", "attention"),
         ({"needs_p_value": 0.8, "margin_low": -0.5, "margin_high": -0.1}, "not supported", "without them"),
         ({"p_value": 0.5, "margin_high": -0.1}, "undecided", "attention"),  # it is not asked what no head looks at
-    ],
-)
-def test_verdict_needs_every_link_and_names_the_one_that_fails(changes, expected, word):
-    decision, reason = pico.verdict(SimpleNamespace(**GOOD | changes))
-    assert decision == expected and word in reason
-    if decision != "supported":
-        assert sum(text in reason for text in ("prefers", "more attention", "without them")) == 1
+    ):
+        decision, reason = pico.verdict(SimpleNamespace(**GOOD | changes))
+        assert decision == expected and word in reason, changes
+        if decision != "supported":
+            assert sum(text in reason for text in ("prefers", "more attention", "without them")) == 1, changes
 
 
 def did_model():

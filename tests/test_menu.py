@@ -10,7 +10,6 @@ import sys
 from pathlib import Path
 from unittest.mock import Mock
 
-import pandas as pd
 import pytest
 import torch
 from study_data import make_language
@@ -66,12 +65,9 @@ def menu(monkeypatch, tmp_path) -> tuple:
     def typing(*texts: str) -> None:
         monkeypatch.setattr("builtins.input", Mock(side_effect=texts))
 
-    def run_training(preset, results, data_folder, study) -> list[Path]:
-        done.append(("train", study is not None))
-        return [tmp_path / "pico_llm_new.pt"]
-
+    made, study = [tmp_path / "pico_llm_new.pt"], 3  # which of the arguments it is
     monkeypatch.setattr(pico, "is_unattended", lambda: False)
-    monkeypatch.setattr(pico, "run_training", run_training)
+    monkeypatch.setattr(pico, "run_training", lambda *args: done.append(("train", args[study] is not None)) or made)
     monkeypatch.setattr(pico, "run_analysis", lambda path, *args, **options: done.append(path) or [])
     return typing, done
 
@@ -108,9 +104,7 @@ def test_a_typo_and_a_wrong_path_are_asked_again(menu, trained, tmp_path, monkey
         pico.main_menu()
 
 
-def test_a_newcomer_studies_the_shipped_model_into_a_folder_of_their_own(
-    published, short_study, data_folder, monkeypatch, capsys, corpus_folder
-):
+def test_newcomers_study_what_is_shipped_elsewhere(published, data_folder, monkeypatch, capsys, corpus_folder):
     """`published` lies where a copy of the project has it; its training corpus is not on this machine."""
     monkeypatch.setattr(pico, "SHIPPED_CHECKPOINT", published / "pico_llm.pt")
     monkeypatch.setenv("PICO_MENU", "2")
@@ -156,14 +150,6 @@ def test_a_model_whose_corpus_is_gone_is_studied_on_another(monkeypatch, tmp_pat
         pico.run_analysis(trained, results=trained / "results")
 
 
-def test_a_folder_with_other_text_is_another_corpus_where_every_50th_document_is_held_out(tmp_path):
-    about = []
-    for rows in (["One."] * 60, ["First.", *["One."] * 60]):  # which holds others out
-        pd.DataFrame({"text": rows}).to_parquet(tmp_path / "all.parquet")
-        about.append(pico.choose_corpus(str(tmp_path)).about)
-    assert about[0] != about[1] and "every 50th document; contents" in about[0], "the study says so"
-
-
 def test_the_rows_of_heads_are_their_scores_on_the_way(trained, corpus_folder, data_folder):
     rows = pico.read_head_rows(trained.with_name("tiny_heads.csv"), 20 * 4 * 32)
     assert len(rows) == 4 * len(pico.snapshot_steps(20))
@@ -195,8 +181,8 @@ def test_a_resumed_run_continues_its_rows(trained, corpus_folder, data_folder, t
     assert pico.head_history(model, saved) == []
 
 
-def test_a_run_from_another_model_goes_on_with_its_rows(trained, corpus_folder, data_folder, tmp_path, interrupt):
-    """Of an unfinished run of its name, with another context, it takes nothing."""
+def test_a_run_from_a_model_continues_its_rows(trained, corpus_folder, data_folder, tmp_path, interrupt, monkeypatch):
+    """Of an unfinished run of its name, with another context, it takes nothing. Published, it tells no folder."""
     changes = RUN | {"init_from": str(trained), "corpus": str(corpus_folder), "name": "second", "max_steps": 3}
     interrupt(1)
     other = pico.run_training("tiny", tmp_path, data_folder, **changes | {"context_length": 16})[0]
@@ -207,6 +193,10 @@ def test_a_run_from_another_model_goes_on_with_its_rows(trained, corpus_folder, 
     rows, before = pico.head_history(second, saved), pico.head_history(trained, first)
     assert [row for row in rows if row["tokens"] < 20 * 4 * 32] == [row for row in before if row["step"] < 20]
     assert sorted({row["tokens"] for row in rows[len(before) - 4 :]}) == [(20 + n) * 4 * 32 for n in range(4)]
+    monkeypatch.setattr(pico, "run_analysis", lambda *_, **__: [])
+    monkeypatch.setattr(pico, "model_card", lambda *_: "# Pico-LLM, ")
+    config = pico.load_checkpoint(pico.publish(second, tmp_path / "published")[1]).train_config
+    assert (config.init_from, config.corpus) == (trained.name, corpus_folder.name), "names alone"
 
 
 def test_publish_writes_the_model_its_study_and_a_card_that_says_what_these_say(published, trained, corpus_folder):
@@ -225,18 +215,13 @@ def test_publish_writes_the_model_its_study_and_a_card_that_says_what_these_say(
     card, saved = (published / "README.md").read_text(), shipped
     rows = ["step | 20 |\n| tokens | 2,560", "batch size | 4", "learning rate | 0.002", f"torch | {torch.__version__}"]
     rows += [f"val loss | {saved.metrics[-1]['val_loss']:.6g}"]
-    for fact in (
-        "1,622,880 with them:\n2 layers of 2 heads",
-        f"Trained on the parquet folder {corpus_folder.name} (100% of its training rows",
-        NOTE,
-        *(f"| {row} |" for row in rows),
-        *findings["headline"],
-        'pico.load_model("pretrained/pico_llm.pt")',
-        "python pico_helpers.py publish --checkpoint results/pico_llm_tiny.pt --out pretrained",
-    ):
-        assert fact in card, fact
-    for absent in ("WikiText", "Wikipedia", "mfu", "None", "nan", str(corpus_folder.parent), "{"):
-        assert absent not in card, absent
+    facts = [*(f"| {row} |" for row in rows), *findings["headline"], NOTE, "1,622,880 with them:\n2 layers of 2 heads"]
+    facts += [f"Trained on the parquet folder {corpus_folder.name} (100% of its training rows"]
+    facts += ['pico.load_model("pretrained/pico_llm.pt")']
+    facts += ["python pico_helpers.py publish --checkpoint results/pico_llm_tiny.pt --out pretrained"]
+    assert not [fact for fact in facts if fact not in card]
+    absent = ("WikiText", "Wikipedia", "mfu", "None", "nan", str(corpus_folder.parent), "{")
+    assert not [word for word in absent if word in card]
     card = pico.model_card(dataclasses.replace(saved, metrics=[]), published)
     assert "does not say where that text is from" in card and "val loss" not in card
     config = dataclasses.replace(saved.train_config, corpus="offline")
@@ -302,9 +287,9 @@ def test_command_line_trains_explores_and_generates(tmp_path, corpus_folder, cap
     assert page.read_text().count("<option>") == 1
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
+def test_wrong_options_are_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    for arguments, message in (
         ([], "the following arguments are required: COMMAND"),
         (["train", "--preset", "huge"], "Unknown preset 'huge'; choose one of: wikitext103, quick"),
         (["train", "--preset", "README.md.pt"], "There is no checkpoint README.md.pt"),
@@ -320,18 +305,15 @@ def test_command_line_trains_explores_and_generates(tmp_path, corpus_folder, cap
         (["explore", "A good one.", "word " * 600], "The sentence has 601 tokens; the model reads 512"),
         (["generate", "A", "--temperature", "-1"], "Generation needs"),
         (["publish", "--checkpoint", "results"], "There is no checkpoint results"),
-    ],
-)
-def test_wrong_options_are_one_line(arguments, message, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(ROOT)
-    try:
-        status = pico.main([*arguments, *(["--results", str(tmp_path)] if arguments else [])])
-    except SystemExit as error:  # argparse's way
-        status = error.code
-    shown, output = capsys.readouterr()
-    assert status == 2 and output.count("\n") == 1 and (arguments[:1] != ["generate"] or not shown)
-    assert output.startswith(f"Error: {message}") or f"error: {message}" in output
-    assert not list(tmp_path.iterdir())
+    ):
+        try:
+            status = pico.main([*arguments, *(["--results", str(tmp_path)] if arguments else [])])
+        except SystemExit as error:  # argparse's way
+            status = error.code
+        shown, output = capsys.readouterr()
+        assert status == 2 and output.count("\n") == 1 and (arguments[:1] != ["generate"] or not shown), arguments
+        assert output.startswith(f"Error: {message}") or f"error: {message}" in output
+        assert not list(tmp_path.iterdir())
 
 
 def test_help_explains_every_setting(capsys):

@@ -167,6 +167,7 @@ def test_initial_weights_are_gpt2s_and_the_untrained_loss_is_that_of_chance(tiny
         if p.ndim == 2:
             std = 0.02 / math.sqrt(2 * 2) if name.endswith(("out_proj.weight", "down_proj.weight")) else 0.02
             assert p.std().item() == pytest.approx(std, rel=0.05), name
+    assert not model.token_embedding.weight[50257:].any(), "of the padding"
     with torch.no_grad():
         loss = model(random_ids(4, 32), random_ids(4, 32, seed=1))
     assert loss.item() == pytest.approx(math.log(50257), abs=0.2)
@@ -198,6 +199,16 @@ def test_dropout_keeps_the_mean_and_about_the_share(p):
     assert y.mean().item() == pytest.approx(2, abs=0.02)
     torch.testing.assert_close(x.grad, y.detach() / 2)
     assert torch.equal(dropout.eval()(x), x)
+
+
+@pytest.mark.parametrize("silent", ["attention.out_proj", "mlp.down_proj"])
+def test_dropout_falls_on_the_embedding_and_on_what_each_half_of_a_block_adds(tiny_config, silent):
+    torch.manual_seed(0)
+    model, seen = pico.PicoLLM(dataclasses.replace(tiny_config, dropout=0.5)).train(), []
+    model.blocks[0].get_submodule(silent).weight.detach().zero_()
+    model.blocks[0].register_forward_hook(lambda _, inputs, output: seen.extend([inputs[0], output - inputs[0]]))
+    model(random_ids(4, 32))
+    assert [(x == 0).double().mean().item() for x in seen] == pytest.approx([0.5, 0.5], abs=0.05)
 
 
 def test_attention_dropout_keeps_the_mean_and_draws_for_every_position(tiny_config):
@@ -239,9 +250,8 @@ def test_a_seed_names_one_untrained_model_and_its_dropout(tiny_config):
     assert losses[0] == losses[1] != losses[2]
 
 
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
+def test_impossible_configurations_say_so():
+    for settings, message in (
         ({"d_model": 100}, r"d_model must be a multiple of 14 \(n_head heads of even size\), not 100"),
         ({"d_model": 7}, "d_model must be a multiple of 14"),
         ({"context_length": 600}, r"context_length must be at most max_positions \(512\), not 600"),
@@ -252,9 +262,7 @@ def test_a_seed_names_one_untrained_model_and_its_dropout(tiny_config):
         ({"dropout": 1.0}, r"dropout must lie in \[0, 1\), not 1.0"),
         ({"dropout": math.nan}, "dropout must lie in"),
         ({"rope_theta": math.inf}, "rope_theta must be a positive number, not inf"),
-    ],
-)
-def test_impossible_configurations_say_so(settings, message):
-    with pytest.raises(pico.PicoError, match=message) as error:
-        pico.ModelConfig(**settings)
-    assert "\n" not in str(error.value)
+    ):
+        with pytest.raises(pico.PicoError, match=message) as error:
+            pico.ModelConfig(**settings)
+        assert "\n" not in str(error.value)

@@ -17,10 +17,8 @@ from study_data import make_capture, make_study
 
 import pico_helpers as pico
 
-SENTENCES = {
-    "Simple": ["The cat sat on the mat.", "The dog saw the cat."],
-    "Hostile": ["</script><script>alert(1)</script> & \"quotes\" 'too'", "日本 {{title}} 🎉"],
-}
+SENTENCES = {"Simple": ["The cat sat on the mat.", "The dog saw the cat."]}
+SENTENCES |= {"Hostile": ["</script><script>alert(1)</script> & \"quotes\" 'too'", "日本 {{title}} 🎉"]}
 
 
 def statements(study, topic):
@@ -88,9 +86,8 @@ def test_a_share_within_the_untrained_range_is_no_finding_and_shuffling_may_chan
     assert statements(study, "Classes")[claim]["verdict"] == "supported"
 
 
-@pytest.mark.parametrize(
-    "words, changes, expected",
-    [
+def test_heads_are_unimportant_only_where_the_data_exclude_it():
+    for words, changes, expected in (
         ("Single heads", {"standard_error": 0.05}, "undecided"),  # none stands out, any may matter
         ("Single heads", {"loss_increase": 5e-4, "standard_error": 1e-5}, "not supported"),  # of no consequence
         ("Single heads", {"loss_increase": 5e-4, "standard_error": [1e-3] + [1e-5] * 11}, "undecided"),  # one unsure
@@ -98,16 +95,14 @@ def test_a_share_within_the_untrained_range_is_no_finding_and_shuffling_may_chan
         ("last three tokens", {"excess_low": -0.01}, "undecided"),  # on other text
         ("last three tokens", {"loss_increase": 1e-4, "low": -1e-3, "high": 1e-3 - 1e-6}, "not supported"),
         ("last three tokens", {"n_random_sets": 0, "p_value": np.nan}, "undecided"),
-    ],
-)
-def test_heads_are_unimportant_only_where_the_data_exclude_it(words, changes, expected):
-    study = make_study(3, 4)
-    for column, value in changes.items():
-        (study.ablation if words == "Single heads" else study.class_ablation)[column] = value
-    row = next(row for claim, row in statements(study, "Ablation").items() if words in claim)
-    assert row["verdict"] == expected
-    assert words == "Single heads" or f"{study.class_ablation['high'].iloc[0]:.3f}" in row["evidence"]
-    assert ("too few others" in row["evidence"]) == (changes.get("n_random_sets") == 0)
+    ):
+        study = make_study(3, 4)
+        for column, value in changes.items():
+            (study.ablation if words == "Single heads" else study.class_ablation)[column] = value
+        row = next(row for claim, row in statements(study, "Ablation").items() if words in claim)
+        assert row["verdict"] == expected, changes
+        assert words == "Single heads" or f"{study.class_ablation['high'].iloc[0]:.3f}" in row["evidence"]
+        assert ("too few others" in row["evidence"]) == (changes.get("n_random_sets") == 0)
 
 
 def test_findings_are_strict_json_with_every_number(tmp_path):

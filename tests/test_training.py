@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import functools
 import itertools
 import math
 import os
@@ -9,6 +10,7 @@ import pickle
 import re
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -39,14 +41,11 @@ def finished(tmp_path_factory, tiny_config, settings, data_folder) -> pico.Train
 
 
 @pytest.fixture
-def rerun(tiny_config, settings, data_folder, tmp_path):
+def rerun(train_tiny, settings):
     """`rerun(seed=1)`: that run once more, in a folder of the test, with another setting."""
-
-    def train(folder=tmp_path, *, shape=tiny_config, on_log=None, on_snapshot=None, **changes) -> pico.TrainResult:
-        hooks = {"on_log": on_log, "on_snapshot": on_snapshot}
-        return pico.train(shape, dataclasses.replace(settings, **changes), folder, data_folder, **hooks)
-
-    return train
+    return functools.partial(
+        train_tiny, **{name: vars(settings)[name] for name in ("micro_batch_size", "learning_rate")}
+    )
 
 
 def test_a_run_learns_and_leaves_a_checkpoint_and_metrics(finished, tiny_config, settings):
@@ -67,6 +66,13 @@ def test_a_run_learns_and_leaves_a_checkpoint_and_metrics(finished, tiny_config,
     assert {row["mfu"] for row in rows} == {row["peak_memory_mb"] for row in rows} == {""}, "no GPU"
 
 
+def test_epochs_make_the_length_of_a_run_and_its_metrics_count_them(rerun):
+    changes = {"optimizer": "muon", "eval_interval": 100, "checkpoint_seconds": 1e9}
+    rows = rerun(max_steps=None, epochs=1.5, max_sequences=20, **changes).metrics  # 4 of them a step
+    found = [(row["step"], row["epoch"], row["learning_rate"]) for row in rows]
+    assert found == [(3, 0.6, 1e-2), (6, 1.2, pytest.approx(4e-3)), (7, 1.4, pytest.approx(2e-3))]  # AdamW's rates
+
+
 def test_a_file_with_numpy_numbers_and_half_precision_weights_is_read(finished, tiny_config, settings, tmp_path):
     saved = pico.load_checkpoint(finished.checkpoint)
     config = dataclasses.replace(tiny_config, dropout=np.float64(0.25), n_head=np.int64(2))
@@ -83,9 +89,7 @@ def test_a_file_with_numpy_numbers_and_half_precision_weights_is_read(finished, 
 
 
 @pytest.mark.parametrize("stop_at", [1, 7, 12])
-def test_ctrl_c_saves_and_a_run_resumed_on_texts_that_moved_ends_bit_for_bit_equal(
-    finished, rerun, tmp_path, interrupt, stop_at, corpus_folder
-):
+def test_ctrl_c_saves_and_a_resumed_run_ends_bit_for_bit_equal(finished, rerun, tmp_path, interrupt, stop_at):
     steps = interrupt(stop_at)
     if stop_at == 12:  # in the last step: all is saved
         with pytest.raises(KeyboardInterrupt):
@@ -93,12 +97,22 @@ def test_ctrl_c_saves_and_a_run_resumed_on_texts_that_moved_ends_bit_for_bit_equ
     else:
         stopped = rerun()
         assert not stopped.finished and len(steps) == stop_at == pico.load_checkpoint(stopped.checkpoint).step
-        resumed = rerun(corpus=f"{shutil.copytree(corpus_folder, tmp_path / corpus_folder.name)}/")
+        corpus = pico.load_checkpoint(finished.checkpoint).train_config.corpus
+        resumed = rerun(corpus=f"{shutil.copytree(corpus, tmp_path / Path(corpus).name)}/")  # the texts have moved
         assert resumed.finished
         assert [row["val_loss"] for row in resumed.metrics] == [row["val_loss"] for row in finished.metrics]
     saved = pico.load_checkpoint(pico.run_files(tmp_path, "tiny").model)
     assert weights_equal(saved.weights, finished.model.state_dict())
     assert not pico.run_files(tmp_path, "tiny.partial").model.exists() and not list(tmp_path.glob("*.unfinished-*"))
+
+
+def test_a_second_ctrl_c_breaks_in(rerun, tmp_path, interrupt, request):
+    request.addfinalizer(functools.partial(signal.signal, signal.SIGINT, signal.getsignal(signal.SIGINT)))
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # it may be ignored around the tests
+    interrupt(2, 2)
+    with pytest.raises(KeyboardInterrupt):
+        rerun()
+    assert pico.load_checkpoint(pico.run_files(tmp_path, "tiny.partial").model).step == 1, "it did not wait"
 
 
 def test_kill_9_at_any_point_loses_nothing(finished, data_folder, tmp_path):
@@ -107,13 +121,9 @@ def test_kill_9_at_any_point_loses_nothing(finished, data_folder, tmp_path):
 import time, torch, pico_helpers as pico
 torch.set_num_threads(torch.get_num_threads())
 step = pico.train_step
-def slow(*args):
-    time.sleep(0.15)
-    return step(*args)
-pico.train_step = slow
+pico.train_step = lambda *args: time.sleep(0.15) or step(*args)
 saved, log = pico.load_checkpoint({str(finished.checkpoint)!r}), lambda rows: print("row", flush=True)
-folders = {str(tmp_path)!r}, {str(data_folder)!r}
-pico.train(saved.model_config, saved.train_config, *folders, device="cpu", on_log=log)
+pico.train(saved.model_config, saved.train_config, {str(tmp_path)!r}, {str(data_folder)!r}, device="cpu", on_log=log)
 print("finished", flush=True)
 """
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
@@ -143,17 +153,32 @@ def test_unfinished_runs_with_other_settings_are_moved_aside(finished, rerun, tm
     assert weights_equal(back.model.state_dict(), finished.model.state_dict()), "its name there goes on with it"
 
 
-def test_micro_batches_give_the_gradient_of_the_whole_batch(tiny_config, settings):
-    config = dataclasses.replace(tiny_config, dropout=0.0)
-    batch, states = torch.randint(50257, (4, 33), generator=torch.Generator().manual_seed(0)), []
-    for micro in (4, 2, 1):
-        model, train = pico.PicoLLM(config), dataclasses.replace(settings, micro_batch_size=micro)
-        optimizer, scaler = pico.make_optimizer(model, train), torch.amp.GradScaler("cpu", enabled=False)
-        guard = pico.LossGuard(50257, torch.device("cpu"))
-        pico.train_step(model, optimizer, scaler, batch, train, 0, torch.float32, guard)
-        states.append(model.state_dict())
-    for state in states[1:]:
-        torch.testing.assert_close(state, states[0], atol=1e-4, rtol=1e-3)
+def plain_step(shape: pico.ModelConfig, config: pico.TrainConfig, step: int = 0) -> tuple[float, torch.Tensor]:
+    """The loss of a `train_step` of a model of seed 0 and the gradient that reached the optimizer, flat."""
+    model, guard = pico.PicoLLM(shape).train(), pico.LossGuard(50257, torch.device("cpu"))
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0, fused=True)
+    batch = torch.randint(50257, (4, 33), generator=torch.Generator().manual_seed(0))
+    before = torch.nn.utils.parameters_to_vector(model.parameters()).detach()
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    loss = pico.train_step(model, optimizer, scaler, batch, config, step, torch.float32, guard)
+    return float(loss), before - torch.nn.utils.parameters_to_vector(model.parameters()).detach()
+
+
+def test_micro_batches_give_the_gradient_of_the_whole_batch_which_is_clipped(tiny_config, settings):
+    shape, gradients = dataclasses.replace(tiny_config, dropout=0.0), []
+    for micro, limit in ((4, 1e6), (2, 1e6), (1, 1e6), (2, 0.25)):
+        changes = {"micro_batch_size": micro, "grad_clip": limit}
+        gradients.append(plain_step(shape, dataclasses.replace(settings, **changes))[1])
+    whole, *others, clipped = gradients
+    assert whole.norm() > 0.5 and clipped.norm() == pytest.approx(0.25, rel=1e-4)
+    for found in (*others, clipped * (whole.norm() / 0.25)):
+        assert (found - whole).norm() < 1e-4 * whole.norm()
+
+
+def test_dropout_depends_on_seed_and_step_alone(tiny_config, settings):
+    plans = [(seed, step) for seed in (0, 3) for step in (0, 1)]
+    found = [plain_step(tiny_config, dataclasses.replace(settings, seed=seed), step)[0] for seed, step in 2 * plans]
+    assert len(set(found)) == 4 and found[:4] == found[4:]
 
 
 def test_validation_covers_the_whole_split(tiny_model, corpus_folder, data_folder):
@@ -200,15 +225,11 @@ def test_snapshots_leave_the_run_as_it_is(finished, rerun, tiny_config, settings
 def test_a_resumed_run_goes_on_with_its_clock_and_its_snapshots(rerun, tiny_config, monkeypatch, interrupt):
     """A clock that stands still but for the sleepers shows that steps alone are timed."""
     now, seen = [0.0], []
-    monkeypatch.setattr(pico.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(pico.time, "perf_counter", lambda: now[-1])
     monkeypatch.setattr(pico, "peak_flops", lambda device: 1e9)
 
     def slow(function, seconds):
-        def call(*args, **options):
-            now[0] += seconds
-            return function(*args, **options)
-
-        return call
+        return lambda *args, **options: now.append(now[-1] + seconds) or function(*args, **options)
 
     monkeypatch.setattr(pico, "train_step", slow(pico.train_step, 2.0))
     monkeypatch.setattr(pico, "evaluate", slow(pico.evaluate, 100.0))
@@ -216,7 +237,7 @@ def test_a_resumed_run_goes_on_with_its_clock_and_its_snapshots(rerun, tiny_conf
     hooks = {"on_snapshot": slow(lambda _, step: seen.append(step), 1000.0), "on_log": slow(lambda rows: None, 50.0)}
     state = pico.load_checkpoint(rerun(**hooks).checkpoint).training_state
     assert state["seconds"] == 14.0, "7 steps, though the last line of metrics was after 6"
-    now[0] += 1e6
+    now.append(1e6)
     resumed = rerun(**hooks)
     assert [row["seconds"] for row in resumed.metrics] == [6, 12, 18, 24]
     assert {row["tokens_per_second"] for row in resumed.metrics} == {4 * 32 / 2}
@@ -241,12 +262,8 @@ def test_missing_truncated_and_foreign_files(finished, tmp_path):
 @pytest.mark.parametrize("save", [torch.save, lambda content, path: path.write_bytes(pickle.dumps(content))])
 def test_code_in_a_file_does_not_run(tmp_path, save):
     path, target = tmp_path / "hostile.pt", tmp_path / "created"
-
-    class Hostile:
-        def __reduce__(self):
-            return (os.mkdir, (str(target),))
-
-    save({"format": "pico-llm", "version": 1, "weights": Hostile()}, path)
+    hostile = type("Hostile", (), {"__reduce__": lambda self: (os.mkdir, (str(target),))})
+    save({"format": "pico-llm", "version": 1, "weights": hostile()}, path)
     with pytest.raises(pico.PicoError, match="holds more than weights"):
         pico.load_model(path)
     assert not target.exists()
@@ -278,16 +295,13 @@ def test_checkpoints_that_do_not_fit(finished, tmp_path):
         assert "\n" not in str(error.value) and path.read_bytes() == before
 
 
-IMPOSSIBLE = {"batch_size": (0, -1, 4.0), "max_steps": (0, 1e3), "eval_interval": (None,), "epochs": (0, math.inf)}
-IMPOSSIBLE |= {"learning_rate": (math.nan, -1.0), "warmup_steps": (-5,), "seed": (-1, 2**40, 0.5), "loss_chunk": (0,)}
-IMPOSSIBLE |= {"weight_decay": (-1, math.nan), "matrix_weight_decay": (-1,), "checkpoint_seconds": (-1,)}
-IMPOSSIBLE |= {"betas": ((1.5, 0.9), (0.9,), (-0.1, 0.9), (math.nan, 0.9)), "optimizer": ("x",), "precision": ("x",)}
-IMPOSSIBLE |= {"name": ("../x", "", "a b", "quick.partial")}
-
-
-@pytest.mark.parametrize(("name", "values"), IMPOSSIBLE.items())
-def test_impossible_settings_are_one_line(name, values):
-    for value in values:
+def test_impossible_settings_are_one_line():
+    bad = {"batch_size": (0, -1, 4.0), "max_steps": (0, 1e3), "eval_interval": (None,), "epochs": (0, math.inf)}
+    bad |= {"learning_rate": (math.nan, -1.0), "warmup_steps": (-5,), "seed": (-1, 2**40, 0.5), "loss_chunk": (0,)}
+    bad |= {"weight_decay": (-1, math.nan), "matrix_weight_decay": (-1,), "checkpoint_seconds": (-1,)}
+    bad |= {"betas": ((1.5, 0.9), (0.9,), (-0.1, 0.9), (math.nan, 0.9)), "optimizer": ("x",), "precision": ("x",)}
+    bad |= {"name": ("../x", "", "a b", "quick.partial")}
+    for name, value in [(name, value) for name, values in bad.items() for value in values]:
         with pytest.raises(pico.PicoError, match=f"{name} must|Unknown {name} 'x'; choose one of") as caught:
             pico.TrainConfig(**{name: value})
         assert "\n" not in str(caught.value)
@@ -308,18 +322,16 @@ def test_newest_checkpoint_prefers_finished_models(tmp_path, monkeypatch):
     assert pico.newest_checkpoint(tmp_path).name == "pico_llm.pt", "published into this folder"
 
 
-def test_a_full_disk_keeps_the_old_file(finished, tmp_path):
+def test_a_full_disk_keeps_the_old_file(finished, tmp_path, request):
     """A limit on the size of files stands in for the full disk: the write fails half-way."""
     checkpoint = pico.load_checkpoint(finished.checkpoint)
     path = pico.save_checkpoint(tmp_path / "model.pt", checkpoint)
     before = path.read_bytes()
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    request.addfinalizer(lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard)))
     resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, hard))
-    try:
-        with pytest.raises(pico.PicoError, match=r"Cannot write .*model\.pt"):
-            pico.save_checkpoint(path, checkpoint)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    with pytest.raises(pico.PicoError, match=r"Cannot write .*model\.pt"):
+        pico.save_checkpoint(path, checkpoint)
     assert path.read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["model.pt"]
 
@@ -339,9 +351,7 @@ def test_a_disk_that_fills_up_costs_checkpoints_and_no_training(finished, rerun,
         rerun(seed=2, on_log=lambda rows: pytest.fail("a disk that is full is found before any work"))
 
 
-def test_a_run_goes_on_from_a_model_and_resumes_without_its_file(
-    finished, rerun, tiny_config, tmp_path, interrupt, capsys
-):
+def test_a_run_begins_with_a_model_and_resumes_without_it(finished, rerun, tiny_config, tmp_path, interrupt, capsys):
     source, is_first = shutil.copy(finished.checkpoint, tmp_path / "base.pt"), []
     changes = {"name": "tuned", "init_from": str(source), "max_steps": 4, "seed": 3}
     changes["shape"] = dataclasses.replace(tiny_config, dropout=0.0, context_length=16)  # no weights depend on these
@@ -362,9 +372,7 @@ def test_a_run_goes_on_from_a_model_and_resumes_without_its_file(
     assert re.search("at step 1 of 4: .*1.62M with embeddings, from base.pt", capsys.readouterr().out)
 
 
-def test_what_a_run_cannot_begin_with_is_found_before_it_and_costs_nothing(
-    finished, rerun, tiny_config, tmp_path, interrupt
-):
+def test_what_a_run_cannot_begin_with_costs_nothing(finished, rerun, tiny_config, tmp_path, interrupt):
     interrupt(1)
     unfinished = rerun(tmp_path / "parts").checkpoint
     (tmp_path / "notes.pt").write_text("not a model")
