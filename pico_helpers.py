@@ -3058,9 +3058,8 @@ def _in_words(values: pd.Series) -> str:
 def _drawable(capture: AttentionCapture, heads: Heads = (), scores: pd.DataFrame | None = None, n: int = 40) -> tuple:
     """Of the first n tokens: title, labels, maps (n_layer, H, n, n) with NaN where a row cannot see, heads."""
     n_layer, n_head, n_tokens, _ = capture.weights.shape
-    for layer, head in heads:
-        if not (0 <= layer < n_layer and 0 <= head < n_head):
-            raise PicoError(f"There is no {head_name(layer, head)}; layers are 0-{n_layer - 1}, heads 0-{n_head - 1}.")
+    if unknown := set(heads) - set(np.ndindex(n_layer, n_head)):
+        raise PicoError(f"There is no {head_name(*unknown.pop())}; layers are 0-{n_layer - 1}, heads 0-{n_head - 1}.")
     text = (f"First {n} of {n_tokens} tokens of " if n_tokens > n else "") + f"“{capture.text}”"
     text, *labels = [each.replace("$", r"\$") for each in (text, *capture.labels[:n])]  # no formulas
     maps = np.where(np.tri(n_tokens, dtype=bool), np.asarray(capture.weights), np.nan)[..., :n, :n]
@@ -3073,7 +3072,7 @@ def plot_chosen_heads(capture: AttentionCapture, heads: Heads, scores: pd.DataFr
     """Each row is the token doing the looking, its colours where it looks; grey: later tokens, which it cannot see."""
     text, labels, maps, titles = _drawable(capture, heads, scores)
     n_rows, n_columns, side = math.ceil(len(heads) / 2), min(2, len(heads)), max(3.4, 0.8 + 0.15 * len(labels))
-    size = n_columns * side + 1, n_rows * (side + 0.4) + 0.3
+    size = n_columns * side + 1, n_rows * (side + 0.5) + 0.4
     figure, panels = new_figure(*size, text, nrows=n_rows, ncols=n_columns, squeeze=False)
     for axes, head, title in zip(panels.flat, heads, titles, strict=False):
         _draw_heatmap(axes, maps[head], title, xticklabels=labels, yticklabels=labels, **_ATTENTION)
@@ -3087,7 +3086,7 @@ def plot_all_heads(capture: AttentionCapture) -> Figure:
     """A row of tiles a layer, a column a head; in a tile each row is the token doing the looking."""
     text, _, maps, _ = _drawable(capture, n=len(capture.labels))
     n_layer, n_head, n, _ = maps.shape
-    tile = min(0.95, 8.0 / max(n_layer, n_head))
+    tile = min(max(0.95, 2.9 / n_head), 8.0 / max(n_layer, n_head))
     figure, axes = new_figure(max(4.5, n_head * tile + 1.6), n_layer * tile + 1.2, text)
     tiles = maps.transpose(0, 2, 1, 3).reshape(n_layer * n, n_head * n)
     _draw_heatmap(axes, tiles, xticklabels=False, yticklabels=False, **_ATTENTION)
@@ -3139,14 +3138,13 @@ def plot_attention_flow(capture: AttentionCapture, heads: Heads, scores: pd.Data
     for axes, head, title in zip(panels.flat, heads, titles, strict=True):
         color, graph = colors[head], attention_graph(maps[head], labels)
         rings = [110 * graph.get_edge_data(i, i, {"weight": 0})["weight"] for i in graph]
-        graph.remove_edges_from([(i, i) for i in graph])
-        widths = [0.4 + 2 * weight for *_, weight in graph.edges(data="weight")]
-        style = {"width": widths, "edge_color": color, "node_size": 12, "connectionstyle": "arc3,rad=0.6"}
-        networkx.draw_networkx_edges(graph, {i: (0, i) for i in graph}, ax=axes, **style)
+        widths = {(i, j): 0.4 + 2 * weight for i, j, weight in graph.edges(data="weight") if i != j}
+        style = {"edgelist": [*widths], "width": [*widths.values()], "edge_color": color, "node_size": 12, "ax": axes}
+        networkx.draw_networkx_edges(graph, {i: (0, i) for i in graph}, connectionstyle="arc3,rad=0.6", **style)
         axes.scatter([0] * n, range(n), s=6, color=GREY)
         axes.scatter([0] * n, range(n), s=rings, facecolors="none", edgecolors=color)
         tidy_axes(axes, title, xlim=(-0.6, reach), ylim=(n - 0.4, -0.6), aspect="equal", anchor="NW", frame_on=False)
-        axes.set_yticks(range(n), labels)
+        axes.set(xticks=[], yticks=range(n), yticklabels=labels)
         axes.tick_params(left=False, labelleft=True)
     return _finish(figure, f"Arrows between tokens of “{capture.text}” {'; '.join(titles)}")
 
@@ -3184,9 +3182,10 @@ def plot_loss_curve(metrics: Sequence[dict] | pd.DataFrame) -> Figure:
     table = pd.DataFrame(metrics).reindex(columns=["step", "tokens_total", "train_loss", "val_loss"])
     place = "tokens_total" if table["tokens_total"].any() else "step"
     figure, axes = new_figure(7, 4)
-    for key, name, color, marker in (("train_loss", "training", GREY, ""), ("val_loss", "held-out text", "black", ".")):
+    for key, name, color, dot in (("train_loss", "training", GREY, ""), ("val_loss", "held-out text", "black", ".")):
         if len(losses := table.set_index(place)[key].dropna()):
-            axes.plot(losses, color=color, marker=marker, label=f"{name} (last {losses.iloc[-1]:.2f})")
+            dot = dot if len(losses) > 1 else "."  # one point makes no line
+            axes.plot(losses, color=color, marker=dot, label=f"{name} (last {losses.iloc[-1]:.2f})")
     uniform = math.log(Tokenizer.end_of_text + 1)
     axes.axhline(uniform, color=MODEL_COLORS["uniform"], ls=":", label=f"guessing all tokens alike ({uniform:.2f})")
     tidy_axes(axes, xlabel="step" if place == "step" else "tokens of training", ylabel="loss (nats per token)")
@@ -3227,7 +3226,7 @@ def plot_class_grid(scores: pd.DataFrame) -> Figure:
     labels = [f"{CLASS_LABELS[name]}: {count} ({count / len(kinds):.0%})" for name, count in counts.items()]
     pie.pie(counts, colors=counts.index.map(CLASS_COLORS), startangle=90, counterclock=False)
     pie.legend(labels, loc="upper center", bbox_to_anchor=(0.5, 0.02), **_LEGEND)
-    tidy_axes(pie, f"All {len(kinds)} heads")
+    tidy_axes(pie, "All heads")
     style = {"annot_kws": {"fontsize": 7, "color": "white"}, "cmap": [*CLASS_COLORS.values()], "linewidths": 1}
     _draw_heatmap(grid, codes, "Each head", annot=words, vmin=0, vmax=len(CLASS_COLORS) - 1, **style)
     return _finish(figure, f"Pie and grid of heads. {'; '.join(labels)}")
@@ -3238,11 +3237,10 @@ def plot_class_bars(shares: pd.DataFrame) -> Figure:
     for untrained models the range over seeds). Few short sentences tell classes apart less well, induction not at all.
     """
     by = "category" if "category" in shares else "model"
-    names = shares[by].unique()
-    table = shares.pivot(index=by, columns="class", values=["share", "low", "high"]).loc[names].rename(MODEL_NAMES)
-    table = table.rename(lambda name: name.replace("$", r"\$"))  # no formula
-    figure, axes = new_figure(8, 1.5 + 0.38 * len(names))
-    shares, start = table["share"].reindex(columns=HEAD_CLASSES).fillna(0), np.zeros(len(names))
+    table = shares.pivot(index=by, columns="class", values=["share", "low", "high"]).loc[shares[by].unique()]
+    table = table.rename(MODEL_NAMES).rename(lambda name: name.replace("$", r"\$"))  # no formula
+    figure, axes = new_figure(8, 1.5 + 0.38 * len(table))
+    shares, start = table["share"].reindex(columns=HEAD_CLASSES).fillna(0), np.zeros(len(table))
     for name, widths in shares.items():
         label = CLASS_LABELS[name] if widths.any() else None  # none in the legend
         bars = axes.barh(table.index, widths, 0.72, start, color=CLASS_COLORS[name], edgecolor="white", label=label)
@@ -3261,13 +3259,13 @@ def plot_score_maps(scores: pd.DataFrame, thresholds: ScoreThresholds) -> Figure
     """0 is what a uniform head reaches, 1 the ideal head of a kind (broad: uniform). Outlined: beyond the threshold."""
     limits = thresholds.tau | {"broad": thresholds.broad}
     n_layer, n_head = scores[["layer", "head"]].max() + 1
-    size = 1.2 + 3 * max(2.5, 0.42 * n_head), 3 * max(1.4, 0.75 + 0.28 * n_layer)
+    size = 1.2 + 3 * max(2.8, 0.42 * n_head), 3 * max(1.4, 0.9 + 0.28 * n_layer)
     figure, panels = new_figure(*size, nrows=3, ncols=3)
     kinds = sorted(LOOKS_AT, key=lambda kind: scores[kind].max() < limits[kind])  # what was found comes first
     for axes, kind in zip(panels.flat, kinds, strict=True):
         grid = scores.pivot(index="layer", columns="head", values=kind)
         style = {"annot": grid.map(number), "vmin": 0, "vmax": 1, "cmap": "mako_r"}
-        _draw_heatmap(axes, grid, f"{kind.capitalize()}: {LOOKS_AT[kind][0]}", grid >= limits[kind], **style)
+        _draw_heatmap(axes, grid, f"{kind.capitalize()}:\n{LOOKS_AT[kind][0]}", grid >= limits[kind], **style)
     return _finish(figure, f"Maps. Highest scores: {_in_words(scores[kinds].max())}", "score (0: chance, 1: ideal)")
 
 
@@ -3276,7 +3274,7 @@ def plot_ablation(ablation: pd.DataFrame) -> Figure:
     table = ablation.pivot(index="layer", columns="head")
     grid = 1000 * table["loss_increase"]
     limit = max(float(grid.abs().max(axis=None)), 1.0)
-    figure, axes = new_figure(max(5, 1.8 + 0.62 * grid.shape[1]), max(2.2, 1 + 0.4 * len(grid)))
+    figure, axes = new_figure(max(5, 1.8 + 0.62 * grid.shape[1]), max(2.6, 1 + 0.4 * len(grid)))
     scale = {"cmap": "RdBu_r", "vmin": -limit, "vmax": limit}
     _draw_heatmap(axes, grid, "", table["matters"], annot=grid.round(1) + 0.0, fmt=".1f", **scale)
     alt = f"Map of the loss without each head; {ablation['matters'].sum()} heads are beyond noise."
@@ -3309,8 +3307,9 @@ def plot_similarity(distances: np.ndarray, noise_floor: float, scores: pd.DataFr
 
 
 def plot_language(language: pd.DataFrame) -> Figure:
-    """Black: this model, with 95% intervals; hollow: the highest of the untrained models; grey: what random sets of as
-    many heads cost, drawn where the first two panels hold; p: the rank among them.
+    """Black: this model, with 95% intervals; hollow: the highest of the untrained models. A distractor is the word that
+    could decide but does not. Margin lost: how much of its lead the right word loses without the heads; grey: without
+    random sets of as many heads; p: the rank among them. Not ranked: the first two panels do not hold, or sets are few.
     """
     y, untrained = np.arange(len(language)), {"color": MODEL_COLORS["untrained"], "mfc": "none"}
     figure, panels = new_figure(10.5, 1.5 + 0.36 * len(y), ncols=3, sharey=True)
@@ -3350,7 +3349,7 @@ class Picture(NamedTuple):
 
 def model_pictures(study: Study) -> list[tuple]:
     """How the model learned and what its heads are, as far as known: name of file, title, what draws it, of what."""
-    held_out = study.shares[study.shares["model"] == "trained"].assign(category="Held-out text")
+    held_out = study.shares.query("model == 'trained'").assign(category="Held-out text")
     categories = pd.concat([held_out, study.categories])
     pictures = [
         ("loss_curve", "Does it learn?", plot_loss_curve, study.metrics),
