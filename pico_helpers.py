@@ -1810,7 +1810,7 @@ def train(
                 run.save(is_finished=True)
                 if final.model.exists():
                     kept = move_run(final, f"{config.name}.previous-{{}}")
-                    print(f"The model that was {final.model.name} is now {kept}.")
+                    print(f"The model that was {final.model.name} is now {kept}, which may be deleted.")
                 move_run(partial, config.name)
         if is_finished and stop.is_set():  # asked for during the last step; all is saved
             raise KeyboardInterrupt
