@@ -890,7 +890,8 @@ def choose_corpus(
     if name not in ("auto", "wikitext103"):
         if (folder := Path(os.path.expanduser(name))).is_dir():
             return _parquet_corpus(folder, fraction or 1.0, text_style)
-        raise PicoError(f"No corpus or folder {name!r}; choose auto, wikitext103, offline or a folder of parquet.")
+        name = f"{name!r}{', only a file' * folder.is_file()}"
+        raise PicoError(f"No corpus or folder {name}; choose auto, wikitext103, offline or a folder of parquet files.")
     share = fraction or 0.2
     if not math.isclose(100 * share, round(100 * share)):
         raise PicoError(f"WikiText-103 is read in whole percent, not {share:%}.")
@@ -1060,7 +1061,8 @@ def save_checkpoint(path: str | Path, checkpoint: Checkpoint) -> Path:
 def load_checkpoint(path: str | Path, must_be_finished: bool = False) -> Checkpoint:
     """Reads a file of `save_checkpoint`. Raises PicoError for anything else; code inside the file never runs."""
     if not (path := Path(os.path.expanduser(path))).is_file():  # pathlib's own fails for a home that nobody has
-        raise PicoError(f"There is no checkpoint {path}; train a model first or name another file.")
+        what = "it is a folder, name a .pt file in it" if path.is_dir() else "train a model first or name another file"
+        raise PicoError(f"There is no checkpoint {path}; {what}.")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
         found = {key: content.get(key) for key in _CHECKPOINT_FORMAT}
@@ -1106,9 +1108,9 @@ def load_model(path: str | Path, device: torch.device | str | None = None) -> Pi
     return model_from_checkpoint(load_checkpoint(path)).to(device or default_device())
 
 
-def newest_checkpoint(results: str | Path = "results") -> Path:
-    """The newest finished model in `results`, else the newest unfinished one, else the shipped one, else PicoError."""
-    if own := list(Path(results).glob("pico_llm*.pt")):
+def newest_checkpoint(results: str | Path = "results", *others: str | Path) -> Path:
+    """The newest finished model in these folders, else newest unfinished one, else the shipped one, else PicoError."""
+    if own := [path for folder in (results, *others) for path in Path(folder).glob("pico_llm*.pt")]:
         return max(own, key=lambda path: (not path.name.endswith(".partial.pt"), path.stat().st_mtime))
     if SHIPPED_CHECKPOINT.is_file():
         return SHIPPED_CHECKPOINT
@@ -1677,9 +1679,10 @@ class TrainingRun:
             what = f"{'Resuming' if self.step else 'Training'} {config.name} at step {self.step:,} of {steps.stop:,}"
             body, everything = (f"{n / 1e6:.2f}M" for n in self.model.count_parameters())
             size = f"{body} parameters, {everything} with embeddings, from {self.started_from or 'scratch'}"
-            where = f"{self.device}, {n_ranks} processes, {str(self.dtype)[6:]}{', compiled' if self.compiled else ''}"
-            read = f"{self.stream.n_sequences:,} sequences out of {len(self.stream.file.tokens):,} tokens"
-            print(f"{what}: {size}; {config.batch_size} of {read} a step on {where}.")
+            where = f"{self.device}, {f'{n_ranks} processes, ' * (n_ranks > 1)}{str(self.dtype)[6:]}"
+            where += ", compiled" if self.compiled else ""
+            read = f"of {self.stream.n_sequences:,} ({len(self.stream.file.tokens):,} tokens)"
+            print(f"{what}: {size}; {config.batch_size} sequences a step, {read}, on {where}.")
             snapshots = snapshot_steps(self.total_steps) if on_snapshot else []
         if self.step == 0 in snapshots:
             with evaluating(self.model):
@@ -1807,7 +1810,7 @@ def train(
                 run.save(is_finished=True)
                 if final.model.exists():
                     kept = move_run(final, f"{config.name}.previous-{{}}")
-                    print(f"The model that was {final.model.name} is now {kept}.")
+                    print(f"The model that was {final.model.name} is now {kept}, which may be deleted.")
                 move_run(partial, config.name)
         if is_finished and stop.is_set():  # asked for during the last step; all is saved
             raise KeyboardInterrupt
@@ -3084,9 +3087,8 @@ def _in_words(values: pd.Series) -> str:
 def _drawable(capture: AttentionCapture, heads: Heads = (), scores: pd.DataFrame | None = None, n: int = 40) -> tuple:
     """Of the first n tokens: title, labels, maps (n_layer, H, n, n) with NaN where a row cannot see, heads."""
     n_layer, n_head, n_tokens, _ = capture.weights.shape
-    for layer, head in heads:
-        if not (0 <= layer < n_layer and 0 <= head < n_head):
-            raise PicoError(f"There is no {head_name(layer, head)}; layers are 0-{n_layer - 1}, heads 0-{n_head - 1}.")
+    if unknown := set(heads) - set(np.ndindex(n_layer, n_head)):
+        raise PicoError(f"There is no {head_name(*unknown.pop())}; layers are 0-{n_layer - 1}, heads 0-{n_head - 1}.")
     text = (f"First {n} of {n_tokens} tokens of " if n_tokens > n else "") + f"“{capture.text}”"
     text, *labels = [each.replace("$", r"\$") for each in (text, *capture.labels[:n])]  # no formulas
     maps = np.where(np.tri(n_tokens, dtype=bool), np.asarray(capture.weights), np.nan)[..., :n, :n]
@@ -3099,7 +3101,7 @@ def plot_chosen_heads(capture: AttentionCapture, heads: Heads, scores: pd.DataFr
     """Each row is the token doing the looking, its colours where it looks; grey: later tokens, which it cannot see."""
     text, labels, maps, titles = _drawable(capture, heads, scores)
     n_rows, n_columns, side = math.ceil(len(heads) / 2), min(2, len(heads)), max(3.4, 0.8 + 0.15 * len(labels))
-    size = n_columns * side + 1, n_rows * (side + 0.4) + 0.3
+    size = n_columns * side + 1, n_rows * (side + 0.5) + 0.4
     figure, panels = new_figure(*size, text, nrows=n_rows, ncols=n_columns, squeeze=False)
     for axes, head, title in zip(panels.flat, heads, titles, strict=False):
         _draw_heatmap(axes, maps[head], title, xticklabels=labels, yticklabels=labels, **_ATTENTION)
@@ -3113,7 +3115,7 @@ def plot_all_heads(capture: AttentionCapture) -> Figure:
     """A row of tiles a layer, a column a head; in a tile each row is the token doing the looking."""
     text, _, maps, _ = _drawable(capture, n=len(capture.labels))
     n_layer, n_head, n, _ = maps.shape
-    tile = min(0.95, 8.0 / max(n_layer, n_head))
+    tile = min(max(0.95, 2.9 / n_head), 8.0 / max(n_layer, n_head))
     figure, axes = new_figure(max(4.5, n_head * tile + 1.6), n_layer * tile + 1.2, text)
     tiles = maps.transpose(0, 2, 1, 3).reshape(n_layer * n, n_head * n)
     _draw_heatmap(axes, tiles, xticklabels=False, yticklabels=False, **_ATTENTION)
@@ -3165,14 +3167,13 @@ def plot_attention_flow(capture: AttentionCapture, heads: Heads, scores: pd.Data
     for axes, head, title in zip(panels.flat, heads, titles, strict=True):
         color, graph = colors[head], attention_graph(maps[head], labels)
         rings = [110 * graph.get_edge_data(i, i, {"weight": 0})["weight"] for i in graph]
-        graph.remove_edges_from([(i, i) for i in graph])
-        widths = [0.4 + 2 * weight for *_, weight in graph.edges(data="weight")]
-        style = {"width": widths, "edge_color": color, "node_size": 12, "connectionstyle": "arc3,rad=0.6"}
-        networkx.draw_networkx_edges(graph, {i: (0, i) for i in graph}, ax=axes, **style)
+        widths = {(i, j): 0.4 + 2 * weight for i, j, weight in graph.edges(data="weight") if i != j}
+        style = {"edgelist": [*widths], "width": [*widths.values()], "edge_color": color, "node_size": 12, "ax": axes}
+        networkx.draw_networkx_edges(graph, {i: (0, i) for i in graph}, connectionstyle="arc3,rad=0.6", **style)
         axes.scatter([0] * n, range(n), s=6, color=GREY)
         axes.scatter([0] * n, range(n), s=rings, facecolors="none", edgecolors=color)
         tidy_axes(axes, title, xlim=(-0.6, reach), ylim=(n - 0.4, -0.6), aspect="equal", anchor="NW", frame_on=False)
-        axes.set_yticks(range(n), labels)
+        axes.set(xticks=[], yticks=range(n), yticklabels=labels)
         axes.tick_params(left=False, labelleft=True)
     return _finish(figure, f"Arrows between tokens of “{capture.text}” {'; '.join(titles)}")
 
@@ -3210,9 +3211,10 @@ def plot_loss_curve(metrics: Sequence[dict] | pd.DataFrame) -> Figure:
     table = pd.DataFrame(metrics).reindex(columns=["step", "tokens_total", "train_loss", "val_loss"])
     place = "tokens_total" if table["tokens_total"].any() else "step"
     figure, axes = new_figure(7, 4)
-    for key, name, color, marker in (("train_loss", "training", GREY, ""), ("val_loss", "held-out text", "black", ".")):
+    for key, name, color, dot in (("train_loss", "training", GREY, ""), ("val_loss", "held-out text", "black", ".")):
         if len(losses := table.set_index(place)[key].dropna()):
-            axes.plot(losses, color=color, marker=marker, label=f"{name} (last {losses.iloc[-1]:.2f})")
+            dot = dot if len(losses) > 1 else "."  # one point makes no line
+            axes.plot(losses, color=color, marker=dot, label=f"{name} (last {losses.iloc[-1]:.2f})")
     uniform = math.log(Tokenizer.end_of_text + 1)
     axes.axhline(uniform, color=MODEL_COLORS["uniform"], ls=":", label=f"guessing all tokens alike ({uniform:.2f})")
     tidy_axes(axes, xlabel="step" if place == "step" else "tokens of training", ylabel="loss (nats per token)")
@@ -3253,7 +3255,7 @@ def plot_class_grid(scores: pd.DataFrame) -> Figure:
     labels = [f"{CLASS_LABELS[name]}: {count} ({count / len(kinds):.0%})" for name, count in counts.items()]
     pie.pie(counts, colors=counts.index.map(CLASS_COLORS), startangle=90, counterclock=False)
     pie.legend(labels, loc="upper center", bbox_to_anchor=(0.5, 0.02), **_LEGEND)
-    tidy_axes(pie, f"All {len(kinds)} heads")
+    tidy_axes(pie, "All heads")
     style = {"annot_kws": {"fontsize": 7, "color": "white"}, "cmap": [*CLASS_COLORS.values()], "linewidths": 1}
     _draw_heatmap(grid, codes, "Each head", annot=words, vmin=0, vmax=len(CLASS_COLORS) - 1, **style)
     return _finish(figure, f"Pie and grid of heads. {'; '.join(labels)}")
@@ -3264,11 +3266,10 @@ def plot_class_bars(shares: pd.DataFrame) -> Figure:
     for untrained models the range over seeds). Few short sentences tell classes apart less well, induction not at all.
     """
     by = "category" if "category" in shares else "model"
-    names = shares[by].unique()
-    table = shares.pivot(index=by, columns="class", values=["share", "low", "high"]).loc[names].rename(MODEL_NAMES)
-    table = table.rename(lambda name: name.replace("$", r"\$"))  # no formula
-    figure, axes = new_figure(8, 1.5 + 0.38 * len(names))
-    shares, start = table["share"].reindex(columns=HEAD_CLASSES).fillna(0), np.zeros(len(names))
+    table = shares.pivot(index=by, columns="class", values=["share", "low", "high"]).loc[shares[by].unique()]
+    table = table.rename(MODEL_NAMES).rename(lambda name: name.replace("$", r"\$"))  # no formula
+    figure, axes = new_figure(8, 1.5 + 0.38 * len(table))
+    shares, start = table["share"].reindex(columns=HEAD_CLASSES).fillna(0), np.zeros(len(table))
     for name, widths in shares.items():
         label = CLASS_LABELS[name] if widths.any() else None  # none in the legend
         bars = axes.barh(table.index, widths, 0.72, start, color=CLASS_COLORS[name], edgecolor="white", label=label)
@@ -3287,13 +3288,13 @@ def plot_score_maps(scores: pd.DataFrame, thresholds: ScoreThresholds) -> Figure
     """0 is what a uniform head reaches, 1 the ideal head of a kind (broad: uniform). Outlined: beyond the threshold."""
     limits = thresholds.tau | {"broad": thresholds.broad}
     n_layer, n_head = scores[["layer", "head"]].max() + 1
-    size = 1.2 + 3 * max(2.5, 0.42 * n_head), 3 * max(1.4, 0.75 + 0.28 * n_layer)
+    size = 1.2 + 3 * max(2.8, 0.42 * n_head), 3 * max(1.4, 0.9 + 0.28 * n_layer)
     figure, panels = new_figure(*size, nrows=3, ncols=3)
     kinds = sorted(LOOKS_AT, key=lambda kind: scores[kind].max() < limits[kind])  # what was found comes first
     for axes, kind in zip(panels.flat, kinds, strict=True):
         grid = scores.pivot(index="layer", columns="head", values=kind)
         style = {"annot": grid.map(number), "vmin": 0, "vmax": 1, "cmap": "mako_r"}
-        _draw_heatmap(axes, grid, f"{kind.capitalize()}: {LOOKS_AT[kind][0]}", grid >= limits[kind], **style)
+        _draw_heatmap(axes, grid, f"{kind.capitalize()}:\n{LOOKS_AT[kind][0]}", grid >= limits[kind], **style)
     return _finish(figure, f"Maps. Highest scores: {_in_words(scores[kinds].max())}", "score (0: chance, 1: ideal)")
 
 
@@ -3302,7 +3303,7 @@ def plot_ablation(ablation: pd.DataFrame) -> Figure:
     table = ablation.pivot(index="layer", columns="head")
     grid = 1000 * table["loss_increase"]
     limit = max(float(grid.abs().max(axis=None)), 1.0)
-    figure, axes = new_figure(max(5, 1.8 + 0.62 * grid.shape[1]), max(2.2, 1 + 0.4 * len(grid)))
+    figure, axes = new_figure(max(5, 1.8 + 0.62 * grid.shape[1]), max(2.6, 1 + 0.4 * len(grid)))
     scale = {"cmap": "RdBu_r", "vmin": -limit, "vmax": limit}
     _draw_heatmap(axes, grid, "", table["matters"], annot=grid.round(1) + 0.0, fmt=".1f", **scale)
     alt = f"Map of the loss without each head; {ablation['matters'].sum()} heads are beyond noise."
@@ -3335,8 +3336,9 @@ def plot_similarity(distances: np.ndarray, other_text: float, scores: pd.DataFra
 
 
 def plot_language(language: pd.DataFrame) -> Figure:
-    """Black: this model, with 95% intervals; hollow: the highest of the untrained models; grey: what random sets of as
-    many heads cost, drawn where the first two panels hold; p: the rank among them.
+    """Black: this model, with 95% intervals; hollow: the highest of the untrained models. A distractor is the word that
+    could decide but does not. Margin lost: how much of its lead the right word loses without the heads; grey: without
+    random sets of as many heads; p: the rank among them. Not ranked: the first two panels do not hold, or sets are few.
     """
     y, untrained = np.arange(len(language)), {"color": MODEL_COLORS["untrained"], "mfc": "none"}
     figure, panels = new_figure(10.5, 1.5 + 0.36 * len(y), ncols=3, sharey=True)
@@ -3377,7 +3379,7 @@ class Picture(NamedTuple):
 
 def model_pictures(study: Study) -> list[tuple]:
     """How the model learned and what its heads are, as far as known: name of file, title, what draws it, of what."""
-    held_out = study.shares[study.shares["model"] == "trained"].assign(category="Held-out text")
+    held_out = study.shares.query("model == 'trained'").assign(category="Held-out text")
     categories = pd.concat([held_out, study.categories])
     pictures = [
         ("loss_curve", "Does it learn?", plot_loss_curve, study.metrics),
@@ -3667,11 +3669,11 @@ REPEATED_TEXTS = (  # where a head that continues repetitions (induction) has so
 Captures = Mapping[str, Sequence[AttentionCapture]] | Sequence[AttentionCapture]  # by category, or a list
 
 
-def explorer_html(captures: Captures, scores: pd.DataFrame | None = None, address: bool = False) -> str:
+def explorer_html(captures: Captures, scores: pd.DataFrame | None = None, page: dict | None = None) -> str:
     """The interactive explorer as an HTML fragment for IPython.display.HTML, several times on a page if you like.
 
     `scores`, of `score_heads` with classes, makes it say what each head does and open on the most telling one;
-    `address` keeps what is shown in the address of a page that holds nothing else. Needs a browser of 2023 or newer.
+    `page`: what a page of its own says before it, whose address keeps what is shown. Needs a browser of 2023 or newer.
     """
     captures = captures if isinstance(captures, Mapping) else {"Sentences": captures}
     texts = [capture for members in captures.values() for capture in members]
@@ -3680,10 +3682,13 @@ def explorer_html(captures: Captures, scores: pd.DataFrame | None = None, addres
     n_layer, n_head = texts[0].weights.shape[:2]
     heads = [{"name": head_name(*head), "does": "", "scores": ""} for head in np.ndindex(n_layer, n_head)]
     order, text = list(range(len(heads))), 0
-    if scores is not None:
+    if scores is not None and len(scores):
         rows = head_kinds(scores).join(scores.set_index(["layer", "head"])["sink_flag"]).to_dict("records")
-        heads = [head | _describe_head(row) for head, row in zip(heads, rows, strict=True)]
         known = [row["kind"] if row["class"] in SPECIALISED_CLASSES else "" for row in rows]
+        for head, row, kind in zip(heads, rows, known, strict=True):
+            does = f"looks at {LOOKS_AT[kind][0]}" if kind else f"is {CLASS_LABELS[row['class']].lower()}"
+            does += " and parks its attention on the first token" if row["sink_flag"] else ""
+            head.update(does=does, scores=f"{row['words']} (0 is chance, 1 ideal)")
         order.sort(key=lambda i: (known[i] != "induction", not known[i], -rows[i]["strength"]))
         if known[order[0]] in ("induction", "duplicate"):
             text = int(np.argmin([len(set(each.token_ids)) / len(each.token_ids) for each in texts]))
@@ -3695,22 +3700,14 @@ def explorer_html(captures: Captures, scores: pd.DataFrame | None = None, addres
         maps = base64.b64encode(np.rint(255 * np.sqrt(lower)).astype(np.uint8).tobytes()).decode()
         data["texts"].append({"labels": number_repeats(each.labels), "maps": maps})
     shown = json.dumps(data, ensure_ascii=False).replace("<", "\\u003c")  # no text can end the script element
-    values = {"captures": captures, "heads": heads, "n_head": n_head, "address": address}
+    values = {"captures": captures, "heads": heads, "n_head": n_head, "page": page}
     return _render(_EXPLORER_HTML, style=_EXPLORER_CSS, data=shown, script=_EXPLORER_JS, **values)
 
 
-def _describe_head(row: Mapping[str, object]) -> dict[str, str]:
-    """What a head does in words, and the score that says so."""
-    is_special = row["class"] in SPECIALISED_CLASSES
-    does = f"looks at {LOOKS_AT[row['kind']][0]}" if is_special else f"is {CLASS_LABELS[row['class']].lower()}"
-    does += " and parks its attention on the first token" if row["sink_flag"] else ""
-    return {"does": does, "scores": f"{row['words']} (0 is chance, 1 ideal)"}
-
-
-def write_explorer(path: str | Path, captures: Captures, scores: pd.DataFrame | None = None) -> Path:
-    """Writes the explorer as one HTML page; arguments as in `explorer_html`."""
-    has_report = Path(path).with_name("attention_report.html").exists()
-    body = _render(_EXPLORER_PAGE_HTML, explorer=explorer_html(captures, scores, address=True), has_report=has_report)
+def write_explorer(path: str | Path, captures: Captures, scores: pd.DataFrame | None = None, model: str = "") -> Path:
+    """Writes the explorer as one HTML page; `model` is its name, the other arguments as in `explorer_html`."""
+    page = {"model": model, "has_report": Path(path).with_name("attention_report.html").exists()}
+    body = explorer_html(captures, scores, page)
     return write_text(path, _render(_PAGE_HTML, title="Attention explorer", style=_PAGE_CSS, body=body))
 
 
@@ -3736,10 +3733,12 @@ def stream_text(
     tokenizer, rng = get_tokenizer(), torch.Generator().manual_seed(seed)
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")  # holds back the bytes of a partial character
     weight, size = model.token_embedding.weight, model.config.context_length
-    window, cache = tokenizer.encode(prompt) or [Tokenizer.end_of_text], None
+    window, cache, kept = tokenizer.encode(prompt) or [Tokenizer.end_of_text], None, max(1, 3 * size // 4)
+    if len(window) > size:
+        print(f"The prompt has {len(window)} tokens; only the last {kept} are read.", file=sys.stderr)
     for _ in range(max_new_tokens):
         if len(window) > size:  # positions past the training length are never used
-            window, cache = window[-max(1, 3 * size // 4) :], None
+            window, cache = window[-kept:], None
         if cache is None or not use_cache:
             cache = KVCache(model.config, 1, weight.device, weight.dtype)
         with evaluating(model):  # left before each yield, so that the caller's own settings hold between tokens
@@ -4386,6 +4385,14 @@ def open_corpus(
     return about, *(prepare_tokens(chosen, split, data_folder) for split in splits)
 
 
+def _open_model(checkpoint: str | Path | None, *folders: str | Path, **options) -> tuple[Path, Checkpoint]:
+    """The checkpoint (default: the newest in ./results and `folders`) and its path, which a line on stderr names."""
+    saved = load_checkpoint(path := Path(checkpoint or newest_checkpoint("results", *folders)), **options)
+    shape = saved.model_config
+    print(f"Model: {path} (layers x heads: {shape.n_layer} x {shape.n_head})", file=sys.stderr)
+    return path, saved
+
+
 def run_analysis(
     checkpoint: str | Path | None = None, sentences: Sentences | None = None, results: str | Path = "results", **source
 ) -> list[Path]:
@@ -4393,7 +4400,7 @@ def run_analysis(
 
     `sentences` default to ALL_TEST_CATEGORIES; `source`: corpus and data_folder as in `open_corpus`.
     """
-    results, path = Path(results), Path(checkpoint or newest_checkpoint(results))
+    results, path = Path(results), Path(checkpoint or newest_checkpoint("results", results))
     check_writable(results)
     saved = load_checkpoint(path)
     trained_on = f"{tokens_at(saved, saved.step):,} tokens, the last of these from {saved.corpus}"
@@ -4416,22 +4423,22 @@ def run_analysis(
     remove_old_pictures(results / "attention")
     pictures = draw_study(study, captures, results / "attention")
     print(*findings["headline"], sep="\n")
-    return [
-        write_report(results / "attention_report.html", findings, pictures),
-        write_explorer(results / "attention_explorer.html", captures, study.scores),
-        *tables,
-        *(picture.path for picture in pictures),
-    ]
+    pages = [write_report(results / "attention_report.html", findings, pictures)]
+    pages += [write_explorer(results / "attention_explorer.html", captures, study.scores, path.name)]
+    return [*pages, *tables, *(picture.path for picture in pictures)]
 
 
 def explore(texts: Sequence[str], checkpoint: str | Path | None = None, results: str | Path = "results") -> list[Path]:
     """Writes the interactive page of any sentences, or one. Raises PicoError for one that is empty or too long."""
-    saved = load_checkpoint(path := Path(checkpoint or newest_checkpoint(results)))
+    path, saved = _open_model(checkpoint, results)
     model = model_from_checkpoint(saved)
     texts = [texts] if isinstance(texts, str) else texts
+    if len(texts) > 1 and all(len(text.split()) == 1 for text in texts):
+        texts = [" ".join(texts)]
+        print(f'Single words, so taken as one sentence; put each sentence in quotes: "{texts[0]}"', file=sys.stderr)
     captures = {"Your sentences": [capture_attention(model, text) for text in texts]}
     rows = [row for row in head_history(path, saved) if row["tokens"] == tokens_at(saved, saved.step)]
-    return [write_explorer(Path(results) / "my_explorer.html", captures, pd.DataFrame(rows) if rows else None)]
+    return [write_explorer(Path(results) / "my_explorer.html", captures, pd.DataFrame(rows), path.name)]
 
 
 def publish(
@@ -4442,8 +4449,8 @@ def publish(
     FP16 weights, metrics, scores of its heads, its study (`source` as for `run_analysis`), a card with `data_note` on
     the data. Replaces what was published there before; raises PicoError where the folder holds other files.
     """
-    path, folder = Path(checkpoint or newest_checkpoint()), Path(results)
-    saved, card, model = load_checkpoint(path, must_be_finished=True), folder / "README.md", folder / "pico_llm.pt"
+    (path, saved), folder = _open_model(checkpoint, must_be_finished=True), Path(results)
+    card, model = folder / "README.md", folder / "pico_llm.pt"
     config, tables = saved.train_config, (saved.metrics, head_history(path, saved))
     weights = {name: value.half() for name, value in saved.weights.items()}
     if not all(value.isfinite().all() for value in weights.values()):
@@ -4456,10 +4463,8 @@ def publish(
         raise PicoError(f"{folder} holds other files; choose a new folder, or that of a published model.")
     earlier = run_files(folder, load_checkpoint(model).train_config.name)[1:] if model.exists() else ()
     saved = dataclasses.replace(saved, weights=weights)
-    with tempfile.TemporaryDirectory(
-        dir=folder, prefix=".publishing-"
-    ) as temporary:  # so that a failure changes nothing
-        new = Path(temporary)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".publishing-") as new:  # so that a failure changes nothing
+        new = Path(new)
         files = [save_checkpoint(new / model.name, saved)]
         for table, rows in zip(run_files(new, config.name)[1:], tables, strict=True):
             files += [write_csv(table, rows)] if rows else []
@@ -4525,7 +4530,7 @@ def main_menu(
     question, default = "1 train a model, 2 analyze an existing model, 3 both", os.environ.get("PICO_MENU", "").strip()
     choice = _ask(question, default or "3", lambda text: check_choice("choice", text, ("1", "2", "3")))
     if choice == "2":
-        checkpoint = _ask("Path of the model", str(newest_checkpoint(results)), load_checkpoint)
+        checkpoint = _ask("Path of the model", str(newest_checkpoint("results", results)), load_checkpoint)
         checkpoint = Path(os.path.expanduser(checkpoint))
         files = run_analysis(checkpoint, sentences, results, data_folder=data_folder)
     else:
@@ -4552,20 +4557,21 @@ def offer_download(results: str | Path = "results") -> None:
 
 
 def _generate(prompt: str, checkpoint: str | None, results: str, **sampling) -> None:
-    pieces = stream_text(load_model(checkpoint or newest_checkpoint(results)), prompt, **sampling)
+    saved = _open_model(checkpoint or newest_checkpoint(results))[1]
+    pieces = stream_text(model_from_checkpoint(saved).to(default_device()), prompt, **sampling)
     for piece in itertools.chain([prompt + next(pieces, "")], pieces, ["\n"]):  # after an error nothing
         print(piece, end="", flush=True)
 
 
 def _optimize(checkpoint: str | None, corpus: str | None, results: str, data_folder: str, **options) -> list[Path]:
-    saved = load_checkpoint(checkpoint or newest_checkpoint(results))
+    saved = _open_model(checkpoint, results)[1]
     _, file = open_corpus(saved, corpus, data_folder, ["validation"])
     advanced_tensorrt_optimization_demo(model_from_checkpoint(saved), file, results=results, **options)
     return sorted(Path(results).glob("inference_benchmark.*"))
 
 
 def _export(checkpoint: str | None, results: str) -> list[Path]:
-    model = load_model(checkpoint or newest_checkpoint(results))
+    model = model_from_checkpoint(_open_model(checkpoint, results)[1])
     return sorted(export_to_hf(model, Path(results) / "huggingface").iterdir())
 
 
@@ -4619,16 +4625,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for name, (run, about, names) in _COMMANDS.items():
             sub = commands.add_parser(name, help=about, description=about, usage=argparse.SUPPRESS)
             sub.set_defaults(run=run, results="results/published" if name == "publish" else "results")
-            sub.add_argument("--results", "--out", help="folder for the files [%(default)s]")
+            what = "of your models" if name == "generate" else "for the files"
+            sub.add_argument("--results", *["--out"] * (name != "generate"), help=f"folder {what} [%(default)s]")
             names += " --preset" if name in ("train", "both") else " --checkpoint"
             names += " --data-folder" if "--preset" in names or "--corpus" in names else ""
             for argument in names.split():
                 sub.add_argument(argument, **_ARGUMENTS[argument])
             if "--preset" in names:
-                title = f"model [values of preset {default_preset()!r}]"
-                _add_settings(sub.add_argument_group(title), get_preset().model)
+                sub.description += f" In brackets are values of preset {default_preset()!r}, whatever --preset says."
+                _add_settings(sub.add_argument_group("model"), get_preset().model)
                 _add_settings(sub.add_argument_group("training"), get_preset().train)
         options = vars(parser.parse_args(arguments))
+        if os.path.isfile(options["results"]):
+            raise PicoError(f"{options['results']} is a file, not a folder; name a folder.")
         files = options.pop("run")(**options) or []
         print_files(files)
         return 130 if files and files[0].name.endswith(".partial.pt") else 0
@@ -4636,6 +4645,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"Error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
+        print("\nStopped early; files that were finished by then stay, no others were written.", file=sys.stderr)
         return 130
 
 
@@ -4647,8 +4657,7 @@ _PAGE_HTML = """<!doctype html><html lang="en"><head><meta charset="utf-8"><titl
 <meta name="viewport" content="width=device-width, initial-scale=1"><meta name="color-scheme" content="light dark">
 <meta http-equiv="Content-Security-Policy"
   content="default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'">
-<style>{{ style|safe }}</style></head><body><main>
-<h1>{{ title }}</h1>{{ body|safe }}</main></body></html>
+<style>{{ style|safe }}</style></head><body><main><h1>{{ title }}</h1>{{ body|safe }}</main></body></html>
 """
 
 _PAGE_CSS = """
@@ -4665,7 +4674,6 @@ code { background: var(--panel); padding: .1em .3em; border-radius: 3px; overflo
 """
 
 _REPORT_CSS = """
-figure { margin: 1rem 0; overflow-x: auto; }
 figure img { max-width: 100%; min-width: 34rem; box-sizing: border-box; border: 1px solid var(--line); }
 figcaption, .evidence { color: var(--soft); font-size: .9rem; position: sticky; left: 0; white-space: pre-line; }
 .lead { background: var(--panel); border-radius: 6px; padding: .25rem 1rem; font-size: 1.05rem; max-width: 46rem; }
@@ -4674,7 +4682,7 @@ nav ul { columns: 2; max-width: 40rem; padding-left: 1.25rem; } .scroll { overfl
 .supported { border-color: #009e73; } .undecided { border-color: #e69f00; } .not { border-color: #999999; }
 table { border-collapse: collapse; font-size: .88rem; font-variant-numeric: tabular-nums; }
 th, td { border-bottom: 1px solid var(--line); padding: .2rem .6rem; text-align: right; vertical-align: top; }
-th:first-child, td:first-child { text-align: left; }
+th:first-child, td:first-child { text-align: left; } figure { margin: 1rem 0; overflow-x: auto; }
 details { margin: .75rem 0; } summary { cursor: pointer; font-weight: 600; } .statement p { margin: .15rem 0; }
 """
 
@@ -4697,10 +4705,11 @@ intervals over texts and, for untrained models, the range over seeds."),
 Each kind of looking has a score; a head does it if its score reaches the threshold and lies beyond those of untrained
 models. Intervals are 95% bootstrap intervals over texts."),
 ("Ablation", "Which heads matter", ["ablation"], "
-A pattern is no proof of use. Here each head's output is replaced by its mean, and the loss on held-out text is
-measured again; then the same for all heads of a class at once, since single heads can be spared when others do the
-same, beside random sets of as many heads, of the same layers where possible and partly the same heads. A class matters
-if it costs more than nearly all of these and, by the interval over texts, more than their mean."),
+A pattern is no proof of use. Here each head's output is replaced by its mean, and the loss on held-out text is measured
+again; then the same for all heads of a class at once, since single heads can be spared when others do the same. A class
+has two numbers: on all tokens, and on up to 64 tokens of each window, where random sets of as many heads are measured
+too, to compare it with. These are of the same layers where possible and may hold heads of this class and of others. A
+class matters if it costs more than nearly all of these and, by the interval over texts, more than their mean."),
 ("Language", "Language", ["language"], "
 Each claim is tested with pairs of sentences, one good and one wrong or at least unusual, that differ in little else.
 Three things must hold: the model finds the good one more likely; heads look at the word that decides, chosen on one
@@ -4711,8 +4720,8 @@ high, and the claim stays undecided. p-values are adjusted for the number of tes
 Heads that share a branch low in the tree look at the same places of the same text. The dashed line is a yardstick,
 not a limit of error: how far one head is from itself when the text changes."),
 ("sentences", "The sentences", [], "
-For each kind: chosen heads on its first 20 sentences; then, for the first one, every head, the chosen heads,
-the flow between tokens, and rollout, which follows attention through all layers."),
+For each kind, chosen heads on its first 20 sentences; for the first one also every head, the flow between tokens, and
+rollout, which follows attention through all layers."),
 ("next", "Terms, and what to try next", [], "
 <strong>Token</strong>: a piece of text, often a word with its leading space. <strong>Attention sink</strong>: a head
 that parks its attention on the first token when it has nothing to do (Xiao et al. 2023). <strong>Induction</strong>:
@@ -4750,13 +4759,11 @@ and how much of that an untrained model would show as well.</p>
 <div class="scroll" tabindex="0">{{ tables[anchor][1]|safe }}</div></details>{% endif %}
 {% endfor %}"""
 
-_EXPLORER_PAGE_HTML = """
-{% if has_report %}<p><a href="attention_report.html">← To the report</a></p>{% endif %}
+_EXPLORER_HTML = """{% if page %}{% if page.model %}<p>Model: {{ page.model }}</p>{% endif %}
+{% if page.has_report %}<p><a href="attention_report.html">← To the report</a></p>{% endif %}
 <p>For every token, each attention head of the model decides how much to look at the tokens so far. Try your own
-sentences: <code>python pico_helpers.py explore "My sentence."</code> writes a page like this one.</p>
-{{ explorer|safe }}"""
-
-_EXPLORER_HTML = """<div class="pico-explorer"{% if address %} data-address{% endif %}><style>{{ style|safe }}</style>
+sentences: <code>python pico_helpers.py explore "My sentence."</code> writes a page like this one.</p>{% endif %}
+<div class="pico-explorer"{% if page %} data-address{% endif %}><style>{{ style|safe }}</style>
 <script type="application/json" class="pico-data">{{ data|safe }}</script>
 <p class="pico-help">Point at a token, or tap it, to see where a head looks from there; pick heads by their small maps.
 In a map each row is a token doing the looking, each column a token looked at. Click pins a token, <kbd>Esc</kbd> lets
@@ -4768,8 +4775,7 @@ shows that head beside the first.</p>
 {% endfor %}</select></label>
 <label><input type="checkbox" class="pico-compare"> two heads side by side</label>
 <label><input type="checkbox" class="pico-drop" autocomplete="off"> leave out the first token</label>
-</div>
-<div class="pico-tokens" role="group" aria-label="Tokens"></div><p class="pico-status" role="status">Loading</p>
+</div><div class="pico-tokens" role="group" aria-label="Tokens"></div><p class="pico-status" role="status">Loading</p>
 <div class="pico-panels">{% for panel in range(2) %}
 <figure class="pico-panel"><figcaption><strong></strong> <span></span> <small></small></figcaption>
 <canvas role="img" tabindex="0"></canvas></figure>{% endfor %}
@@ -4788,7 +4794,7 @@ _EXPLORER_CSS = """
     --pico-back: #16181b; --pico-text: #e6e6e3; --pico-soft: #a5a8ab; --pico-none: #34383d; --pico-mark: #ff7a4d;
   }
   .pico-controls { display: flex; flex-wrap: wrap; gap: .25rem 1.25rem; }
-  .pico-text { max-width: min(30rem, 70vw); font: inherit; }
+  .pico-text { max-width: min(30rem, 70vw); font: inherit; } & figcaption { min-height: 4.5em; color: inherit; }
   & button { font: inherit; color: inherit; background: none; border: 2px solid transparent; border-radius: 4px; }
   .pico-tokens { display: flex; flex-wrap: wrap; gap: 3px; margin: .75rem 0 .25rem; }
   .pico-tokens button { padding: 0 .3rem; background: var(--pico-none); }
@@ -4797,7 +4803,6 @@ _EXPLORER_CSS = """
   .pico-status { min-height: 3em; margin: .25rem 0; max-width: none; white-space: pre-line; }
   .pico-panels { display: flex; flex-wrap: wrap; gap: 1rem 1.5rem; }
   .pico-panels > * { flex: 1 1 320px; max-width: 500px; min-width: 0; margin: 0; }
-  & figcaption { min-height: 4.5em; color: inherit; }
   & small, .pico-help { display: block; color: var(--pico-soft); font-size: .9em; max-width: 46rem; }
   [data-active] strong { border-bottom: 3px solid var(--pico-mark); }
   .pico-panel canvas { display: block; margin-top: .4rem; max-width: 100%; cursor: crosshair; }
@@ -4886,8 +4891,7 @@ document.querySelectorAll(".pico-explorer:not([data-started])").forEach((root) =
   }
 
   function drawPanel(panel, i) {
-    panel.hidden = state.heads[i] < 0;
-    if (panel.hidden) return;
+    if ((panel.hidden = state.heads[i] < 0)) return;
     const { name, does, scores } = data.heads[state.heads[i]];
     panel.querySelectorAll("figcaption *").forEach((part, k) => (part.textContent = [name, does, scores][k]));
     panel.querySelector("canvas").ariaLabel = `Attention of head ${name}`;
@@ -4895,22 +4899,20 @@ document.querySelectorAll(".pico-explorer:not([data-started])").forEach((root) =
     drawMatrix(panel, state.heads[i]);
   }
 
-  function drawToken(button, key, row) {
-    const [isSeen, isCurrent] = [key <= state.token, key === state.token];
-    const value = isSeen ? Math.round(255 * row[key]) : 0;
-    button.style.background = isSeen ? `rgb(${data.colors[value]})` : "";
-    button.style.color = isSeen ? (value > 111 ? "#000000" : "#ffffff") : "";
-    button.title = isSeen ? describe(state.token, key, row[key]) : "comes later";
-    button.ariaCurrent = isCurrent || null;
-    Object.assign(button, { tabIndex: isCurrent ? 0 : -1, ariaPressed: state.pinned && isCurrent });
-  }
-
   function draw() {
     find("text").selectedIndex = state.text;
     find("compare").checked = state.heads[1] >= 0;
     panels.forEach(drawPanel);
     const row = weights(current(), state.token);
-    [...tokens.children].forEach((button, key) => drawToken(button, key, row));
+    [...tokens.children].forEach((button, key) => {
+      const [isSeen, isCurrent] = [key <= state.token, key === state.token];
+      const value = isSeen ? Math.round(255 * row[key]) : 0;
+      button.style.background = isSeen ? `rgb(${data.colors[value]})` : "";
+      button.style.color = isSeen ? (value > 111 ? "#000000" : "#ffffff") : "";
+      button.title = isSeen ? describe(state.token, key, row[key]) : "comes later";
+      button.ariaCurrent = isCurrent || null;
+      Object.assign(button, { tabIndex: isCurrent ? 0 : -1, ariaPressed: state.pinned && isCurrent });
+    });
     thumbs.forEach((button, head) =>
       Object.assign(button, { tabIndex: head === current() ? 0 : -1, ariaPressed: state.heads.includes(head) }));
     const lines = state.heads.filter((head) => head >= 0).map((head) => {
@@ -4931,9 +4933,7 @@ document.querySelectorAll(".pico-explorer:not([data-started])").forEach((root) =
 
   const point = (token) => state.pinned || token === state.token || update({ token });
   const pin = (token) => update({ token, pinned: !(state.pinned && token === state.token) });
-  function pickHead(index, panel = state.active) {
-    update({ heads: state.heads.map((head, i) => (i === panel ? index : head)), active: panel });
-  }
+  const pickHead = (head, panel = state.active) => update({ heads: state.heads.with(panel, head), active: panel });
 
   function pickText(text, token) {
     maps = atob(data.texts[text].maps);
@@ -5010,7 +5010,7 @@ A decoder-only transformer of {parameters[0]:,} parameters without embeddings, {
 
 Trained on {saved.corpus}. {note}
 
-| | losses in nats per token |
+| setting or measurement | value (losses in nats per token) |
 | --- | --- |
 {table}
 

@@ -103,6 +103,9 @@ def test_flow_draws_an_arrow_for_each_look_at_another_token_and_a_ring_for_each_
     rings = [graph.has_edge(i, i) for i in graph]
     np.testing.assert_array_equal(axes.collections[-1].get_sizes() > 0, rings)
     assert sum(rings) > 5 if head == (0, 0) else len(axes.patches) > 5
+    evenly = capture._replace(weights=pico.uniform_attention(2, len(capture.labels)))
+    (axes,) = pico.plot_attention_flow(evenly, [(0, 0)]).axes
+    assert not axes.patches and not len(axes.get_xticks()), "without arrows there is no axis either"
 
 
 @pytest.mark.parametrize(
@@ -148,6 +151,8 @@ def test_loss_curve_leaves_out_what_was_not_measured():
     assert [list(line.get_xdata()) for line in curves[:2]] == [[0, 10, 20], [20]]
     assert curves[2].get_ydata()[0] == pytest.approx(math.log(50257))
     assert len(pico.plot_loss_curve([]).axes[0].lines) == 1
+    markers = [line.get_marker() for line in pico.plot_loss_curve(rows[:1]).axes[0].lines]
+    assert markers == [".", "None"], "a single value is a dot"
 
 
 def test_emergence_shows_the_best_heads_by_tokens_what_it_means_and_a_legend_of_every_line():
@@ -209,6 +214,20 @@ def test_maps_of_layers_and_heads_outline_what_is_beyond_the_threshold():
     assert {frame.get_xy() for frame in figure.axes[0].patches} == {(0, 0)}
     np.testing.assert_allclose(figure.axes[0].collections[0].get_clim(), (-30, 30))
     np.testing.assert_allclose(maps_of(figure)[0], [[30, -10], [0, 0], [0, 0]])
+
+
+@pytest.mark.parametrize("n_head", [1, 2, 4, 7])
+def test_no_words_are_printed_over_others_or_cut_off(n_head):
+    study, capture = make_study(2, n_head), make_capture(SENTENCE, 2, n_head)
+    heads = pico.choose_heads(study.scores)
+    chosen, ablation = pico.plot_chosen_heads(capture, heads[:1], study.scores), pico.plot_ablation(study.ablation)
+    for figure in (maps := pico.plot_score_maps(study.scores, study.thresholds), chosen, ablation):
+        figure.draw_without_rendering()
+        for axes in figure.axes:
+            box = axes.get_tightbbox()
+            assert box.x0 > -1 and box.y0 > -1 and box.x1 < figure.bbox.x1 + 1 and box.y1 < figure.bbox.y1 + 1
+    titles = [axes._left_title.get_window_extent() for axes in maps.axes[:9]]
+    assert not any(one.overlaps(other) for one, other in itertools.combinations(titles, 2))
 
 
 def test_similar_heads_stand_together():

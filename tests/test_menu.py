@@ -85,6 +85,7 @@ def test_a_choice_is_taken_at_the_keyboard_and_from_the_variable(menu, tmp_path,
 
 def test_a_typo_and_a_wrong_path_are_asked_again(menu, trained, tmp_path, monkeypatch, capsys):
     typing, done = menu
+    monkeypatch.chdir(tmp_path)  # whose `results` hold no models
     newest = pico.save_checkpoint(tmp_path / "pico_llm_a.pt", pico.load_checkpoint(trained))
     (tmp_path / "text.pt").write_text("no model")
     typing("4", "trian", "2", "no-such.pt", str(tmp_path / "text.pt"), str(trained))
@@ -106,6 +107,7 @@ def test_a_typo_and_a_wrong_path_are_asked_again(menu, trained, tmp_path, monkey
 
 def test_newcomers_study_what_is_shipped_elsewhere(published, data_folder, monkeypatch, capsys, corpus_folder):
     """`published` lies where a copy of the project has it; its training corpus is not on this machine."""
+    monkeypatch.chdir(published.parent.parent)
     monkeypatch.setattr(pico, "SHIPPED_CHECKPOINT", published / "pico_llm.pt")
     monkeypatch.setenv("PICO_MENU", "2")
     before = {path: path.stat().st_mtime_ns for path in published.rglob("*")}
@@ -277,14 +279,39 @@ def test_command_line_trains_explores_and_generates(tmp_path, corpus_folder, cap
     assert "Corpus: the parquet folder" in output and "A sample: 'The history of" in output
     assert f".pt   pico_llm_tiny.pt in {results}\n.csv  tiny_metrics.csv, tiny_heads.csv in {results}" in output
     assert pico.load_checkpoint(results / "pico_llm_tiny.pt").train_config.learning_rate == 0.002
-    command = [sys.executable, "pico_helpers.py", "generate", "One day", "--max-new-tokens", "5", "--out", str(results)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0 and done.stdout.startswith("One day")
+    command = [sys.executable, "pico_helpers.py", "generate", "One " * 99, "--max-new-tokens", "5"]
+    done = subprocess.run([*command, "--results", str(results)], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.startswith("One One")
+    model, prompt = done.stderr.splitlines()
+    assert model == f"Model: {results / 'pico_llm_tiny.pt'} (layers x heads: 2 x 2)"
+    assert prompt == "The prompt has 100 tokens; only the last 48 are read.", "three quarters of 64"
     page = results / "my_explorer.html"
     assert run("explore", "A very long journey.", "Another <b>one</b>.") == f".html my_explorer.html in {results}\n"
     assert "A very long journey." in page.read_text() and "Another <b>one" not in page.read_text()
+    assert "<p>Model: pico_llm_tiny.pt</p>" in page.read_text()
     pico.explore("A single sentence.", results=results)
     assert page.read_text().count("<option>") == 1
+    pico.explore(["My", "own", "sentence."], results=results)  # without quotes
+    assert "<option>My own sentence.</option>" in page.read_text() and page.read_text().count("<option>") == 1
+    assert 'taken as one sentence; put each sentence in quotes: "My own sentence."' in capsys.readouterr().err
+
+
+def test_another_folder_for_the_files_does_not_change_the_model(trained, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    saved = pico.load_checkpoint(trained)
+    own, newer = Path("results/pico_llm_own.pt"), Path("out/pico_llm_newer.pt")
+    for model in (own, newer):
+        pico.save_checkpoint(model, saved)
+        assert pico.main(["explore", "A good sentence.", "--out", "out"]) == 0
+        assert f"Model: {model} (layers" in capsys.readouterr().err
+    assert pico.main(["generate", "A", "--max-new-tokens", "1", "--results", "results"]) == 0
+    assert f"Model: {own} (layers" in capsys.readouterr().err, "here the folder is that of the models"
+
+
+def test_a_stop_is_one_line(monkeypatch, tmp_path, capsys):
+    monkeypatch.setitem(pico._COMMANDS, "analyze", (Mock(side_effect=KeyboardInterrupt), "Study.", ""))
+    assert pico.main(["analyze", "--out", str(tmp_path)]) == 130
+    assert capsys.readouterr().err.strip().startswith("Stopped early; files that were finished by then stay")
 
 
 def test_wrong_options_are_one_line(tmp_path, monkeypatch, capsys):
@@ -304,13 +331,19 @@ def test_wrong_options_are_one_line(tmp_path, monkeypatch, capsys):
         (["explore", ""], "The sentence is empty"),
         (["explore", "A good one.", "word " * 600], "The sentence has 601 tokens; the model reads 512"),
         (["generate", "A", "--temperature", "-1"], "Generation needs"),
-        (["publish", "--checkpoint", "results"], "There is no checkpoint results"),
+        (
+            ["publish", "--checkpoint", "results"],
+            "There is no checkpoint results; it is a folder, name a .pt file in it",
+        ),
+        (["analyze", "--corpus", "README.md"], "No corpus or folder 'README.md', only a file; choose"),
+        (["export", "--results", "README.md"], "README.md is a file, not a folder"),
     ):
         try:
-            status = pico.main([*arguments, *(["--results", str(tmp_path)] if arguments else [])])
+            status = pico.main([*arguments[:1], *(["--results", str(tmp_path)] if arguments else []), *arguments[1:]])
         except SystemExit as error:  # argparse's way
             status = error.code
         shown, output = capsys.readouterr()
+        output = re.sub(r"\AModel: .*\n", "", output)
         assert status == 2 and output.count("\n") == 1 and (arguments[:1] != ["generate"] or not shown), arguments
         assert output.startswith(f"Error: {message}") or f"error: {message}" in output
         assert not list(tmp_path.iterdir())
@@ -320,6 +353,6 @@ def test_help_explains_every_setting(capsys):
     with pytest.raises(SystemExit):
         pico.main(["train", "--help"])
     text = " ".join(capsys.readouterr().out.split())
-    assert "--n-layer INT" in text and "--betas FLOAT FLOAT" in text and "model [values of preset" in text
+    assert "--n-layer INT" in text and "--betas FLOAT FLOAT" in text and "In brackets are values of preset" in text
     assert "sequences per step [8]" in text
     assert " INT [" not in text and " FLOAT [" not in text and " STR [" not in text, "a setting without a word of help"

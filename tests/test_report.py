@@ -162,7 +162,7 @@ def test_report_is_one_page_that_describes_every_picture_and_escapes_every_text(
     for row in findings["statements"]:
         assert " ".join(row["claim"].split()) in words and " ".join(row["evidence"].split()) in words
     assert all(line in words for line in findings["headline"])
-    terms = ("threshold of previous", "null attention", "No head does this", "untrained models", "explore")
+    terms = ("threshold of previous", "null attention", "No head does this", "A class has two numbers", "explore")
     for term in (*terms, pico.CLASS_RULE, '"My sentence."'):
         assert term in words
     assert not {"script", "b", "i"} & {tag for tag, _ in page.elements}  # every text is escaped
