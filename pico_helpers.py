@@ -738,13 +738,17 @@ _MOSES_RULES = {
 
 def _glue_quotes(line: str) -> str:
     """Pairs the quotation marks that stand alone and puts _GLUE on the side where each has no space."""
-    is_open = {'"': False, "'": False}
+    line = re.sub(r"(?<= )' (?=\d0s\b)", f"'{_GLUE}", line)  # in the ' 80s and ' 90s
+    is_open, alone = {'"': False, "'": False}, [match.start() for match in re.finditer("(?<= )'(?= )", line)]
+    n_later = dict.fromkeys(alone, 0)  # apostrophes after each; of two with one space between them, the first
+    for place, first, second in reversed([*zip(alone, alone[1:], [*alone[2:], None], strict=False)]):
+        n_later[place] = 1 + n_later[second if second == first + 2 else first]
 
     def glue(match: re.Match) -> str:
-        mark, later = match[0], line[match.end() :].split(" ' ")  # what stands between the apostrophes after this one
-        is_plural = mark == "'" and not is_open[mark] and line[match.start() - 2] in "sxz"
-        if is_plural and (len(later) % 2 or later[0][-1:] in ("s", "x", "z")):  # no other mark would close it
-            return _GLUE + mark  # the crews ' ships
+        mark, place = match[0], match.start()
+        is_plural = mark == "'" and not is_open[mark] and line[place - 2] in "sxz"
+        if is_plural and (n_later[place] % 2 == 0 or line[line.find(" ' ", place + 1) - 1] in "sxz"):
+            return _GLUE + mark  # the crews ' ships: no other mark would close it
         is_open[mark] = not is_open[mark]
         return mark + _GLUE if is_open[mark] else _GLUE + mark
 

@@ -186,6 +186,7 @@ He called the "so-called 'free' men" [sic] in the dogs' kennel.
 "A quotation that goes on in the next paragraph
 The players' clubs, the boys' and the girls' teams won 3:1.
 She moved in the '80s – and came back.
+The dogs' rock 'n' roll of the '80s and '90s.
 It lay at 45° N; the word 'means' means it (he said: "stop").
 = A title: the king's =
 == A section ==
@@ -197,6 +198,13 @@ def test_natural_text_restores_the_original(original):
     stored = moses(original)
     assert stored.count(" ") > original.count(" ") + 1 and pico.natural_text(stored) == original + "\n"
     assert pico.natural_text(stored * 3) == (original + "\n") * 3  # line by line
+
+
+@pytest.mark.parametrize("part", [" crews '", " ' \" s", " '"])
+def test_a_long_line_of_quotation_marks_takes_no_time(part):
+    started = time.monotonic()
+    pico.natural_text(part * 60_000)
+    assert time.monotonic() - started < 5
 
 
 def test_text_style_is_a_choice_where_it_matters_and_words_are_counted_as_stored(tmp_path):
