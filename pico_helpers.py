@@ -94,7 +94,7 @@ class PicoError(Exception):
 
 
 def check_choice(kind: str, value: object, choices: Iterable[str]) -> None:
-    if value not in choices:
+    if value not in tuple(choices):  # which compares, where a table would hash
         raise PicoError(f"Unknown {kind} {value!r}; choose one of: {', '.join(choices)}.")
 
 
@@ -105,11 +105,11 @@ def _check_settings(config: object, rules: Iterable[tuple[str, str, Callable[...
         object.__setattr__(config, name, os.fspath(plain) if isinstance(plain, os.PathLike) else plain)
     for names, must, is_good in rules:
         for name in names.split():
-            value, is_fine = getattr(config, name), False
-            with contextlib.suppress(TypeError):  # of a comparison with what is no number
-                is_fine = is_good(value)
-            if not is_fine:
-                raise PicoError(f"{name} must {must}, not {value!r}.")
+            value = getattr(config, name)
+            with contextlib.suppress(TypeError, ValueError):  # of a comparison with what is no number
+                if is_good(value):
+                    continue
+            raise PicoError(f"{name} must {must}, not {value!r}.")
 
 
 @dataclass(frozen=True)
@@ -129,8 +129,9 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         sizes = "vocab_size d_model n_layer n_head d_ff context_length max_positions"
-        limit, twice = 2**16, 2 * self.n_head  # ids of token files have 16 bits; heads are of even size
+        limit, twice = 2**16, self.n_head and 2 * self.n_head  # ids of token files have 16 bits; heads are of even size
         rules = [
+            ("qk_norm", "be True or False", lambda flag: type(flag) is bool),
             (sizes, f"be a whole number from 1 to {limit:,}", lambda n: type(n) is int and 1 <= n <= limit),
             ("dropout", "lie in [0, 1)", lambda p: 0 <= p < 1),
             ("rope_theta", "be a positive number", lambda base: 0 < base < math.inf),
@@ -183,11 +184,12 @@ class TrainConfig:
     checkpoint_seconds: float = 60.0  # time between checkpoints
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "betas", tuple(map(float, self.betas)))
+        with contextlib.suppress(TypeError, ValueError):  # the rule below says what is wrong
+            object.__setattr__(self, "betas", tuple(map(float, self.betas)))
         is_name = re.compile(r"[\w.-]+(?<!\.partial)").fullmatch
         count, optional = "be a whole number, at least 1", "max_sequences max_steps micro_batch_size loss_chunk"
         not_negative = "weight_decay matrix_weight_decay checkpoint_seconds"
-        part = self.micro_batch_size or self.batch_size
+        part, fraction = self.micro_batch_size or self.batch_size, "be None or lie in (0, 1]"
         rules = [
             ("name", "be letters, digits, '-' and '_', as it names files", is_name),
             ("batch_size log_interval eval_interval", count, lambda n: type(n) is int and n >= 1),
@@ -198,6 +200,10 @@ class TrainConfig:
             ("seed", "be a whole number from 0 to 2**32 - 1", lambda n: type(n) is int and 0 <= n < 2**32),
             ("betas", "be two numbers from 0 to below 1", lambda b: len(b) == 2 and all(0 <= x < 1 for x in b)),
             ("batch_size", f"be a multiple of micro_batch_size ({part})", lambda n: n % part == 0),
+            ("corpus_fraction", fraction, lambda x: x is None or 0 < x <= 1),
+            ("corpus", "be auto, wikitext103, offline or a folder", lambda text: isinstance(text, str)),
+            ("init_from", "be None or the path of a .pt file", lambda path: isinstance(path, str | None)),
+            ("compile", "be True, False or None", lambda flag: flag is None or type(flag) is bool),
         ]
         _check_settings(self, rules)
         check_choice("precision", self.precision, ("auto", "fp32", "fp16", "bf16"))
@@ -285,6 +291,13 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
         finally:
             with contextlib.suppress(OSError):
                 temporary.unlink()
+
+
+def remove_leftovers(path: Path) -> None:
+    """Removes what `atomic_write` of this path left behind where its process was killed."""
+    for left in path.parent.glob(f".{path.stem}.[0-9]*{path.suffix}"):
+        with contextlib.suppress(OSError):
+            left.unlink()
 
 
 def check_writable(folder: str | Path) -> None:
@@ -716,6 +729,7 @@ class Corpus(NamedTuple):
     documents: Callable[[str], Iterator[tuple[str, int]]]  # texts of "train" or "validation", their numbers of words
 
 
+CORPORA = ("auto", "wikitext103", "offline")  # any other name is that of a folder
 SPLITS = ("train", "validation")  # of a corpus
 _TITLE = re.compile(r" = (?!= ).* = \n?")  # of an article
 _GLUE = "\ue000"  # stands where a quotation mark meets what it quotes
@@ -850,11 +864,8 @@ def _parquet_corpus(folder: Path, fraction: float, text_style: str) -> Corpus:
         read = group_rows(itertools.islice(_parquet_rows(training), n_rows), is_natural)
         return read if validation else _hold_out(read, split)
 
-    state = []
-    for path in [*training, *validation]:
-        data = np.memmap(path, mode="r")  # its end describes all of it
-        ends = data[: 2**16].tobytes() + data[-(2**16) :].tobytes() + str(len(data)).encode()
-        state.append([path.relative_to(folder).as_posix(), hashlib.sha256(ends).hexdigest()])
+    contents = {path: hashlib.sha256(np.memmap(path, mode="r")).hexdigest() for path in [*training, *validation]}
+    state = [[path.relative_to(folder).as_posix(), content] for path, content in contents.items()]
     key = json.dumps([fraction, state] + ["natural"] * is_natural)
     # another text in front, and other documents are held out, so the study must see that the folder changed
     counted = f"every 50th document; contents {hashlib.sha256(key.encode()).hexdigest()[:8]}"
@@ -959,7 +970,10 @@ def prepare_tokens(corpus: Corpus, split: str, data_folder: str | Path = "data")
                 starts.append(starts[-1] + len(tokens))
                 bar.update(len(tokens))
         if not n_words:
-            raise PicoError(f"The {split} split of {corpus.about} holds no text; choose another corpus.")
+            advice = (
+                "add some or choose another corpus: without validation files it needs two documents (rows) at least"
+            )
+            raise PicoError(f"The {split} split of {corpus.about} holds no text; {advice}, as every 50th is held out.")
     begins = np.array(starts, np.int64)
     with atomic_write(folder / "starts.bin") as temporary:
         begins.tofile(temporary)
@@ -1147,7 +1161,7 @@ def choose_precision(name: str, device: torch.device) -> torch.dtype:
 def bf16_is_faster() -> bool:
     """Whether this CPU multiplies matrices at least 1.3 times as fast in bf16 (with AMX: 8 times) as in fp32."""
     matrices = (torch.ones(512, 512, dtype=dtype) for dtype in (torch.float32, torch.bfloat16))
-    options = {"timer": time.perf_counter, "number": 1, "repeat": 6}
+    options = {"timer": time.perf_counter, "number": 1, "repeat": 30}
     fp32, bf16 = (min(timeit.repeat("m @ m", globals={"m": matrix}, **options)) for matrix in matrices)
     return fp32 > 1.3 * bf16
 
@@ -1677,6 +1691,8 @@ class TrainingRun:
         kind, snapshots = choose_loader(self.stream, self.device), []
         batches = make_loader(kind, self.stream, config.batch_size, steps, self.device)
         if rank == 0:
+            for path in self.files:
+                remove_leftovers(path)
             save_checkpoint(self.files.model, self.checkpoint())  # a full disk is found now, not after hours
             what = f"{'Resuming' if self.step else 'Training'} {config.name} at step {self.step:,} of {steps.stop:,}"
             body, everything = (f"{n / 1e6:.2f}M" for n in self.model.count_parameters())
@@ -1826,7 +1842,7 @@ def _plan(
     print(f"Corpus: {corpus.about}, because {corpus.reason}.")
     training, validation = (prepare_tokens(corpus, split, data) for split in SPLITS)
     stream = SequenceStream(training, shape.context_length, config.max_sequences, config.seed)
-    steps = int(config.epochs * stream.n_sequences / config.batch_size)
+    steps = int(round(config.epochs * stream.n_sequences / config.batch_size, 6))  # 0.29 x 100 is 28.999999999999996
     steps = max(1, min(steps, config.max_steps or steps))
     plan = {"corpus": corpus.about, "corpus_key": corpus.key, "stream": stream, "validation": validation}
     found = _unfinished(files, shape, config, corpus)
@@ -1846,9 +1862,14 @@ def _unfinished(files: RunFiles, model_config: ModelConfig, config: TrainConfig,
     # may change, as another machine asks; the key of the corpus tells its content and the style of its text
     free = {"checkpoint_seconds": 0.0, "text_style": "natural", "corpus": "auto", "name": "run"}
     free |= dict.fromkeys(("micro_batch_size", "compile", "loss_chunk"))
+
+    def compared(config: TrainConfig) -> TrainConfig:
+        start = config.init_from and os.path.abspath(os.path.expanduser(config.init_from))
+        return dataclasses.replace(config, **free, init_from=start)
+
     try:
         found = load_checkpoint(files.model)
-        ours, theirs = (dataclasses.replace(each, **free) for each in (config, found.train_config))
+        ours, theirs = compared(config), compared(found.train_config)
         settings = vars(ours) | vars(model_config)
         state = found.training_state or {"corpus": corpus.key if found.corpus == corpus.about else None}
         if (state["corpus"], found.model_config, theirs) == (corpus.key, model_config, ours):
@@ -3705,8 +3726,9 @@ def stream_text(
 
     An empty prompt starts a new document. `sampling`: as of `sample_token`. `use_cache=False` gives the same, slowly.
     """
-    if max_new_tokens < 1:
-        raise PicoError("Generation needs max_new_tokens >= 1.")
+    are_whole = all(isinstance(number, int | np.integer) for number in (max_new_tokens, seed))
+    if not are_whole or max_new_tokens < 1 or not -(2**63) <= seed < 2**64:
+        raise PicoError("Generation needs whole numbers: max_new_tokens >= 1, a seed from -2**63 to 2**64 - 1.")
     tokenizer, rng = get_tokenizer(), torch.Generator().manual_seed(seed)
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")  # holds back the bytes of a partial character
     weight, size = model.token_embedding.weight, model.config.context_length
@@ -3735,14 +3757,15 @@ def sample_token(
     of the probability (nucleus sampling, Holtzman et al. 2020); None keeps all.
     """
     k, p = (len(logits) if top_k is None else top_k), (1.0 if top_p is None else top_p)
-    if not 0 <= temperature < math.inf or k < 1 or not 0 < p <= 1:
-        raise PicoError("Generation needs a finite temperature >= 0, top_k >= 1 and top_p in (0, 1].")
-    if temperature == 0:
+    if not 0 <= temperature < math.inf or not isinstance(k, int | np.integer) or k < 1 or not 0 < p <= 1:
+        raise PicoError("Generation needs a finite temperature >= 0, a whole top_k >= 1 and top_p in (0, 1].")
+    if temperature < 1e-40:  # in float32 it may be 0
         return int(logits.argmax())
     values, tokens = ((logits - logits.max()) / temperature).topk(min(k, len(logits)))  # most likely first
     probabilities = values.softmax(dim=-1)
     before = probabilities.cumsum(dim=-1) - probabilities  # probability of all more likely tokens
-    probabilities[before >= p] = 0.0
+    if p < 1:  # which rounding reaches before the last token
+        probabilities[before >= p] = 0.0
     return int(tokens[torch.multinomial(probabilities, 1, generator=rng)])
 
 
@@ -4345,7 +4368,7 @@ def open_corpus(
     None is what the model was trained on or, where that is out of reach, what this machine has, which a line then says.
     """
     config = checkpoint.train_config
-    fraction = None if corpus in ("auto", "wikitext103", "offline") else config.corpus_fraction
+    fraction = None if corpus in CORPORA else config.corpus_fraction
     try:
         chosen = choose_corpus(corpus or config.corpus, fraction, data_folder, config.text_style)
     except PicoError as error:
@@ -4439,7 +4462,8 @@ def publish(
             files += [write_csv(table, rows)] if rows else []
         files += run_analysis(files[0], None, new, **source)
         # names of the corpus folder and of the model it started from, not where they lie on this machine
-        corpus, start = Path(config.corpus).resolve().name, config.init_from and Path(config.init_from).name
+        start = config.init_from and Path(config.init_from).name
+        corpus = config.corpus if config.corpus in CORPORA else f"./{Path(config.corpus).resolve().name}"
         saved.train_config = dataclasses.replace(config, corpus=corpus, init_from=start)
         save_checkpoint(files[0], saved)
         files.insert(0, write_text(new / card.name, model_card(saved, new, data_note, folder)))
@@ -4455,7 +4479,7 @@ def publish(
 def model_card(saved: Checkpoint, folder: Path, note: str = "", place: Path | None = None) -> str:
     """The card of `publish`, as Markdown, from the checkpoint and the study in `folder`, which will lie at `place`."""
     place = place or folder
-    if saved.train_config.corpus in ("wikitext103", "offline"):
+    if saved.corpus.startswith(("WikiText-103 (", "lead sections of ")):
         note = note or "The text is by the contributors of English Wikipedia, CC BY-SA."
     facts = dict(*saved.metrics[-1:]) | {"tokens_per_second": None, "mfu": None}  # which are of the last steps only
     facts |= vars(saved.model_config) | vars(saved.train_config) | saved.environment
@@ -4572,14 +4596,24 @@ _COMMANDS = {  # function, what it does, arguments beside those that several com
 }
 
 
+def _or_none(kind: type) -> Callable[[str], object]:
+    """Reads a value of a kind, or None, for argparse, which calls a bad value by the name of this function."""
+
+    def read(text: str) -> object:
+        return None if text.lower() == "none" else kind(text)
+
+    read.__name__ = kind.__name__
+    return read
+
+
 def _add_settings(group: argparse._ArgumentGroup, config: ModelConfig | TrainConfig) -> None:
     """One option for each setting, such as --n-layer and --learning-rate; the comment on its field is its help."""
     comments = dict(re.findall(r"^    (\w+): .*?  # (.+)$", inspect.getsource(type(config)), re.MULTILINE))
     for item in dataclasses.fields(config):
         kind, about = item.type.split(" | ")[0], f"{comments.get(item.name, '')} [{getattr(config, item.name)}]"
         options = {"default": argparse.SUPPRESS, "help": about.replace("%", "%%")}
-        of = {"int": int, "str": str}.get(kind, float)
-        value = {"type": of, "metavar": of.__name__.upper(), "nargs": 2 if kind.startswith("tuple") else None}
+        of, nargs = {"int": int, "str": str}.get(kind, float), 2 if kind.startswith("tuple") else None
+        value = {"type": _or_none(of) if "None" in item.type else of, "metavar": of.__name__.upper(), "nargs": nargs}
         options |= {"action": argparse.BooleanOptionalAction} if kind == "bool" else value
         if item.metadata.get("option", True):
             group.add_argument(f"--{item.name.replace('_', '-')}", **options)

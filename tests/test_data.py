@@ -126,6 +126,9 @@ BAD_CORPORA = {
     r"Cannot read .*b\.parquet as parquet": lambda folder: (folder / "b.parquet").mkdir(),
     "it has {'text': 'int64'}": lambda folder: parquet(folder / "a.parquet", [1, 2]),
     "named validation or test are held out": lambda folder: parquet(folder / "test" / "0.parquet", ["a"]),
+    r"train split .* no text; .* two documents \(rows\) at least": lambda folder: parquet(
+        folder / "a.parquet", ["one"]
+    ),
     r"train split .* holds no text": lambda folder: parquet(folder / "a.parquet", ["", "  ", None]),
 }
 
@@ -238,6 +241,11 @@ def test_a_folder_without_validation_files_holds_out_is_read_in_part_and_known_b
     tiny = corpus(["one", "two"])
     assert [texts_of(tiny.documents(split)) for split in ("train", "validation")] == [["two"], ["one"]]
     assert corpus(["one", "two"]).key == tiny.key != corpus(["one", "owt"]).key  # written anew, so with another date
+    path, texts = tmp_path / "part.parquet", [f"document {k} is plain" for k in range(10_000)]
+    pq.write_table(pa.table({"text": texts}), path, compression="none", use_dictionary=False)
+    before = pico.choose_corpus(str(tmp_path)).key
+    path.write_bytes(path.read_bytes().replace(b"document 5000 is", b"document 5000 as"))  # in its middle
+    assert pico.choose_corpus(str(tmp_path)).key != before
 
 
 def test_token_files_hold_each_document_and_end_of_text_and_are_made_once(corpus_folder, data_folder, monkeypatch):

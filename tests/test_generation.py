@@ -74,8 +74,8 @@ def test_sampling_follows_the_filtered_distribution():
     assert frequencies(top_p=0.7) == pytest.approx([2 / 3, 1 / 3, 0, 0], abs=0.03)
     assert frequencies(top_p=0.76) == pytest.approx([0.5 / 0.9, 0.25 / 0.9, 0.15 / 0.9, 0], abs=0.03)
     assert frequencies(temperature=0.5) == pytest.approx([p**2 / 0.345 for p in (0.5, 0.25, 0.15, 0.1)], abs=0.03)
-    for greedy in ({"top_p": 1e-9}, {"top_k": 1}, {"temperature": 0.0}, {"temperature": 1e-40}):  # no overflow
-        assert frequencies(**greedy, n=50) == [1, 0, 0, 0]
+    for greedy in ({"top_p": 1e-9}, {"top_k": 1}, {"temperature": 0.0}, *({"temperature": t} for t in (1e-40, 1e-46))):
+        assert frequencies(**greedy, n=50) == [1, 0, 0, 0]  # no overflow
 
 
 def test_streaming_emits_whole_characters_only(scripted):
@@ -99,7 +99,17 @@ def test_the_callers_modes_hold_between_tokens():
     assert len({generate(model, "The", 5, temperature=0) for _ in range(2)}) == 1  # no dropout while sampling
 
 
-BAD = {"max_new_tokens": [0], "temperature": [-0.1, float("nan"), float("inf")], "top_k": [0], "top_p": [0, 1.1]}
+@pytest.mark.parametrize("top_p", [None, 1.0])
+def test_without_a_nucleus_every_token_may_come(monkeypatch, top_p):
+    """Rounded sums of probabilities reach 1 long before the last of them."""
+    seen, rng, logits = [], torch.Generator().manual_seed(0), torch.randn(50257, generator=torch.Generator()) * 2
+    monkeypatch.setattr(torch, "multinomial", lambda p, *args, **options: seen.append(p) or torch.zeros(1).long())
+    pico.sample_token(logits, rng, 1.0, None, top_p)
+    assert (seen[0] > 0).all()
+
+
+BAD = {"max_new_tokens": [0, 2.5], "temperature": [-0.1, float("nan"), float("inf")], "top_k": [0, 2.5]}
+BAD |= {"top_p": [0, 1.1], "seed": [10**20, 0.5]}
 
 
 @pytest.mark.parametrize("option, value", [(option, value) for option, values in BAD.items() for value in values])
