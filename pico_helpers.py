@@ -1,24 +1,8 @@
 """Pico-LLM: train a 12M-parameter transformer from scratch, look inside it, make it fast.
 
-Everything that `pico_llm.ipynb` calls lives here. Each section uses only those above it, and the texts in the last one:
-
-    CONFIGURATION           model and training settings, presets
-    FILES                   atomic writes, progress bars, errors that say what to do
-    MODEL                   RoPE, causal self-attention, SwiGLU, the decoder, its loss
-    TOKENIZER AND DATA      GPT-2 byte pairs, three corpora, token files, the order of sequences
-    CHECKPOINTS             one .pt file, written atomically, read without running code
-    TRAINING                optimizer, schedule, evaluation, the loop
-    ATTENTION CAPTURE       attention patterns of every layer and head, ablation of heads
-    STATISTICS              intervals and tests that everything below shares
-    HEAD SCORES             what a head does, corrected for chance
-    LANGUAGE                minimal pairs and what they show
-    FIGURES                 every picture of the study
-    REPORT                  findings, report and explorer: two self-contained web pages
-    GENERATION              sampling with a KV cache
-    INFERENCE               FP16, CUDA graphs, torch.compile, TensorRT
-    EXPORT                  a Hugging Face folder of the model
-    COMMAND LINE AND MENU   train | both | analyze | explore | generate | optimize | export | publish
-    ASSETS                  templates, style and script of the pages
+Everything that `pico_llm.ipynb` calls lives here. Each section uses only those before it, and the texts in the last:
+CONFIGURATION, FILES, MODEL, TOKENIZER AND DATA, CHECKPOINTS, TRAINING, ATTENTION CAPTURE, STATISTICS, HEAD SCORES,
+LANGUAGE, FIGURES, REPORT, GENERATION, INFERENCE, EXPORT, COMMAND LINE AND MENU, ASSETS.
 """
 
 from __future__ import annotations
@@ -57,7 +41,7 @@ import urllib.request
 import warnings
 import weakref
 import zlib
-from collections import Counter
+from collections import Counter, namedtuple
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from multiprocessing.pool import ThreadPool
@@ -80,10 +64,9 @@ from pyarrow.parquet import ParquetFile
 from torch import Tensor, nn
 from tqdm import tqdm
 
-try:
+nvtx = None
+with contextlib.suppress(ImportError):  # on a Mac pip would have to compile it, for tools that do not exist there
     import nvtx
-except ImportError:  # on a Mac pip would have to compile it, for tools that do not exist there
-    nvtx = None
 
 # == CONFIGURATION =====================================================================================================
 # Two frozen dataclasses and a table of presets. Every run is described by them and every checkpoint holds them.
@@ -107,7 +90,7 @@ def _check_settings(config: object, rules: Iterable[tuple[str, str, Callable[...
         for name in names.split():
             value = getattr(config, name)
             with contextlib.suppress(TypeError, ValueError):  # of a comparison with what is no number
-                if is_good(value):
+                if (value is None and "None" in inspect.get_annotations(type(config))[name]) or is_good(value):
                     continue
             raise PicoError(f"{name} must {must}, not {value!r}.")
 
@@ -187,23 +170,21 @@ class TrainConfig:
         with contextlib.suppress(TypeError, ValueError):  # the rule below says what is wrong
             object.__setattr__(self, "betas", tuple(map(float, self.betas)))
         is_name = re.compile(r"[\w.-]+(?<!\.partial)").fullmatch
-        count, optional = "be a whole number, at least 1", "max_sequences max_steps micro_batch_size loss_chunk"
+        counts = "batch_size log_interval eval_interval max_sequences max_steps micro_batch_size loss_chunk"
         not_negative = "weight_decay matrix_weight_decay checkpoint_seconds"
-        part, fraction = self.micro_batch_size or self.batch_size, "be None or lie in (0, 1]"
+        part = self.micro_batch_size or self.batch_size
         rules = [
             ("name", "be letters, digits, '-' and '_', as it names files", is_name),
-            ("batch_size log_interval eval_interval", count, lambda n: type(n) is int and n >= 1),
-            (optional, count, lambda n: n is None or (type(n) is int and n >= 1)),
+            (counts, "be a whole number, at least 1", lambda n: type(n) is int and n >= 1),
             ("epochs learning_rate matrix_learning_rate grad_clip", "be a positive number", lambda x: 0 < x < math.inf),
             ("warmup_steps", "be a whole number, at least 0", lambda n: type(n) is int and n >= 0),
             (not_negative, "be 0 or a positive number", lambda x: 0 <= x < math.inf),
             ("seed", "be a whole number from 0 to 2**32 - 1", lambda n: type(n) is int and 0 <= n < 2**32),
             ("betas", "be two numbers from 0 to below 1", lambda b: len(b) == 2 and all(0 <= x < 1 for x in b)),
             ("batch_size", f"be a multiple of micro_batch_size ({part})", lambda n: n % part == 0),
-            ("corpus_fraction", fraction, lambda x: x is None or 0 < x <= 1),
-            ("corpus", "be auto, wikitext103, offline or a folder", lambda text: isinstance(text, str)),
-            ("init_from", "be None or the path of a .pt file", lambda path: isinstance(path, str | None)),
-            ("compile", "be True, False or None", lambda flag: flag is None or type(flag) is bool),
+            ("corpus_fraction", "lie in (0, 1]", lambda x: 0 < x <= 1),
+            ("corpus init_from", "be a name or a path", lambda text: type(text) is str),
+            ("compile", "be True, False or None", lambda flag: type(flag) is bool),
         ]
         _check_settings(self, rules)
         check_choice("precision", self.precision, ("auto", "fp32", "fp16", "bf16"))
@@ -228,10 +209,8 @@ _OFFLINE = {"corpus": "offline", "max_sequences": None, "batch_size": 8}
 _RECIPE = {"learning_rate": 2.4e-2, "matrix_learning_rate": 0.04, "matrix_weight_decay": 0.4, "warmup_steps": 40}
 _OFTEN = {"log_interval": 10, "eval_interval": 100, "checkpoint_seconds": 20.0}
 PRESETS: dict[str, Preset] = {
-    "wikitext103": Preset(  # the original study: 12M parameters, 45,363 sequences of 384 tokens, 10 epochs
-        ModelConfig(),
-        TrainConfig(optimizer="muon", learning_rate=3e-3),  # both measured at full width, for 60 steps
-    ),
+    # the original study: 45,363 sequences of 384 tokens, 10 epochs; optimizer and rate measured at full width, 60 steps
+    "wikitext103": Preset(ModelConfig(), TrainConfig(optimizer="muon", learning_rate=3e-3)),
     "quick": Preset(  # a small model that learns visibly in about 3 minutes on two CPU cores
         ModelConfig(d_model=128, n_layer=4, n_head=4, d_ff=256, context_length=128, dropout=0.0),
         # the recipe and the batch size are the best of results/benchmarks/recipes.csv
@@ -265,7 +244,9 @@ def default_device() -> torch.device:
 
 
 @contextlib.contextmanager
-def explained(what: str, advice: str, kind: type[Exception] = Exception) -> Iterator[None]:
+def explained(
+    what: str, advice: str, kind: type[Exception] | tuple[type[Exception], ...] = Exception
+) -> Iterator[None]:
     """Makes of every error of a kind inside one line: what went wrong (the reason). What to do."""
     try:
         yield
@@ -277,11 +258,11 @@ def explained(what: str, advice: str, kind: type[Exception] = Exception) -> Iter
 
 
 @contextlib.contextmanager
-def atomic_write(path: str | Path) -> Iterator[Path]:
-    """Yields a temporary path, on success flushed and renamed to `path`; a full disk or the like is a PicoError."""
+def atomic_write(path: str | Path, kinds: tuple[type[Exception], ...] = (OSError,)) -> Iterator[Path]:
+    """Yields a temporary path, on success flushed and renamed to `path`; what a full disk raises is a PicoError."""
     path = Path(path)
     temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
-    with explained(f"Cannot write {path}", "Choose another folder, or free some space.", OSError):
+    with explained(f"Cannot write {path}", "Choose another folder, or free some space.", kinds):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             yield temporary
@@ -291,13 +272,6 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
         finally:
             with contextlib.suppress(OSError):
                 temporary.unlink()
-
-
-def remove_leftovers(path: Path) -> None:
-    """Removes what `atomic_write` of this path left behind where its process was killed."""
-    for left in path.parent.glob(f".{path.stem}.[0-9]*{path.suffix}"):
-        with contextlib.suppress(OSError):
-            left.unlink()
 
 
 def check_writable(folder: str | Path) -> None:
@@ -325,9 +299,7 @@ def is_unattended() -> bool:
     if os.environ.get("CI") or os.environ.get("PICO_MENU"):
         return True
     if "ipykernel" in sys.modules:
-        from IPython import get_ipython
-
-        return not getattr(getattr(get_ipython(), "kernel", None), "_allow_stdin", True)
+        return not getattr(getattr(sys.modules["IPython"].get_ipython(), "kernel", None), "_allow_stdin", True)
     return sys.stdin is None or sys.stdin.closed
 
 
@@ -396,8 +368,7 @@ class _CausalAttention(torch.autograd.Function):
         shift, one = (-log_sum / scale)[..., None], torch.ones_like(k[..., :1])
         high = (shift.view(torch.int32) & -(2**16)).view(torch.float32)  # a bf16; a cast would be optimised away
         terms = torch.cat((q, high.to(q.dtype), (shift - high).to(q.dtype)), dim=-1)
-        shifted = terms @ torch.cat((k, one, one), dim=-1).mT
-        weights = (shifted.float() * scale).exp()
+        weights = ((terms @ torch.cat((k, one, one), dim=-1).mT).float() * scale).exp()
         weights = torch.where(place[:, None] >= place, weights, 0.0)  # (B, H, T, T)
         mean = (grad.float() * y.float()).sum(dim=-1, keepdim=True)
         scores_grad = (weights * ((grad @ v.mT).float() - mean) * scale).to(q.dtype)
@@ -817,10 +788,8 @@ def _wikitext_corpus(fraction: float, text_style: str) -> Corpus:
     part, is_natural = f"train[:{fraction:.0%}]", text_style == "natural"
 
     def documents(split: str) -> Iterator[tuple[str, int]]:
-        import datasets
-
-        asked = part if split == "train" else split
-        rows = datasets.load_dataset("Salesforce/wikitext", "wikitext-103-raw-v1", split=asked)
+        load = importlib.import_module("datasets").load_dataset  # its import takes seconds
+        rows = load("Salesforce/wikitext", "wikitext-103-raw-v1", split=part if split == "train" else split)
         return group_rows((text for batch in rows.iter(batch_size=1000) for text in batch["text"]), is_natural)
 
     key = f"Salesforce/wikitext wikitext-103-raw-v1 {part}" + " natural" * is_natural
@@ -956,11 +925,8 @@ def prepare_tokens(corpus: Corpus, split: str, data_folder: str | Path = "data")
         except PicoError as error:
             print(str(error).replace("Remove the folder", "The corpus is tokenised anew"))
     starts, n_words, checksum = [0], 0, 0
-    with (
-        atomic_write(folder / "tokens.bin") as temporary,
-        open(temporary, "wb") as file,
-        progress(desc=f"tokenise {corpus.name}/{split}", unit="tok", unit_scale=True) as bar,
-    ):
+    bar = progress(desc=f"tokenise {corpus.name}/{split}", unit="tok", unit_scale=True)
+    with bar, atomic_write(folder / "tokens.bin") as temporary, open(temporary, "wb") as file:
         for texts, numbers in _batches(corpus, split):
             n_words += sum(numbers)
             for ids in get_tokenizer().encoding.encode_ordinary_batch(texts):
@@ -1067,11 +1033,9 @@ class Checkpoint:
 def save_checkpoint(path: str | Path, checkpoint: Checkpoint) -> Path:
     """Writes the file atomically. Raises PicoError when it cannot be written; an older file then stays as it was."""
     configs = {name: asdict(getattr(checkpoint, name)) for name in ("model_config", "train_config")}
-    with atomic_write(path) as temporary, open(temporary, "wb") as file:
-        try:
-            torch.save(_CHECKPOINT_FORMAT | vars(checkpoint) | configs, file)
-        except RuntimeError as error:  # torch wraps the OSError of a full disk
-            raise OSError(str(error).splitlines()[0]) from error
+    kinds = OSError, RuntimeError  # by which torch replaces the OSError of a full disk
+    with atomic_write(path, kinds) as temporary, open(temporary, "wb") as file:
+        torch.save(_CHECKPOINT_FORMAT | vars(checkpoint) | configs, file)
     return Path(path)
 
 
@@ -1161,8 +1125,7 @@ def choose_precision(name: str, device: torch.device) -> torch.dtype:
 def bf16_is_faster() -> bool:
     """Whether this CPU multiplies matrices at least 1.3 times as fast in bf16 (with AMX: 8 times) as in fp32."""
     matrices = (torch.ones(512, 512, dtype=dtype) for dtype in (torch.float32, torch.bfloat16))
-    options = {"timer": time.perf_counter, "number": 1, "repeat": 30}
-    fp32, bf16 = (min(timeit.repeat("m @ m", globals={"m": matrix}, **options)) for matrix in matrices)
+    fp32, bf16 = (min(timeit.repeat("m @ m", globals={"m": m}, number=1, repeat=30)) for m in matrices)
     return fp32 > 1.3 * bf16
 
 
@@ -1390,10 +1353,9 @@ def train_step(
                 loss = model(micro_batch[:, :-1], micro_batch[:, 1:])
             with profiler_range("backward"):
                 scaler.scale(loss / len(micro_batches)).backward()
-        total += loss.detach() / len(micro_batches)
+        total += loss.detach() / (len(micro_batches) * n_ranks)
     if n_ranks > 1:
         dist.all_reduce(total)
-        total /= n_ranks
     with profiler_range("optimizer"):
         scaler.unscale_(optimizer)
         norm = nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
@@ -1404,16 +1366,10 @@ def train_step(
     return total
 
 
-class Evaluation(NamedTuple):
-    """How well a whole split is foreseen."""
-
-    loss: float  # nats per token
-    word_perplexity: float  # exp(loss x tokens / words), comparable between tokenizers; words as WikiText counts them
-    n_tokens: int
-
-
-def evaluate(model: PicoLLM, file: TokenFile, batch_size: int = 16, dtype: torch.dtype = torch.float32) -> Evaluation:
-    """Mean loss over the whole file in windows of `context_length` (the last: what is left), products in `dtype`."""
+def evaluate(
+    model: PicoLLM, file: TokenFile, batch_size: int = 16, dtype: torch.dtype = torch.float32
+) -> tuple[float, float]:
+    """Nats per token and perplexity per word of a file, in windows of `context_length` (the last: what is left)."""
     device, context_length, targets = model.rope_cos.device, model.config.context_length, len(file.tokens) - 1
     total = torch.zeros((), dtype=torch.float64, device=device)
     in_windows = targets // context_length * context_length
@@ -1424,7 +1380,7 @@ def evaluate(model: PicoLLM, file: TokenFile, batch_size: int = 16, dtype: torch
             x, y = (t.view(-1, min(context_length, stop - start)) for t in (tokens[:-1], tokens[1:]))
             total += model(x, y).double() * (stop - start)
     loss = float(total) / targets
-    return Evaluation(loss, math.exp(min(loss * targets / file.n_words, 700.0)), targets)
+    return loss, math.exp(min(loss * targets / file.n_words, 700.0))  # comparable between tokenizers, see `Corpus`
 
 
 # a GPU's name, the first that fits: dense TFLOP/s of 16-bit matrices (the vendors' data sheets)
@@ -1539,12 +1495,7 @@ def _stop_requests() -> Iterator[threading.Event]:
             signal.signal(number, handler)
 
 
-class RunFiles(NamedTuple):
-    """Where a run keeps its model, its metrics and the scores of its heads."""
-
-    model: Path
-    metrics: Path
-    heads: Path
+RunFiles = namedtuple("RunFiles", "model metrics heads")  # paths of a run's model, metrics and scores of its heads
 
 
 def run_files(results: str | Path, name: str) -> RunFiles:
@@ -1573,8 +1524,7 @@ class TrainResult(NamedTuple):
 
 def snapshot_steps(total_steps: int) -> list[int]:
     """0, then about 12 steps that grow geometrically from total_steps / 500 to total_steps."""
-    first = max(1.0, total_steps / 500)
-    return sorted({0, *(round(first * (total_steps / first) ** (k / 11)) for k in range(12))})
+    return sorted({0, *np.geomspace(max(1.0, total_steps / 500), total_steps, 12).round().astype(int).tolist()})
 
 
 @dataclass
@@ -1655,9 +1605,12 @@ class TrainingRun:
 
     def checkpoint(self, is_finished: bool = False) -> Checkpoint:
         weights = {name: value.detach().cpu() for name, value in self.model.state_dict().items()}
-        state = {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
-        state |= {"guard": self.guard.state, "seconds": self.seconds}
-        state |= {"corpus": self.corpus_key, "tokens_before": self.tokens_before}
+        state = {
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "guard": self.guard.state,
+        }
+        state |= {"seconds": self.seconds, "corpus": self.corpus_key, "tokens_before": self.tokens_before}
         here = self.machine | {"precision": str(self.dtype)[6:], "compiled": "yes" if self.compiled else "no"}
         here |= {"started_from": self.started_from} if self.started_from else {}
         content = self.model_config, self.config, self.corpus, self.step, self.metrics, weights
@@ -1688,11 +1641,13 @@ class TrainingRun:
     def go(self, stop: threading.Event, on_log: Callable | None, on_snapshot: Callable | None) -> bool:
         """The loop (see `train`). True at the end of the run, False when a stop was asked for."""
         config, steps, (rank, n_ranks) = self.config, range(self.step, self.total_steps), ranks()
-        kind, snapshots = choose_loader(self.stream, self.device), []
+        kind, snapshots, show = choose_loader(self.stream, self.device), [], evaluating(self.model)(on_snapshot)
         batches = make_loader(kind, self.stream, config.batch_size, steps, self.device)
         if rank == 0:
             for path in self.files:
-                remove_leftovers(path)
+                for left in path.parent.glob(f".{path.stem}.[0-9]*{path.suffix}"):  # where `atomic_write` was killed
+                    with contextlib.suppress(OSError):
+                        left.unlink()
             save_checkpoint(self.files.model, self.checkpoint())  # a full disk is found now, not after hours
             what = f"{'Resuming' if self.step else 'Training'} {config.name} at step {self.step:,} of {steps.stop:,}"
             body, everything = (f"{n / 1e6:.2f}M" for n in self.model.count_parameters())
@@ -1702,8 +1657,7 @@ class TrainingRun:
             print(f"{what}: {size}; {config.batch_size} of {read} a step on {where}.")
             snapshots = snapshot_steps(self.total_steps) if on_snapshot else []
         if self.step == 0 in snapshots:
-            with evaluating(self.model):
-                on_snapshot(self.model, 0)
+            show(self.model, 0)
         saved_at, logged = time.monotonic(), (self.step, self.seconds)
         options = {"total": self.total_steps, "initial": self.step, "desc": f"train {config.name}", "unit": "step"}
         with progress(**options, disable=rank > 0) as bar:
@@ -1731,8 +1685,7 @@ class TrainingRun:
                     if on_log and rank == 0:
                         on_log(self.metrics)
                 if self.step in snapshots:
-                    with evaluating(self.model):
-                        on_snapshot(self.model, self.step)
+                    show(self.model, self.step)
                 ask = functools.partial(self.is_spoilt, batch)
                 if _from_first(ask) if is_last else is_saved and rank == 0 and ask():
                     problem = f"By step {self.step:,} an update has spoilt the weights; the last good checkpoint stays."
@@ -1749,21 +1702,20 @@ class TrainingRun:
     def log(self, is_evaluated: bool, step: int, seconds: float) -> str:
         """Adds a line of metrics; its speed is that since a step and its time. Returns the essence of it."""
         (rank, n_ranks), batch_size = ranks(), self.config.batch_size
-        loss, skipped = self.guard.read()  # waits for the device
+        loss, skipped = self.guard.read()  # waits for the device; bad steps so far
         per_step = batch_size * self.stream.context_length
         speed = (self.step - step) * per_step / (self.seconds - seconds)
         row = {"step": self.step, "tokens": self.step * per_step}
         row["tokens_total"] = self.tokens_before + row["tokens"]  # with those of the model that it started from
         row |= {"epoch": round(self.step * batch_size / self.stream.n_sequences, 4), "train_loss": loss}
-        found = evaluate(self.model, self.validation, dtype=self.dtype) if is_evaluated and rank == 0 else None
-        row |= {"val_loss": found and found.loss, "word_perplexity": found and found.word_perplexity}
+        found = evaluate(self.model, self.validation, dtype=self.dtype) if is_evaluated and rank == 0 else (None, None)
+        row |= zip(("val_loss", "word_perplexity"), found, strict=True)
         row |= {"learning_rate": self.optimizer.param_groups[-1]["lr"], "tokens_per_second": round(speed, 1)}  # AdamW's
         # share of the devices' 16-bit peak; time of training over all parts of a resumed run, with compilation
         peak = peak_flops(self.machine["device"])
-        memory = torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else 0
+        memory = torch.cuda.max_memory_allocated(self.device) / 1e6 if self.device.type == "cuda" else 0
         row["mfu"] = peak and round(speed * flops_per_token(self.model) / (peak * n_ranks), 4)
-        row |= {"seconds": round(self.seconds, 2), "peak_memory_mb": round(memory / 1e6, 1) or None}
-        row["skipped_steps"] = skipped  # so far, see LossGuard
+        row |= {"seconds": round(self.seconds, 2), "peak_memory_mb": round(memory, 1) or None, "skipped_steps": skipped}
         self.metrics.append(row)
         return f"loss {loss:.3f}, {speed:,.0f} tokens/s"
 
@@ -1818,9 +1770,9 @@ def train(
             run.restore(found)
         elif config.init_from:
             run.start_from(config.init_from)
-        with _stop_requests() as stop, torch.random.fork_rng([device] if device.type == "cuda" else []):
-            with kept_memory(device):
-                is_finished = run.go(stop, on_log, on_snapshot)
+        generators = [device] if device.type == "cuda" else []
+        with _stop_requests() as stop, torch.random.fork_rng(generators), kept_memory(device):
+            is_finished = run.go(stop, on_log, on_snapshot)
             if rank == 0 and not is_finished:
                 print(f"Stopped at step {run.step:,}; the same command goes on from its last checkpoint.")
             if rank == 0 and is_finished:
@@ -1862,14 +1814,11 @@ def _unfinished(files: RunFiles, model_config: ModelConfig, config: TrainConfig,
     # may change, as another machine asks; the key of the corpus tells its content and the style of its text
     free = {"checkpoint_seconds": 0.0, "text_style": "natural", "corpus": "auto", "name": "run"}
     free |= dict.fromkeys(("micro_batch_size", "compile", "loss_chunk"))
-
-    def compared(config: TrainConfig) -> TrainConfig:
-        start = config.init_from and os.path.abspath(os.path.expanduser(config.init_from))
-        return dataclasses.replace(config, **free, init_from=start)
-
     try:
         found = load_checkpoint(files.model)
-        ours, theirs = compared(config), compared(found.train_config)
+        both = (config, found.train_config)
+        starts = (c.init_from and os.path.abspath(os.path.expanduser(c.init_from)) for c in both)  # in any spelling
+        ours, theirs = (dataclasses.replace(c, **free, init_from=x) for c, x in zip(both, starts, strict=True))
         settings = vars(ours) | vars(model_config)
         state = found.training_state or {"corpus": corpus.key if found.corpus == corpus.about else None}
         if (state["corpus"], found.model_config, theirs) == (corpus.key, model_config, ours):
@@ -4453,9 +4402,7 @@ def publish(
         raise PicoError(f"{folder} holds other files; choose a new folder, or that of a published model.")
     earlier = run_files(folder, load_checkpoint(model).train_config.name)[1:] if model.exists() else ()
     saved = dataclasses.replace(saved, weights=weights)
-    with tempfile.TemporaryDirectory(
-        dir=folder, prefix=".publishing-"
-    ) as temporary:  # so that a failure changes nothing
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".publishing-") as temporary:  # a failure changes nothing
         new = Path(temporary)
         files = [save_checkpoint(new / model.name, saved)]
         for table, rows in zip(run_files(new, config.name)[1:], tables, strict=True):
@@ -4476,9 +4423,8 @@ def publish(
     return [folder / path.relative_to(new) for path in files]
 
 
-def model_card(saved: Checkpoint, folder: Path, note: str = "", place: Path | None = None) -> str:
+def model_card(saved: Checkpoint, folder: Path, note: str, place: Path) -> str:
     """The card of `publish`, as Markdown, from the checkpoint and the study in `folder`, which will lie at `place`."""
-    place = place or folder
     if saved.corpus.startswith(("WikiText-103 (", "lead sections of ")):
         note = note or "The text is by the contributors of English Wikipedia, CC BY-SA."
     facts = dict(*saved.metrics[-1:]) | {"tokens_per_second": None, "mfu": None}  # which are of the last steps only
@@ -4596,16 +4542,6 @@ _COMMANDS = {  # function, what it does, arguments beside those that several com
 }
 
 
-def _or_none(kind: type) -> Callable[[str], object]:
-    """Reads a value of a kind, or None, for argparse, which calls a bad value by the name of this function."""
-
-    def read(text: str) -> object:
-        return None if text.lower() == "none" else kind(text)
-
-    read.__name__ = kind.__name__
-    return read
-
-
 def _add_settings(group: argparse._ArgumentGroup, config: ModelConfig | TrainConfig) -> None:
     """One option for each setting, such as --n-layer and --learning-rate; the comment on its field is its help."""
     comments = dict(re.findall(r"^    (\w+): .*?  # (.+)$", inspect.getsource(type(config)), re.MULTILINE))
@@ -4613,7 +4549,9 @@ def _add_settings(group: argparse._ArgumentGroup, config: ModelConfig | TrainCon
         kind, about = item.type.split(" | ")[0], f"{comments.get(item.name, '')} [{getattr(config, item.name)}]"
         options = {"default": argparse.SUPPRESS, "help": about.replace("%", "%%")}
         of, nargs = {"int": int, "str": str}.get(kind, float), 2 if kind.startswith("tuple") else None
-        value = {"type": _or_none(of) if "None" in item.type else of, "metavar": of.__name__.upper(), "nargs": nargs}
+        # argparse's errors call what reads a value by its name
+        read = functools.wraps(of, updated=())(lambda text, of=of: None if text.lower() == "none" else of(text))
+        value = {"type": read, "metavar": of.__name__.upper(), "nargs": nargs}
         options |= {"action": argparse.BooleanOptionalAction} if kind == "bool" else value
         if item.metadata.get("option", True):
             group.add_argument(f"--{item.name.replace('_', '-')}", **options)

@@ -239,11 +239,11 @@ def test_publish_writes_the_model_its_study_and_a_card_that_says_what_these_say(
         assert fact in card, fact
     for absent in ("WikiText", "Wikipedia", "mfu", "None", "nan", str(corpus_folder.parent), "{"):
         assert absent not in card, absent
-    card = pico.model_card(dataclasses.replace(saved, metrics=[]), published)
+    card = pico.model_card(dataclasses.replace(saved, metrics=[]), published, "", published)
     assert "does not say where that text is from" in card and "val loss" not in card
     config = dataclasses.replace(saved.train_config, corpus="own/offline")  # a folder of that name is no Wikipedia
     for about, is_wikipedia in ((saved.corpus, False), (pico.choose_corpus("offline").about, True)):
-        card = pico.model_card(dataclasses.replace(saved, train_config=config, corpus=about), published)
+        card = pico.model_card(dataclasses.replace(saved, train_config=config, corpus=about), published, "", published)
         assert ("by the contributors of English Wikipedia, CC BY-SA" in card) == is_wikipedia
 
 

@@ -219,7 +219,7 @@ def test_an_exploding_run_stops_and_keeps_the_last_good_checkpoint(
         train_tiny(optimizer=optimizer, max_steps=steps, log_interval=1)
     kept = pico.load_checkpoint(pico.run_files(tmp_path / "results", "tiny.partial").model)
     file = pico.prepare_tokens(pico.choose_corpus(tiny_train.corpus), "validation", data_folder)
-    assert kept.step == 3 and pico.evaluate(pico.model_from_checkpoint(kept), file).loss < 11
+    assert kept.step == 3 and pico.evaluate(pico.model_from_checkpoint(kept), file)[0] < 11
     assert not pico.run_files(tmp_path / "results", "tiny").model.exists()
 
 
