@@ -41,7 +41,7 @@ import urllib.request
 import warnings
 import weakref
 import zlib
-from collections import Counter, namedtuple
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from multiprocessing.pool import ThreadPool
@@ -244,10 +244,8 @@ def default_device() -> torch.device:
 
 
 @contextlib.contextmanager
-def explained(
-    what: str, advice: str, kind: type[Exception] | tuple[type[Exception], ...] = Exception
-) -> Iterator[None]:
-    """Makes of every error of a kind inside one line: what went wrong (the reason). What to do."""
+def explained(what: str, advice: str, kind: type[Exception] | tuple = Exception) -> Iterator[None]:
+    """Makes of every error of a kind (or several) inside one line: what went wrong (the reason). What to do."""
     try:
         yield
     except PicoError:
@@ -936,9 +934,7 @@ def prepare_tokens(corpus: Corpus, split: str, data_folder: str | Path = "data")
                 starts.append(starts[-1] + len(tokens))
                 bar.update(len(tokens))
         if not n_words:
-            advice = (
-                "add some or choose another corpus: without validation files it needs two documents (rows) at least"
-            )
+            advice = "choose another corpus or add text: without validation files, two documents (rows) at least"
             raise PicoError(f"The {split} split of {corpus.about} holds no text; {advice}, as every 50th is held out.")
     begins = np.array(starts, np.int64)
     with atomic_write(folder / "starts.bin") as temporary:
@@ -1495,7 +1491,12 @@ def _stop_requests() -> Iterator[threading.Event]:
             signal.signal(number, handler)
 
 
-RunFiles = namedtuple("RunFiles", "model metrics heads")  # paths of a run's model, metrics and scores of its heads
+class RunFiles(NamedTuple):
+    """Where a run keeps its model, its metrics and the scores of its heads."""
+
+    model: Path
+    metrics: Path
+    heads: Path
 
 
 def run_files(results: str | Path, name: str) -> RunFiles:
@@ -1605,12 +1606,9 @@ class TrainingRun:
 
     def checkpoint(self, is_finished: bool = False) -> Checkpoint:
         weights = {name: value.detach().cpu() for name, value in self.model.state_dict().items()}
-        state = {
-            "optimizer": self.optimizer.state_dict(),
-            "scaler": self.scaler.state_dict(),
-            "guard": self.guard.state,
-        }
-        state |= {"seconds": self.seconds, "corpus": self.corpus_key, "tokens_before": self.tokens_before}
+        state = {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
+        state |= {"guard": self.guard.state, "seconds": self.seconds}
+        state |= {"corpus": self.corpus_key, "tokens_before": self.tokens_before}
         here = self.machine | {"precision": str(self.dtype)[6:], "compiled": "yes" if self.compiled else "no"}
         here |= {"started_from": self.started_from} if self.started_from else {}
         content = self.model_config, self.config, self.corpus, self.step, self.metrics, weights
