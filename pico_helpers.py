@@ -1,24 +1,8 @@
 """Pico-LLM: train a 12M-parameter transformer from scratch, look inside it, make it fast.
 
-Everything that `pico_llm.ipynb` calls lives here. Each section uses only those above it, and the texts in the last one:
-
-    CONFIGURATION           model and training settings, presets
-    FILES                   atomic writes, progress bars, errors that say what to do
-    MODEL                   RoPE, causal self-attention, SwiGLU, the decoder, its loss
-    TOKENIZER AND DATA      GPT-2 byte pairs, three corpora, token files, the order of sequences
-    CHECKPOINTS             one .pt file, written atomically, read without running code
-    TRAINING                optimizer, schedule, evaluation, the loop
-    ATTENTION CAPTURE       attention patterns of every layer and head, ablation of heads
-    STATISTICS              intervals and tests that everything below shares
-    HEAD SCORES             what a head does, corrected for chance
-    LANGUAGE                minimal pairs and what they show
-    FIGURES                 every picture of the study
-    REPORT                  findings, report and explorer: two self-contained web pages
-    GENERATION              sampling with a KV cache
-    INFERENCE               FP16, CUDA graphs, torch.compile, TensorRT
-    EXPORT                  a Hugging Face folder of the model
-    COMMAND LINE AND MENU   train | both | analyze | explore | generate | optimize | export | publish
-    ASSETS                  templates, style and script of the pages
+Everything that `pico_llm.ipynb` calls lives here. Each section uses only those before it, and the texts in the last:
+CONFIGURATION, FILES, MODEL, TOKENIZER AND DATA, CHECKPOINTS, TRAINING, ATTENTION CAPTURE, STATISTICS, HEAD SCORES,
+LANGUAGE, FIGURES, REPORT, GENERATION, INFERENCE, EXPORT, COMMAND LINE AND MENU, ASSETS.
 """
 
 from __future__ import annotations
@@ -80,10 +64,9 @@ from pyarrow.parquet import ParquetFile
 from torch import Tensor, nn
 from tqdm import tqdm
 
-try:
+nvtx = None
+with contextlib.suppress(ImportError):  # on a Mac pip would have to compile it, for tools that do not exist there
     import nvtx
-except ImportError:  # on a Mac pip would have to compile it, for tools that do not exist there
-    nvtx = None
 
 # == CONFIGURATION =====================================================================================================
 # Two frozen dataclasses and a table of presets. Every run is described by them and every checkpoint holds them.
@@ -94,7 +77,7 @@ class PicoError(Exception):
 
 
 def check_choice(kind: str, value: object, choices: Iterable[str]) -> None:
-    if value not in choices:
+    if value not in tuple(choices):  # which compares, where a table would hash
         raise PicoError(f"Unknown {kind} {value!r}; choose one of: {', '.join(choices)}.")
 
 
@@ -105,11 +88,11 @@ def _check_settings(config: object, rules: Iterable[tuple[str, str, Callable[...
         object.__setattr__(config, name, os.fspath(plain) if isinstance(plain, os.PathLike) else plain)
     for names, must, is_good in rules:
         for name in names.split():
-            value, is_fine = getattr(config, name), False
-            with contextlib.suppress(TypeError):  # of a comparison with what is no number
-                is_fine = is_good(value)
-            if not is_fine:
-                raise PicoError(f"{name} must {must}, not {value!r}.")
+            value = getattr(config, name)
+            with contextlib.suppress(TypeError, ValueError):  # of a comparison with what is no number
+                if (value is None and "None" in inspect.get_annotations(type(config))[name]) or is_good(value):
+                    continue
+            raise PicoError(f"{name} must {must}, not {value!r}.")
 
 
 @dataclass(frozen=True)
@@ -129,8 +112,9 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         sizes = "vocab_size d_model n_layer n_head d_ff context_length max_positions"
-        limit, twice = 2**16, 2 * self.n_head  # ids of token files have 16 bits; heads are of even size
+        limit, twice = 2**16, self.n_head and 2 * self.n_head  # ids of token files have 16 bits; heads are of even size
         rules = [
+            ("qk_norm", "be True or False", lambda flag: type(flag) is bool),
             (sizes, f"be a whole number from 1 to {limit:,}", lambda n: type(n) is int and 1 <= n <= limit),
             ("dropout", "lie in [0, 1)", lambda p: 0 <= p < 1),
             ("rope_theta", "be a positive number", lambda base: 0 < base < math.inf),
@@ -183,21 +167,24 @@ class TrainConfig:
     checkpoint_seconds: float = 60.0  # time between checkpoints
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "betas", tuple(map(float, self.betas)))
+        with contextlib.suppress(TypeError, ValueError):  # the rule below says what is wrong
+            object.__setattr__(self, "betas", tuple(map(float, self.betas)))
         is_name = re.compile(r"[\w.-]+(?<!\.partial)").fullmatch
-        count, optional = "be a whole number, at least 1", "max_sequences max_steps micro_batch_size loss_chunk"
+        counts = "batch_size log_interval eval_interval max_sequences max_steps micro_batch_size loss_chunk"
         not_negative = "weight_decay matrix_weight_decay checkpoint_seconds"
         part = self.micro_batch_size or self.batch_size
         rules = [
             ("name", "be letters, digits, '-' and '_', as it names files", is_name),
-            ("batch_size log_interval eval_interval", count, lambda n: type(n) is int and n >= 1),
-            (optional, count, lambda n: n is None or (type(n) is int and n >= 1)),
+            (counts, "be a whole number, at least 1", lambda n: type(n) is int and n >= 1),
             ("epochs learning_rate matrix_learning_rate grad_clip", "be a positive number", lambda x: 0 < x < math.inf),
             ("warmup_steps", "be a whole number, at least 0", lambda n: type(n) is int and n >= 0),
             (not_negative, "be 0 or a positive number", lambda x: 0 <= x < math.inf),
             ("seed", "be a whole number from 0 to 2**32 - 1", lambda n: type(n) is int and 0 <= n < 2**32),
             ("betas", "be two numbers from 0 to below 1", lambda b: len(b) == 2 and all(0 <= x < 1 for x in b)),
             ("batch_size", f"be a multiple of micro_batch_size ({part})", lambda n: n % part == 0),
+            ("corpus_fraction", "lie in (0, 1]", lambda x: 0 < x <= 1),
+            ("corpus init_from", "be a name or a path", lambda text: type(text) is str),
+            ("compile", "be True, False or None", lambda flag: type(flag) is bool),
         ]
         _check_settings(self, rules)
         check_choice("precision", self.precision, ("auto", "fp32", "fp16", "bf16"))
@@ -222,10 +209,8 @@ _OFFLINE = {"corpus": "offline", "max_sequences": None, "batch_size": 8}
 _RECIPE = {"learning_rate": 2.4e-2, "matrix_learning_rate": 0.04, "matrix_weight_decay": 0.4, "warmup_steps": 40}
 _OFTEN = {"log_interval": 10, "eval_interval": 100, "checkpoint_seconds": 20.0}
 PRESETS: dict[str, Preset] = {
-    "wikitext103": Preset(  # the original study: 12M parameters, 45,363 sequences of 384 tokens, 10 epochs
-        ModelConfig(),
-        TrainConfig(optimizer="muon", learning_rate=3e-3),  # both measured at full width, for 60 steps
-    ),
+    # the original study: 45,363 sequences of 384 tokens, 10 epochs; optimizer and rate measured at full width, 60 steps
+    "wikitext103": Preset(ModelConfig(), TrainConfig(optimizer="muon", learning_rate=3e-3)),
     "quick": Preset(  # a small model that learns visibly in about 3 minutes on two CPU cores
         ModelConfig(d_model=128, n_layer=4, n_head=4, d_ff=256, context_length=128, dropout=0.0),
         # the recipe and the batch size are the best of results/benchmarks/recipes.csv
@@ -259,8 +244,8 @@ def default_device() -> torch.device:
 
 
 @contextlib.contextmanager
-def explained(what: str, advice: str, kind: type[Exception] = Exception) -> Iterator[None]:
-    """Makes of every error of a kind inside one line: what went wrong (the reason). What to do."""
+def explained(what: str, advice: str, kind: type[Exception] | tuple = Exception) -> Iterator[None]:
+    """Makes of every error of a kind (or several) inside one line: what went wrong (the reason). What to do."""
     try:
         yield
     except PicoError:
@@ -271,11 +256,11 @@ def explained(what: str, advice: str, kind: type[Exception] = Exception) -> Iter
 
 
 @contextlib.contextmanager
-def atomic_write(path: str | Path) -> Iterator[Path]:
-    """Yields a temporary path, on success flushed and renamed to `path`; a full disk or the like is a PicoError."""
+def atomic_write(path: str | Path, kinds: tuple[type[Exception], ...] = (OSError,)) -> Iterator[Path]:
+    """Yields a temporary path, on success flushed and renamed to `path`; what a full disk raises is a PicoError."""
     path = Path(path)
     temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
-    with explained(f"Cannot write {path}", "Choose another folder, or free some space.", OSError):
+    with explained(f"Cannot write {path}", "Choose another folder, or free some space.", kinds):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             yield temporary
@@ -312,9 +297,7 @@ def is_unattended() -> bool:
     if os.environ.get("CI") or os.environ.get("PICO_MENU"):
         return True
     if "ipykernel" in sys.modules:
-        from IPython import get_ipython
-
-        return not getattr(getattr(get_ipython(), "kernel", None), "_allow_stdin", True)
+        return not getattr(getattr(sys.modules["IPython"].get_ipython(), "kernel", None), "_allow_stdin", True)
     return sys.stdin is None or sys.stdin.closed
 
 
@@ -383,8 +366,7 @@ class _CausalAttention(torch.autograd.Function):
         shift, one = (-log_sum / scale)[..., None], torch.ones_like(k[..., :1])
         high = (shift.view(torch.int32) & -(2**16)).view(torch.float32)  # a bf16; a cast would be optimised away
         terms = torch.cat((q, high.to(q.dtype), (shift - high).to(q.dtype)), dim=-1)
-        shifted = terms @ torch.cat((k, one, one), dim=-1).mT
-        weights = (shifted.float() * scale).exp()
+        weights = ((terms @ torch.cat((k, one, one), dim=-1).mT).float() * scale).exp()
         weights = torch.where(place[:, None] >= place, weights, 0.0)  # (B, H, T, T)
         mean = (grad.float() * y.float()).sum(dim=-1, keepdim=True)
         scores_grad = (weights * ((grad @ v.mT).float() - mean) * scale).to(q.dtype)
@@ -716,6 +698,7 @@ class Corpus(NamedTuple):
     documents: Callable[[str], Iterator[tuple[str, int]]]  # texts of "train" or "validation", their numbers of words
 
 
+CORPORA = ("auto", "wikitext103", "offline")  # any other name is that of a folder
 SPLITS = ("train", "validation")  # of a corpus
 _TITLE = re.compile(r" = (?!= ).* = \n?")  # of an article
 _GLUE = "\ue000"  # stands where a quotation mark meets what it quotes
@@ -738,13 +721,17 @@ _MOSES_RULES = {
 
 def _glue_quotes(line: str) -> str:
     """Pairs the quotation marks that stand alone and puts _GLUE on the side where each has no space."""
-    is_open = {'"': False, "'": False}
+    line = re.sub(r"(?<= )' (?=\d0s\b)", f"'{_GLUE}", line)  # in the ' 80s and ' 90s
+    is_open, alone = {'"': False, "'": False}, [match.start() for match in re.finditer("(?<= )'(?= )", line)]
+    n_later = dict.fromkeys(alone, 0)  # apostrophes after each; of two with one space between them, the first
+    for place, first, second in reversed([*zip(alone, alone[1:], [*alone[2:], None], strict=False)]):
+        n_later[place] = 1 + n_later[second if second == first + 2 else first]
 
     def glue(match: re.Match) -> str:
-        mark, later = match[0], line[match.end() :].split(" ' ")  # what stands between the apostrophes after this one
-        is_plural = mark == "'" and not is_open[mark] and line[match.start() - 2] in "sxz"
-        if is_plural and (len(later) % 2 or later[0][-1:] in ("s", "x", "z")):  # no other mark would close it
-            return _GLUE + mark  # the crews ' ships
+        mark, place = match[0], match.start()
+        is_plural = mark == "'" and not is_open[mark] and line[place - 2] in "sxz"
+        if is_plural and (n_later[place] % 2 == 0 or line[line.find(" ' ", place + 1) - 1] in "sxz"):
+            return _GLUE + mark  # the crews ' ships: no other mark would close it
         is_open[mark] = not is_open[mark]
         return mark + _GLUE if is_open[mark] else _GLUE + mark
 
@@ -799,10 +786,8 @@ def _wikitext_corpus(fraction: float, text_style: str) -> Corpus:
     part, is_natural = f"train[:{fraction:.0%}]", text_style == "natural"
 
     def documents(split: str) -> Iterator[tuple[str, int]]:
-        import datasets
-
-        asked = part if split == "train" else split
-        rows = datasets.load_dataset("Salesforce/wikitext", "wikitext-103-raw-v1", split=asked)
+        load = importlib.import_module("datasets").load_dataset  # its import takes seconds
+        rows = load("Salesforce/wikitext", "wikitext-103-raw-v1", split=part if split == "train" else split)
         return group_rows((text for batch in rows.iter(batch_size=1000) for text in batch["text"]), is_natural)
 
     key = f"Salesforce/wikitext wikitext-103-raw-v1 {part}" + " natural" * is_natural
@@ -846,11 +831,8 @@ def _parquet_corpus(folder: Path, fraction: float, text_style: str) -> Corpus:
         read = group_rows(itertools.islice(_parquet_rows(training), n_rows), is_natural)
         return read if validation else _hold_out(read, split)
 
-    state = []
-    for path in [*training, *validation]:
-        data = np.memmap(path, mode="r")  # its end describes all of it
-        ends = data[: 2**16].tobytes() + data[-(2**16) :].tobytes() + str(len(data)).encode()
-        state.append([path.relative_to(folder).as_posix(), hashlib.sha256(ends).hexdigest()])
+    contents = {path: hashlib.sha256(np.memmap(path, mode="r")).hexdigest() for path in [*training, *validation]}
+    state = [[path.relative_to(folder).as_posix(), content] for path, content in contents.items()]
     key = json.dumps([fraction, state] + ["natural"] * is_natural)
     # another text in front, and other documents are held out, so the study must see that the folder changed
     counted = f"every 50th document; contents {hashlib.sha256(key.encode()).hexdigest()[:8]}"
@@ -942,11 +924,8 @@ def prepare_tokens(corpus: Corpus, split: str, data_folder: str | Path = "data")
         except PicoError as error:
             print(str(error).replace("Remove the folder", "The corpus is tokenised anew"))
     starts, n_words, checksum = [0], 0, 0
-    with (
-        atomic_write(folder / "tokens.bin") as temporary,
-        open(temporary, "wb") as file,
-        progress(desc=f"tokenise {corpus.name}/{split}", unit="tok", unit_scale=True) as bar,
-    ):
+    bar = progress(desc=f"tokenise {corpus.name}/{split}", unit="tok", unit_scale=True)
+    with bar, atomic_write(folder / "tokens.bin") as temporary, open(temporary, "wb") as file:
         for texts, numbers in _batches(corpus, split):
             n_words += sum(numbers)
             for ids in get_tokenizer().encoding.encode_ordinary_batch(texts):
@@ -956,7 +935,8 @@ def prepare_tokens(corpus: Corpus, split: str, data_folder: str | Path = "data")
                 starts.append(starts[-1] + len(tokens))
                 bar.update(len(tokens))
         if not n_words:
-            raise PicoError(f"The {split} split of {corpus.about} holds no text; choose another corpus.")
+            advice = "choose another corpus or add text: without validation files, two documents (rows) at least"
+            raise PicoError(f"The {split} split of {corpus.about} holds no text; {advice}, as every 50th is held out.")
     begins = np.array(starts, np.int64)
     with atomic_write(folder / "starts.bin") as temporary:
         begins.tofile(temporary)
@@ -1050,11 +1030,9 @@ class Checkpoint:
 def save_checkpoint(path: str | Path, checkpoint: Checkpoint) -> Path:
     """Writes the file atomically. Raises PicoError when it cannot be written; an older file then stays as it was."""
     configs = {name: asdict(getattr(checkpoint, name)) for name in ("model_config", "train_config")}
-    with atomic_write(path) as temporary, open(temporary, "wb") as file:
-        try:
-            torch.save(_CHECKPOINT_FORMAT | vars(checkpoint) | configs, file)
-        except RuntimeError as error:  # torch wraps the OSError of a full disk
-            raise OSError(str(error).splitlines()[0]) from error
+    kinds = OSError, RuntimeError  # by which torch replaces the OSError of a full disk
+    with atomic_write(path, kinds) as temporary, open(temporary, "wb") as file:
+        torch.save(_CHECKPOINT_FORMAT | vars(checkpoint) | configs, file)
     return Path(path)
 
 
@@ -1145,8 +1123,7 @@ def choose_precision(name: str, device: torch.device) -> torch.dtype:
 def bf16_is_faster() -> bool:
     """Whether this CPU multiplies matrices at least 1.3 times as fast in bf16 (with AMX: 8 times) as in fp32."""
     matrices = (torch.ones(512, 512, dtype=dtype) for dtype in (torch.float32, torch.bfloat16))
-    options = {"timer": time.perf_counter, "number": 1, "repeat": 6}
-    fp32, bf16 = (min(timeit.repeat("m @ m", globals={"m": matrix}, **options)) for matrix in matrices)
+    fp32, bf16 = (min(timeit.repeat("m @ m", globals={"m": m}, number=1, repeat=30)) for m in matrices)
     return fp32 > 1.3 * bf16
 
 
@@ -1374,10 +1351,9 @@ def train_step(
                 loss = model(micro_batch[:, :-1], micro_batch[:, 1:])
             with profiler_range("backward"):
                 scaler.scale(loss / len(micro_batches)).backward()
-        total += loss.detach() / len(micro_batches)
+        total += loss.detach() / (len(micro_batches) * n_ranks)
     if n_ranks > 1:
         dist.all_reduce(total)
-        total /= n_ranks
     with profiler_range("optimizer"):
         scaler.unscale_(optimizer)
         norm = nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
@@ -1388,16 +1364,10 @@ def train_step(
     return total
 
 
-class Evaluation(NamedTuple):
-    """How well a whole split is foreseen."""
-
-    loss: float  # nats per token
-    word_perplexity: float  # exp(loss x tokens / words), comparable between tokenizers; words as WikiText counts them
-    n_tokens: int
-
-
-def evaluate(model: PicoLLM, file: TokenFile, batch_size: int = 16, dtype: torch.dtype = torch.float32) -> Evaluation:
-    """Mean loss over the whole file in windows of `context_length` (the last: what is left), products in `dtype`."""
+def evaluate(
+    model: PicoLLM, file: TokenFile, batch_size: int = 16, dtype: torch.dtype = torch.float32
+) -> tuple[float, float]:
+    """Nats per token and perplexity per word of a file, in windows of `context_length` (the last: what is left)."""
     device, context_length, targets = model.rope_cos.device, model.config.context_length, len(file.tokens) - 1
     total = torch.zeros((), dtype=torch.float64, device=device)
     in_windows = targets // context_length * context_length
@@ -1408,7 +1378,7 @@ def evaluate(model: PicoLLM, file: TokenFile, batch_size: int = 16, dtype: torch
             x, y = (t.view(-1, min(context_length, stop - start)) for t in (tokens[:-1], tokens[1:]))
             total += model(x, y).double() * (stop - start)
     loss = float(total) / targets
-    return Evaluation(loss, math.exp(min(loss * targets / file.n_words, 700.0)), targets)
+    return loss, math.exp(min(loss * targets / file.n_words, 700.0))  # comparable between tokenizers, see `Corpus`
 
 
 # a GPU's name, the first that fits: dense TFLOP/s of 16-bit matrices (the vendors' data sheets)
@@ -1557,8 +1527,7 @@ class TrainResult(NamedTuple):
 
 def snapshot_steps(total_steps: int) -> list[int]:
     """0, then about 12 steps that grow geometrically from total_steps / 500 to total_steps."""
-    first = max(1.0, total_steps / 500)
-    return sorted({0, *(round(first * (total_steps / first) ** (k / 11)) for k in range(12))})
+    return sorted({0, *np.geomspace(max(1.0, total_steps / 500), total_steps, 12).round().astype(int).tolist()})
 
 
 @dataclass
@@ -1672,9 +1641,13 @@ class TrainingRun:
     def go(self, stop: threading.Event, on_log: Callable | None, on_snapshot: Callable | None) -> bool:
         """The loop (see `train`). True at the end of the run, False when a stop was asked for."""
         config, steps, (rank, n_ranks) = self.config, range(self.step, self.total_steps), ranks()
-        kind, snapshots = choose_loader(self.stream, self.device), []
+        kind, snapshots, show = choose_loader(self.stream, self.device), [], evaluating(self.model)(on_snapshot)
         batches = make_loader(kind, self.stream, config.batch_size, steps, self.device)
         if rank == 0:
+            for path in self.files:
+                for left in path.parent.glob(f".{path.stem}.[0-9]*{path.suffix}"):  # where `atomic_write` was killed
+                    with contextlib.suppress(OSError):
+                        left.unlink()
             save_checkpoint(self.files.model, self.checkpoint())  # a full disk is found now, not after hours
             what = f"{'Resuming' if self.step else 'Training'} {config.name} at step {self.step:,} of {steps.stop:,}"
             body, everything = (f"{n / 1e6:.2f}M" for n in self.model.count_parameters())
@@ -1685,8 +1658,7 @@ class TrainingRun:
             print(f"{what}: {size}; {config.batch_size} sequences a step, {read}, on {where}.")
             snapshots = snapshot_steps(self.total_steps) if on_snapshot else []
         if self.step == 0 in snapshots:
-            with evaluating(self.model):
-                on_snapshot(self.model, 0)
+            show(self.model, 0)
         saved_at, logged = time.monotonic(), (self.step, self.seconds)
         options = {"total": self.total_steps, "initial": self.step, "desc": f"train {config.name}", "unit": "step"}
         with progress(**options, disable=rank > 0) as bar:
@@ -1714,8 +1686,7 @@ class TrainingRun:
                     if on_log and rank == 0:
                         on_log(self.metrics)
                 if self.step in snapshots:
-                    with evaluating(self.model):
-                        on_snapshot(self.model, self.step)
+                    show(self.model, self.step)
                 ask = functools.partial(self.is_spoilt, batch)
                 if _from_first(ask) if is_last else is_saved and rank == 0 and ask():
                     problem = f"By step {self.step:,} an update has spoilt the weights; the last good checkpoint stays."
@@ -1732,21 +1703,20 @@ class TrainingRun:
     def log(self, is_evaluated: bool, step: int, seconds: float) -> str:
         """Adds a line of metrics; its speed is that since a step and its time. Returns the essence of it."""
         (rank, n_ranks), batch_size = ranks(), self.config.batch_size
-        loss, skipped = self.guard.read()  # waits for the device
+        loss, skipped = self.guard.read()  # waits for the device; bad steps so far
         per_step = batch_size * self.stream.context_length
         speed = (self.step - step) * per_step / (self.seconds - seconds)
         row = {"step": self.step, "tokens": self.step * per_step}
         row["tokens_total"] = self.tokens_before + row["tokens"]  # with those of the model that it started from
         row |= {"epoch": round(self.step * batch_size / self.stream.n_sequences, 4), "train_loss": loss}
-        found = evaluate(self.model, self.validation, dtype=self.dtype) if is_evaluated and rank == 0 else None
-        row |= {"val_loss": found and found.loss, "word_perplexity": found and found.word_perplexity}
+        found = evaluate(self.model, self.validation, dtype=self.dtype) if is_evaluated and rank == 0 else (None, None)
+        row |= zip(("val_loss", "word_perplexity"), found, strict=True)
         row |= {"learning_rate": self.optimizer.param_groups[-1]["lr"], "tokens_per_second": round(speed, 1)}  # AdamW's
         # share of the devices' 16-bit peak; time of training over all parts of a resumed run, with compilation
         peak = peak_flops(self.machine["device"])
-        memory = torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else 0
+        memory = torch.cuda.max_memory_allocated(self.device) / 1e6 if self.device.type == "cuda" else 0
         row["mfu"] = peak and round(speed * flops_per_token(self.model) / (peak * n_ranks), 4)
-        row |= {"seconds": round(self.seconds, 2), "peak_memory_mb": round(memory / 1e6, 1) or None}
-        row["skipped_steps"] = skipped  # so far, see LossGuard
+        row |= {"seconds": round(self.seconds, 2), "peak_memory_mb": round(memory, 1) or None, "skipped_steps": skipped}
         self.metrics.append(row)
         return f"loss {loss:.3f}, {speed:,.0f} tokens/s"
 
@@ -1801,9 +1771,9 @@ def train(
             run.restore(found)
         elif config.init_from:
             run.start_from(config.init_from)
-        with _stop_requests() as stop, torch.random.fork_rng([device] if device.type == "cuda" else []):
-            with kept_memory(device):
-                is_finished = run.go(stop, on_log, on_snapshot)
+        generators = [device] if device.type == "cuda" else []
+        with _stop_requests() as stop, torch.random.fork_rng(generators), kept_memory(device):
+            is_finished = run.go(stop, on_log, on_snapshot)
             if rank == 0 and not is_finished:
                 print(f"Stopped at step {run.step:,}; the same command goes on from its last checkpoint.")
             if rank == 0 and is_finished:
@@ -1825,7 +1795,7 @@ def _plan(
     print(f"Corpus: {corpus.about}, because {corpus.reason}.")
     training, validation = (prepare_tokens(corpus, split, data) for split in SPLITS)
     stream = SequenceStream(training, shape.context_length, config.max_sequences, config.seed)
-    steps = int(config.epochs * stream.n_sequences / config.batch_size)
+    steps = int(round(config.epochs * stream.n_sequences / config.batch_size, 6))  # 0.29 x 100 is 28.999999999999996
     steps = max(1, min(steps, config.max_steps or steps))
     plan = {"corpus": corpus.about, "corpus_key": corpus.key, "stream": stream, "validation": validation}
     found = _unfinished(files, shape, config, corpus)
@@ -1847,7 +1817,9 @@ def _unfinished(files: RunFiles, model_config: ModelConfig, config: TrainConfig,
     free |= dict.fromkeys(("micro_batch_size", "compile", "loss_chunk"))
     try:
         found = load_checkpoint(files.model)
-        ours, theirs = (dataclasses.replace(each, **free) for each in (config, found.train_config))
+        both = (config, found.train_config)
+        starts = (c.init_from and os.path.abspath(os.path.expanduser(c.init_from)) for c in both)  # in any spelling
+        ours, theirs = (dataclasses.replace(c, **free, init_from=x) for c, x in zip(both, starts, strict=True))
         settings = vars(ours) | vars(model_config)
         state = found.training_state or {"corpus": corpus.key if found.corpus == corpus.about else None}
         if (state["corpus"], found.model_config, theirs) == (corpus.key, model_config, ours):
@@ -3728,8 +3700,9 @@ def stream_text(
 
     An empty prompt starts a new document. `sampling`: as of `sample_token`. `use_cache=False` gives the same, slowly.
     """
-    if max_new_tokens < 1:
-        raise PicoError("Generation needs max_new_tokens >= 1.")
+    are_whole = all(isinstance(number, int | np.integer) for number in (max_new_tokens, seed))
+    if not are_whole or max_new_tokens < 1 or not -(2**63) <= seed < 2**64:
+        raise PicoError("Generation needs whole numbers: max_new_tokens >= 1, a seed from -2**63 to 2**64 - 1.")
     tokenizer, rng = get_tokenizer(), torch.Generator().manual_seed(seed)
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")  # holds back the bytes of a partial character
     weight, size = model.token_embedding.weight, model.config.context_length
@@ -3760,14 +3733,15 @@ def sample_token(
     of the probability (nucleus sampling, Holtzman et al. 2020); None keeps all.
     """
     k, p = (len(logits) if top_k is None else top_k), (1.0 if top_p is None else top_p)
-    if not 0 <= temperature < math.inf or k < 1 or not 0 < p <= 1:
-        raise PicoError("Generation needs a finite temperature >= 0, top_k >= 1 and top_p in (0, 1].")
-    if temperature == 0:
+    if not 0 <= temperature < math.inf or not isinstance(k, int | np.integer) or k < 1 or not 0 < p <= 1:
+        raise PicoError("Generation needs a finite temperature >= 0, a whole top_k >= 1 and top_p in (0, 1].")
+    if temperature < 1e-40:  # in float32 it may be 0
         return int(logits.argmax())
     values, tokens = ((logits - logits.max()) / temperature).topk(min(k, len(logits)))  # most likely first
     probabilities = values.softmax(dim=-1)
     before = probabilities.cumsum(dim=-1) - probabilities  # probability of all more likely tokens
-    probabilities[before >= p] = 0.0
+    if p < 1:  # which rounding reaches before the last token
+        probabilities[before >= p] = 0.0
     return int(tokens[torch.multinomial(probabilities, 1, generator=rng)])
 
 
@@ -4370,7 +4344,7 @@ def open_corpus(
     None is what the model was trained on or, where that is out of reach, what this machine has, which a line then says.
     """
     config = checkpoint.train_config
-    fraction = None if corpus in ("auto", "wikitext103", "offline") else config.corpus_fraction
+    fraction = None if corpus in CORPORA else config.corpus_fraction
     try:
         chosen = choose_corpus(corpus or config.corpus, fraction, data_folder, config.text_style)
     except PicoError as error:
@@ -4463,14 +4437,15 @@ def publish(
         raise PicoError(f"{folder} holds other files; choose a new folder, or that of a published model.")
     earlier = run_files(folder, load_checkpoint(model).train_config.name)[1:] if model.exists() else ()
     saved = dataclasses.replace(saved, weights=weights)
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".publishing-") as new:  # so that a failure changes nothing
-        new = Path(new)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".publishing-") as temporary:  # a failure changes nothing
+        new = Path(temporary)
         files = [save_checkpoint(new / model.name, saved)]
         for table, rows in zip(run_files(new, config.name)[1:], tables, strict=True):
             files += [write_csv(table, rows)] if rows else []
         files += run_analysis(files[0], None, new, **source)
         # names of the corpus folder and of the model it started from, not where they lie on this machine
-        corpus, start = Path(config.corpus).resolve().name, config.init_from and Path(config.init_from).name
+        start = config.init_from and Path(config.init_from).name
+        corpus = config.corpus if config.corpus in CORPORA else f"./{Path(config.corpus).resolve().name}"
         saved.train_config = dataclasses.replace(config, corpus=corpus, init_from=start)
         save_checkpoint(files[0], saved)
         files.insert(0, write_text(new / card.name, model_card(saved, new, data_note, folder)))
@@ -4483,10 +4458,9 @@ def publish(
     return [folder / path.relative_to(new) for path in files]
 
 
-def model_card(saved: Checkpoint, folder: Path, note: str = "", place: Path | None = None) -> str:
+def model_card(saved: Checkpoint, folder: Path, note: str, place: Path) -> str:
     """The card of `publish`, as Markdown, from the checkpoint and the study in `folder`, which will lie at `place`."""
-    place = place or folder
-    if saved.train_config.corpus in ("wikitext103", "offline"):
+    if saved.corpus.startswith(("WikiText-103 (", "lead sections of ")):
         note = note or "The text is by the contributors of English Wikipedia, CC BY-SA."
     facts = dict(*saved.metrics[-1:]) | {"tokens_per_second": None, "mfu": None}  # which are of the last steps only
     facts |= vars(saved.model_config) | vars(saved.train_config) | saved.environment
@@ -4610,8 +4584,10 @@ def _add_settings(group: argparse._ArgumentGroup, config: ModelConfig | TrainCon
     for item in dataclasses.fields(config):
         kind, about = item.type.split(" | ")[0], f"{comments.get(item.name, '')} [{getattr(config, item.name)}]"
         options = {"default": argparse.SUPPRESS, "help": about.replace("%", "%%")}
-        of = {"int": int, "str": str}.get(kind, float)
-        value = {"type": of, "metavar": of.__name__.upper(), "nargs": 2 if kind.startswith("tuple") else None}
+        of, nargs = {"int": int, "str": str}.get(kind, float), 2 if kind.startswith("tuple") else None
+        # argparse's errors call what reads a value by its name
+        read = functools.wraps(of, updated=())(lambda text, of=of: None if text.lower() == "none" else of(text))
+        value = {"type": read, "metavar": of.__name__.upper(), "nargs": nargs}
         options |= {"action": argparse.BooleanOptionalAction} if kind == "bool" else value
         if item.metadata.get("option", True):
             group.add_argument(f"--{item.name.replace('_', '-')}", **options)

@@ -126,6 +126,9 @@ BAD_CORPORA = {
     r"Cannot read .*b\.parquet as parquet": lambda folder: (folder / "b.parquet").mkdir(),
     "it has {'text': 'int64'}": lambda folder: parquet(folder / "a.parquet", [1, 2]),
     "named validation or test are held out": lambda folder: parquet(folder / "test" / "0.parquet", ["a"]),
+    r"train split .* no text; .* two documents \(rows\) at least": lambda folder: parquet(
+        folder / "a.parquet", ["one"]
+    ),
     r"train split .* holds no text": lambda folder: parquet(folder / "a.parquet", ["", "  ", None]),
 }
 
@@ -183,6 +186,7 @@ He called the "so-called 'free' men" [sic] in the dogs' kennel.
 "A quotation that goes on in the next paragraph
 The players' clubs, the boys' and the girls' teams won 3:1.
 She moved in the '80s – and it’s said they’ll come back.
+The dogs' rock 'n' roll of the '80s and '90s.
 It lay at 45° N; the word 'means' means it (he said: "stop").
 = A title: the king's =
 == A section ==
@@ -194,6 +198,13 @@ def test_natural_text_restores_the_original(original):
     stored = moses(original)
     assert stored.count(" ") > original.count(" ") + 1 and pico.natural_text(stored) == original + "\n"
     assert pico.natural_text(stored * 3) == (original + "\n") * 3  # line by line
+
+
+@pytest.mark.parametrize("part", [" crews '", " ' \" s", " '"])
+def test_a_long_line_of_quotation_marks_takes_no_time(part):
+    started = time.monotonic()
+    pico.natural_text(part * 60_000)
+    assert time.monotonic() - started < 5
 
 
 def test_text_style_is_a_choice_where_it_matters_and_words_are_counted_as_stored(tmp_path):
@@ -229,12 +240,15 @@ def test_a_folder_without_validation_files_holds_out_is_read_in_part_and_known_b
     assert corpus(["one", "two"]).key == tiny.key != corpus(["one", "owt"]).key  # written anew, so with another date
     about = [corpus(texts).about for texts in (["One."] * 60, ["First.", *["One."] * 60])]  # which holds others out
     assert about[0] != about[1] and "every 50th document; contents" in about[0], "the study says so"
-    content, keys = (tmp_path / "part.parquet").read_bytes(), set()
+    path, texts = tmp_path / "part.parquet", [f"document {k} is plain" for k in range(10_000)]
+    pq.write_table(pa.table({"text": texts}), path, compression="none", use_dictionary=False)
+    content, keys = path.read_bytes(), {pico.choose_corpus(str(tmp_path)).key}
     footer = 8 + int.from_bytes(content[-8:-4], "little")  # bytes
-    for n in (2**17, 2**18):  # equal ends, between them more or less that nobody reads
-        (tmp_path / "part.parquet").write_bytes(content[:-footer] + bytes(n) + content[-footer:])
+    padded = content[:-footer] + bytes(2**17) + content[-footer:]  # with what nobody reads
+    for other in (content.replace(b"document 5000 is", b"document 5000 as"), padded):
+        path.write_bytes(other)
         keys.add(pico.choose_corpus(str(tmp_path)).key)
-    assert len(keys) == 2
+    assert len(keys) == 3
 
 
 def test_token_files_hold_each_document_and_end_of_text_and_are_made_once(corpus_folder, data_folder, monkeypatch):

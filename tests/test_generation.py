@@ -66,8 +66,8 @@ def test_sampling_follows_the_filtered_distribution():
     assert frequencies(top_p=0.7) == pytest.approx([2 / 3, 1 / 3, 0, 0], abs=0.03)
     assert frequencies(top_p=0.76) == pytest.approx([0.5 / 0.9, 0.25 / 0.9, 0.15 / 0.9, 0], abs=0.03)
     assert frequencies(temperature=0.5) == pytest.approx([p**2 / 0.345 for p in (0.5, 0.25, 0.15, 0.1)], abs=0.03)
-    for greedy in ({"top_p": 1e-9}, {"top_k": 1}, {"temperature": 0.0}, {"temperature": 1e-40}):  # no overflow
-        assert frequencies(**greedy, n=50) == [1, 0, 0, 0]
+    for greedy in ({"top_p": 1e-9}, {"top_k": 1}, {"temperature": 0.0}, *({"temperature": t} for t in (1e-40, 1e-46))):
+        assert frequencies(**greedy, n=50) == [1, 0, 0, 0]  # no overflow
 
 
 def test_streaming_emits_whole_characters_only(monkeypatch):
@@ -86,8 +86,18 @@ def test_streaming_emits_whole_characters_only(monkeypatch):
         assert len(script) == len(ids) - n
 
 
+@pytest.mark.parametrize("top_p", [None, 1.0])
+def test_without_a_nucleus_every_token_may_come(monkeypatch, top_p):
+    """Rounded sums of probabilities reach 1 long before the last of them."""
+    seen, rng, logits = [], torch.Generator().manual_seed(0), torch.randn(50257, generator=torch.Generator()) * 2
+    monkeypatch.setattr(torch, "multinomial", lambda p, *args, **options: seen.append(p) or torch.zeros(1).long())
+    pico.sample_token(logits, rng, 1.0, None, top_p)
+    assert (seen[0] > 0).all()
+
+
 def test_bad_arguments_are_refused():
-    bad = {"max_new_tokens": [0], "temperature": [-0.1, float("nan"), float("inf")], "top_k": [0], "top_p": [0, 1.1]}
+    bad = {"max_new_tokens": [0, 2.5], "temperature": [-0.1, float("nan"), float("inf")], "top_k": [0, 2.5]}
+    bad |= {"top_p": [0, 1.1], "seed": [10**20, 0.5]}
     for option, value in [(option, value) for option, values in bad.items() for value in values]:
         with pytest.raises(PicoError, match=rf"Generation needs .*{option}"):
             generate(make_model(), "The", **{option: value})

@@ -1,6 +1,7 @@
 """The menu and the command line: what is asked, what a typo does, what is written and what is said of it."""
 
 import dataclasses
+import itertools
 import json
 import re
 import shlex
@@ -115,7 +116,7 @@ def test_newcomers_study_what_is_shipped_elsewhere(published, data_folder, monke
     output = capsys.readouterr().out
     assert checkpoint == published / "pico_llm.pt" and re.search(r"^\.png +\d+ files in ", output, re.MULTILINE)
     assert f"Analyzing {checkpoint}, trained on {20 * 4 * 32:,} tokens" in output
-    assert f"is out of reach, so other text stands in. No corpus or folder '{corpus_folder.name}'" in output
+    assert f"is out of reach, so other text stands in. No corpus or folder './{corpus_folder.name}'" in output
     assert files and all(path.is_file() and published not in path.parents for path in files)
     assert {path.name for path in files} >= {"head_emergence.png", "loss_curve.png"}, "what the notebook shows"
     assert {path: path.stat().st_mtime_ns for path in published.rglob("*")} == before
@@ -211,6 +212,7 @@ def test_publish_writes_the_model_its_study_and_a_card_that_says_what_these_say(
     names = "findings.json attention_report.html head_scores.csv attention/model/head_emergence.png"
     assert all((published / name).exists() for name in names.split())
     assert pico.REPEATED_TEXTS[0] in (published / "attention_explorer.html").read_text()
+    assert shipped.train_config.corpus == f"./{corpus_folder.name}", "never the name of a corpus of ours"
     assert str(corpus_folder.parent).encode() not in (published / "pico_llm.pt").read_bytes()
     findings = json.loads((published / "findings.json").read_text())
     assert findings["about"]["Held-out text"] == saved.corpus, "it is studied on its own text"
@@ -224,11 +226,12 @@ def test_publish_writes_the_model_its_study_and_a_card_that_says_what_these_say(
     assert not [fact for fact in facts if fact not in card]
     absent = ("WikiText", "Wikipedia", "mfu", "None", "nan", str(corpus_folder.parent), "{")
     assert not [word for word in absent if word in card]
-    card = pico.model_card(dataclasses.replace(saved, metrics=[]), published)
+    card = pico.model_card(dataclasses.replace(saved, metrics=[]), published, "", published)
     assert "does not say where that text is from" in card and "val loss" not in card
-    config = dataclasses.replace(saved.train_config, corpus="offline")
-    card = pico.model_card(dataclasses.replace(saved, train_config=config), published)
-    assert "by the contributors of English Wikipedia, CC BY-SA" in card
+    config = dataclasses.replace(saved.train_config, corpus="own/offline")  # a folder of that name is no Wikipedia
+    for about, is_wikipedia in ((saved.corpus, False), (pico.choose_corpus("offline").about, True)):
+        card = pico.model_card(dataclasses.replace(saved, train_config=config, corpus=about), published, "", published)
+        assert ("by the contributors of English Wikipedia, CC BY-SA" in card) == is_wikipedia
 
 
 def test_the_command_on_the_card_gives_the_same_settings(published, monkeypatch):
@@ -242,6 +245,10 @@ def test_the_command_on_the_card_gives_the_same_settings(published, monkeypatch)
     assert pico.main([*shlex.split(line)[2:], "--seed", "7", "--dropout", "0.5"]) == 2
     model, run = train.call_args.args[:2]
     assert (run.seed, model.dropout, model.d_model) == (7, 0.5, 32)
+    names = ["max_sequences", "max_steps", "micro_batch_size", "loss_chunk", "corpus_fraction", "init_from"]
+    options = itertools.chain(*((f"--{name.replace('_', '-')}", "None") for name in names))
+    assert pico.main([*shlex.split(line)[2:], *options]) == 2
+    assert {getattr(train.call_args.args[1], name) for name in names} == {None}
 
 
 def test_what_cannot_be_published_changes_nothing(trained, published, short_study, tmp_path, data_folder, monkeypatch):
@@ -322,6 +329,7 @@ def test_wrong_options_are_one_line(tmp_path, monkeypatch, capsys):
         (["train", "--preset", "README.md.pt"], "There is no checkpoint README.md.pt"),
         (["train", "--corpus", "nowhere"], "No corpus or folder 'nowhere'"),
         (["train", "--seed", "one"], "argument --seed: invalid int value: 'one'"),
+        (["train", "--max-steps", "x"], "argument --max-steps: invalid int value: 'x'"),
         (["train", "--betas", "0.9"], "argument --betas: expected 2 arguments"),
         (["train", "--vocab-size", "1000"], "unrecognized arguments: --vocab-size"),
         (["train", "--n-layer", "0"], "n_layer must be"),
@@ -331,10 +339,8 @@ def test_wrong_options_are_one_line(tmp_path, monkeypatch, capsys):
         (["explore", ""], "The sentence is empty"),
         (["explore", "A good one.", "word " * 600], "The sentence has 601 tokens; the model reads 512"),
         (["generate", "A", "--temperature", "-1"], "Generation needs"),
-        (
-            ["publish", "--checkpoint", "results"],
-            "There is no checkpoint results; it is a folder, name a .pt file in it",
-        ),
+        (["generate", "A", "--seed", "99999999999999999999"], "Generation needs whole numbers"),
+        (["publish", "--checkpoint", "results"], "There is no checkpoint results; it is a folder, name a .pt file"),
         (["analyze", "--corpus", "README.md"], "No corpus or folder 'README.md', only a file; choose"),
         (["export", "--results", "README.md"], "README.md is a file, not a folder"),
     ):
