@@ -1,8 +1,16 @@
 """Pico-LLM: train a 12M-parameter transformer from scratch, look inside it, make it fast.
 
-Everything that `pico_llm.ipynb` calls lives here. Each section uses only those before it, and the texts in the last:
-CONFIGURATION, FILES, MODEL, TOKENIZER AND DATA, CHECKPOINTS, TRAINING, ATTENTION CAPTURE, STATISTICS, HEAD SCORES,
-LANGUAGE, FIGURES, REPORT, GENERATION, INFERENCE, EXPORT, COMMAND LINE AND MENU, ASSETS.
+Everything that `pico_llm.ipynb` calls lives here. Each section uses only those above it, and the texts in the last one:
+
+    CONFIGURATION, FILES             settings, presets; atomic writes, progress bars, errors that say what to do
+    MODEL                            RoPE, causal self-attention, SwiGLU, the decoder, its loss
+    TOKENIZER AND DATA, CHECKPOINTS  byte pairs, corpora, token files, the order of sequences; one .pt file
+    TRAINING                         optimizer, schedule, evaluation, the loop
+    ATTENTION CAPTURE, STATISTICS    attention patterns, ablation of heads; intervals and tests
+    HEAD SCORES, LANGUAGE            what a head does, corrected for chance; minimal pairs and what they show
+    FIGURES, REPORT                  every picture of the study; findings, report and explorer
+    GENERATION, INFERENCE, EXPORT    sampling; FP16, CUDA graphs, torch.compile, TensorRT; a Hugging Face folder
+    COMMAND LINE AND MENU, ASSETS    train | both | analyze | explore | ...; templates, style and script of the pages
 """
 
 from __future__ import annotations
@@ -1112,11 +1120,10 @@ def choose_precision(name: str, device: torch.device) -> torch.dtype:
     has_bf16 = device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0)
     if name == "bf16" and not has_bf16:
         raise PicoError("This GPU has no bf16 (it begins with Ampere); choose fp16 or auto.")
-    if name != "auto":
-        return {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[name]
-    if device.type == "cuda":
-        return torch.bfloat16 if has_bf16 else torch.float16
-    return torch.bfloat16 if bf16_is_faster() else torch.float32
+    if name == "auto":
+        choices = (has_bf16, "fp16") if device.type == "cuda" else (bf16_is_faster(), "fp32")
+        name = "bf16" if choices[0] else choices[1]
+    return {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[name]
 
 
 @functools.cache
@@ -1364,9 +1371,7 @@ def train_step(
     return total
 
 
-def evaluate(
-    model: PicoLLM, file: TokenFile, batch_size: int = 16, dtype: torch.dtype = torch.float32
-) -> tuple[float, float]:
+def evaluate(model: PicoLLM, file: TokenFile, batch_size: int = 16, dtype: torch.dtype = torch.float32) -> tuple:
     """Nats per token and perplexity per word of a file, in windows of `context_length` (the last: what is left)."""
     device, context_length, targets = model.rope_cos.device, model.config.context_length, len(file.tokens) - 1
     total = torch.zeros((), dtype=torch.float64, device=device)
@@ -1842,78 +1847,68 @@ def _unfinished(files: RunFiles, model_config: ModelConfig, config: TrainConfig,
 # Ablation replaces a head's output before the output projection; it shows whether a head matters, not what it does.
 
 # The study's sentences: ten categories as in the original study, written for this project.
-ALL_TEST_CATEGORIES: dict[str, list[str]] = {
-    "Simple": [
-        "The cat sat on the warm stone wall behind the house.",
-        "A young boy threw the red ball over the garden fence.",
-        "The old farmer sold his horses at the market in spring.",
-        "Rain fell on the quiet village all night long.",
-        "She opened the window and looked at the morning sky.",
-    ],
-    "Complex Syntax": [
-        "The book that the teacher recommended was written by a soldier who never went to war.",
-        "Although the bridge had been repaired twice, the engineers refused to let heavy trucks cross it.",
-        "The woman whose brother painted the ceiling said that the work had taken eleven years.",
-        "What surprised the committee most was that nobody had read the letter before signing it.",
-        "Having lost the election, the mayor returned to the small school where she had once taught.",
-    ],
-    "Long-Range Dependencies": [
-        "The keys to the old wooden cabinet in the upstairs room are missing.",
-        "The scientist who discovered the comet above the frozen lake in January was awarded a prize.",
-        "The paintings that the museum bought from the family of the late collector were not genuine.",
-        "The captain, after weeks of storms and a long illness among the crew, decided to turn back.",
-        "Either the river will be cleaned before the summer or the factory on its bank will close.",
-    ],
-    "Coreference": [
-        "John said that he would visit the museum on Sunday.",
-        "Mary told her father that she had found the lost ring.",
-        "When the actor met the queen, he bowed and she smiled.",
-        "The company announced that it would move its office to the capital.",
-        "The nurse thanked the man because he had carried her bags to the station.",
-    ],
-    "Negation": [
-        "The door was not locked, but nobody tried to open it.",
-        "No student in the class had ever seen snow before that winter.",
-        "She did not say anything about the letter until the guests had left.",
-        "The king never trusted any of the generals who served his father.",
-        "Neither the doctor nor the nurse noticed that the patient was not asleep.",
-    ],
-    "Questions": [
-        "Where did the sailors bury the gold that they stole from the port?",
-        "Why does the moon look larger when it is close to the horizon?",
-        "Who wrote the first history of the city, and when was it printed?",
-        "Has anyone in the village ever climbed the mountain in winter?",
-        "What will the farmers do if the rain does not come this year?",
-    ],
-    "Technical": [
-        "The engine converts heat into motion with an efficiency of about forty percent.",
-        "A neural network computes a weighted sum of its inputs and applies a nonlinear function.",
-        "The enzyme binds to the protein and lowers the energy needed for the reaction.",
-        "Each node in the network stores a copy of the table and updates it every second.",
-        "The importance of the experiment lies in the precise measurement of the speed of light.",
-    ],
-    "Ambiguous": [
-        "The old man saw the boy with the telescope on the hill.",
-        "The chicken is ready to eat, said the cook to the farmer.",
-        "They went to the bank after the flood had reached the bridge.",
-        "Visiting relatives can be tiring when the house is small.",
-        "The lawyer told the judge that he had made a mistake.",
-    ],
-    "Comparative": [
-        "The second film was longer than the first but far less interesting.",
-        "No other river in the country carries as much water as this one.",
-        "The younger sister ran faster than her brother, who was taller and stronger.",
-        "The more the price of bread rose, the less the workers could buy.",
-        "Gold is heavier than silver, and it does not lose its shine.",
-    ],
-    "Temporal": [
-        "Before the war began, the family had lived in the capital for thirty years.",
-        "The king died in the spring, and his son was crowned the following year.",
-        "While the soldiers slept, the river rose and carried their boats away.",
-        "By the time the doctor arrived, the fever had already passed.",
-        "The church was built in the twelfth century and was later destroyed by fire.",
-    ],
-}
+_SENTENCES = """= Simple
+The cat sat on the warm stone wall behind the house.
+A young boy threw the red ball over the garden fence.
+The old farmer sold his horses at the market in spring.
+Rain fell on the quiet village all night long.
+She opened the window and looked at the morning sky.
+= Complex Syntax
+The book that the teacher recommended was written by a soldier who never went to war.
+Although the bridge had been repaired twice, the engineers refused to let heavy trucks cross it.
+The woman whose brother painted the ceiling said that the work had taken eleven years.
+What surprised the committee most was that nobody had read the letter before signing it.
+Having lost the election, the mayor returned to the small school where she had once taught.
+= Long-Range Dependencies
+The keys to the old wooden cabinet in the upstairs room are missing.
+The scientist who discovered the comet above the frozen lake in January was awarded a prize.
+The paintings that the museum bought from the family of the late collector were not genuine.
+The captain, after weeks of storms and a long illness among the crew, decided to turn back.
+Either the river will be cleaned before the summer or the factory on its bank will close.
+= Coreference
+John said that he would visit the museum on Sunday.
+Mary told her father that she had found the lost ring.
+When the actor met the queen, he bowed and she smiled.
+The company announced that it would move its office to the capital.
+The nurse thanked the man because he had carried her bags to the station.
+= Negation
+The door was not locked, but nobody tried to open it.
+No student in the class had ever seen snow before that winter.
+She did not say anything about the letter until the guests had left.
+The king never trusted any of the generals who served his father.
+Neither the doctor nor the nurse noticed that the patient was not asleep.
+= Questions
+Where did the sailors bury the gold that they stole from the port?
+Why does the moon look larger when it is close to the horizon?
+Who wrote the first history of the city, and when was it printed?
+Has anyone in the village ever climbed the mountain in winter?
+What will the farmers do if the rain does not come this year?
+= Technical
+The engine converts heat into motion with an efficiency of about forty percent.
+A neural network computes a weighted sum of its inputs and applies a nonlinear function.
+The enzyme binds to the protein and lowers the energy needed for the reaction.
+Each node in the network stores a copy of the table and updates it every second.
+The importance of the experiment lies in the precise measurement of the speed of light.
+= Ambiguous
+The old man saw the boy with the telescope on the hill.
+The chicken is ready to eat, said the cook to the farmer.
+They went to the bank after the flood had reached the bridge.
+Visiting relatives can be tiring when the house is small.
+The lawyer told the judge that he had made a mistake.
+= Comparative
+The second film was longer than the first but far less interesting.
+No other river in the country carries as much water as this one.
+The younger sister ran faster than her brother, who was taller and stronger.
+The more the price of bread rose, the less the workers could buy.
+Gold is heavier than silver, and it does not lose its shine.
+= Temporal
+Before the war began, the family had lived in the capital for thirty years.
+The king died in the spring, and his son was crowned the following year.
+While the soldiers slept, the river rose and carried their boats away.
+By the time the doctor arrived, the fever had already passed.
+The church was built in the twelfth century and was later destroyed by fire.
+"""
+ALL_TEST_CATEGORIES = {name: texts for name, *texts in map(str.splitlines, _SENTENCES.split("= ")[1:])}
 MAX_TOKENS = 2**13  # in one forward pass of a study, ablated copies counted; this bounds its memory
 Heads = Sequence[tuple[int, int]]  # (layer, head) pairs
 
@@ -2032,9 +2027,8 @@ def number(value: float, digits: int = 2) -> str:
 
 def bootstrap_interval(values: np.ndarray, seed: int, n: int = 2000) -> tuple[float, float, float]:
     """Mean of independent values with the 95 % percentile interval of the mean over resamples (Efron 1979)."""
-    random = np.random.default_rng(seed)
-    means = [values[random.integers(len(values), size=len(values))].mean() for _ in range(n)]
-    return float(values.mean()), *map(float, np.quantile(means, [0.025, 0.975]))
+    drawn = np.random.default_rng(seed).integers(len(values), size=(n, len(values)))
+    return float(values.mean()), *map(float, np.quantile(values[drawn].mean(axis=1), [0.025, 0.975]))
 
 
 def share_interval(values: np.ndarray) -> tuple[float, float, float]:
@@ -2068,10 +2062,7 @@ def rank_p(cost: float, random_costs: Sequence[float]) -> float:
 
 
 def random_head_sets(heads: Heads, n_layer: int, n_head: int, least: int, most: int, seed: int) -> list[Heads]:
-    """Other sets of as many heads in each layer, which may share some: all, or `most` of them at random.
-
-    Where all are fewer than `least`, `most` in any layers, these first.
-    """
+    """All or `most` other sets of as many heads in each layer; where there are not `least`, then also of any layers."""
     random, wanted = Random(seed), Counter(layer for layer, _ in heads)
     everything = list(np.ndindex(n_layer, n_head))
     found = {tuple(sorted(heads)): None}  # a dictionary keeps the order of drawing
@@ -2289,13 +2280,6 @@ def classify_heads(scores: Mapping[str, np.ndarray], thresholds: ScoreThresholds
     return np.select(list(conditions.values()), list(conditions), "Mixed")
 
 
-def n_specialised(scores: pd.DataFrame, thresholds: Sequence[float] = (0.2, 0.3, 0.4)) -> dict[float, int]:
-    """How many heads of a table of scores would be specialised if every tau was so."""
-    table, options = scores.assign(rest=1.0 - scores["resting"]), (dict.fromkeys(KAPPAS, tau) for tau in thresholds)
-    classes = [classify_heads(table, ScoreThresholds(tau=each)) for each in options]
-    return {tau: int(np.isin(each, SPECIALISED_CLASSES).sum()) for tau, each in zip(thresholds, classes, strict=True)}
-
-
 def uniform_attention(n_layer: int, n_tokens: int) -> np.ndarray:
     """Weights (n_layer, 1, T, T) of heads that look at all tokens up to their own alike."""
     return np.tile(np.tri(n_tokens) / np.arange(1, n_tokens + 1)[:, None], (n_layer, 1, 1, 1))
@@ -2437,9 +2421,8 @@ def class_ablation(
 
     Columns class, n_heads, loss_increase as in `head_ablation_map` with its 95 % t interval over windows, low to high.
     On up to 64 tokens and 16 predictions of each window, compared_loss_increase is that of the class,
-    random_loss_increase the mean of n_random_sets (`random_head_sets`; they may hold heads of this and of other
-    classes), p_value its rank (`rank_p`, Holm) and
-    excess_low where the 95 % t interval over windows of their difference begins.
+    random_loss_increase the mean of n_random_sets (`random_head_sets`; with heads of any class), p_value its rank
+    (`rank_p`, Holm) and excess_low where the 95 % t interval over windows of their difference begins.
     """
     from scipy.stats import t
 
@@ -3325,8 +3308,7 @@ def plot_language(language: pd.DataFrame) -> Figure:
         name = value.split("_")[0]
         axes.hlines(y, language[f"{name}_low"], language[f"{name}_high"], "black")
         axes.plot(language[value], y, "o", color="black", markersize=5, label=MODEL_NAMES["trained"])
-        zero = language["chance_accuracy"] if name == "accuracy" else 0 * y
-        axes.vlines(zero, y - 0.5, y + 0.5, color=GREY, linestyle=":", linewidth=1)
+        axes.vlines(language["chance_accuracy"] if value == name else 0 * y, y - 0.5, y + 0.5, GREY, ":", linewidth=1)
         if (highest := f"untrained_{name}_highest") in language:
             axes.plot(language[highest], y, "o", label="highest of the untrained models", **untrained)
         tidy_axes(axes, title, xlabel=xlabel)
@@ -3464,8 +3446,10 @@ def _class_statements(study: Study) -> Iterator[tuple[str, str, str]]:
     own, untrained = special["trained"], special["untrained"]
     verdict = _verdict(_is_found(study, "Specialised"), own["high"] <= untrained["high"])
     evidence = f"{_interval(own)} of the heads are, {_interval(untrained)} in untrained models. Much depends on the "
-    counts = ", ".join(f"{n} heads at {tau}" for tau, n in n_specialised(study.scores).items())
-    evidence += f"threshold: {counts}."
+    table = study.scores.assign(rest=1.0 - study.scores["resting"])
+    found = {tau: classify_heads(table, ScoreThresholds(tau=dict.fromkeys(KAPPAS, tau))) for tau in (0.2, 0.3, 0.4)}
+    counts = [f"{np.isin(each, SPECIALISED_CLASSES).sum()} heads at {tau}" for tau, each in found.items()]
+    evidence += f"threshold: {', '.join(counts)}."
     yield "Some heads are specialised, more than in untrained models", verdict, evidence
     found = {CLASS_LABELS[name]: _shares_of(study, name) for name in SPECIALISED_CLASSES if _is_found(study, name)}
     if found:
@@ -4277,8 +4261,7 @@ def run_training(
     chosen = get_preset(preset).with_changes(changes)
     partial = run_files(results, f"{chosen.train.name}.partial")
     if start := chosen.train.init_from:
-        is_gone = not os.path.exists(os.path.expanduser(start))
-        under_way = partial.model.exists() and is_gone  # then it is needed no more
+        under_way = partial.model.exists() and not os.path.exists(os.path.expanduser(start))  # it is needed no more
         origin = load_checkpoint(partial.model if under_way else start, must_be_finished=not under_way)
         chosen = chosen._replace(model=origin.model_config).with_changes(changes)  # the shape is the same
         before = tokens_at(origin, 0 if under_way else origin.step)
@@ -4704,10 +4687,8 @@ that parks its attention on the first token when it has nothing to do (Xiao et a
 looking at what followed an earlier copy of the token (Olsson et al. 2022). <strong>Score</strong>: attention on a set
 of tokens beyond what a uniform head puts there, divided by the most that is possible (after Cohen's kappa).
 <strong>Rollout</strong>: Abnar &amp; Zuidema 2020. <strong>Nat</strong>: the unit of loss; 0.69 nats are one bit.</p>
-<p>Try your own sentence: <code>python pico_helpers.py explore &quot;My sentence.&quot;</code> Train your own model
-with <code>python pico_helpers.py train</code>, study it with <code>python pico_helpers.py analyze</code>. Every number
-of this page is in <a href='findings.json'>findings.json</a>, the scores of every head in
-<a href='head_scores.csv'>head_scores.csv</a>."),
+<p>Try your own sentence: <code>python pico_helpers.py explore &quot;My sentence.&quot;</code> All numbers of this page
+are in <a href='findings.json'>findings.json</a>, scores in <a href='head_scores.csv'>head_scores.csv</a>."),
 ] %}
 {% macro show(picture) %}
 <figure><img alt="{{ picture.alt }}" src="data:image/png;base64,{{ encoded(picture) }}" decoding="async">
@@ -4805,7 +4786,6 @@ document.querySelectorAll(".pico-explorer:not([data-started])").forEach((root) =
   const isPage = "address" in root.dataset; // nothing else is on the page, so its address keeps what is shown
   const [panels, thumbs] = [".pico-panel", ".pico-thumbs button"].map((name) => [...root.querySelectorAll(name)]);
   const [tokens, tip] = [find("tokens"), find("tip")];
-
   // heads: of the two panels, the second -1 without comparison; pinned: pointing does not change the token
   const state = { text: 0, token: 0, heads: [0, -1], active: 0, pinned: false, drop: false };
   let maps = ""; // of the text: lower triangles of all heads, a byte a weight, its square root
@@ -4813,7 +4793,6 @@ document.querySelectorAll(".pico-explorer:not([data-started])").forEach((root) =
   const labels = () => data.texts[state.text].labels;
   const word = (token) => labels()[token].replace(/^·(?=.)/, "");
   const current = () => state.heads[state.active];
-
   // weights 0..1 of a head, from the token `row` to itself and those before; those that are drawn sum to 1
   function weights(head, row) {
     const begin = (head * labels().length * (labels().length + 1) + row * (row + 1)) / 2;
@@ -4822,11 +4801,9 @@ document.querySelectorAll(".pico-explorer:not([data-started])").forEach((root) =
     const total = found.reduce((sum, value) => sum + value);
     return found.map((value) => (total ? value / total : 0));
   }
-
-  // where a token looks, strongest first: [weight, key]
+  // strongest first: [weight, key]
   const looks = (head, row) => weights(head, row).map((value, key) => [value, key]).sort((a, b) => b[0] - a[0]);
   const describe = (row, key, value) => `${word(row)} looks at ${word(key)}: ${percent(value)}`;
-
   // the small map of a head: a pixel a weight, clear where no token can look
   function drawThumb(button, head) {
     const [n, context] = [labels().length, button.firstChild.getContext("2d")];
@@ -4836,7 +4813,6 @@ document.querySelectorAll(".pico-explorer:not([data-started])").forEach((root) =
     context.canvas.width = context.canvas.height = n;
     context.putImageData(image, 0, 0);
   }
-
   // the same with names, sharp on every screen and no higher than the window
   function drawMatrix(panel, head) {
     const canvas = panel.querySelector("canvas");
@@ -4910,7 +4886,6 @@ document.querySelectorAll(".pico-explorer:not([data-started])").forEach((root) =
   const point = (token) => state.pinned || token === state.token || update({ token });
   const pin = (token) => update({ token, pinned: !(state.pinned && token === state.token) });
   const pickHead = (head, panel = state.active) => update({ heads: state.heads.with(panel, head), active: panel });
-
   function pickText(text, token) {
     maps = atob(data.texts[text].maps);
     Object.assign(state, { text, pinned: false });
