@@ -3291,9 +3291,9 @@ def plot_similarity(distances: np.ndarray, other_text: float, scores: pd.DataFra
 
 
 def plot_language(language: pd.DataFrame) -> Figure:
-    """Black: this model, with 95% intervals; hollow: the highest of the untrained models; dotted: what the nearest words
-    suffice for. A distractor could decide but does not. Margin lost: how much of its lead the right word loses without
-    the heads; grey: without other sets; p: the rank among them. Not ranked: two panels do not hold or sets are few.
+    """Black: this model, with 95% intervals; hollow: best untrained one; dotted: what the nearest words suffice for.
+    A distractor could decide but does not. Margin lost: how much of its lead the right word loses without the heads;
+    grey: without other sets; p: the rank among them. Not ranked: two panels do not hold or sets are few.
     """
     y, untrained = np.arange(len(language)), {"color": MODEL_COLORS["untrained"], "mfc": "none"}
     figure, panels = new_figure(10.5, 1.5 + 0.36 * len(y), ncols=3, sharey=True)
@@ -3503,9 +3503,8 @@ def _ablation_statements(study: Study) -> Iterator[tuple[str, str, str]]:
 def _tested_classes(study: Study) -> list[tuple[NamedTuple, str]]:
     """Rows of study.class_ablation, whose class is called name, of the classes found, each with the verdict."""
     table = study.class_ablation.rename(columns={"class": "name"})
-    holds = (table[["loss_increase", "excess_low"]] >= MIN_LOSS_INCREASE).all(axis=1) & (
-        table["p_value"] < SIGNIFICANCE
-    )
+    is_enough = table[["loss_increase", "excess_low"]].min(axis=1, skipna=False) >= MIN_LOSS_INCREASE
+    holds = is_enough & (table["p_value"] < SIGNIFICANCE)
     pairs = zip(table.itertuples(), map(_verdict, holds, table["high"] < MIN_LOSS_INCREASE), strict=True)
     return [(row, verdict) for row, verdict in pairs if _is_found(study, row.name)]
 
@@ -4899,7 +4898,6 @@ document.querySelectorAll(".pico-explorer:not([data-started])").forEach((root) =
     tokens.replaceChildren(...buttons);
     update({ token: token in buttons ? token : Math.floor((2 * buttons.length) / 3), drop: state.drop });
   }
-
   function restore() {
     const parts = isPage ? location.hash.slice(1).split(",") : [];
     const [text, token, first, second] = parts.map((part) => parseInt(part, 10));
