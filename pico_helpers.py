@@ -2750,15 +2750,13 @@ def verdict(e: NamedTuple) -> tuple[str, str]:
     looks = f"{e.heads} give the word that decides {more} points more attention than the distractor ({low} to {high}, "
     looks += f"p = {e.p_value:.2g}; untrained models at most {untrained})"
     drop, low, high, at_random = map(number, (e.margin_drop, e.margin_low, e.margin_high, e.random_margin_drop))
-    needs = (
-        f"without them the right word loses {drop} nats of its lead ({low} to {high}; one by one {e.single_drops}), "
-    )
+    needs = f"without them the right word loses {drop} nats of its lead ({low} to {high}; one by one "
+    needs += f"{e.single_drops}), "
     ranked = f"without as many others {at_random} on average and, if these share none with them, at most "
     ranked += f"{number(e.apart_margin_drop)} (p = {e.needs_p_value:.2g} by rank among {e.n_random_sets} sets)"
     needs += ranked if e.n_random_sets else "and there are too few other sets of as many heads to compare with"
-    links = [
-        (prefers, _prefers(e), e.accuracy_high < e.chance_accuracy + NULL_ACCURACY)
-    ]  # (found, whether it holds, is refuted if not)
+    is_refuted = e.accuracy_high < e.chance_accuracy + NULL_ACCURACY
+    links = [(prefers, _prefers(e), is_refuted)]  # (found, whether it holds, is refuted if not)
     links += [(looks, _looks(e), e.attention_high < NULL_ATTENTION)]
     if _prefers(e) and _looks(e):
         needed = e.needs_p_value < SIGNIFICANCE and e.margin_drop - e.random_margin_drop > NULL_MARGIN
