@@ -199,7 +199,7 @@ def test_a_run_from_a_model_continues_its_rows(trained, corpus_folder, data_fold
     monkeypatch.setattr(pico, "run_analysis", lambda *_, **__: [])
     monkeypatch.setattr(pico, "model_card", lambda *_: "# Pico-LLM, ")
     config = pico.load_checkpoint(pico.publish(second, tmp_path / "published")[1]).train_config
-    assert (config.init_from, config.corpus) == (trained.name, corpus_folder.name), "names alone"
+    assert (config.init_from, config.corpus) == (trained.name, f"./{corpus_folder.name}"), "names alone"
 
 
 def test_publish_writes_the_model_its_study_and_a_card_that_says_what_these_say(published, trained, corpus_folder):
