@@ -97,7 +97,7 @@ def _check_settings(config: object, rules: Iterable[tuple[str, str, Callable[...
     for names, must, is_good in rules:
         for name in names.split():
             value = getattr(config, name)
-            with contextlib.suppress(TypeError, ValueError):  # of a comparison with what is no number
+            with contextlib.suppress(TypeError, ValueError, RuntimeError):  # of a comparison with what is no number
                 if (value is None and "None" in inspect.get_annotations(type(config))[name]) or is_good(value):
                     continue
             raise PicoError(f"{name} must {must}, not {value!r}.")
@@ -2755,8 +2755,7 @@ def verdict(e: NamedTuple) -> tuple[str, str]:
     ranked = f"without as many others {at_random} on average and, if these share none with them, at most "
     ranked += f"{number(e.apart_margin_drop)} (p = {e.needs_p_value:.2g} by rank among {e.n_random_sets} sets)"
     needs += ranked if e.n_random_sets else "and there are too few other sets of as many heads to compare with"
-    is_refuted = e.accuracy_high < e.chance_accuracy + NULL_ACCURACY
-    links = [(prefers, _prefers(e), is_refuted)]  # (found, whether it holds, is refuted if not)
+    links = [(prefers, _prefers(e), e.accuracy_high < e.chance_accuracy + NULL_ACCURACY)]  # found, holds, is refuted
     links += [(looks, _looks(e), e.attention_high < NULL_ATTENTION)]
     if _prefers(e) and _looks(e):
         needed = e.needs_p_value < SIGNIFICANCE and e.margin_drop - e.random_margin_drop > NULL_MARGIN
@@ -3289,9 +3288,9 @@ def plot_similarity(distances: np.ndarray, other_text: float, scores: pd.DataFra
 
 
 def plot_language(language: pd.DataFrame) -> Figure:
-    """Black: this model, with 95% intervals; hollow: best untrained one; dotted: what the nearest words suffice for.
-    A distractor could decide but does not. Margin lost: how much of its lead the right word loses without the heads;
-    grey: without other sets; p: the rank among them. Not ranked: two panels do not hold or sets are few.
+    """Black: this model, with 95% intervals; hollow: best untrained one; dotted: chance, or 75% if a near word
+    suffices for that. A distractor could decide but does not. Margin lost: what the right word loses of its lead
+    without the heads; grey: without other sets; p: the rank among them. Not ranked: two panels fail or sets are few.
     """
     y, untrained = np.arange(len(language)), {"color": MODEL_COLORS["untrained"], "mfc": "none"}
     figure, panels = new_figure(10.5, 1.5 + 0.36 * len(y), ncols=3, sharey=True)
@@ -3443,11 +3442,11 @@ def _class_statements(study: Study) -> Iterator[tuple[str, str, str]]:
     special, broad = _shares_of(study, "Specialised"), _shares_of(study, "Global/Broad")
     own, untrained = special["trained"], special["untrained"]
     verdict = _verdict(_is_found(study, "Specialised"), own["high"] <= untrained["high"])
-    evidence = f"{_interval(own)} of the heads are, {_interval(untrained)} in untrained models. Much depends on the "
+    evidence = f"{_interval(own)} of the heads are, {_interval(untrained)} in untrained models. "
     table = study.scores.assign(rest=1.0 - study.scores["resting"])
     found = {tau: classify_heads(table, ScoreThresholds(tau=dict.fromkeys(KAPPAS, tau))) for tau in (0.2, 0.3, 0.4)}
     counts = [f"{np.isin(each, SPECIALISED_CLASSES).sum()} heads at {tau}" for tau, each in found.items()]
-    evidence += f"threshold: {', '.join(counts)}."
+    evidence += f"With one threshold for all scores: {', '.join(counts)}."
     yield "Some heads are specialised, more than in untrained models", verdict, evidence
     found = {CLASS_LABELS[name]: _shares_of(study, name) for name in SPECIALISED_CLASSES if _is_found(study, name)}
     if found:
@@ -3686,7 +3685,7 @@ def stream_text(
     are_whole = all(isinstance(number, int | np.integer) for number in (max_new_tokens, seed))
     if not are_whole or max_new_tokens < 1 or not -(2**63) <= seed < 2**64:
         raise PicoError("Generation needs whole numbers: max_new_tokens >= 1, a seed from -2**63 to 2**64 - 1.")
-    tokenizer, rng = get_tokenizer(), torch.Generator().manual_seed(seed)
+    tokenizer, rng = get_tokenizer(), torch.Generator().manual_seed(int(seed))
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")  # holds back the bytes of a partial character
     weight, size = model.token_embedding.weight, model.config.context_length
     window, cache, kept = tokenizer.encode(prompt) or [Tokenizer.end_of_text], None, max(1, 3 * size // 4)
@@ -3720,7 +3719,7 @@ def sample_token(
         raise PicoError("Generation needs a finite temperature >= 0, a whole top_k >= 1 and top_p in (0, 1].")
     if temperature < 1e-40:  # in float32 it may be 0
         return int(logits.argmax())
-    values, tokens = ((logits - logits.max()) / temperature).topk(min(k, len(logits)))  # most likely first
+    values, tokens = ((logits - logits.max()) / temperature).topk(min(int(k), len(logits)))  # most likely first
     probabilities = values.softmax(dim=-1)
     before = probabilities.cumsum(dim=-1) - probabilities  # probability of all more likely tokens
     if p < 1:  # which rounding reaches before the last token
@@ -4389,9 +4388,6 @@ def explore(texts: Sequence[str], checkpoint: str | Path | None = None, results:
     path, saved = _open_model(checkpoint, results)
     model = model_from_checkpoint(saved)
     texts = [texts] if isinstance(texts, str) else texts
-    if len(texts) > 1 and all(len(text.split()) == 1 for text in texts):
-        texts = [" ".join(texts)]
-        print(f'Single words, so taken as one sentence; put each sentence in quotes: "{texts[0]}"', file=sys.stderr)
     captures = {"Your sentences": [capture_attention(model, text) for text in texts]}
     rows = [row for row in head_history(path, saved) if row["tokens"] == tokens_at(saved, saved.step)]
     return [write_explorer(Path(results) / "my_explorer.html", captures, pd.DataFrame(rows), path.name)]
@@ -4512,6 +4508,13 @@ def offer_download(results: str | Path = "results") -> None:
         importlib.import_module("google.colab.files").download(shutil.make_archive("pico_llm_results", "zip", results))
 
 
+def _explore(texts: list[str], **options) -> list[Path]:
+    if max(len(text.split()) for text in texts) == 1 < len(texts) and not re.search("[.!?。] ", one := " ".join(texts)):
+        texts = [one]
+        print(f'Single words, so taken as one sentence; put each sentence in quotes: "{one}"', file=sys.stderr)
+    return explore(texts, **options)
+
+
 def _generate(prompt: str, checkpoint: str | None, results: str, **sampling) -> None:
     saved = _open_model(checkpoint or newest_checkpoint(results))[1]
     pieces = stream_text(model_from_checkpoint(saved).to(default_device()), prompt, **sampling)
@@ -4552,7 +4555,7 @@ _COMMANDS = {  # function, what it does, arguments beside those that several com
     "train": (run_training, "Train a model.", ""),
     "both": (functools.partial(run_training, study=ALL_TEST_CATEGORIES), "Train a model and study its attention.", ""),
     "analyze": (run_analysis, "Study the attention of a model.", "--corpus"),
-    "explore": (explore, "See where each head looks in sentences of your own.", "texts"),
+    "explore": (_explore, "See where each head looks in sentences of your own.", "texts"),
     "generate": (_generate, "Continue a prompt.", "prompt --max-new-tokens --temperature --seed"),
     "optimize": (_optimize, "Make it fast.", "--corpus --batch-sizes --lengths --variants --seconds --no-install"),
     "export": (_export, "Write a Hugging Face folder of a model.", ""),
@@ -4569,7 +4572,7 @@ def _add_settings(group: argparse._ArgumentGroup, config: ModelConfig | TrainCon
         of, nargs = {"int": int, "str": str}.get(kind, float), 2 if kind.startswith("tuple") else None
         # argparse's errors call what reads a value by its name
         read = functools.wraps(of, updated=())(lambda text, of=of: None if text.lower() == "none" else of(text))
-        value = {"type": read, "metavar": of.__name__.upper(), "nargs": nargs}
+        value = {"type": read if "None" in item.type else of, "metavar": of.__name__.upper(), "nargs": nargs}
         options |= {"action": argparse.BooleanOptionalAction} if kind == "bool" else value
         if item.metadata.get("option", True):
             group.add_argument(f"--{item.name.replace('_', '-')}", **options)
@@ -4603,7 +4606,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"Error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("\nStopped early; files that were finished by then stay, no others were written.", file=sys.stderr)
+        print("\nStopped early; files that were finished by then stay.", file=sys.stderr)
         return 130
 
 
@@ -4672,8 +4675,8 @@ class matters if it costs more than nearly all of these and, by the interval ove
 Each claim is tested with pairs of sentences, one good and one wrong or at least unusual, that differ in little else.
 Three things must hold: the model finds the good one more likely; heads look at the word that decides, chosen on one
 half of the pairs and tested on the other; and without these heads the preference shrinks more than without other
-sets of as many heads in their layers, which may share some with them: if one head does it all, sets with it rank as
-high, and the claim stays undecided. p-values are adjusted for the number of tests (Holm)."),
+sets of as many (in their layers, if these are enough), which may share some with them: if one head does nearly all,
+sets with it rank nearly as high, so each head's own cost is told, too. p-values are Holm-adjusted."),
 ("similarity", "Which heads look alike", ["similarity"], "
 Heads that share a branch low in the tree look at the same places of the same text. The dashed line is a yardstick,
 not a limit of error: how far one head is from itself when the text changes."),
@@ -4881,7 +4884,6 @@ document.querySelectorAll(".pico-explorer:not([data-started])").forEach((root) =
     const address = `#${[state.text, state.token, ...state.heads]}`;
     if (isPage) saving = setTimeout(() => history.replaceState(null, "", address), 200);
   }
-
   const point = (token) => state.pinned || token === state.token || update({ token });
   const pin = (token) => update({ token, pinned: !(state.pinned && token === state.token) });
   const pickHead = (head, panel = state.active) => update({ heads: state.heads.with(panel, head), active: panel });

@@ -302,6 +302,9 @@ def test_study_finds_the_head_of_a_model_built_by_hand():
     assert list(table.phenomenon) == list(pico.PHENOMENA) and list(table) == list(make_language())
     assert question.heads == "L0H0" and question.accuracy == 1.0 and question.untrained_accuracy < 0.7
     assert question.n_random_sets == 31 and question.needs_p_value == 1 / 32
+    assert question.single_drops == f"L0H0 {question.margin_drop:.2f}"
+    assert question.random_margin_high <= question.apart_margin_drop < question.margin_drop / 2, "of the other heads"
+    assert table.chance_accuracy.tolist() == [0.5, 0.5, 0.5, 0.5, 0.75, 0.75, 0.5]
     assert question.margin_drop > 5 * abs(question.random_margin_drop) and abs(question.loss_increase) > 1e-3
     assert question.verdict == "supported", question.reason
     others = table[table.phenomenon != "question"]

@@ -298,9 +298,11 @@ def test_command_line_trains_explores_and_generates(tmp_path, corpus_folder, cap
     assert "<p>Model: pico_llm_tiny.pt</p>" in page.read_text()
     pico.explore("A single sentence.", results=results)
     assert page.read_text().count("<option>") == 1
-    pico.explore(["My", "own", "sentence."], results=results)  # without quotes
+    assert pico.main(["explore", "My", "own", "sentence.", "--results", str(results)]) == 0  # without quotes
     assert "<option>My own sentence.</option>" in page.read_text() and page.read_text().count("<option>") == 1
     assert 'taken as one sentence; put each sentence in quotes: "My own sentence."' in capsys.readouterr().err
+    run("explore", "Stop.", "Go.")
+    assert page.read_text().count("<option>") == 2
 
 
 def test_another_folder_for_the_files_does_not_change_the_model(trained, tmp_path, monkeypatch, capsys):

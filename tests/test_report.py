@@ -41,6 +41,7 @@ def test_verdicts_and_lead_of_a_study_with_known_truth():
     assert len(found) == len(names) and all(any(name in claim for claim in found) for name in names)
     classes, ablation = (statements(study, topic).values() for topic in ("Classes", "Ablation"))
     assert [row["verdict"] for row in classes] == ["supported", "undecided", "not supported"]
+    assert "scores: 6 heads at 0.2, 6 heads at 0.3, 6 heads at 0.4." in next(iter(classes))["evidence"]
     assert {row["verdict"] for row in ablation} == {"supported"}
     assert statements(study, "Language")["The model handles subject and verb"]["verdict"] == "supported"
     previous = heads["A head looks at the previous token"]["evidence"]  # the number, its interval, both baselines
