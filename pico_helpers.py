@@ -27,7 +27,6 @@ import functools
 import hashlib
 import importlib.metadata
 import importlib.util
-import inspect
 import itertools
 import json
 import math
@@ -98,7 +97,7 @@ def _check_settings(config: object, rules: Iterable[tuple[str, str, Callable[...
         for name in names.split():
             value = getattr(config, name)
             with contextlib.suppress(TypeError, ValueError, RuntimeError):  # of a comparison with what is no number
-                if (value is None and "None" in inspect.get_annotations(type(config))[name]) or is_good(value):
+                if (value is None and "None" in type(config).__annotations__[name]) or is_good(value):
                     continue
             raise PicoError(f"{name} must {must}, not {value!r}.")
 
@@ -4565,7 +4564,8 @@ _COMMANDS = {  # function, what it does, arguments beside those that several com
 
 def _add_settings(group: argparse._ArgumentGroup, config: ModelConfig | TrainConfig) -> None:
     """One option for each setting, such as --n-layer and --learning-rate; the comment on its field is its help."""
-    comments = dict(re.findall(r"^    (\w+): .*?  # (.+)$", inspect.getsource(type(config)), re.MULTILINE))
+    body = Path(__file__).read_text(encoding="utf-8").split(f"\nclass {type(config).__name__}:")[1].split(" def ")[0]
+    comments = dict(re.findall(r"^    (\w+): .*?  # (.+)$", body, re.MULTILINE))  # inspect would parse it all
     for item in dataclasses.fields(config):
         kind, about = item.type.split(" | ")[0], f"{comments.get(item.name, '')} [{getattr(config, item.name)}]"
         options = {"default": argparse.SUPPRESS, "help": about.replace("%", "%%")}
