@@ -83,6 +83,12 @@ class PicoError(Exception):
     """One line that says what was wrong and what to do. The command line and the notebook print it without a trace."""
 
 
+def first_line(error: Exception) -> str:
+    """An error in one line, with its type unless it is ours; of one that a compiler wraps, the inner."""
+    text = str(error) if isinstance(error, PicoError) else f"{type(error).__name__}: {error}"
+    return re.sub(r"^(BackendCompilerFailed: .* raised:\n|InductorError: )", "", text.strip()).split("\n")[0][:300]
+
+
 def check_choice(kind: str, value: object, choices: Iterable[str]) -> None:
     if value not in tuple(choices):  # which compares, where a table would hash
         raise PicoError(f"Unknown {kind} {value!r}; choose one of: {', '.join(choices)}.")
@@ -1143,7 +1149,7 @@ def choose_compile(asked: bool | None, device: torch.device, flops: float) -> bo
         try:
             compile_function(lambda x: x.sin() + 1)(torch.zeros(64, device=device))
         except Exception as error:  # compilers and their absence raise all kinds
-            problem = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            problem = first_line(error)
     if problem:
         print(f"The model is not compiled: {problem}.")
     return asked is not False and not problem
@@ -1592,7 +1598,7 @@ class TrainingRun:
             except Exception as error:
                 if not self.compiled or not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
                     raise
-                reason = str(error).strip().splitlines()[0]
+                reason = first_line(error)
                 if ranks()[1] > 1:  # the others would wait for this one
                     raise PicoError(f"The compiler failed; run again with --no-compile: {reason}") from error
                 print(f"The compiler failed, training goes on without it: {reason}")
@@ -3779,12 +3785,6 @@ def float32_matmul(precision: str) -> Iterator[None]:
         yield
     finally:
         torch.set_float32_matmul_precision(before)
-
-
-def first_line(error: Exception) -> str:
-    """An error in one line, with its type unless it is ours."""
-    text = str(error) if isinstance(error, PicoError) else f"{type(error).__name__}: {error}"
-    return text.strip().split("\n")[0][:300]
 
 
 # -- TensorRT

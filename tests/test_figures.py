@@ -262,6 +262,7 @@ def test_every_picture_has_a_file_and_words_and_draws_in_a_thread_without_pyplot
     captures = {category: [make_capture(text) for text in members] for category, members in texts.items()}
     with warnings.catch_warnings(), ThreadPoolExecutor(1) as thread:
         warnings.simplefilter("error")
+        warnings.simplefilter("ignore", DeprecationWarning)  # matplotlib 3.8 with today's pyparsing
         pictures = thread.submit(pico.draw_study, make_study(2, 2), captures, tmp_path).result()
     assert not pyplot.get_fignums()
     of_model = [picture.path for picture in pictures if picture.group == "Model"]

@@ -9,6 +9,7 @@ import os
 import platform
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -160,7 +161,8 @@ def test_a_training_step_is_one_graph_for_all_models_of_a_shape(tiny_config, dty
             loss.backward()
             gradients.append([p.grad for p in model.parameters()])
             model.zero_grad(set_to_none=True)
-        assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+        same = torch.equal if torch.__version__ >= "2.11" else functools.partial(torch.allclose, rtol=0.01, atol=1e-4)
+        assert all(same(a, b) for a, b in zip(*gradients, strict=True))  # PyTorch 2.9 rounds in another order
     assert counter.frame_count == 1, "the profiler's contestants share what is compiled"
 
 
@@ -347,7 +349,7 @@ assert not pico.choose_compile(True, torch.device("cpu"), 1e15)
 """
     answer = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
     (problem,) = answer.stdout.splitlines()
-    assert problem.startswith("The model is not compiled: ") and "ompiler" in problem
+    assert problem.startswith("The model is not compiled: ") and "ompiler " in problem
 
 
 @pytest.mark.parametrize("precision, place", [("fp32", "forward"), ("fp16", "optimizer")])  # where a GPU compiles Muon
@@ -501,14 +503,18 @@ def launch(tiny_config, tiny_train, data_folder, tmp_path) -> Callable[..., subp
     return start
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_two_processes_have_the_losses_of_one(launch, train_tiny, tiny_config, tiny_train, tmp_path, optimizer):
+@pytest.mark.parametrize(("optimizer", "compiled"), [("adamw", False), ("adamw", True), ("muon", False)])
+def test_two_processes_have_the_losses_of_one(
+    launch, train_tiny, tiny_config, tiny_train, tmp_path, optimizer, compiled
+):
     settings = {"optimizer": optimizer, "batch_size": 8, "micro_batch_size": 2, "log_interval": 1, "max_steps": 8}
+    settings["compile"] = compiled = compiled and shutil.which("g++") is not None
     assert tiny_config.dropout > 0
     with launch(2, 0.0, data=tmp_path / "data", **settings) as process:  # tokenised by the first of the two
         output = process.communicate()[0]
     assert process.returncode == 0, output
     assert output.count("Corpus:") == 1 and "2 processes" in output, "the first process alone prints"
+    assert (", compiled" in output) == compiled
     assert re.findall(r"snapshot (\d+)", output) == [str(step) for step in pico.snapshot_steps(8)], "and only it calls"
     saved, expected = pico.load_checkpoint(tmp_path / "pico_llm_tiny.pt"), train_tiny("alone", **settings)
     rows = read_rows(tmp_path / "tiny_metrics.csv")
