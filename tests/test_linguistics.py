@@ -203,6 +203,7 @@ def test_heads_are_tested_on_items_that_did_not_choose_them_and_planted_ones_are
         differences[:, layer, head] += effect  # the last one prefers the distractor: it is no support
     heads, values = pico.choose_and_test(differences, 2)
     assert heads == ((0, 3), (2, 4)) and values.mean() == pytest.approx(1.5, abs=0.1)
+    assert len(pico.choose_and_test(differences[:, :1, :2], 3)[0]) == 1  # one other must be left
     assert list(Counter((pico.is_test_item(item), item % 2) for item in range(40)).values()) == [10] * 4
 
 
@@ -298,7 +299,8 @@ def study_did(model, windows=WINDOWS):
 def test_study_finds_the_head_of_a_model_built_by_hand():
     windows = WINDOWS.clone()
     windows[2:, 10] = token(" did")
-    table, question = study_did(did_model(), windows)
+    model = did_model()
+    table, question = study_did(model, windows)
     assert list(table.phenomenon) == list(pico.PHENOMENA) and list(table) == list(make_language())
     assert question.heads == "L0H0" and question.accuracy == 1.0 and question.untrained_accuracy < 0.7
     assert question.n_random_sets == 31 and question.needs_p_value == 1 / 32
@@ -306,6 +308,11 @@ def test_study_finds_the_head_of_a_model_built_by_hand():
     assert question.random_margin_high <= question.apart_margin_drop < question.margin_drop / 2, "of the other heads"
     assert table.chance_accuracy.tolist() == [0.5, 0.5, 0.5, 0.5, 0.75, 0.75, 0.5]
     assert question.margin_drop > 5 * abs(question.random_margin_drop) and abs(question.loss_increase) > 1e-3
+    (increase,) = np.diff(
+        pico.ablated_losses(model, windows, [(), ((0, 0),)], pico.mean_head_outputs(model, windows)), axis=0
+    )
+    of_windows = increase.mean(), increase.std(ddof=1) / 2  # of four
+    assert (question.loss_increase, question.loss_error) == pytest.approx(of_windows, rel=1e-3)
     assert question.verdict == "supported", question.reason
     others = table[table.phenomenon != "question"]
     assert not set(others.verdict) - {"not supported", "undecided"} and (others.n_random_sets == 0).all()
@@ -324,6 +331,20 @@ def test_a_head_that_looks_but_is_not_needed_is_not_enough():
     question = study_did(shared)[1]
     assert question.accuracy == 1.0 and question.margin_drop > 0.1
     assert question.needs_p_value == 2 / 32 and question.verdict == "undecided" and "without them" in question.reason
+
+
+def test_several_heads_cost_what_they_cost_together_and_each_alone(monkeypatch):
+    def margins_without(_, pairs, sets, means):
+        return np.array([[10 - sum({(0, 0): 3, (1, 1): 2}.get(head, 0.1) for head in heads)] * 20 for heads in sets])
+
+    monkeypatch.setattr(pico, "ablated_margins", margins_without)
+    model = SimpleNamespace(config=SimpleNamespace(n_layer=2, n_head=8))
+    columns = "drop low high singles n_sets average random_low random_high apart p_value"
+    costs = dict(zip(columns.split(), pico._costs(model, [], ((0, 0), (1, 1)), 1, None, 0), strict=True))
+    assert costs["singles"] == "L0H0 3.00, L1H1 2.00" and costs["n_sets"] == 63
+    numbers = [costs[name] for name in ("drop", "low", "high", "apart", "average", "p_value")]
+    average = (7 * 3.1 + 7 * 2.1 + 49 * 0.2) / 63
+    assert numbers == pytest.approx([5, 5, 5, 0.2, average, 1 / 64])
 
 
 @pytest.mark.parametrize("seed", range(3))
