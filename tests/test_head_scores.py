@@ -228,6 +228,9 @@ def test_shares_interval_comes_from_resampling_texts():
     assert diagonal(sums(8)) == [1, 1, 1] and diagonal(sums(0)) == [0, 0, 0]
     assert diagonal(sums(3)) == [1, 0, 1]
     assert diagonal([sums(8), sums(0)]) == [0.5, 0, 1]  # two models: mean and range
+    found = iter([{"x": np.array([500.0])}, {"x": np.arange(1001.0)}])  # of all texts, of resamples
+    (row,) = ph._estimates(sums(3), ["name", "value"], lambda *_: next(found), 2, 0).to_numpy().tolist()
+    assert row == ["x", 500, 25, 975]
 
 
 def induction_model():

@@ -306,6 +306,8 @@ def test_study_finds_the_head_of_a_model_built_by_hand():
     assert question.n_random_sets == 31 and question.needs_p_value == 1 / 32
     assert question.single_drops == f"L0H0 {question.margin_drop:.2f}"
     assert question.random_margin_high <= question.apart_margin_drop < question.margin_drop / 2, "of the other heads"
+    assert (table.untrained_accuracy > 0.2).all() and (table.untrained_accuracy_highest < 0.8).all()
+    assert (table.untrained_accuracy < table.untrained_accuracy_highest).any()
     assert table.chance_accuracy.tolist() == [0.5, 0.5, 0.5, 0.5, 0.75, 0.75, 0.5]
     assert question.margin_drop > 5 * abs(question.random_margin_drop) and abs(question.loss_increase) > 1e-3
     (increase,) = np.diff(
@@ -327,7 +329,8 @@ def test_a_head_that_looks_but_is_not_needed_is_not_enough():
         out = shared.blocks[0].attention.out_proj.weight
         out[:, 1] *= 5 / 3  # so that one head alone does not reach the bare verb
         qkv[:, 1], out[:, 4:8] = qkv[:, 0], out[:, :4]
-    assert study_did(unread)[1].verdict != "supported"
+    table, question = study_did(unread)
+    assert question.verdict != "supported" and (table.n_random_sets == 0).all(), "asked only of what it prefers"
     question = study_did(shared)[1]
     assert question.accuracy == 1.0 and question.margin_drop > 0.1
     assert question.needs_p_value == 2 / 32 and question.verdict == "undecided" and "without them" in question.reason
