@@ -100,7 +100,7 @@ def test_wikitext_rows_come_from_the_hub_in_the_original_split(monkeypatch, tmp_
     """The hub is replaced by a local data set behind the same `load_dataset` call."""
     import datasets
 
-    rows = datasets.Dataset.from_dict({"text": [" = A = \n", " Text . \n", " = B = \n", " More . \n"]})
+    rows = datasets.Dataset.from_dict({"text": [" = A = \n", " Text : 4 @,@ 386 . \n", " = B = \n", " More . \n"]})
     monkeypatch.setattr(datasets, "load_dataset", load := Mock(return_value=rows))
     monkeypatch.setattr(pico, "hub_problem", lambda: None)
     corpus = pico.choose_corpus("auto", data_folder=tmp_path)
@@ -109,6 +109,9 @@ def test_wikitext_rows_come_from_the_hub_in_the_original_split(monkeypatch, tmp_
     parts, name = ("train[:20%]", "validation"), ("Salesforce/wikitext", "wikitext-103-raw-v1")
     assert load.call_args_list == [call(*name, split=part) for part in parts]
     assert len(file.starts) == 3 and corpus.about.startswith("WikiText-103 (train[:20%]")
+    stored = pico.choose_corpus("wikitext103", 0.2, tmp_path, "stored")
+    texts = [next(iter(texts_of(each.documents("validation")))) for each in (corpus, stored)]
+    assert ["4,386" in text for text in texts] == [True, False] and "4 @,@ 386" in texts[1]
     monkeypatch.setattr(pico, "hub_problem", lambda: "the hub is down")  # once tokenised, it needs none
     assert pico.choose_corpus("auto", data_folder=tmp_path).key == corpus.key
 
@@ -187,6 +190,7 @@ He called the "so-called 'free' men" [sic] in the dogs' kennel.
 The players' clubs, the boys' and the girls' teams won 3:1.
 She moved in the '80s – and it’s said they’ll come back.
 The dogs' rock 'n' roll of the '80s and '90s.
+He likes 'red' and 'blue' ones.
 It lay at 45° N; the word 'means' means it (he said: "stop").
 = A title: the king's =
 == A section ==
@@ -234,7 +238,7 @@ def test_a_folder_without_validation_files_holds_out_is_read_in_part_and_known_b
 
     half = corpus([f"document {k}" for k in range(200)], 0.5)
     assert texts_of(half.documents("validation")) == ["document 0", "document 50"]
-    assert len(texts_of(half.documents("train"))) == 98
+    assert len(texts_of(half.documents("train"))) == 98 and half.name == tmp_path.name
     tiny = corpus(["one", "two"])
     assert [texts_of(tiny.documents(split)) for split in ("train", "validation")] == [["two"], ["one"]]
     assert corpus(["one", "two"]).key == tiny.key != corpus(["one", "owt"]).key  # written anew, so with another date
@@ -361,5 +365,8 @@ def test_a_stream_runs_through_epochs_without_a_gap_and_with_a_limit_on_the_same
     for epoch in each.split(10):
         assert set(epoch.flatten().tolist()) == set(range(81))
         assert len(epoch[:, :-1].unique()) == 80, "each epoch holds each token once"
-    with pytest.raises(pico.PicoError, match="one sequence needs 1001"):
-        pico.count_sequences(stream.file, 1000)
+    n_tokens = len(stream.file.tokens)
+    assert [pico.count_sequences(stream.file, n_tokens - 1), pico.count_sequences(stream.file, 8, 3)] == [1, 3]
+    for length in (n_tokens, 1000):
+        with pytest.raises(pico.PicoError, match=f"one sequence needs {length + 1}"):
+            pico.count_sequences(stream.file, length)

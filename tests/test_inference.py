@@ -327,6 +327,10 @@ def test_benchmark_table_is_complete_and_its_ratios_right(ways, model, file, tmp
         assert [panel.get_title("left") for panel in axes] == [f"batch {b}, {n} tokens" for b, n in shapes]
         assert [text.get_text() for text in axes[0].get_yticklabels()] == [way.name for way in ways[::-1]]
         axes[0].figure.canvas.draw()
+    p99 = table[(table.batch == shapes[0][0]) & (table.length == shapes[0][1])].p99_ms.dropna()
+    assert sorted(segment[1, 0] for segment in axes[0].collections[0].get_segments() if len(segment)) == pytest.approx(
+        sorted(p99)
+    )
     assert {"5 ms, 8×", ""} <= {text.get_text() for text in axes[1].texts}
 
 
