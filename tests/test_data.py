@@ -191,6 +191,7 @@ The players' clubs, the boys' and the girls' teams won 3:1.
 She moved in the '80s – and it’s said they’ll come back.
 The dogs' rock 'n' roll of the '80s and '90s.
 He likes 'red' and 'blue' ones.
+The ships 'big' guns fired.
 It lay at 45° N; the word 'means' means it (he said: "stop").
 = A title: the king's =
 == A section ==
@@ -217,7 +218,7 @@ def test_text_style_is_a_choice_where_it_matters_and_words_are_counted_as_stored
     parquet(tmp_path / "valid.parquet", [" = Title = \n", *lines])
     natural, stored = (pico.choose_corpus(str(tmp_path), text_style=style) for style in ("natural", "stored"))
     assert natural.key != stored.key
-    assert "Moses style undone" in natural.about and "in Moses style" in stored.about
+    assert "100% of" in natural.about and "Moses style undone" in natural.about and "in Moses style" in stored.about
     for split in ("train", "validation"):
         a, b = (pico.prepare_tokens(corpus, split, tmp_path / "data") for corpus in (natural, stored))
         assert a.folder != b.folder and len(a.tokens) < len(b.tokens)

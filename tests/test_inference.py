@@ -311,7 +311,7 @@ def test_benchmark_table_is_complete_and_its_ratios_right(ways, model, file, tmp
         ms = times[row.variant]
         assert (row.p50_ms, row.p99_ms, row.speedup) == pytest.approx((ms, ms, 40 / ms))
         assert (row.vs_best_pytorch, row.tokens_per_s) == pytest.approx((5 / ms, row.batch * row.length / ms * 1e3))
-        assert row.status == "ok" and row.kl_divergence == 0
+        assert row.status == "ok" and row.kl_divergence == 0 and row.build_s == pytest.approx(ms / 1e3)
     assert table[["device", "torch", "date"]].notna().all(axis=None), "also of rows that failed"
     failed = table[table.status != "ok"].groupby("variant").status.agg(["size", "first"])
     assert failed.loc["unbuilt"].tolist() == [4, "KeyError: 'no'"]
