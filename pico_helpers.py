@@ -85,8 +85,9 @@ class PicoError(Exception):
 
 def first_line(error: Exception) -> str:
     """An error in one line, with its type unless it is ours; of one that a compiler wraps, the inner."""
+    error = getattr(error, "inner_exception", error)
     text = str(error) if isinstance(error, PicoError) else f"{type(error).__name__}: {error}"
-    return re.sub(r"^(BackendCompilerFailed: .* raised:\n|InductorError: )", "", text.strip()).split("\n")[0][:300]
+    return text.strip().split("\n")[0][:300]
 
 
 def check_choice(kind: str, value: object, choices: Iterable[str]) -> None:
@@ -1662,10 +1663,9 @@ class TrainingRun:
             what = f"{'Resuming' if self.step else 'Training'} {config.name} at step {self.step:,} of {steps.stop:,}"
             body, everything = (f"{n / 1e6:.2f}M" for n in self.model.count_parameters())
             size = f"{body} parameters, {everything} with embeddings, from {self.started_from or 'scratch'}"
-            where = f"{self.device}, {f'{n_ranks} processes, ' * (n_ranks > 1)}{str(self.dtype)[6:]}"
-            where += ", compiled" if self.compiled else ""
+            how = f"{f'{n_ranks} processes, ' * (n_ranks > 1)}{str(self.dtype)[6:]}{', compiled' * self.compiled}"
             read = f"of {self.stream.n_sequences:,} ({len(self.stream.file.tokens):,} tokens)"
-            print(f"{what}: {size}; {config.batch_size} sequences a step, {read}, on {where}.")
+            print(f"{what}: {size}; {config.batch_size} sequences a step, {read}, on {self.device}, {how}.")
             snapshots = snapshot_steps(self.total_steps) if on_snapshot else []
         if self.step == 0 in snapshots:
             show(self.model, 0)
