@@ -155,7 +155,7 @@ class TrainConfig:
     """One training run. Sequences are `context_length` tokens; a step is one optimizer update."""
 
     name: str = "wikitext103"  # names the run's files in results/
-    corpus: str = "auto"  # auto | wikitext103 | offline | a folder of parquet files with a column `text`
+    corpus: str = "auto"  # auto | wikitext103 | offline | a folder: parquet with a column `text`, or .txt
     text_style: str = "natural"  # natural | stored: whether text in Moses style is made natural
     corpus_fraction: float | None = None  # share of the rows to read; None: 0.2 of WikiText-103, all of any other
     max_sequences: int | None = 45_363  # read no more than these (the original study's 17.42M tokens); None: all
@@ -282,8 +282,7 @@ def atomic_write(path: str | Path, kinds: tuple[type[Exception], ...] = (OSError
                 os.fsync(file.fileno())
             os.replace(temporary, path)
         finally:
-            with contextlib.suppress(OSError):
-                temporary.unlink()
+            temporary.unlink(missing_ok=True)
 
 
 def check_writable(folder: str | Path) -> None:
@@ -397,11 +396,15 @@ class CausalSelfAttention(nn.Module):
         self.layer, self.n_head, self.qk_norm = layer, config.n_head, config.qk_norm
         self.dropout = Dropout(config.dropout)
         self.qkv_proj = nn.Linear(config.d_model, 3 * config.d_model, bias=False)
-        self.out_proj = nn.Linear(config.d_model, config.d_model, bias=False)  # its input is the heads side by side
+        self.out_proj = nn.Linear(config.d_model, config.d_model, bias=False)
 
-    def forward(
+    def forward(self, x: Tensor, *args) -> Tensor:
+        return self.out_proj(self.heads(x, *args))
+
+    def heads(
         self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None = None, on_attention: OnAttention = None
     ) -> Tensor:
+        """The heads' outputs, side by side (B, T, D)."""
         B, T, D = x.shape
         q, k, v = self.qkv_proj(x).view(B, T, 3, self.n_head, D // self.n_head).permute(2, 0, 3, 1, 4)  # (B, H, T, d)
         if self.qk_norm:
@@ -428,7 +431,7 @@ class CausalSelfAttention(nn.Module):
             weights = scores.masked_fill(~mask, -math.inf).softmax(dim=-1)  # (B, H, T, past + T)
             on_attention(self.layer, weights)
             y = F.dropout(weights.to(v.dtype), dropout) @ v
-        return self.out_proj(y.transpose(1, 2).reshape(B, T, D))
+        return y.transpose(1, 2).reshape(B, T, D)
 
 
 class SwiGLU(nn.Module):
@@ -816,16 +819,26 @@ def split_of(path: Path) -> str:
     return next((split for split, of in words.items() if re.search(f"(?<![a-z])({of})(?![a-z])", name)), "train")
 
 
-def _parquet_rows(paths: Iterable[Path]) -> Iterator[str | None]:
+def _file_rows(paths: Iterable[Path]) -> Iterator[str | None]:
     for path in paths:
+        if path.suffix == ".txt":
+            with explained(f"Cannot read {path}", "Save it in UTF-8."), open(path, encoding="utf-8-sig") as file:
+                while lines := file.readlines(20_000):  # characters, and the rest of the line
+                    yield "".join(lines)
+            continue
         with explained(f"Cannot read {path} as parquet", "Replace or remove it."), ParquetFile(path) as file:
             for batch in file.iter_batches(batch_size=4096, columns=["text"]):
                 yield from batch.column(0).to_pylist()
 
 
-def _parquet_corpus(folder: Path, fraction: float, text_style: str) -> Corpus:
+def _folder_corpus(folder: Path, fraction: float, text_style: str) -> Corpus:
+    """Its parquet files or, where it has none, its text files, each as documents of some 20,000 characters."""
     files: dict[str, dict[Path, int]] = {"train": {}, "validation": {}, "test": {}}  # with their numbers of rows
-    for path in sorted(p for p in folder.glob("**/*.parquet") if p.is_file() or not any(p.iterdir())):
+    found = [path for path in folder.glob("**/*.parquet") if not (path.is_dir() and any(path.iterdir()))]
+    for path in sorted(found or (path for path in folder.glob("**/*.txt") if path.is_file() and path.stat().st_size)):
+        if path.suffix == ".txt":
+            files[split_of(path.relative_to(folder))][path] = sum(1 for _ in _file_rows([path]))
+            continue
         with explained(f"Cannot read {path} as parquet", "Replace or remove it."), ParquetFile(path) as file:
             columns = {item.name: str(item.type) for item in file.schema_arrow}
             files[split_of(path.relative_to(folder))][path] = file.metadata.num_rows
@@ -833,16 +846,17 @@ def _parquet_corpus(folder: Path, fraction: float, text_style: str) -> Corpus:
             raise PicoError(f"{path} needs a column 'text' of strings; it has {columns}.")
     training, validation, test = files.values()
     if not training:
-        raise PicoError(f"'{folder}' holds no *.parquet to train on (those named validation or test are held out).")
-    sample = " ".join(row or "" for row in itertools.islice(_parquet_rows(training), 1000))
+        problem = "*.parquet or *.txt to train on (those named validation or test are held out)"
+        raise PicoError(f"'{folder}' holds no {problem}.")
+    sample = " ".join(row or "" for row in itertools.islice(_file_rows(training), 1000))
     is_moses = 2 * sample.count(" , ") > sample.count(",")  # most commas after a space, as nobody writes
     is_natural = is_moses and text_style == "natural"
 
     def documents(split: str) -> Iterator[tuple[str, int]]:
         if split == "validation" and validation:
-            return group_rows(_parquet_rows(validation), is_natural)
+            return group_rows(_file_rows(validation), is_natural)
         n_rows = round(sum(training.values()) * fraction)
-        read = group_rows(itertools.islice(_parquet_rows(training), n_rows), is_natural)
+        read = group_rows(itertools.islice(_file_rows(training), n_rows), is_natural)
         return read if validation else _hold_out(read, split)
 
     contents = {path: hashlib.sha256(np.memmap(path, mode="r")).hexdigest() for path in [*training, *validation]}
@@ -853,8 +867,8 @@ def _parquet_corpus(folder: Path, fraction: float, text_style: str) -> Corpus:
     notes = [f"{fraction:.0%} of its training rows", f"validation: {'its validation files' if validation else counted}"]
     notes += [f"{len(test)} test files not read"] * bool(test) + [TEXT_STYLES[text_style]] * is_moses
     title = folder.resolve().name
-    name = re.sub(r"\W+", "-", title).strip("-") or "folder"
-    return Corpus(name, key, f"the parquet folder {title} ({'; '.join(notes)})", "the settings ask for it", documents)
+    about = f"the {'parquet' if found else 'text'} folder {title} ({'; '.join(notes)})"
+    return Corpus(re.sub(r"\W+", "-", title).strip("-") or "folder", key, about, "the settings ask for it", documents)
 
 
 def _offline_corpus(fraction: float, reason: str) -> Corpus:
@@ -885,9 +899,9 @@ def choose_corpus(
         return _offline_corpus(fraction or 1.0, "the settings ask for it")
     if name not in ("auto", "wikitext103"):
         if (folder := Path(os.path.expanduser(name))).is_dir():
-            return _parquet_corpus(folder, fraction or 1.0, text_style)
+            return _folder_corpus(folder, fraction or 1.0, text_style)
         name = f"{name!r}{', only a file' * folder.is_file()}"
-        raise PicoError(f"No corpus or folder {name}; choose auto, wikitext103, offline or a folder of parquet files.")
+        raise PicoError(f"No corpus or folder {name}; choose auto, wikitext103, offline or a folder of files.")
     share = fraction or 0.2
     if not math.isclose(100 * share, round(100 * share)):
         raise PicoError(f"WikiText-103 is read in whole percent, not {share:%}.")
@@ -895,7 +909,7 @@ def choose_corpus(
     folders = [_token_folder(corpus, split, data_folder) for split in SPLITS]
     problem = None if all((folder / "meta.json").is_file() for folder in folders) else hub_problem()
     if problem and name == "wikitext103":
-        raise PicoError(f"No WikiText-103: {problem}. Use corpus 'offline' or a folder of parquet files.")
+        raise PicoError(f"No WikiText-103: {problem}. Use corpus 'offline' or a folder of parquet or txt files.")
     return _offline_corpus(fraction or 1.0, problem) if problem else corpus
 
 
@@ -1127,8 +1141,8 @@ def choose_precision(name: str, device: torch.device) -> torch.dtype:
     if name == "bf16" and not has_bf16:
         raise PicoError("This GPU has no bf16 (it begins with Ampere); choose fp16 or auto.")
     if name == "auto":
-        choices = (has_bf16, "fp16") if device.type == "cuda" else (bf16_is_faster(), "fp32")
-        name = "bf16" if choices[0] else choices[1]
+        is_fast = has_bf16 if device.type == "cuda" else bf16_is_faster()
+        name = "bf16" if is_fast else "fp16" if device.type == "cuda" else "fp32"
     return {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[name]
 
 
@@ -1201,23 +1215,21 @@ def orthogonalize(matrices: Tensor, dtype: torch.dtype = torch.float32) -> Tenso
 
 def muon_update(parts: list[tuple[dict, list, Tensor, Tensor]], dtype: torch.dtype, found_inf: Tensor) -> None:
     """One step of Muon, in place. A part: group of n parameters (rows, columns), gradients, momentum (n, ...), rate."""
-    lying: list[Tensor] = []  # the matrices of each group, (n x split, ...)
-    for group, gradients, momentum, _ in parts:
+    by_shape: dict[torch.Size, list] = {}  # of the matrices, none taller than wide; all of a shape at once
+    for group, gradients, momentum, rate in parts:
         gradient = torch.where(found_inf > 0, momentum, torch.stack(gradients))  # a bad step leaves the momentum
         momentum.lerp_(gradient, 1 - group["momentum"])
         update = gradient.lerp(momentum, group["momentum"])  # Nesterov
-        matrices = update.unflatten(1, (group["split"], -1)).flatten(0, 1)
-        lying.append(matrices.mT if matrices.shape[1] > matrices.shape[2] else matrices)
-    for shape in dict.fromkeys(matrices.shape[1:] for matrices in lying):  # all of a shape at once
-        same = [index for index, matrices in enumerate(lying) if matrices.shape[1:] == shape]
-        found = orthogonalize(torch.cat([lying[index] for index in same]), dtype)
-        for index, matrices in zip(same, found.split([len(lying[index]) for index in same]), strict=True):
-            lying[index] = matrices
-    for (group, _, momentum, rate), matrices in zip(parts, lying, strict=True):
-        rate, ratio = rate * (1 - found_inf), momentum.shape[1] / group["split"] / momentum.shape[2]
-        update = (matrices.mT if ratio > 1 else matrices).reshape(momentum.shape) * (math.sqrt(max(1, ratio)) * rate)
-        torch._foreach_mul_(group["params"], 1 - rate * group["weight_decay"])
-        torch._foreach_sub_(group["params"], list(update))
+        matrices = update.unflatten(1, (group["split"], -1)).flatten(0, 1)  # (n x split, ...)
+        ratio = matrices.shape[1] / matrices.shape[2]
+        matrices = matrices.mT if ratio > 1 else matrices
+        by_shape.setdefault(matrices.shape[1:], []).append((group, ratio, rate * (1 - found_inf), matrices))
+    for same in by_shape.values():
+        found = orthogonalize(torch.cat([part[-1] for part in same]), dtype).split([len(part[-1]) for part in same])
+        for (group, ratio, rate, _), matrices in zip(same, found, strict=True):
+            update = (matrices.mT if ratio > 1 else matrices).reshape(-1, *group["params"][0].shape)
+            torch._foreach_mul_(group["params"], 1 - rate * group["weight_decay"])
+            torch._foreach_sub_(group["params"], list(update * (math.sqrt(max(1, ratio)) * rate)))
 
 
 class Muon(torch.optim.AdamW):
@@ -1667,7 +1679,7 @@ class TrainingRun:
             read = f"of {self.stream.n_sequences:,} ({len(self.stream.file.tokens):,} tokens)"
             print(f"{what}: {size}; {config.batch_size} sequences a step, {read}, on {self.device}, {how}.")
             snapshots = snapshot_steps(self.total_steps) if on_snapshot else []
-        if self.step == 0 in snapshots:
+        if snapshots and self.step == 0:
             show(self.model, 0)
         saved_at, logged = time.monotonic(), (self.step, self.seconds)
         options = {"total": self.total_steps, "initial": self.step, "desc": f"train {config.name}", "unit": "step"}
@@ -1685,7 +1697,7 @@ class TrainingRun:
                 is_logged = is_evaluated or self.step % config.log_interval == 0
                 # several processes can only stop together; they agree on it with the metrics
                 is_stopped = (n_ranks == 1 or is_logged) and _from_first(stop.is_set)
-                is_saved = is_stopped or time.monotonic() - saved_at > config.checkpoint_seconds
+                is_saved = rank == 0 and (is_stopped or time.monotonic() - saved_at > config.checkpoint_seconds)
                 if is_logged or is_saved or self.step in snapshots:
                     wait_for(self.device)  # what it has yet to do is training; what follows is not
                 self.seconds += time.perf_counter() - started
@@ -1698,7 +1710,7 @@ class TrainingRun:
                 if self.step in snapshots:
                     show(self.model, self.step)
                 ask = functools.partial(self.is_spoilt, batch)
-                if _from_first(ask) if is_last else is_saved and rank == 0 and ask():
+                if _from_first(ask) if is_last else is_saved and ask():
                     problem = f"By step {self.step:,} an update has spoilt the weights; the last good checkpoint stays."
                     if is_last:
                         raise PicoError(f"{problem} Lower the learning rate or choose fp32.")
@@ -1737,8 +1749,6 @@ class TrainingRun:
             return not any(self.guard.is_good(self.model(x[:, :-1], x[:, 1:])) for x in texts)
 
     def save(self, is_finished: bool = False) -> None:
-        if ranks()[0] > 0:
-            return
         try:
             save_checkpoint(self.files.model, self.checkpoint(is_finished))
             write_csv(self.files.metrics, self.metrics)
@@ -1959,28 +1969,18 @@ def capture_attention(model: PicoLLM, text: str) -> AttentionCapture:
     return AttentionCapture(text, ids, get_tokenizer().labels(ids), attention_maps(model, ids).cpu())
 
 
-@contextlib.contextmanager
-def _head_outputs(model: PicoLLM) -> Iterator[list[Tensor]]:
-    """Inside, the outputs of each layer's heads (B, T, H, d) are added to the list as they are computed."""
-    outputs: list[Tensor] = []
-
-    def keep(_: nn.Module, args: tuple[Tensor]) -> None:
-        outputs.append(args[0].unflatten(-1, (model.config.n_head, -1)))
-
-    with contextlib.ExitStack() as hooks:
-        for block in model.blocks:
-            hooks.enter_context(block.attention.out_proj.register_forward_pre_hook(keep))
-        yield outputs
-
-
 def mean_head_outputs(model: PicoLLM, idx: Tensor) -> Tensor:
     """Each head's output averaged over windows and positions of ids (n_windows, T): (n_layer, n_head, head_dim)."""
-    total = 0
-    with evaluating(model), _head_outputs(model) as outputs:
-        for windows in idx.split(max(1, MAX_TOKENS // idx.shape[1])):
-            outputs.clear()
-            model.hidden_states(windows.to(model.token_embedding.weight.device))
-            total += torch.stack([each.sum((0, 1), dtype=torch.float32) for each in outputs]).double().cpu()
+    total = torch.zeros(model.config.n_layer, model.config.n_head, model.config.head_dim, dtype=torch.float64)
+    cos, sin = model.rope_cos[: idx.shape[1]], model.rope_sin[: idx.shape[1]]
+    with evaluating(model):
+        for windows in idx.to(cos.device).split(max(1, MAX_TOKENS // idx.shape[1])):
+            x = model.token_embedding(windows)
+            for layer, block in enumerate(model.blocks):
+                y = block.attention.heads(block.attention_norm(x), cos, sin)
+                total[layer] += y.sum((0, 1), dtype=torch.float32).view_as(total[layer]).cpu()
+                x = x + block.attention.out_proj(y)
+                x = x + block.mlp(block.mlp_norm(x))
     return (total / idx.numel()).float()
 
 
@@ -1999,15 +1999,15 @@ def ablated_hidden_states(
     means = means.to(model.token_embedding.weight)
     cos, sin = model.rope_cos[: idx.shape[1]], model.rope_sin[: idx.shape[1]]
     for batch in idx.to(means.device).split(max(1, MAX_TOKENS // (len(sets) * idx.shape[1]))):
-        with evaluating(model), _head_outputs(model) as outputs:
+        with evaluating(model):
             x = model.token_embedding(batch)[None]  # (states, B, T, D): what sets have in common is kept once
             state_of = [0] * len(sets)
             for layer, block in enumerate(model.blocks):
-                block.attention(block.attention_norm(x.flatten(0, 1)), cos, sin)
+                y = block.attention.heads(block.attention_norm(x.flatten(0, 1)), cos, sin)
                 here = [tuple(head for other, head in heads if other == layer) for heads in sets]
                 states = {key: place for place, key in enumerate(dict.fromkeys(zip(state_of, here, strict=True)))}
                 before = [state for state, _ in states]
-                x, y = x[before], outputs[-1].unflatten(0, (len(x), -1))[before]
+                x, y = x[before], y.view(*x.shape[:3], *means.shape[1:])[before]
                 for place, (_, heads) in enumerate(states):
                     y[place][:, :, list(heads)] = means[layer, list(heads)]
                 if layer == n_layer - 1:
@@ -2177,8 +2177,8 @@ def _score_sums(weights: Tensor, keys: Tensor) -> Tensor:
     n_keys = torch.arange(1, len(keys[0]) + 1, device=weights.device, dtype=weights.dtype)  # of each row
     distance = (n_keys[:, None] - n_keys).clamp(min=0)
     first, rest = weights[..., 0], weights[..., 1:].sum(-1)  # (L, H, T)
-    spread = -torch.xlogy(weights[..., 1:], weights[..., 1:]).sum(-1)
-    rest_entropy, entropy = spread + torch.xlogy(rest, rest), spread - torch.xlogy(first, first)  # w_i H(R_i); nats
+    spread = torch.special.entr(weights[..., 1:]).sum(-1)
+    rest_entropy, entropy = spread - torch.special.entr(rest), spread + torch.special.entr(first)  # w_i H(R_i); nats
     ones, sink = torch.ones_like(first), (n_keys == 1).expand_as(keys[:1])
     others = [  # as in _RATIOS: broad, mean_distance, entropy, rest
         (rest_entropy[..., 2:].sum(-1), (rest * (n_keys - 1).clamp(min=1).log())[..., 2:].sum(-1)),
@@ -2323,21 +2323,15 @@ def baseline_sums(
     return sums | {"untrained": [head_sums(functools.partial(attention_maps, each), *both, counts) for each in others]}
 
 
-def best_heads(history: pd.DataFrame) -> pd.DataFrame:
-    """The highest score of a head for each kappa by tokens of training, or by step where `history` lacks tokens."""
-    return history.groupby("tokens" if "tokens" in history else "step")[list(KAPPAS)].max()
-
-
 def describe_emergence(history: pd.DataFrame, thresholds: ScoreThresholds) -> str:
     """One sentence on when previous-token and induction heads appear in a history of `score_heads`."""
-    best, parts = best_heads(history), []
-    unit = "tokens of training" if best.index.name == "tokens" else "steps"
+    best, parts = history.groupby("tokens")[list(KAPPAS)].max(), []
     for score, kind in (("previous", "previous-token head"), ("induction", "induction head")):
-        tau, part = thresholds.tau[score], f"no {kind} appears (highest score {best[score].max():.2f}, threshold "
+        tau, part = thresholds.tau[score], f"no {kind} appears (highest score {number(best[score].max())}, threshold "
         if len(reached := best.index[best[score] >= tau]):
             before = best.index[best.index < reached[0]]
             when = f"appears between {before[-1]:,} and" if len(before) else "is there when scoring begins, after"
-            part = f"the first {kind} {when} {reached[0]:,} {unit} (score "
+            part = f"the first {kind} {when} {reached[0]:,} tokens of training (score "
         parts.append(f"{part}{tau:.2f})")
     return "; ".join(parts).capitalize() + "."
 
@@ -3044,8 +3038,9 @@ def _in_words(values: pd.Series) -> str:
 def _drawable(capture: AttentionCapture, heads: Heads = (), scores: pd.DataFrame | None = None, n: int = 40) -> tuple:
     """Of the first n tokens: title, labels, maps (n_layer, H, n, n) with NaN where a row cannot see, heads."""
     n_layer, n_head, n_tokens, _ = capture.weights.shape
-    if unknown := set(heads) - set(np.ndindex(n_layer, n_head)):
-        raise PicoError(f"There is no {head_name(*unknown.pop())}; layers are 0-{n_layer - 1}, heads 0-{n_head - 1}.")
+    if unknown := [head for head in heads if head not in list(np.ndindex(n_layer, n_head))]:
+        name = head_name(*unknown[0]) if np.shape(unknown[0]) == (2,) else f"{unknown[0]!r}: pass pairs, as [(0, 0)]"
+        raise PicoError(f"There is no {name}; layers are 0-{n_layer - 1}, heads 0-{n_head - 1}.")
     text = (f"First {n} of {n_tokens} tokens of " if n_tokens > n else "") + f"“{capture.text}”"
     text, *labels = [each.replace("$", r"\$") for each in (text, *capture.labels[:n])]  # no formulas
     maps = np.where(np.tri(n_tokens, dtype=bool), np.asarray(capture.weights), np.nan)[..., :n, :n]
@@ -3146,11 +3141,12 @@ def attention_rollout(weights: np.ndarray) -> np.ndarray:
 
 
 def plot_rollout(capture: AttentionCapture) -> Figure:
-    """Attention followed through all layers (rollout), minus what uniform heads would give. Blue: more; red: less."""
+    """Attention followed through all layers (rollout), minus what uniform heads would give. Blue: more; red: less.
+    The first column often towers over the others: its darkest blue may be more than the scale says.
+    """
     text, labels, maps, _ = _drawable(capture)
     difference = attention_rollout(np.nan_to_num(maps)) - attention_rollout(uniform_attention(len(maps), len(labels)))
     difference[np.isnan(maps[0, 0])] = np.nan
-    # noise stays pale; the first column, which often towers over the others, may be beyond the scale
     limit, side = max(0.05, np.nanmax(np.abs(difference[1:, 1:]), initial=0)), max(3.2, 0.16 * len(labels))
     figure, axes = new_figure(side + 2.0, side + 1.2, text)
     scale = _ATTENTION | {"cmap": "RdBu", "vmin": -limit, "vmax": limit}
@@ -3165,16 +3161,15 @@ def plot_rollout(capture: AttentionCapture) -> Figure:
 
 def plot_loss_curve(metrics: Sequence[dict] | pd.DataFrame) -> Figure:
     """How wrong the guesses of the next token were; lower is better."""
-    table = pd.DataFrame(metrics).reindex(columns=["step", "tokens_total", "train_loss", "val_loss"])
-    place = "tokens_total" if table["tokens_total"].any() else "step"
+    table = pd.DataFrame(metrics, columns=["tokens_total", "train_loss", "val_loss"]).set_index("tokens_total")
     figure, axes = new_figure(7, 4)
     for key, name, color, dot in (("train_loss", "training", GREY, ""), ("val_loss", "held-out text", "black", ".")):
-        if len(losses := table.set_index(place)[key].dropna()):
+        if len(losses := table[key].dropna()):
             dot = dot if len(losses) > 1 else "."  # one point makes no line
             axes.plot(losses, color=color, marker=dot, label=f"{name} (last {losses.iloc[-1]:.2f})")
     uniform = math.log(Tokenizer.end_of_text + 1)
     axes.axhline(uniform, color=MODEL_COLORS["uniform"], ls=":", label=f"guessing all tokens alike ({uniform:.2f})")
-    tidy_axes(axes, xlabel="step" if place == "step" else "tokens of training", ylabel="loss (nats per token)")
+    tidy_axes(axes, xlabel="tokens of training", ylabel="loss (nats per token)")
     axes.xaxis.set_major_formatter(EngFormatter())
     words = [text.get_text() for text in axes.legend(**_LEGEND).get_texts()]
     return _finish(figure, f"Line chart of the loss: {'; '.join(words)}")
@@ -3186,7 +3181,7 @@ def plot_head_emergence(history: Sequence[dict] | pd.DataFrame, thresholds: Scor
 
     history, thresholds = pd.DataFrame(history), thresholds or ScoreThresholds()
     kinds, summary = ["previous", "self", "induction", "duplicate", "sink"], describe_emergence(history, thresholds)
-    best = best_heads(history)[kinds]
+    best = history.groupby("tokens")[kinds].max()
     figure, axes = new_figure(8, 4.3, summary)
     named = best[best.index > 0].rename(columns=lambda kind: f"{kind}: {LOOKS_AT[kind][0]}")
     seaborn.lineplot(named, palette=[CLASS_COLORS[LOOKS_AT[kind][1]] for kind in kinds], markers=True, ax=axes)
@@ -3194,8 +3189,7 @@ def plot_head_emergence(history: Sequence[dict] | pd.DataFrame, thresholds: Scor
         axes.axhline(tau, color=GREY, linestyle="--", linewidth=1, label=f"threshold ({tau:.2f})")
     for before in best[best.index == 0].max(axis=1):
         axes.axhline(before, color=MODEL_COLORS["untrained"], ls=":", label=f"highest before training ({before:.2f})")
-    tidy_axes(axes, xscale="log", ylim=(-0.05, 1), ylabel="score (0: chance, 1: ideal)")
-    axes.set_xlabel("tokens of training" if best.index.name == "tokens" else "step")
+    tidy_axes(axes, xscale="log", ylim=(-0.05, 1), xlabel="tokens of training", ylabel="score (0: chance, 1: ideal)")
     axes.legend(loc="upper left", handlelength=4, **_LEGEND)
     return _finish(figure, f"Line chart of the highest score of a head of each kind. {summary}")
 
@@ -3224,7 +3218,7 @@ def plot_class_bars(shares: pd.DataFrame) -> Figure:
     """
     by = "category" if "category" in shares else "model"
     table = shares.pivot(index=by, columns="class", values=["share", "low", "high"]).loc[shares[by].unique()]
-    table = table.rename(MODEL_NAMES).rename(lambda name: name.replace("$", r"\$"))  # no formula
+    table = table.rename(MODEL_NAMES if by == "model" else {}).rename(lambda name: name.replace("$", r"\$"))
     figure, axes = new_figure(8, 1.5 + 0.38 * len(table))
     shares, start = table["share"].reindex(columns=HEAD_CLASSES).fillna(0), np.zeros(len(table))
     for name, widths in shares.items():
@@ -3295,7 +3289,8 @@ def plot_similarity(distances: np.ndarray, other_text: float, scores: pd.DataFra
 def plot_language(language: pd.DataFrame) -> Figure:
     """Black: this model, with 95% intervals; hollow: best untrained one; dotted: chance, or 75% if a near word
     suffices for that. A distractor could decide but does not. Margin lost: what the right word loses of its lead
-    without the heads; grey: without other sets; p: the rank among them. Not ranked: two panels fail or sets are few.
+    without the heads; grey: without other sets; p: the rank among them. Not ranked: where one of
+    the first two fails, or sets are few.
     """
     y, untrained = np.arange(len(language)), {"color": MODEL_COLORS["untrained"], "mfc": "none"}
     figure, panels = new_figure(10.5, 1.5 + 0.36 * len(y), ncols=3, sharey=True)
@@ -3486,9 +3481,12 @@ def _ablation_statements(study: Study) -> Iterator[tuple[str, str, str]]:
     matters, limit = heads_that_matter(table, study.settings["ablation_windows"])
     top = max(table.itertuples(), key=lambda row: row.loss_increase)
     bound = (table["loss_increase"] + limit * table["standard_error"]).max()
-    evidence = f"{matters.sum()} of {len(table)} heads matter beyond noise. Without {head_name(top.layer, top.head)} "
-    evidence += f"the loss rises most, by {number(top.loss_increase, 3)} nats per token (standard error "
-    evidence += f"{number(top.standard_error, 3)}); no head costs more than {number(bound, 3)} (upper bound for all)."
+    names = ", ".join(itertools.starmap(head_name, table.loc[matters, ["layer", "head"]].to_numpy()))
+    evidence = f"{matters.sum()} of {len(table)} heads matter beyond noise{f' ({names})' * bool(names)}. Without "
+    evidence += f"{head_name(top.layer, top.head)} the loss rises most, by {number(top.loss_increase, 3)} nats per "
+    noise = "" if matters[top.Index] else ", so that this may be noise"
+    evidence += f"token (standard error {number(top.standard_error, 3)}{noise}); no head costs "
+    evidence += f"more than {number(bound, 3)} (upper bound for all)."
     verdict = _verdict(matters.any(), bound < MIN_LOSS_INCREASE)
     yield "Single heads matter for the prediction of held-out text", verdict, evidence
     for row, verdict in _tested_classes(study):
@@ -3647,7 +3645,8 @@ def explorer_html(captures: Captures, scores: pd.DataFrame | None = None, page: 
         for head, row, kind in zip(heads, rows, known, strict=True):
             does = f"looks at {LOOKS_AT[kind][0]}" if kind else f"is {CLASS_LABELS[row['class']].lower()}"
             does += " and parks its attention on the first token" if row["sink_flag"] else ""
-            head.update(does=does, scores=f"{row['words']} (0 is chance, 1 ideal)")
+            scale = "1 is even" if row["kind"] == "broad" else "0 is chance, 1 ideal"
+            head.update(does=does, scores=f"{row['words']} ({scale})")
         order.sort(key=lambda i: (known[i] != "induction", not known[i], -rows[i]["strength"]))
         if known[order[0]] in ("induction", "duplicate"):
             text = int(np.argmin([len(set(each.token_ids)) / len(each.token_ids) for each in texts]))
@@ -4001,16 +4000,16 @@ def make_variants(model: PicoLLM, max_batch: int, length: int, install: bool = F
 
 def time_calls(run: Callable, batches: Sequence[Tensor], seconds: float) -> list[float]:
     """Latencies in ms of at least three calls and for some `seconds`, of each batch in turn after an untimed one."""
-    times, stop = [], math.inf
-    for i, idx in enumerate(itertools.cycle(batches)):
-        begin = time.perf_counter()
-        if i == len(batches):
-            times, stop = [], begin + seconds
-        elif len(times) >= 3 and begin >= stop:
-            return times
+    for idx in batches:
+        run(idx)
+        wait_for(idx.device)
+    times, turns, stop = [], itertools.cycle(batches), time.perf_counter() + seconds
+    while len(times) < 3 or time.perf_counter() < stop:
+        idx, begin = next(turns), time.perf_counter()
         run(idx)
         wait_for(idx.device)
         times.append((time.perf_counter() - begin) * 1e3)
+    return times
 
 
 def time_shape(ways: Sequence[Variant], batches: Sequence[Tensor], seconds: float) -> list[dict]:
@@ -4056,10 +4055,10 @@ def benchmark(
             for way in able:
                 start = time.perf_counter()
                 way.attempt(lambda run, batches=batches: run(batches[0]))
-                way.facts.setdefault("build_s", time.perf_counter() - start)
+                build_s = way.facts.get("build_s", time.perf_counter() - start)
                 options = {"precision": way.precision, "batch": batch, "slack": 10 if rows else 1}
                 found = way.attempt(functools.partial(check_accuracy, model, tokens=gate, **options))
-                way.facts = {"build_s": way.facts["build_s"]} if found is None else found | way.facts
+                way.facts = {"build_s": build_s} | (found or {})
             rows += [row | here for row in time_shape(able, batches, seconds)]
             write_csv(path, rows)
     return pd.DataFrame(rows)
@@ -4072,11 +4071,12 @@ def plot_benchmark(frame: pd.DataFrame) -> Figure:
     figure, panels = new_figure(*size, ncols=len(shapes), sharey=True, squeeze=False)
     for axes, ((batch, length), rows) in zip(panels.flat, shapes, strict=True):
         p50, p99, speedup = rows.set_index("variant")[["p50_ms", "p99_ms", "speedup"]].reindex(names).T.to_numpy()
-        bars = axes.barh(names, p50, xerr=[0 * p50, p99 - p50], color=["C3" if TENSORRT in n else "C0" for n in names])
-        texts = [f"{ms:.3g} ms, {x:.2g}×" for ms, x in zip(p50, speedup, strict=True)]
+        style = {"xerr": [0 * p50, p99 - p50], "color": ["C3" if TENSORRT in n else "C0" for n in names]}
+        bars = axes.barh(names, np.nan_to_num(p50), **style)
+        texts = [f"{ms:.3g} ms, {x:.3g}×" if ms > 0 else "left out" for ms, x in zip(p50, speedup, strict=True)]
         axes.bar_label(bars, texts, padding=3, fontsize=8)
         axes.margins(x=0.7)
-        tidy_axes(axes, f"batch {batch}, {length} tokens", xlabel="latency (ms)")
+        tidy_axes(axes, f"batch {batch}, {length} tokens", xlabel="ms (line: 99th percentile)")
     return figure
 
 
@@ -4358,7 +4358,8 @@ def run_analysis(
     check_writable(results)
     saved = load_checkpoint(path)
     trained_on = f"{tokens_at(saved, saved.step):,} tokens, the last of these from {saved.corpus}"
-    print(f"Analyzing {path}, trained on {trained_on}.")
+    replaces = f" This replaces the study in {results}; choose another folder to keep it."
+    print(f"Analyzing {path}, trained on {trained_on}.{replaces * (results / 'findings.json').exists()}")
     held_out, training, validation = open_corpus(saved, **source)
     model = model_from_checkpoint(saved).to(default_device())
     captures = capture_sentences(model, sentences or ALL_TEST_CATEGORIES)
@@ -4481,8 +4482,7 @@ def main_menu(
     question, default = "1 train a model, 2 analyze an existing model, 3 both", os.environ.get("PICO_MENU", "").strip()
     choice = _ask(question, default or "3", lambda text: check_choice("choice", text, ("1", "2", "3")))
     if choice == "2":
-        checkpoint = _ask("Path of the model", str(newest_checkpoint("results", results)), load_checkpoint)
-        checkpoint = Path(os.path.expanduser(checkpoint))
+        checkpoint = Path(_ask("Path of the model", str(newest_checkpoint("results", results)), load_checkpoint))
         files = run_analysis(checkpoint, sentences, results, data_folder=data_folder)
     else:
         study = (sentences or ALL_TEST_CATEGORIES) if choice == "3" else None

@@ -335,11 +335,13 @@ def draw_chart(rows: list[dict]) -> Figure:
     spread = [speeds - frame["slowest"], frame["fastest"] - speeds]
     bars = axes.barh(frame["name"], speeds, xerr=spread, color="#0072B2", ecolor="#333333", capsize=3)
     key = "ratio_to_plain_loop" if frame["ratio_to_plain_loop"].any() else "ratio_to_naive"
-    labels = [f"{row['tokens_per_second']:,.0f}" + (f" ({row[key]:.2f}x)" if row[key] else "") for row in rows]
+    shown = frame[key].fillna(1).ne(1).any()  # else each is its own base
+    ratios = [f" ({ratio:.2f}x)" if ratio and shown else "" for ratio in frame[key]]
+    labels = [f"{speed:,.0f}{ratio}" for speed, ratio in zip(speeds, ratios, strict=True)]
     axes.bar_label(bars, labels, padding=6, fontsize=8)
     axes.invert_yaxis()
-    axes.margins(x=0.25)
-    pico.tidy_axes(axes, xlabel="training tokens per second")
+    axes.xaxis.set_major_formatter("{x:,.0f}")
+    pico.tidy_axes(axes, xlabel="training tokens per second (line: slowest to fastest window)", xmargin=0.25)
     return figure
 
 

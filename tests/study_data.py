@@ -68,14 +68,20 @@ def make_study(n_layer: int = 2, n_head: int = 2, trained: bool = True, seed: in
 
 METRICS = [
     {"step": step, "train_loss": 10 - step / 100, "val_loss": 10.1 - step / 100 if step % 200 == 0 else None}
-    | {"tokens": 1000 * step, "seconds": step / 10, "tokens_per_second": 10_000.0, "learning_rate": 1e-3}
+    | {
+        "tokens": 1000 * step,
+        "tokens_total": 1000 * step,
+        "seconds": step / 10,
+        "tokens_per_second": 10_000.0,
+        "learning_rate": 1e-3,
+    }
     for step in range(0, 601, 100)
 ]
 
 
 def make_history(scores: pd.DataFrame) -> pd.DataFrame:
     """The heads on held-out text at five snapshots of a run, growing to what they are in the end."""
-    grown = [scores.assign(step=step) for step in (0, 150, 300, 450, 600)]
+    grown = [scores.assign(step=step, tokens=1000 * step) for step in (0, 150, 300, 450, 600)]
     for table in grown[:3]:
         table[list(pico.KAPPAS)] *= table["step"].iloc[0] / 600
     return pd.concat(grown, ignore_index=True)

@@ -122,7 +122,9 @@ def parquet(path, column, name="text"):
 
 
 BAD_CORPORA = {
-    r"holds no \*\.parquet to train on": lambda folder: None,
+    r"holds no \*\.parquet or \*\.txt to train on": lambda folder: (folder / "empty.txt").touch(),
+    r"Cannot read .*a\.txt \('utf-8' .*Save it in UTF-8": lambda folder: (folder / "a.txt").write_bytes(b"caf\xe9"),
+    r"Cannot read .*gone\.parquet as parquet": lambda folder: (folder / "gone.parquet").symlink_to(folder / "nowhere"),
     "a column 'text' of strings; it has {'content'": lambda folder: parquet(folder / "0.parquet", ["x"], "content"),
     r"Cannot read .*a\.parquet as parquet": lambda folder: (folder / "a.parquet").write_bytes(b"PAR1 and then nothing"),
     r"Cannot read .*empty\.parquet as parquet": lambda folder: (folder / "empty.parquet").touch(),
@@ -170,6 +172,23 @@ def test_any_part_of_the_path_names_the_split_and_what_is_held_out_is_never_trai
     assert "1 test files not read" in corpus.about
     for split in ("train", "validation"):
         assert texts_of(corpus.documents(split)) == [f"{split} document {k}" for k in range(60)]
+
+
+def test_text_files_are_read_where_there_is_no_parquet(tmp_path):
+    lines = [f"Line {k} of a book, which goes on for a while.\n" for k in range(5000)]
+    (tmp_path / "books").mkdir()
+    (tmp_path / "books" / "novel.txt").write_text("".join(lines), encoding="utf-8-sig")  # as Windows writes it
+    (tmp_path / "poem.txt").write_text("Eine kleine Übung", encoding="utf-8")
+    corpus = pico.choose_corpus(str(tmp_path))
+    assert corpus.about.startswith("the text folder test_text_files") and "every 50th document" in corpus.about
+    training, held_out = (texts_of(corpus.documents(split)) for split in ("train", "validation"))
+    assert held_out == ["".join(lines)[: len(held_out[0])]] and 20_000 <= len(held_out[0]) < 20_100
+    assert "".join(held_out + training) == "".join(lines) + "Eine kleine Übung"
+    assert (
+        len(texts_of(pico.choose_corpus(str(tmp_path), 0.5).documents("train"))) == round(0.5 * (len(training) + 1)) - 1
+    )
+    parquet(tmp_path / "a.parquet", ["one", "two"])
+    assert texts_of(pico.choose_corpus(str(tmp_path)).documents("train")) == ["two"]
 
 
 def moses(line: str) -> str:

@@ -74,6 +74,9 @@ def test_chosen_heads_are_the_strongest_of_each_kind_and_shown_with_their_own_cl
             assert f"{pico.head_name(*head)} {pico.CLASS_LABELS[name]} {score}" in words
         with pytest.raises(pico.PicoError, match="There is no L7H0; layers are 0-2, heads 0-2"):
             plot(capture, [(7, 0)])
+        for other, name in ((["L0H1"], "'L0H1'"), ((0, 1), "0")):
+            with pytest.raises(pico.PicoError, match=rf"There is no {name}: pass pairs, as \[\(0, 0\)\]; layers"):
+                plot(capture, other)
 
 
 def test_long_sentences_are_cut_and_the_picture_says_so():
@@ -146,7 +149,7 @@ def test_colours_differ_for_every_reader_stand_out_from_white_and_mean_one_thing
 
 def test_loss_curve_leaves_out_what_was_not_measured():
     losses = (10.8, None), (9.0, math.nan), (8.0, 8.5)
-    rows = [{"step": 10 * i, "train_loss": train, "val_loss": val} for i, (train, val) in enumerate(losses)]
+    rows = [{"tokens_total": 10 * i, "train_loss": train, "val_loss": val} for i, (train, val) in enumerate(losses)]
     curves = pico.plot_loss_curve(rows).axes[0].lines
     assert [list(line.get_xdata()) for line in curves[:2]] == [[0, 10, 20], [20]]
     assert curves[2].get_ydata()[0] == pytest.approx(math.log(50257))
@@ -170,9 +173,11 @@ def test_emergence_shows_the_best_heads_by_tokens_what_it_means_and_a_legend_of_
     words = figure.get_suptitle().replace("\n", " ")
     assert words.startswith("The first previous-token head appears between 640 and 6,400 tokens of training (score")
     assert words.endswith("(score 0.30); no induction head appears (highest score 0.20, threshold 0.30).")
-    assert pico.plot_head_emergence(history).axes[0].get_xlabel() == "step"
-    words = pico.describe_emergence(history[history["step"] >= 100], pico.ScoreThresholds())
-    assert words.startswith("The first previous-token head is there when scoring begins, after 100 steps (score")
+    late = history[history["step"] >= 100].assign(tokens=6400)
+    words = pico.describe_emergence(late, pico.ScoreThresholds())
+    assert words.startswith(
+        "The first previous-token head is there when scoring begins, after 6,400 tokens of training"
+    )
 
 
 def test_pie_and_grid_show_each_head_in_its_class():
@@ -192,6 +197,9 @@ def test_bars_of_classes_add_up_and_show_the_shares(name):
     (axes,) = pico.plot_class_bars(shares).axes
     categories = "Held-out text", *pico.ALL_TEST_CATEGORIES
     assert labels_of(axes.yaxis) == list(categories if name == "categories" else pico.MODEL_NAMES.values())
+    if name == "categories":  # one of the reader's, called as a model is
+        (other,) = pico.plot_class_bars(shares.replace({"category": {"Simple": "uniform"}})).axes
+        assert labels_of(other.yaxis)[1] == "uniform"
     ends = [segment[:, 0] for segment in axes.collections[0].get_segments() if len(segment)]
     np.testing.assert_allclose(ends, shares.loc[shares["class"] == "Specialised", ["low", "high"]])
     widths = np.array([[bar.get_width() for bar in bars] for bars in axes.containers])  # (classes, rows)

@@ -299,6 +299,20 @@ def ways(model, clock) -> list[pico.Variant]:
     return [pico.Variant(name, "fp32", build) for name, build in builds.items()]
 
 
+def test_each_shape_has_its_own_accuracy(model, file, tmp_path):
+    def rounded(idx):
+        return model(idx).half().float()
+
+    ways = [pico.Variant(pico.BASELINE, "fp32", lambda: model), pico.Variant("rounded", "fp16", lambda: rounded)]
+    shapes = [(1, 32), (1, 8), (2, 16)]
+    table = pico.benchmark(model, file, ways, shapes, 0.01, tmp_path / "table.csv").query("variant == 'rounded'")
+    for (batch, length), row in zip(shapes, table.itertuples(), strict=True):
+        gate = pico.held_out_sequences(file, 8 * batch, length)[:8]
+        expected = pico.check_accuracy(model, rounded, gate, "fp16", batch)
+        assert (row.max_difference, row.kl_divergence) == (expected["max_difference"], expected["kl_divergence"])
+    assert table.kl_divergence.nunique() == 3 and table.build_s.nunique() == 1
+
+
 def test_benchmark_table_is_complete_and_its_ratios_right(ways, model, file, tmp_path, capsys):
     for *shape, seconds in ((0, 8, 1), (1, 65, 1), (1, 0, 1), *((1, 8, s) for s in (-1, 0, math.nan, math.inf))):
         with pytest.raises(PicoError, match="must be positive numbers, lengths at most 64"):
@@ -331,7 +345,7 @@ def test_benchmark_table_is_complete_and_its_ratios_right(ways, model, file, tmp
     assert sorted(segment[1, 0] for segment in axes[0].collections[0].get_segments() if len(segment)) == pytest.approx(
         sorted(p99)
     )
-    assert {"5 ms, 8×", ""} <= {text.get_text() for text in axes[1].texts}
+    assert {"5 ms, 8×", "left out"} <= {text.get_text() for text in axes[1].texts}
 
 
 def test_no_row_is_always_first_and_each_gets_its_time(monkeypatch):
