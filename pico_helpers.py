@@ -2042,7 +2042,7 @@ def share_interval(values: np.ndarray) -> tuple[float, float, float]:
     The number of values counts as if each were 0 or 1: more, where they vary less (Korn & Graubard 1998).
     """
     share = float(values.mean())
-    n = len(values) * (share * (1 - share) / max(values.var(), 1e-9) if 0 < share < 1 else 1)
+    n = len(values) * (share * (1 - share) / max(float(values.var()), 1e-9) if 0 < share < 1 else 1)
     z2 = 1.96**2 / n
     centre, reach = share + z2 / 2, math.sqrt(z2 * share * (1 - share) + z2**2 / 4)
     return share, max(0.0, (centre - reach) / (1 + z2)), min(1.0, (centre + reach) / (1 + z2))
