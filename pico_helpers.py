@@ -3039,7 +3039,8 @@ def _drawable(capture: AttentionCapture, heads: Heads = (), scores: pd.DataFrame
     """Of the first n tokens: title, labels, maps (n_layer, H, n, n) with NaN where a row cannot see, heads."""
     n_layer, n_head, n_tokens, _ = capture.weights.shape
     if unknown := [head for head in heads if head not in list(np.ndindex(n_layer, n_head))]:
-        name = head_name(*unknown[0]) if np.shape(unknown[0]) == (2,) else f"{unknown[0]!r}: pass pairs, as [(0, 0)]"
+        is_pair = isinstance(unknown[0], tuple) and len(unknown[0]) == 2
+        name = head_name(*unknown[0]) if is_pair else f"{unknown[0]!r}: pass pairs, as [(0, 0)]"
         raise PicoError(f"There is no {name}; layers are 0-{n_layer - 1}, heads 0-{n_head - 1}.")
     text = (f"First {n} of {n_tokens} tokens of " if n_tokens > n else "") + f"“{capture.text}”"
     text, *labels = [each.replace("$", r"\$") for each in (text, *capture.labels[:n])]  # no formulas
@@ -3289,8 +3290,7 @@ def plot_similarity(distances: np.ndarray, other_text: float, scores: pd.DataFra
 def plot_language(language: pd.DataFrame) -> Figure:
     """Black: this model, with 95% intervals; hollow: best untrained one; dotted: chance, or 75% if a near word
     suffices for that. A distractor could decide but does not. Margin lost: what the right word loses of its lead
-    without the heads; grey: without other sets; p: the rank among them. Not ranked: where one of
-    the first two fails, or sets are few.
+    without the heads; grey: without other sets; p: the rank among them, if the other panels hold and sets are enough.
     """
     y, untrained = np.arange(len(language)), {"color": MODEL_COLORS["untrained"], "mfc": "none"}
     figure, panels = new_figure(10.5, 1.5 + 0.36 * len(y), ncols=3, sharey=True)

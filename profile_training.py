@@ -335,8 +335,8 @@ def draw_chart(rows: list[dict]) -> Figure:
     spread = [speeds - frame["slowest"], frame["fastest"] - speeds]
     bars = axes.barh(frame["name"], speeds, xerr=spread, color="#0072B2", ecolor="#333333", capsize=3)
     key = "ratio_to_plain_loop" if frame["ratio_to_plain_loop"].any() else "ratio_to_naive"
-    shown = frame[key].fillna(1).ne(1).any()  # else each is its own base
-    ratios = [f" ({ratio:.2f}x)" if ratio and shown else "" for ratio in frame[key]]
+    ratios = frame[key].astype(float)  # if all are 1, each is its own base
+    ratios = [f" ({ratio:.2f}x)" if ratio > 0 and ratios.nunique() > 1 else "" for ratio in ratios]
     labels = [f"{speed:,.0f}{ratio}" for speed, ratio in zip(speeds, ratios, strict=True)]
     axes.bar_label(bars, labels, padding=6, fontsize=8)
     axes.invert_yaxis()

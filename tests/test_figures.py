@@ -74,7 +74,7 @@ def test_chosen_heads_are_the_strongest_of_each_kind_and_shown_with_their_own_cl
             assert f"{pico.head_name(*head)} {pico.CLASS_LABELS[name]} {score}" in words
         with pytest.raises(pico.PicoError, match="There is no L7H0; layers are 0-2, heads 0-2"):
             plot(capture, [(7, 0)])
-        for other, name in ((["L0H1"], "'L0H1'"), ((0, 1), "0")):
+        for other, name in ((["L0H1"], "'L0H1'"), ((0, 1), "0"), ([[0, 1]], r"\[0, 1\]")):
             with pytest.raises(pico.PicoError, match=rf"There is no {name}: pass pairs, as \[\(0, 0\)\]; layers"):
                 plot(capture, other)
 
