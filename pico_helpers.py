@@ -282,7 +282,8 @@ def atomic_write(path: str | Path, kinds: tuple[type[Exception], ...] = (OSError
                 os.fsync(file.fileno())
             os.replace(temporary, path)
         finally:
-            temporary.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # the first error is the one to tell
+                temporary.unlink()
 
 
 def check_writable(folder: str | Path) -> None:
@@ -396,12 +397,9 @@ class CausalSelfAttention(nn.Module):
         self.layer, self.n_head, self.qk_norm = layer, config.n_head, config.qk_norm
         self.dropout = Dropout(config.dropout)
         self.qkv_proj = nn.Linear(config.d_model, 3 * config.d_model, bias=False)
-        self.out_proj = nn.Linear(config.d_model, config.d_model, bias=False)
+        self.out_proj = nn.Linear(config.d_model, config.d_model, bias=False)  # which the block applies
 
-    def forward(self, x: Tensor, *args) -> Tensor:
-        return self.out_proj(self.heads(x, *args))
-
-    def heads(
+    def forward(
         self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None = None, on_attention: OnAttention = None
     ) -> Tensor:
         """The heads' outputs, side by side (B, T, D)."""
@@ -457,7 +455,11 @@ class Block(nn.Module):
         self.dropout = Dropout(config.dropout)
 
     def forward(self, x: Tensor, *attention_args) -> Tensor:
-        x = x + self.dropout(self.attention(self.attention_norm(x), *attention_args))
+        return self.add(x, self.attention(self.attention_norm(x), *attention_args))
+
+    def add(self, x: Tensor, heads: Tensor) -> Tensor:
+        """x with what its heads' outputs (..., D) add, and then the feed-forward network."""
+        x = x + self.dropout(self.attention.out_proj(heads))
         return x + self.dropout(self.mlp(self.mlp_norm(x)))
 
 
@@ -1977,10 +1979,9 @@ def mean_head_outputs(model: PicoLLM, idx: Tensor) -> Tensor:
         for windows in idx.to(cos.device).split(max(1, MAX_TOKENS // idx.shape[1])):
             x = model.token_embedding(windows)
             for layer, block in enumerate(model.blocks):
-                y = block.attention.heads(block.attention_norm(x), cos, sin)
+                y = block.attention(block.attention_norm(x), cos, sin)
                 total[layer] += y.sum((0, 1), dtype=torch.float32).view_as(total[layer]).cpu()
-                x = x + block.attention.out_proj(y)
-                x = x + block.mlp(block.mlp_norm(x))
+                x = block.add(x, y)
     return (total / idx.numel()).float()
 
 
@@ -2003,7 +2004,7 @@ def ablated_hidden_states(
             x = model.token_embedding(batch)[None]  # (states, B, T, D): what sets have in common is kept once
             state_of = [0] * len(sets)
             for layer, block in enumerate(model.blocks):
-                y = block.attention.heads(block.attention_norm(x.flatten(0, 1)), cos, sin)
+                y = block.attention(block.attention_norm(x.flatten(0, 1)), cos, sin)
                 here = [tuple(head for other, head in heads if other == layer) for heads in sets]
                 states = {key: place for place, key in enumerate(dict.fromkeys(zip(state_of, here, strict=True)))}
                 before = [state for state, _ in states]
@@ -2012,8 +2013,7 @@ def ablated_hidden_states(
                     y[place][:, :, list(heads)] = means[layer, list(heads)]
                 if layer == n_layer - 1:
                     x, y = x[:, :, -n_last:], y[:, :, -n_last:]
-                x = x + F.linear(y.flatten(-2), block.attention.out_proj.weight)
-                x = x + block.mlp(block.mlp_norm(x))
+                x = block.add(x, y.flatten(-2))
                 state_of = [states[key] for key in zip(state_of, here, strict=True)]
             x = model.final_norm(x)[state_of]
         yield x
