@@ -40,6 +40,8 @@ def steps(options: argparse.Namespace) -> list[tuple[str, list[str]]]:
     optimize = [*pico, "optimize", "--checkpoint", study, *where, *["--no-install"] * options.no_install]
     one, row = ["--batch-sizes", "1", "--lengths", "384"], ONE_ROW * tiny  # else batches of 1, 8 and 32; 64 and 384
     engines = ["--variants", "TensorRT", "FP16, CUDA graph", *row]  # and the rows that they must beat
+    trial = ["--preset", "tiny", "--steps", "2", "--no-compile"] * tiny
+    losses = [python, "tests/gpu_losses.py", *corpus, "--data", options.data, "--out", "{out}", *trial]
     found = [
         ("versions", [python, "-m", "torch.utils.collect_env"]),
         ("tests", [python, "-m", "pytest", "-o", "addopts=-n4", "-m", "gpu", "tests", *["--collect-only"] * tiny]),
@@ -51,6 +53,7 @@ def steps(options: argparse.Namespace) -> list[tuple[str, list[str]]]:
         ("tensorrt", [*optimize, *one, *engines]),
         ("shapes", [*optimize, "--variants", "PyTorch", "CUDA graph", *row]),  # what does not compile long
         ("engine_shapes", [*optimize, *engines]),
+        ("losses", losses),
         ("study", [*pico, "analyze", "--checkpoint", study, *where]),
     ]
     full = ("full", [*train, *["--max-steps", "3"] * tiny])  # as long as it takes

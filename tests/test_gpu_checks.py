@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import gpu_losses
 import gpu_programme
 import pandas as pd
 import pytest
@@ -88,6 +89,29 @@ def test_the_programme_goes_on_after_a_failure_and_in_parts(tmp_path, monkeypatc
     assert len(commands) == 2 and not any(file.exists() and file.read_bytes() for file in commands), "both have ended"
     with pytest.raises(SystemExit):
         gpu_programme.main(["--out", str(tmp_path), "--only", "tow"])
+
+
+def test_the_check_of_losses_tells_a_wrong_step_from_jumping_weights(tiny_config):
+    steps = pd.Series(range(1, 201))
+    jumps = 5 - 0.01 * steps + 0.15 * (steps % 2 * 2 - 1)  # falling, and 0.3 higher after odd steps
+    tables = [pd.DataFrame({"variant": "jumps", "step": steps, "train_loss": jumps, "float32_loss": jumps})]
+    falls = 5 - 0.01 * steps
+    tables += [pd.DataFrame({"variant": "wrong", "step": steps, "train_loss": falls + 0.2, "float32_loss": falls})]
+    found = gpu_losses.summary(pd.concat(tables, ignore_index=True))
+    assert found.above_float32.tolist() == pytest.approx([0.0, 0.2])
+    assert found.odd_above_even.tolist() == pytest.approx([0.3, 0.0], abs=0.01)
+
+    class Stream:
+        def batch(self, start: int, size: int) -> torch.Tensor:
+            generator = torch.Generator().manual_seed(start)
+            return torch.randint(0, 16, (size, tiny_config.context_length + 1), generator=generator)
+
+    config = pico.TrainConfig(batch_size=20, compile=False, learning_rate=1e-2, warmup_steps=1, precision="fp32")
+    preset = pico.Preset(dataclasses.replace(tiny_config, vocab_size=64, dropout=0.0), config)
+    rows = gpu_losses.train(preset, Stream(), 5, 5)
+    assert rows[-1]["float32_loss"] < rows[0]["float32_loss"], "it learns that the other words never come"
+    for row in rows:
+        assert row["train_loss"] == pytest.approx(row["float32_loss"], abs=1e-5), "the same weights and batch"
 
 
 PAIRS = [("2.11.0+cu128", "12.8"), ("2.11.0+cu130", "13.0"), ("2.13.0+cu130", "13.0")]  # Colab's first
