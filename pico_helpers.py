@@ -1179,10 +1179,10 @@ def compile_function(function: Callable, options: dict | None = None) -> Callabl
 
 
 @contextlib.contextmanager
-def exact_dropout(p: float) -> Iterator[None]:
-    """Inside, cuDNN's attention is off if it could not drop p: it drops 16ths only, and PyTorch 2.11 does not look."""
+def without_cudnn_attention() -> Iterator[None]:
+    """Inside, cuDNN's attention is off: it drops 16ths only, and on an H100 was wrong (PyTorch's open issue 150700)."""
     has_cudnn = torch.backends.cuda.cudnn_sdp_enabled()
-    torch.backends.cuda.enable_cudnn_sdp(has_cudnn and 16 * p % 1 == 0)
+    torch.backends.cuda.enable_cudnn_sdp(False)
     try:
         yield
     finally:
@@ -1391,8 +1391,9 @@ def train_step(
     return total
 
 
+@without_cudnn_attention()
 def evaluate(model: PicoLLM, file: TokenFile, batch_size: int = 16, dtype: torch.dtype = torch.float32) -> tuple:
-    """Nats per token and perplexity per word of a file, in windows of `context_length` (the last: what is left)."""
+    """Nats per token and perplexity per word (see `Corpus`) of a file, in windows of `context_length` and a rest."""
     device, context_length, targets = model.rope_cos.device, model.config.context_length, len(file.tokens) - 1
     total = torch.zeros((), dtype=torch.float64, device=device)
     in_windows = targets // context_length * context_length
@@ -1402,8 +1403,7 @@ def evaluate(model: PicoLLM, file: TokenFile, batch_size: int = 16, dtype: torch
             tokens = torch.from_numpy(file.tokens[start : stop + 1].astype(np.int64)).to(device)
             x, y = (t.view(-1, min(context_length, stop - start)) for t in (tokens[:-1], tokens[1:]))
             total += model(x, y).double() * (stop - start)
-    loss = float(total) / targets
-    return loss, math.exp(min(loss * targets / file.n_words, 700.0))  # comparable between tokenizers, see `Corpus`
+    return float(total) / targets, math.exp(min(float(total) / file.n_words, 700.0))
 
 
 # a GPU's name, the first that fits: dense TFLOP/s of 16-bit matrices (the vendors' data sheets)
@@ -1607,7 +1607,7 @@ class TrainingRun:
         if self.device.type == "cpu":  # else compiled threads would race
             torch.use_deterministic_algorithms(True)
         state, counted = (batch, self.config, self.step, self.dtype, self.guard), self.guard.state.clone()
-        with exact_dropout(self.model_config.dropout):
+        with without_cudnn_attention():
             try:
                 loss = train_step(self.forward, self.optimizer, self.scaler, *state)
             except Exception as error:

@@ -207,7 +207,7 @@ class PlainLoop(Contestant):
 
     def update(self, batch: Tensor) -> None:
         micro_batches, dtype = batch.split(self.config.micro_batch_size or len(batch)), self.run.dtype
-        with pico.float32_matmul("high"), pico.exact_dropout(self.run.model_config.dropout):
+        with pico.float32_matmul("high"), pico.without_cudnn_attention():
             for micro_batch in micro_batches:
                 with profiler_range("forward"), torch.autocast(batch.device.type, dtype, dtype != torch.float32):
                     loss = self.loss(micro_batch) / len(micro_batches)

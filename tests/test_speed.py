@@ -482,7 +482,7 @@ def test_a_compiled_step_on_a_gpu_has_the_gradients_of_float32():
     batch = torch.randint(shape.vocab_size, (64, 385), generator=torch.Generator().manual_seed(0)).to(gpu)
     for dtype, compiled in ((torch.float32, False), (torch.bfloat16, True)):
         run = pico.TrainingRun(shape, pico.TrainConfig(), "", gpu, dtype, compiled)
-        with torch.autocast("cuda", dtype, enabled=compiled):
+        with pico.without_cudnn_attention(), torch.autocast("cuda", dtype, enabled=compiled):
             loss = run.forward(batch[:, :-1], batch[:, 1:])
         loss.backward()
         found.append({"loss": loss.detach()} | {name: p.grad for name, p in run.model.named_parameters()})
@@ -707,7 +707,8 @@ def test_what_identifies_a_measurement_on_a_gpu(monkeypatch):
 
 def test_all_contestants_learn_the_same(tiny_config, tiny_train, stream, monkeypatch):
     """The plain loops differ in speed only: with equal data and no dropout their weights move alike."""
-    monkeypatch.setattr(pico, "exact_dropout", exact := Mock(side_effect=pico.exact_dropout))  # on a GPU equal, too
+    same = Mock(side_effect=pico.without_cudnn_attention)  # on a GPU, too
+    monkeypatch.setattr(pico, "without_cudnn_attention", same)
     preset = pico.Preset(dataclasses.replace(tiny_config, dropout=0.0), tiny_train)
     start, moved = pico.PicoLLM(preset.model, tiny_train.seed).token_embedding.weight.detach()[:50257], []
     for kind, size in ((profile.Contestant, None), (profile.PlainLoop, None), (profile.PlainLoop, 1)):
@@ -715,7 +716,7 @@ def test_all_contestants_learn_the_same(tiny_config, tiny_train, stream, monkeyp
         contestant.measure(1, 3)
         assert contestant.run.step == 4 and len(contestant.windows) == 1
         moved.append((contestant.run.model.token_embedding.weight.detach()[:50257] - start).flatten())
-    assert exact.call_count == 12
+    assert same.call_count == 12
     assert torch.cosine_similarity(moved[0], moved[1], dim=0) > 0.99
     assert torch.cosine_similarity(moved[1], moved[2], dim=0) > 0.999
 

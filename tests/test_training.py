@@ -457,11 +457,20 @@ def test_compiled_gradients_add_in_a_fixed_order(tiny_config, tiny_train, monkey
     assert torch.utils.deterministic.fill_uninitialized_memory, "put back"
 
 
-def test_cudnn_attention_gets_only_the_dropout_that_it_knows(tiny_config, tiny_train, monkeypatch):
-    settings = []
-    monkeypatch.setattr(torch.backends.cuda, "enable_cudnn_sdp", settings.append)
-    monkeypatch.setattr(pico, "train_step", lambda *arguments: settings.append("step"))
-    for p in (0, 0.125, 0.1):
-        config = dataclasses.replace(tiny_config, dropout=p)
-        pico.TrainingRun(config, tiny_train, "", torch.device("cpu"), torch.float32).take_step(None)
-    assert settings == [True, "step", True, True, "step", True, False, "step", True], "for 0.1 it is off, then on again"
+def test_training_is_without_cudnn_attention(tiny_config, tiny_train, monkeypatch):
+    """The setting in a step and while the held-out loss is measured; afterwards it is what it was."""
+    settings, now = [], torch.backends.cuda.cudnn_sdp_enabled
+    run = pico.TrainingRun(tiny_config, tiny_train, "", torch.device("cpu"), torch.float32)
+    monkeypatch.setattr(pico, "train_step", lambda *arguments: settings.append(now()))
+    monkeypatch.setattr(run.model, "forward", lambda *arguments: settings.append(now()) or torch.tensor(1.0))
+    file = pico.TokenFile(Path(), "", 9, np.zeros(9, np.uint16), np.array([0, 9]))
+    try:
+        for enabled in (True, False):
+            torch.backends.cuda.enable_cudnn_sdp(enabled)
+            run.take_step(None)
+            settings.append(now())
+            assert pico.evaluate(run.model, file)[0] == 1.0
+            settings.append(now())
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(True)
+    assert settings == [False, True, False, True, *[False] * 4]
