@@ -1180,7 +1180,7 @@ def compile_function(function: Callable, options: dict | None = None) -> Callabl
 
 @contextlib.contextmanager
 def without_cudnn_attention() -> Iterator[None]:
-    """Inside, cuDNN's attention is off: it drops 16ths only, and on an H100 was wrong (PyTorch's open issue 150700)."""
+    """Inside, cuDNN's attention is off: it drops 16ths only, and others found it wrong (PyTorch's issue 150700)."""
     has_cudnn = torch.backends.cuda.cudnn_sdp_enabled()
     torch.backends.cuda.enable_cudnn_sdp(False)
     try:
