@@ -1633,9 +1633,8 @@ class TrainingRun:
 
     def checkpoint(self, is_finished: bool = False) -> Checkpoint:
         weights = {name: value.detach().cpu() for name, value in self.model.state_dict().items()}
-        state = {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
-        state |= {"guard": self.guard.state, "seconds": self.seconds}
-        state |= {"corpus": self.corpus_key, "tokens_before": self.tokens_before}
+        state = {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(), "seconds": self.seconds}
+        state |= {"guard": self.guard.state, "corpus": self.corpus_key, "tokens_before": self.tokens_before}
         here = self.machine | {"precision": str(self.dtype)[6:], "compiled": "yes" if self.compiled else "no"}
         here |= {"started_from": self.started_from} if self.started_from else {}
         content = self.model_config, self.config, self.corpus, self.step, self.metrics, weights
@@ -1744,6 +1743,7 @@ class TrainingRun:
         self.metrics.append(row)
         return f"loss {loss:.3f}, {speed:,.0f} tokens/s"
 
+    @without_cudnn_attention()
     def is_spoilt(self, batch: Tensor) -> bool:
         """Whether the update from `batch` spoilt the weights: the loss after it is bad there and elsewhere."""
         with evaluating(self.model), torch.autocast(self.device.type, self.dtype, self.dtype != torch.float32):

@@ -13,6 +13,7 @@ import argparse
 import contextlib
 import sys
 from pathlib import Path
+from unittest.mock import patch
 
 import pandas as pd
 import torch
@@ -20,22 +21,25 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import pico_helpers as pico
 
-VARIANTS = {  # changes of settings; what else is switched
-    "as it is": ({}, ""),
-    "cuDNN's attention, as the shipped model had it": ({}, "cudnn"),
-    "the same, eager": ({"compile": False}, "cudnn"),
-    "LayerNorm's gradients in two kernels": ({}, "mix_order_reduction"),
-    "half the rates": ({"learning_rate": 1.5e-3, "matrix_learning_rate": 0.01}, ""),
-    "dropout": ({"dropout": 0.1}, ""),
+unchanged, with_cudnn = contextlib.nullcontext(), patch.object(pico, "without_cudnn_attention", contextlib.nullcontext)
+two_kernels = unchanged
+if hasattr(torch._inductor.config.triton, "mix_order_reduction"):  # new in PyTorch 2.10
+    two_kernels = torch._inductor.config.patch("triton.mix_order_reduction", False)
+VARIANTS = {  # changes of settings, and what else is another inside
+    "as it is": ({}, unchanged),
+    "cuDNN's attention, as the shipped model had it": ({}, with_cudnn),
+    "the same, eager": ({"compile": False}, with_cudnn),
+    "LayerNorm's gradients in two kernels": ({}, two_kernels),
+    "half the rates": ({"learning_rate": 1.5e-3, "matrix_learning_rate": 0.01}, unchanged),
+    "dropout": ({"dropout": 0.1}, unchanged),
 }
 
 
 def train(preset: pico.Preset, stream: pico.SequenceStream, steps: int, total_steps: int) -> list[dict]:
     """A row for each step: its loss, and that of the same weights and batch in float32."""
     device, config, rows = pico.default_device(), preset.train, []
-    run = pico.TrainingRun(
-        preset.model, config, "", device, pico.choose_precision("auto", device), config.compile is not False
-    )
+    dtype = pico.choose_precision(config.precision, device)
+    run = pico.TrainingRun(preset.model, config, "", device, dtype, config.compile is not False)
     for step in range(steps):
         batch = stream.batch(step * config.batch_size, config.batch_size).to(device)
         pico.set_rates(run.optimizer, step, total_steps, config)
@@ -71,17 +75,12 @@ def main(arguments: list[str] | None = None) -> int:
     corpus = pico.choose_corpus(preset.train.corpus, None, options.data)
     context = preset.model.context_length
     stream = pico.SequenceStream(pico.prepare_tokens(corpus, "train", options.data), context, None, 0)
-    table, triton, without_cudnn_attention = [], torch._inductor.config.triton, pico.without_cudnn_attention
-    before = getattr(triton, "mix_order_reduction", None)  # new in PyTorch 2.10
-    for name, (changes, switched) in VARIANTS.items():
+    table = []
+    for name, (changes, inside) in VARIANTS.items():
         torch._dynamo.reset()
-        pico.without_cudnn_attention = contextlib.nullcontext if switched == "cudnn" else without_cudnn_attention
-        if switched == "mix_order_reduction" and before is not None:
-            triton.mix_order_reduction = False
         changed = preset.with_changes(changes | {"compile": False} if options.no_compile else changes)
-        table += [{"variant": name} | row for row in train(changed, stream, options.steps, options.total_steps)]
-        if before is not None:
-            triton.mix_order_reduction = before
+        with inside:
+            table += [{"variant": name} | row for row in train(changed, stream, options.steps, options.total_steps)]
         pico.write_csv(Path(options.out) / "losses.csv", table)
         print(summary(pd.DataFrame(table)).tail(1).to_string(header=name == "as it is"), flush=True)
     return 0

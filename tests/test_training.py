@@ -458,12 +458,13 @@ def test_compiled_gradients_add_in_a_fixed_order(tiny_config, tiny_train, monkey
 
 
 def test_training_is_without_cudnn_attention(tiny_config, tiny_train, monkeypatch):
-    """The setting in a step and while the held-out loss is measured; afterwards it is what it was."""
+    """The setting in a step, while the held-out loss is measured and weights are checked; then it is what it was."""
     settings, now = [], torch.backends.cuda.cudnn_sdp_enabled
     run = pico.TrainingRun(tiny_config, tiny_train, "", torch.device("cpu"), torch.float32)
     monkeypatch.setattr(pico, "train_step", lambda *arguments: settings.append(now()))
     monkeypatch.setattr(run.model, "forward", lambda *arguments: settings.append(now()) or torch.tensor(1.0))
     file = pico.TokenFile(Path(), "", 9, np.zeros(9, np.uint16), np.array([0, 9]))
+    run.stream = pico.SequenceStream(file, 8, None, 0)
     try:
         for enabled in (True, False):
             torch.backends.cuda.enable_cudnn_sdp(enabled)
@@ -471,6 +472,8 @@ def test_training_is_without_cudnn_attention(tiny_config, tiny_train, monkeypatc
             settings.append(now())
             assert pico.evaluate(run.model, file)[0] == 1.0
             settings.append(now())
+            assert not run.is_spoilt(run.stream.batch(0, 4))
+            settings.append(now())
     finally:
         torch.backends.cuda.enable_cudnn_sdp(True)
-    assert settings == [False, True, False, True, *[False] * 4]
+    assert settings == [False, True, False, True, False, True, *[False] * 6]
